@@ -1,0 +1,63 @@
+"""Equilibrium solving and its gradients, on plain torch.
+
+A solver finds h* = F(h*), a gradient decides how h* is differentiated, and a layout says what one
+independent sample is; the three are chosen separately:
+
+>>> import torch
+>>> from deqzoo.equilibrium import fixed_point
+>>> weight = torch.eye(3) / 2
+>>> x = torch.ones(2, 3, requires_grad=True)
+>>> solution = fixed_point(lambda z: torch.tanh(z @ weight + x), torch.zeros(2, 3),
+...                        solver={"name": "anderson", "tol": 1e-5}, gradient="npg")
+>>> solution.state.sum().backward()
+"""
+
+from deqzoo.equilibrium.gradients import (
+    GRADIENTS,
+    JFB,
+    NPG,
+    UPG,
+    Gradient,
+    Implicit,
+    Unrolled,
+    make_gradient,
+)
+from deqzoo.equilibrium.layer import BoundMap, Equilibrium, fixed_point
+from deqzoo.equilibrium.layout import Causal, Layout, Rows, Segments, Selection
+from deqzoo.equilibrium.solvers import (
+    SOLVERS,
+    Anderson,
+    Broyden,
+    FixedPointIteration,
+    Solution,
+    Solver,
+    Status,
+    make_solver,
+)
+
+__all__ = [
+    "GRADIENTS",
+    "JFB",
+    "NPG",
+    "SOLVERS",
+    "UPG",
+    "Anderson",
+    "BoundMap",
+    "Broyden",
+    "Causal",
+    "Equilibrium",
+    "FixedPointIteration",
+    "Gradient",
+    "Implicit",
+    "Layout",
+    "Rows",
+    "Segments",
+    "Selection",
+    "Solution",
+    "Solver",
+    "Status",
+    "Unrolled",
+    "fixed_point",
+    "make_gradient",
+    "make_solver",
+]

@@ -1,0 +1,51 @@
+"""Exact gradient by the implicit function theorem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from deqzoo.equilibrium.gradients.base import Gradient, Map, Problem, attach_cotangent
+from deqzoo.equilibrium.solvers import Solver, make_solver
+from deqzoo.equilibrium.solvers.anderson import Anderson
+
+
+@dataclass(frozen=True)
+class Implicit(Gradient):
+    """∂L/∂θ = wᵀ ∂F/∂θ with w the solution of w = Jᵀw + g, J = ∂F/∂h at h* (Bai et al. 2019).
+
+    The linear system is itself a fixed-point problem and is solved by any solver to its own
+    tolerance. The value returned is h*.
+
+    Args:
+        solver: solver of the adjoint system, or its name or settings.
+    """
+
+    solver: Solver | Mapping[str, Any] | str = field(
+        default_factory=lambda: Anderson(max_steps=40, tol=1e-4)
+    )
+
+    name: ClassVar[str] = "implicit"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "solver", make_solver(self.solver))
+
+    def to_dict(self) -> dict[str, Any]:
+        assert isinstance(self.solver, Solver)
+        return {"name": self.name, "solver": self.solver.to_dict()}
+
+    def attach(self, problem: Problem, state: Tensor) -> Tensor:
+        solver = make_solver(self.solver)
+
+        def solve(product: Map, cotangent: Tensor) -> Tensor:
+            solution = solver.solve(
+                lambda w: product(w) + cotangent, cotangent, layout=problem.layout.adjoint()
+            )
+            problem.report.residual = solution.rel_residual
+            problem.report.n_evals = solution.n_evals
+            return solution.state
+
+        return attach_cotangent(problem, state, solve)

@@ -1,0 +1,181 @@
+"""The only place where a solver meets a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deqzoo.equilibrium.gradients import Gradient, Unrolled, make_gradient
+from deqzoo.equilibrium.gradients.base import Problem
+from deqzoo.equilibrium.layout import Layout, Rows, Selection
+from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, make_solver
+from deqzoo.equilibrium.solvers.base import StepCallback, _Matrices
+from deqzoo.equilibrium.solvers.fixed_point import FixedPointIteration
+from deqzoo.equilibrium.state import State, leaves, rebuild
+
+SolverSpec = Solver | str | Mapping[str, Any]
+GradientSpec = Gradient | str | Mapping[str, Any]
+
+
+class BoundMap:
+    """A function of (state, *inputs) with its inputs; every input belongs to the batch row-wise."""
+
+    def __init__(self, f: Callable[..., State], inputs: tuple[Any, ...]) -> None:
+        self.f = f
+        self.inputs = inputs
+
+    def __call__(self, state: State) -> State:
+        return self.f(state, *self.inputs)
+
+    def select(self, selection: Selection) -> BoundMap:
+        inputs = tuple(
+            rebuild(item, [selection.state(t) for t in leaves(item)]) for item in self.inputs
+        )
+        return BoundMap(self.f, inputs)
+
+
+def fixed_point(
+    f: Callable[..., State],
+    z0: State,
+    *inputs: Any,
+    solver: SolverSpec = "anderson",
+    gradient: GradientSpec = "implicit",
+    layout: Layout | None = None,
+    compact: bool | None = None,
+    checkpoint: bool = False,
+    trace: bool = False,
+    callback: StepCallback | None = None,
+    sample_steps: Sequence[int] = (),
+) -> Solution:
+    """Find h* = f(h*, *inputs) and give it the chosen backward pass.
+
+    Gradients reach everything f touches: inputs, parameters, and tensors it closes over; with
+    grad mode off only the solve happens. Training and evaluation mode make no difference.
+
+    Args:
+        f: the map; returns a state of the same structure and shapes as its first argument.
+        z0: start, a tensor or a tuple, list or dict of batch-first floating-point tensors.
+        inputs: passed to every call of f.
+        solver: a solver, its name, or a dict with "name" and settings.
+        gradient: likewise.
+        layout: what one independent sample is; `Rows()`, one per batch entry, by default.
+        compact: let converged samples leave the batch, so that a batch costs the sum of its
+            samples' steps. With a plain function this needs every input to be batch-first and f
+            to close over nothing that belongs to the batch. None does it when grad mode is off
+            and f offers `select(selection)`.
+        checkpoint: recompute recorded steps in the backward pass (upg, jfb and unrolled).
+        trace: record residuals of every step in `Solution.trace`.
+        callback: called with (k, matrix, residuals) at every iterate.
+        sample_steps: steps whose states are returned in `Solution.samples`, each with its own
+            backward pass, for the fixed-point correction loss.
+
+    Returns:
+        A `Solution`; its `state` carries the graph.
+
+    Raises:
+        ValueError: unknown names or options, states that do not fit, or a checkpoint request for
+            a gradient that keeps one graph only.
+    """
+    chosen_solver, chosen_gradient = make_solver(solver), make_gradient(gradient)
+    if checkpoint and not chosen_gradient.can_checkpoint:
+        raise ValueError(
+            f"gradient {chosen_gradient.name!r} keeps a single graph of the map and needs no "
+            "gradient checkpointing; switch it off, or use 'upg' or 'unrolled'"
+        )
+    layout = layout or Rows()
+    bound = f if not inputs else BoundMap(f, inputs)
+    if compact is None:
+        compact = not torch.is_grad_enabled() and hasattr(bound, "select") and hasattr(f, "select")
+    if compact and not hasattr(bound, "select"):
+        bound = BoundMap(f, ())
+    wants_graph = torch.is_grad_enabled()
+    if wants_graph and isinstance(chosen_gradient, Unrolled):
+        return _unroll(bound, z0, chosen_solver, chosen_gradient, layout, checkpoint)
+    kept: dict[int, Tensor] = {}
+    if sample_steps:
+        callback = _keeper(kept, sample_steps, callback)
+    start = rebuild(z0, [t.detach() for t in leaves(z0)])
+    solution = chosen_solver.solve(bound, start, layout, compact, trace, callback)
+    if wants_graph and chosen_gradient.needs_solve:
+        problem = _problem(bound, layout, checkpoint)
+        solution.backward = problem.report
+        matrix = layout.to_matrix(solution.state)
+        solution.state = layout.to_state(chosen_gradient.attach(problem, matrix))
+        kept = {k: chosen_gradient.attach(problem, z) for k, z in kept.items()}
+    if sample_steps:
+        solution.samples = [layout.to_state(z) for _, z in sorted(kept.items())]
+    return solution
+
+
+def _problem(bound: Callable[[State], State], layout: Layout, checkpoint: bool) -> Problem:
+    on_matrices = products = _Matrices(bound, layout)
+    if hasattr(bound, "detached"):
+        products = _Matrices(bound.detached(), layout)
+    return Problem(on_matrices, products, layout, checkpoint, BackwardReport())
+
+
+def _unroll(
+    bound: Callable[[State], State],
+    z0: State,
+    solver: Solver,
+    gradient: Unrolled,
+    layout: Layout,
+    checkpoint: bool,
+) -> Solution:
+    """Run the recorded iteration, then measure its result with one more evaluation of F."""
+    gradient = replace(gradient, steps=gradient.steps or solver.max_steps)
+    matrix = layout.to_matrix(z0)
+    result = layout.to_state(gradient.attach(_problem(bound, layout, checkpoint), matrix))
+    start = rebuild(result, [t.detach() for t in leaves(result)])
+    probe = FixedPointIteration(max_steps=1, tol=solver.tol, stop_mode=solver.stop_mode)
+    solution = probe.solve(bound, start, layout)
+    solution.state = result
+    solution.n_steps = torch.full_like(solution.n_steps, gradient.steps)
+    solution.n_evals = gradient.steps + 1
+    solution.row_evals = solution.n_evals * matrix.shape[0]
+    return solution
+
+
+def _keeper(
+    kept: dict[int, Tensor], steps: Sequence[int], callback: StepCallback | None
+) -> StepCallback:
+    def keep(k: int, matrix: Tensor, residual: Tensor) -> None:
+        if k in steps:
+            kept[k] = matrix
+        if callback is not None:
+            callback(k, matrix, residual)
+
+    return keep
+
+
+class Equilibrium(nn.Module):
+    """A layer whose output is the fixed point of a module: z ↦ f(z, *inputs).
+
+    Args:
+        f: the map, called as f(state, *inputs).
+        solver: solver, name or settings; see `fixed_point`.
+        gradient: gradient, name or settings.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., State],
+        solver: SolverSpec = "anderson",
+        gradient: GradientSpec = "implicit",
+    ) -> None:
+        super().__init__()
+        self.f = f
+        self.solver = make_solver(solver)
+        self.gradient = make_gradient(gradient)
+
+    def forward(self, z0: State, *inputs: Any, **options: Any) -> Solution:
+        """Solve from z0; `options` are those of `fixed_point` and override the layer's own."""
+        options = {"solver": self.solver, "gradient": self.gradient, **options}
+        return fixed_point(self.f, z0, *inputs, **options)
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver}, gradient={self.gradient}"

@@ -1,0 +1,33 @@
+"""Settings by name: one way from JSON to the dataclasses of solvers and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+
+def build(kind: str, registry: Mapping[str, type], spec: str | Mapping[str, Any]) -> Any:
+    """Build the registered class that a name, or a dict with "name" and settings, describes.
+
+    Raises:
+        ValueError: unknown name or option; the message lists the valid ones.
+        TypeError: `spec` is neither a name nor a dict.
+    """
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        raise TypeError(f"a {kind} is a name or a dict, not {type(spec).__name__}")
+    settings = dict(spec)
+    name = settings.pop("name", None)
+    if name not in registry:
+        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(registry)}")
+    cls = registry[name]
+    valid = [field.name for field in fields(cls)]
+    unknown = [key for key in settings if key not in valid]
+    if unknown:
+        raise ValueError(
+            f"{kind} {name!r} has no option {', '.join(map(repr, unknown))}; "
+            f"its options are {', '.join(valid) or 'none'}"
+        )
+    return cls(**settings)

@@ -1,0 +1,134 @@
+"""Anderson acceleration, type II."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deqzoo.equilibrium.layout import Layout, Selection
+from deqzoo.equilibrium.solvers.base import Solver, StepRule, _is_int, _require
+from deqzoo.equilibrium.solvers.fixed_point import damped_step
+
+
+@dataclass(frozen=True)
+class Anderson(Solver):
+    """Mix the last `window` evaluations so that the mixed residual is smallest.
+
+    With residuals r_j = F(h_j) − h_j the weights minimise ‖Σ α_j r_j‖² under Σ α_j = 1, and
+    h ← Σ α_j (h_j + β r_j) (Anderson 1965; Walker & Ni 2011). The normal equations get a ridge
+    relative to the mean diagonal of the Gram matrix: an absolute one would turn the mix into a
+    plain average as soon as the residual is small, and be slower than no acceleration at all.
+
+    Args:
+        window: number of evaluations that are mixed; 1 is the damped fixed-point iteration.
+        ridge: Tikhonov term relative to the mean squared residual norm in the window; None takes
+            1e-8 in float32 and 1e-14 in float64.
+    """
+
+    window: int = 6
+    ridge: float | None = None
+
+    name: ClassVar[str] = "anderson"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(_is_int(self.window) and self.window >= 1, self, "window", "an int ≥ 1")
+        ok = self.ridge is None or (isinstance(self.ridge, (int, float)) and self.ridge >= 0)
+        _require(ok, self, "ridge", "None or a number ≥ 0")
+
+    def start(self, matrix: Tensor, layout: Layout) -> StepRule:
+        return _Mixing(self, matrix, layout)
+
+
+class _Mixing(StepRule):
+    """Window of the last evaluations, in ring order, and their inner products row by row."""
+
+    def __init__(self, solver: Anderson, matrix: Tensor, layout: Layout) -> None:
+        self.damping = solver.damping
+        self.window = min(solver.window, solver.max_steps)
+        self.layout = layout
+        self.work_dtype = torch.promote_types(matrix.dtype, torch.float32)
+        double = self.work_dtype == torch.float64
+        self.ridge = (1e-14 if double else 1e-8) if solver.ridge is None else solver.ridge
+        self.step = 0
+        n_rows, size = matrix.shape
+        self.maps = matrix.new_empty(n_rows, self.window, size)
+        self.residuals = matrix.new_empty(n_rows, self.window, size, dtype=self.work_dtype)
+        self.gram = matrix.new_zeros(n_rows, self.window, self.window, dtype=self.work_dtype)
+        self.valid: Tensor | None = None  # (C, window) bool, only after a restart
+
+    def propose(
+        self, z: Tensor, fz: Tensor, residual: Tensor, active: Tensor, stalled: Tensor | None
+    ) -> Tensor:
+        if self.window == 1:
+            return damped_step(z, fz, self.damping)
+        slot = self.step % self.window
+        self.step += 1
+        filled = min(self.step, self.window)
+        residual = residual.to(self.work_dtype)
+        self.maps[:, slot] = fz
+        self.residuals[:, slot] = residual
+        if self.valid is not None:
+            self.valid[:, slot] = True
+        products = torch.bmm(self.residuals[:, :filled], residual.unsqueeze(2)).squeeze(2)
+        self.gram[:, slot, :filled] = products
+        self.gram[:, :filled, slot] = products
+        if filled == 1:
+            return damped_step(z, fz, self.damping)
+        weights = self.layout.spread(self.weights(slot, filled, active, stalled))
+        weights = weights.unsqueeze(1)  # (R, 1, n)
+        mixed = torch.bmm(weights.to(z.dtype), self.maps[:, :filled]).squeeze(1)
+        if self.damping != 1:
+            mixed_residual = torch.bmm(weights, self.residuals[:, :filled]).squeeze(1)
+            mixed = mixed - ((1 - self.damping) * mixed_residual).to(z.dtype)
+        return mixed
+
+    def weights(self, slot: int, filled: int, active: Tensor, stalled: Tensor | None) -> Tensor:
+        """Solve for the mixing weights (C, n) of every cell."""
+        gram = self.layout.gram(self.gram[:, :filled, :filled], active)
+        ones = gram.new_ones(gram.shape[0], filled)
+        if self.valid is not None:
+            # A slot that a cell has forgotten is cut out of its system and gets weight zero.
+            valid = self.valid[:, :filled]
+            ones = valid.to(gram.dtype)
+            gram = gram * (valid.unsqueeze(1) & valid.unsqueeze(2))
+            gram.diagonal(dim1=1, dim2=2).add_((~valid).to(gram.dtype) * _mean_diagonal(gram))
+        scale = _mean_diagonal(gram)
+        system = gram / scale.unsqueeze(2).clamp_min(torch.finfo(gram.dtype).tiny)
+        system.diagonal(dim1=1, dim2=2).add_(self.ridge)
+        solution = torch.linalg.solve_ex(system, ones).result
+        weights = solution / solution.sum(1, keepdim=True)
+        plain = ~torch.isfinite(weights).all(1)
+        if stalled is not None:
+            plain = plain | stalled
+        latest = torch.zeros_like(weights)
+        latest[:, slot] = 1
+        return torch.where(plain.unsqueeze(1), latest, weights)
+
+    def restart(self, cells: Tensor) -> None:
+        if self.window == 1:
+            return
+        rows = self.layout.spread(cells)
+        # Zeros, since a weight of zero would not silence a history that is not finite.
+        for history in (self.maps, self.residuals, self.gram):
+            history.masked_fill_(rows.reshape(-1, 1, 1), 0)
+        if self.valid is None:
+            self.valid = cells.new_ones(cells.shape[0], self.window)
+        self.valid.masked_fill_(cells.unsqueeze(1), False)
+
+    def select(self, layout: Layout, selection: Selection) -> None:
+        self.layout = layout
+        rows = selection.rows
+        self.maps, self.residuals, self.gram = (
+            t.index_select(0, rows) for t in (self.maps, self.residuals, self.gram)
+        )
+        if self.valid is not None:
+            self.valid = self.valid[selection.cell_index]
+
+
+def _mean_diagonal(gram: Tensor) -> Tensor:
+    """Mean of the diagonals of (C, n, n), shape (C, 1)."""
+    return gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)

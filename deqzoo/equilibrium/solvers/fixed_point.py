@@ -1,0 +1,43 @@
+"""Damped fixed-point (Picard) iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deqzoo.equilibrium.layout import Layout, Selection
+from deqzoo.equilibrium.solvers.base import Solver, StepRule
+
+
+@dataclass(frozen=True)
+class FixedPointIteration(Solver):
+    """h ← h + β (F(h) − h). The stopping residual is that of F, whatever the damping β."""
+
+    name: ClassVar[str] = "fixed_point"
+
+    def start(self, matrix: Tensor, layout: Layout) -> StepRule:
+        return _Damped(self.damping)
+
+
+class _Damped(StepRule):
+    def __init__(self, damping: float) -> None:
+        self.damping = damping
+
+    def propose(
+        self, z: Tensor, fz: Tensor, residual: Tensor, active: Tensor, stalled: Tensor | None
+    ) -> Tensor:
+        return damped_step(z, fz, self.damping)
+
+    def restart(self, cells: Tensor) -> None:
+        pass
+
+    def select(self, layout: Layout, selection: Selection) -> None:
+        pass
+
+
+def damped_step(z: Tensor, fz: Tensor, damping: float) -> Tensor:
+    """Return z + damping · (fz − z); `fz` itself when there is no damping."""
+    return fz if damping == 1 else torch.lerp(z, fz, damping)
