@@ -1,0 +1,270 @@
+"""The modules of an MDEQ: they hold the weights; the map itself is in `map_mdeq`.
+
+Order of operations and which norms have a scale and shift follow the reference implementation
+(locuslab/deq), so that its weights give the same logits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_mdeq import MDEQConfig
+from .map_mdeq import BlockTensors, ConvNormTensors, MapTensors
+
+
+class WeightNormConv2d(nn.Module):
+    """Holder of a bias-free convolution's weight as direction and magnitude per output channel.
+
+    weight[o] = direction[o] * magnitude[o] / ||direction[o]|| (Salimans and Kingma 2016). The names
+    avoid weight_g and weight_v, which loaders of transformers rename.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(
+            torch.empty(out_channels, in_channels, kernel_size, kernel_size)
+        )
+        self.magnitude = nn.Parameter(torch.empty(out_channels, 1, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default for convolutions, and the magnitude that leaves it unchanged."""
+        bound = 1 / math.sqrt(self.direction[0].numel())
+        with torch.no_grad():
+            self.direction.uniform_(-bound, bound)
+            self.magnitude.copy_(row_norms(self.direction))
+
+    def effective_weight(self) -> Tensor:
+        """The weight (out, in, k, k); its norms are taken in float32 or better."""
+        direction = self.direction
+        if direction.dtype in (torch.float16, torch.bfloat16):
+            direction = direction.float()
+        weight = direction * (self.magnitude.to(direction.dtype) / row_norms(direction))
+        return weight.to(self.direction.dtype)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Euclidean norm over all axes but the first: (out, ...) -> (out, 1, 1, 1)."""
+    return torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+
+
+def make_conv(in_channels: int, out_channels: int, kernel_size: int, weight_norm: bool) -> nn.Module:
+    """A bias-free convolution's weight holder."""
+    if weight_norm:
+        return WeightNormConv2d(in_channels, out_channels, kernel_size)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, bias=False)
+
+
+def effective_weight(conv: nn.Module) -> Tensor:
+    """A convolution's weight, in the dtype in which autocast would compute.
+
+    Cast here because autocast's own cache knows parameters only: a derived tensor would be cast again
+    by every evaluation of the map.
+    """
+    weight = conv.effective_weight() if isinstance(conv, WeightNormConv2d) else conv.weight
+    device = weight.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        weight = weight.to(torch.get_autocast_dtype(device))
+    return weight
+
+
+class MDEQConvNorm(nn.Module):
+    """A convolution and its group norm, one stage of the map."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, groups: int, affine: bool,
+        weight_norm: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.conv = make_conv(in_channels, out_channels, kernel_size, weight_norm)
+        self.norm = nn.GroupNorm(groups, out_channels, affine=affine)
+
+    def tensors(self) -> ConvNormTensors:
+        """What `map_mdeq` computes with."""
+        return ConvNormTensors(effective_weight(self.conv), self.norm.weight, self.norm.bias)
+
+
+class MDEQBlock(nn.Module):
+    """Residual block of one branch."""
+
+    def __init__(self, config: MDEQConfig, branch: int) -> None:
+        super().__init__()
+        width, inner = config.channels[branch], config.inner_channels[branch]
+        big = config.big_kernels[branch]
+        groups, affine = config.num_groups, config.affine_block
+        normed = config.weight_norm != "none"
+        self.conv1 = make_conv(width, inner, 5 if big >= 1 else 3, normed)
+        self.norm1 = nn.GroupNorm(groups, inner, affine=affine)
+        self.conv2 = make_conv(inner, width, 5 if big >= 2 else 3, normed)
+        self.norm2 = nn.GroupNorm(groups, width, affine=affine)
+        self.norm3 = nn.GroupNorm(groups, width, affine=affine)
+
+    def tensors(self) -> BlockTensors:
+        """What `map_mdeq` computes with."""
+        return BlockTensors(
+            ConvNormTensors(effective_weight(self.conv1), self.norm1.weight, self.norm1.bias),
+            ConvNormTensors(effective_weight(self.conv2), self.norm2.weight, self.norm2.bias),
+            self.norm3.weight,
+            self.norm3.bias,
+        )
+
+
+class MDEQFusion(nn.Module):
+    """Stages from one branch to another: strided 3x3 down, or a single 1x1 before upsampling."""
+
+    def __init__(self, config: MDEQConfig, source: int, target: int) -> None:
+        super().__init__()
+        c_in, c_out = config.channels[source], config.channels[target]
+        groups, affine = config.num_groups, config.affine_fuse
+        normed = config.weight_norm == "all"
+        kernel = 3 if source < target else 1
+        widths = [c_in] * max(target - source - 1, 0) + [c_out]
+        self.stages = nn.ModuleList(
+            MDEQConvNorm(c_in, width, kernel, groups, affine, normed) for width in widths
+        )
+
+    def tensors(self) -> tuple[ConvNormTensors, ...]:
+        """What `map_mdeq` computes with."""
+        return tuple(stage.tensors() for stage in self.stages)
+
+
+class MDEQTransformation(nn.Module):
+    """All weights of the equilibrium map."""
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__()
+        indices = range(len(config.channels))
+        self.branches = nn.ModuleList(
+            nn.ModuleList(MDEQBlock(config, i) for _ in range(config.blocks_per_branch[i]))
+            for i in indices
+        )
+        self.fuse = nn.ModuleList(
+            nn.ModuleDict({str(j): MDEQFusion(config, j, i) for j in indices if j != i})
+            for i in indices
+        )
+        self.post = nn.ModuleList(
+            MDEQConvNorm(
+                width, width, 1, config.num_groups // 2, config.affine_post,
+                config.weight_norm in ("block_post", "all"),
+            )
+            for width in config.channels
+        )  # fmt: skip
+
+    def tensors(self) -> MapTensors:
+        """Effective weights of the map, tracked by autograd; computed once per forward."""
+        indices = range(len(self.branches))
+        return MapTensors(
+            branches=tuple(tuple(b.tensors() for b in blocks) for blocks in self.branches),
+            fuse=tuple(
+                tuple(() if i == j else self.fuse[i][str(j)].tensors() for j in indices)
+                for i in indices
+            ),
+            post=tuple(stage.tensors() for stage in self.post),
+        )
+
+
+class MDEQStem(nn.Module):
+    """3x3 convolutions, each with batch norm and ReLU; the first `stem_downsamples` have stride 2."""
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__()
+        width, downsamples = config.channels[0], config.stem_downsamples
+        count = max(2, downsamples)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(
+                config.num_channels if i == 0 else width, width, 3,
+                stride=2 if i < downsamples else 1, padding=1, bias=False,
+            )
+            for i in range(count)
+        )  # fmt: skip
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(count))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C_0, H / 2^d, W / 2^d)."""
+        for conv, norm in zip(self.convolutions, self.norms, strict=True):
+            pixel_values = F.relu(norm(conv(pixel_values)))
+        return pixel_values
+
+
+class MDEQInjection(nn.Module):
+    """1x1 convolution, batch norm and ReLU between stem and map."""
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__()
+        width = config.channels[0]
+        self.conv = nn.Conv2d(width, width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_0, H_0, W_0) -> the same shape."""
+        return F.relu(self.norm(self.conv(x)))
+
+
+class MDEQBottleneck(nn.Module):
+    """Bottleneck of the head: inner norms without scale and shift, a projected shortcut if needed."""
+
+    def __init__(self, in_channels: int, inner: int) -> None:
+        super().__init__()
+        out = 4 * inner
+        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(inner, affine=False)
+        self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(inner, affine=False)
+        self.conv3 = nn.Conv2d(inner, out, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(out, affine=False)
+        self.shortcut = None
+        if in_channels != out:
+            self.shortcut = MDEQHeadConv(in_channels, out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_i, H, W) -> (B, 4 h_i, H, W)."""
+        p = F.relu(self.norm1(self.conv1(x)))
+        p = F.relu(self.norm2(self.conv2(p)))
+        p = self.norm3(self.conv3(p))
+        return F.relu(p + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class MDEQHeadConv(nn.Module):
+    """A convolution and its batch norm in the head."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias
+        )
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H / stride, W / stride), not rectified."""
+        return self.norm(self.conv(x))
+
+
+class MDEQHead(nn.Module):
+    """Joins the branches from fine to coarse and pools: states -> (B, final_channels)."""
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__()
+        widths = config.head_channels
+        self.bottlenecks = nn.ModuleList(
+            MDEQBottleneck(c, h) for c, h in zip(config.channels, widths, strict=True)
+        )
+        self.downsamples = nn.ModuleList(
+            MDEQHeadConv(4 * fine, 4 * coarse, 3, stride=2)
+            for fine, coarse in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.final = MDEQHeadConv(4 * widths[-1], config.final_channels, 1)
+
+    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Equilibrium states (B, C_i, H_i, W_i), finest first -> pooled features (B, final_channels)."""
+        x = self.bottlenecks[0](features[0])
+        for bottleneck, downsample, z in zip(
+            self.bottlenecks[1:], self.downsamples, features[1:], strict=True
+        ):
+            x = bottleneck(z) + F.relu(downsample(x))
+        return F.relu(self.final(x)).mean(dim=(2, 3))

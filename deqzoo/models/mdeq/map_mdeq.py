@@ -1,0 +1,193 @@
+"""The equilibrium map of a multiscale deep equilibrium model, as a pure function of tensors.
+
+Bai, Koltun and Kolter: Multiscale Deep Equilibrium Models, NeurIPS 2020. The map takes the states of
+all resolutions to their next values: a residual block per resolution, a fusion that sums every
+resolution into every other, and a convolution after it. Everything that stays constant during one
+solve (normalised weights, injections, dropout masks) is an argument, so that it is computed once per
+forward and so that the function can be compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+Masks = tuple[tuple[Tensor, ...], ...]
+Nested = TypeVar("Nested")
+
+NORM_EPS = 1e-5
+
+
+class ConvNormTensors(NamedTuple):
+    """A convolution's weight (out, in, k, k) and the scale and shift (out,) of the norm after it."""
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+class BlockTensors(NamedTuple):
+    """Effective tensors of one residual block; scale3 and shift3 belong to the norm that ends it."""
+
+    first: ConvNormTensors
+    second: ConvNormTensors
+    scale3: Tensor | None
+    shift3: Tensor | None
+
+
+class MapTensors(NamedTuple):
+    """Effective tensors of the map.
+
+    branches[i][b] is block b of resolution i; fuse[i][j] the stages from resolution j to i, empty for
+    i == j; post[i] the convolution after the fusion.
+    """
+
+    branches: tuple[tuple[BlockTensors, ...], ...]
+    fuse: tuple[tuple[tuple[ConvNormTensors, ...], ...], ...]
+    post: tuple[ConvNormTensors, ...]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
+    """Apply a function to every tensor of nested tuples; None stays None."""
+    if nested is None:
+        return None
+    if isinstance(nested, Tensor):
+        return function(nested)
+    values = [map_tensors(function, value) for value in nested]
+    return type(nested)(*values) if hasattr(nested, "_fields") else tuple(values)
+
+
+def _conv_norm(x: Tensor, tensors: ConvNormTensors, groups: int, stride: int = 1) -> Tensor:
+    """GroupNorm(conv(x)); 'same' padding of an odd kernel."""
+    x = F.conv2d(x, tensors.weight, stride=stride, padding=tensors.weight.shape[-1] // 2)
+    return F.group_norm(x, groups, tensors.scale, tensors.shift, NORM_EPS)
+
+
+def _block(
+    x: Tensor, injection: Tensor | None, mask: Tensor | None, tensors: BlockTensors, groups: int
+) -> Tensor:
+    """Residual block; the injection enters before the second norm, the rectifier before the third."""
+    a = F.relu(_conv_norm(x, tensors.first, groups))
+    second = tensors.second
+    b = F.conv2d(a, second.weight, padding=second.weight.shape[-1] // 2)
+    if mask is not None:
+        b = b * mask
+    if injection is not None:
+        b = b + injection
+    c = F.group_norm(b, groups, second.scale, second.shift, NORM_EPS) + x
+    return F.group_norm(F.relu(c), groups, tensors.scale3, tensors.shift3, NORM_EPS)
+
+
+def _resample(
+    x: Tensor, stages: tuple[ConvNormTensors, ...], source: int, target: int, groups: int
+) -> Tensor:
+    """Bring the output of one resolution to the size and the channels of another one."""
+    if source == target:
+        return x
+    if source > target:  # the norm is taken at the low resolution
+        x = _conv_norm(x, stages[0], groups)
+        return F.interpolate(x, scale_factor=2 ** (source - target), mode="nearest")
+    for k, stage in enumerate(stages):
+        x = _conv_norm(x, stage, groups, stride=2)
+        if k < len(stages) - 1:
+            x = F.relu(x)
+    return x
+
+
+def mdeq_step(
+    state: State,
+    injections: tuple[Tensor | None, ...],
+    masks: Masks | None,
+    tensors: MapTensors,
+    num_groups: int,
+) -> State:
+    """One application of the equilibrium map.
+
+    Args:
+        state: one tensor per resolution, finest first, (B, C_i, H_i, W_i), H_i = H_0 / 2^i.
+        injections: per resolution a tensor of the state's shape, or None for zero.
+        masks: per resolution and block a dropout mask (B, C_i, 1, 1), or None for no dropout.
+        tensors: the effective weights.
+        num_groups: groups of every norm but the last ones, which have half as many.
+
+    Returns:
+        The next state, same shapes and dtypes.
+    """
+    outputs = []
+    for i, blocks in enumerate(tensors.branches):
+        h = state[i]
+        for b, block in enumerate(blocks):
+            mask = None if masks is None else masks[i][b]
+            h = _block(h, injections[i] if b == 0 else None, mask, block, num_groups)
+        outputs.append(h)
+    result = []
+    for i, post in enumerate(tensors.post):
+        parts = [
+            _resample(h, tensors.fuse[i][j], j, i, num_groups) for j, h in enumerate(outputs)
+        ]
+        y = parts[0]
+        for part in parts[1:]:
+            y = y + part
+        y = _conv_norm(F.relu(y), post, num_groups // 2)
+        result.append(y.to(state[i].dtype))  # under autocast a convolution answers in low precision
+    return tuple(result)
+
+
+@lru_cache(maxsize=1)
+def compiled_step() -> Callable[..., State]:
+    """`mdeq_step` under torch.compile: one graph per batch shape and per set of tracked tensors.
+
+    Recomputed graphs are used by several backward passes, which donated buffers forbid, and a
+    training run meets more variants (shape, gradient mode, train and eval) than torch's default limit,
+    beyond which it would silently run eagerly.
+    """
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(mdeq_step, dynamic=False, fullgraph=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class MDEQMap:
+    """The map z -> F(z) of one batch: effective weights, injections and masks, fixed for a solve."""
+
+    tensors: MapTensors
+    injections: tuple[Tensor | None, ...]
+    masks: Masks | None
+    num_groups: int
+    compiled: bool = False
+
+    def __call__(self, state: State) -> State:
+        """Apply the map once to a tuple of (B, C_i, H_i, W_i)."""
+        step = compiled_step() if self.compiled else mdeq_step
+        return step(tuple(state), self.injections, self.masks, self.tensors, self.num_groups)
+
+    def select(self, selection) -> MDEQMap:
+        """The same map for some of the batch's rows; `selection.state` picks rows of a tensor."""
+        return dataclasses.replace(
+            self,
+            injections=map_tensors(selection.state, self.injections),
+            masks=map_tensors(selection.state, self.masks),
+        )
+
+    def detached(self) -> MDEQMap:
+        """The same map with nothing tracked but its argument."""
+        return dataclasses.replace(
+            self,
+            tensors=map_tensors(Tensor.detach, self.tensors),
+            injections=map_tensors(Tensor.detach, self.injections),
+            masks=map_tensors(Tensor.detach, self.masks),
+        )
+
+    def eager(self) -> MDEQMap:
+        """The same map without compilation, as a second derivative needs it."""
+        return dataclasses.replace(self, compiled=False)

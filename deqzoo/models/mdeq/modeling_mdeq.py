@@ -1,0 +1,350 @@
+"""Multiscale deep equilibrium models for images (Bai, Koltun and Kolter, NeurIPS 2020)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+from deqzoo.equilibrium import jacobian_penalty, spectral_radius
+from deqzoo.errors import UserError
+from deqzoo.models.base import DEQPreTrainedModel
+
+from .configuration_mdeq import MDEQConfig
+from .layers_mdeq import (
+    MDEQHead,
+    MDEQInjection,
+    MDEQStem,
+    MDEQTransformation,
+    WeightNormConv2d,
+    row_norms,
+)
+from .map_mdeq import Masks, MDEQMap, State
+
+Settings = dict | str | None
+
+
+@dataclass
+class MDEQModelOutput(ModelOutput):
+    """Features of all resolutions and the solver's report.
+
+    Args:
+        features: per branch the equilibrium state (B, C_i, H_i, W_i), finest first.
+        n_steps: updates of the state, int64 (B,).
+        residual: residual of the returned state in the solver's stop mode, (B,).
+        converged: whether it is below the tolerance, bool (B,).
+        state: the features detached, only with `output_state=True`.
+        equilibrium_map: the `MDEQMap` that was solved, only with `output_state=True`.
+    """
+
+    features: tuple[Tensor, ...] | None = None
+    n_steps: Tensor | None = None
+    residual: Tensor | None = None
+    converged: Tensor | None = None
+    state: tuple[Tensor, ...] | None = None
+    equilibrium_map: MDEQMap | None = None
+
+
+@dataclass
+class MDEQImageClassifierOutput(ModelOutput):
+    """Logits (B, num_labels), the loss when labels were given, and the report of `MDEQModelOutput`.
+
+    `hidden_states` holds the features, with `output_hidden_states=True` only.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    n_steps: Tensor | None = None
+    residual: Tensor | None = None
+    converged: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    state: tuple[Tensor, ...] | None = None
+    equilibrium_map: MDEQMap | None = None
+
+
+class MDEQPreTrainedModel(DEQPreTrainedModel):
+    """Loading, initialisation and diagnostics shared by the MDEQ classes."""
+
+    config: MDEQConfig
+    base_model_prefix = "mdeq"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The reference's initialisation; see `MDEQConfig.initializer_range`.
+
+        The reference draws N(0, 0.01^2) for all convolutions, but its weight normalisation discards
+        that for the weight-normalised ones, which keep PyTorch's default.
+        """
+        std = self.config.initializer_range
+        if isinstance(module, WeightNormConv2d):
+            bound = 1 / math.sqrt(module.direction[0].numel())
+            init.uniform_(module.direction, -bound, bound)
+            init.copy_(module.magnitude, row_norms(module.direction))
+        elif isinstance(module, nn.Conv2d) and std is not None:
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.normal_(module.bias, std=std)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            if module.weight is not None:
+                init.ones_(module.weight)
+                init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm2d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+
+    def compile_map(self, enabled: bool = True) -> None:
+        """Run the equilibrium map under torch.compile, or no longer.
+
+        Compilation happens at the first forward of each batch shape; `torch.compile(model)` is not
+        needed for it.
+        """
+        self.base_model.map_compiled = enabled
+
+    def equilibrium_map(
+        self, pixel_values: Tensor, dropout_masks: Masks | None = None
+    ) -> tuple[MDEQMap, State]:
+        """The map of a batch and the state from which its solve starts.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised.
+            dropout_masks: per branch and block (B, C_i, 1, 1) instead of random ones.
+        """
+        return self.base_model.build_map(pixel_values, dropout_masks)
+
+    def jacobian_loss(
+        self,
+        f: MDEQMap,
+        state: State,
+        n_probes: int = 1,
+        probes: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Estimate of ||dF/dz||_F^2 / d at a state, the mean over the batch, to be added to the loss.
+
+        The map runs eagerly, since the penalty's gradient is a second derivative.
+
+        Args:
+            f, state: `equilibrium_map` and `state` of an output made with `output_state=True`.
+            n_probes: random vectors per sample.
+            probes: those vectors, (n_probes, B, D), instead of random ones.
+            generator: source of the random vectors.
+        """
+        state = tuple(z.detach() for z in state)
+        return jacobian_penalty(
+            f.eager(), state, n_probes=n_probes, probes=probes, generator=generator
+        )
+
+    def spectral_radius(self, f: MDEQMap, state: State, **settings) -> Tensor:
+        """Per sample (B,) the spectral radius of dF/dz; settings as in `deqzoo.equilibrium`."""
+        return spectral_radius(f.detached(), tuple(z.detach() for z in state), **settings)
+
+
+class MDEQModel(MDEQPreTrainedModel):
+    """The equilibrium states of a picture at several resolutions, without a head."""
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__(config)
+        self.stem = MDEQStem(config)
+        self.injection = MDEQInjection(config) if config.injection_transform else None
+        self.transformation = MDEQTransformation(config)
+        self.map_compiled = False
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def inject(self, pixel_values: Tensor) -> Tensor:
+        """The finest branch's injection (B, C_0, H_0, W_0); the other branches have none."""
+        x = self.stem(pixel_values)
+        return x if self.injection is None else self.injection(x)
+
+    def build_map(
+        self, pixel_values: Tensor, dropout_masks: Masks | None = None
+    ) -> tuple[MDEQMap, State]:
+        """The map of a batch with its weights normalised and masks drawn once, and the zero state."""
+        pixel_values = self._check_pixels(pixel_values)
+        injection = self.inject(pixel_values)
+        batch, _, height, width = injection.shape
+        state = tuple(
+            injection.new_zeros(batch, channels, height >> i, width >> i, dtype=pixel_values.dtype)
+            for i, channels in enumerate(self.config.channels)
+        )
+        if self.stem.convolutions[1].weight.is_contiguous(memory_format=torch.channels_last):
+            state = tuple(z.contiguous(memory_format=torch.channels_last) for z in state)
+        if dropout_masks is None and self.training and self.config.dropout > 0:
+            dropout_masks = self._draw_masks(injection)
+        f = MDEQMap(
+            tensors=self.transformation.tensors(),
+            injections=(injection,) + (None,) * (len(state) - 1),
+            masks=dropout_masks,
+            num_groups=self.config.num_groups,
+            compiled=self.map_compiled,
+        )
+        return f, state
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        solver: Settings = None,
+        gradient: Settings = None,
+        shallow: bool = False,
+        dropout_masks: Masks | None = None,
+        output_state: bool = False,
+    ) -> MDEQModelOutput:
+        """Solve for the equilibrium of every picture.
+
+        Args:
+            pixel_values: (B, 3, H, W), floating, normalised; H and W multiples of
+                `config.size_divisor`.
+            solver: settings for this call, over those of the config.
+            gradient: likewise.
+            shallow: apply the map `config.unroll_layers` times instead, with ordinary
+                back-propagation. The reported residual is that of the state before the last
+                application.
+            dropout_masks: per branch and block (B, C_i, 1, 1) instead of random ones.
+            output_state: also return the map and the state, for `jacobian_loss`.
+
+        Raises:
+            UserError: pictures of a wrong shape or dtype.
+        """
+        f, z0 = self.build_map(pixel_values, dropout_masks)
+        if shallow:
+            output = self._unroll(f, z0)
+        else:
+            solution = self.solve(f, z0, solver=solver, gradient=gradient)
+            output = MDEQModelOutput(
+                features=tuple(solution.state),
+                n_steps=solution.n_steps,
+                residual=solution.residual,
+                converged=solution.converged,
+            )
+        if output_state:
+            output.state = tuple(z.detach() for z in output.features)
+            output.equilibrium_map = f
+        return output
+
+    def _unroll(self, f: MDEQMap, state: State) -> MDEQModelOutput:
+        layers = self.config.unroll_layers
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        previous = state
+        for _ in range(layers):
+            previous = state
+            state = checkpoint(f, state, use_reentrant=False) if recompute else f(state)
+        with torch.no_grad():
+            change = _squared_norms(tuple(a - b for a, b in zip(state, previous, strict=True)))
+            residual = (change / _squared_norms(state).clamp_min(1e-30)).sqrt()
+        return MDEQModelOutput(
+            features=state,
+            n_steps=torch.full_like(residual, layers, dtype=torch.int64),
+            residual=residual,
+            converged=residual <= self.config.solver.get("tol", 1e-3),
+        )
+
+    def _draw_masks(self, like: Tensor) -> Masks:
+        """Per branch and block a mask (B, C_i, 1, 1) with entries 0 or 1 / (1 - dropout)."""
+        keep = 1 - self.config.dropout
+        return tuple(
+            tuple(
+                like.new_empty(like.shape[0], channels, 1, 1).bernoulli_(keep).div_(keep)
+                for _ in range(blocks)
+            )
+            for channels, blocks in zip(
+                self.config.channels, self.config.blocks_per_branch, strict=True
+            )
+        )
+
+    def _check_pixels(self, pixel_values: Tensor) -> Tensor:
+        """Pictures in the model's dtype, or a `UserError`."""
+        channels, divisor = self.config.num_channels, self.config.size_divisor
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise UserError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected "
+                f"(batch, {channels}, height, width), as the image processor makes it"
+            )
+        if not pixel_values.is_floating_point():
+            raise UserError(
+                f"pixel_values has dtype {pixel_values.dtype}; expected normalised floating point "
+                "values, as the image processor makes them"
+            )
+        height, width = pixel_values.shape[-2:]
+        if height < divisor or width < divisor or height % divisor or width % divisor:
+            raise UserError(
+                f"pixel_values is {height}x{width}; this model halves pictures "
+                f"{divisor.bit_length() - 1} times, so height and width must be multiples of {divisor}"
+            )
+        return pixel_values.to(self.stem.convolutions[0].weight.dtype)
+
+
+class MDEQForImageClassification(MDEQPreTrainedModel):
+    """An MDEQ with the multiscale head and a linear classifier."""
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.mdeq = MDEQModel(config)
+        self.head = MDEQHead(config)
+        self.classifier = nn.Linear(config.final_channels, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        solver: Settings = None,
+        gradient: Settings = None,
+        shallow: bool = False,
+        dropout_masks: Masks | None = None,
+        output_hidden_states: bool = False,
+        output_state: bool = False,
+    ) -> MDEQImageClassifierOutput:
+        """Classify pictures; arguments as in `MDEQModel.forward`.
+
+        Args:
+            labels: class indices (B,); the loss is their mean cross-entropy.
+            output_hidden_states: also return the features of all resolutions.
+        """
+        base = self.mdeq(
+            pixel_values,
+            solver=solver,
+            gradient=gradient,
+            shallow=shallow,
+            dropout_masks=dropout_masks,
+            output_state=output_state,
+            return_dict=True,
+        )
+        logits = self.classifier(self.head(base.features))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config)
+        return MDEQImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            n_steps=base.n_steps,
+            residual=base.residual,
+            converged=base.converged,
+            hidden_states=base.features if output_hidden_states else None,
+            state=base.state,
+            equilibrium_map=base.equilibrium_map,
+        )
+
+
+def _squared_norms(state: State) -> Tensor:
+    """Squared norm over all branches, per sample, in float32 or better: (B,)."""
+    return sum(z.flatten(1).to(torch.promote_types(z.dtype, torch.float32)).square().sum(1) for z in state)
+
+
+__all__ = ["MDEQForImageClassification", "MDEQModel", "MDEQPreTrainedModel"]
