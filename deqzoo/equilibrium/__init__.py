@@ -12,6 +12,7 @@ independent sample is; the three are chosen separately:
 >>> solution.state.sum().backward()
 """
 
+from deqzoo.equilibrium.diagnostics import Fidelity, gradient_fidelity, spectral_radius
 from deqzoo.equilibrium.gradients import (
     GRADIENTS,
     JFB,
@@ -24,6 +25,11 @@ from deqzoo.equilibrium.gradients import (
 )
 from deqzoo.equilibrium.layer import BoundMap, Equilibrium, fixed_point
 from deqzoo.equilibrium.layout import Causal, Layout, Rows, Segments, Selection
+from deqzoo.equilibrium.regularization import (
+    correction_weights,
+    fixed_point_correction,
+    jacobian_penalty,
+)
 from deqzoo.equilibrium.solvers import (
     SOLVERS,
     Anderson,
@@ -46,6 +52,7 @@ __all__ = [
     "Broyden",
     "Causal",
     "Equilibrium",
+    "Fidelity",
     "FixedPointIteration",
     "Gradient",
     "Implicit",
@@ -57,7 +64,12 @@ __all__ = [
     "Solver",
     "Status",
     "Unrolled",
+    "correction_weights",
     "fixed_point",
+    "fixed_point_correction",
+    "gradient_fidelity",
+    "jacobian_penalty",
     "make_gradient",
     "make_solver",
+    "spectral_radius",
 ]

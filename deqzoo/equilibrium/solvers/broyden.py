@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout, Selection
+from deqzoo.equilibrium.solvers.anderson import row_products
 from deqzoo.equilibrium.solvers.base import Solver, StepRule, _is_int, _require
 from deqzoo.equilibrium.solvers.fixed_point import damped_step
 
@@ -109,7 +110,7 @@ class _QuasiNewton(StepRule):
 
     def products(self, factors: Tensor, x: Tensor) -> Tensor:
         """Inner products (C, rank) of x with the stored vectors."""
-        return self.layout.total(torch.bmm(factors[:, : self.rank], x.unsqueeze(2)).squeeze(2))
+        return self.layout.total(row_products(factors[:, : self.rank], x))
 
     def restart(self, cells: Tensor) -> None:
         rows = self.layout.spread(cells).reshape(-1, 1)

@@ -1,0 +1,178 @@
+"""Measurements at an equilibrium: its spectral radius, and how right a gradient is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deqzoo.equilibrium.gradients import Gradient, make_gradient
+from deqzoo.equilibrium.layer import GradientSpec, SolverSpec
+from deqzoo.equilibrium.solvers import make_solver
+from deqzoo.equilibrium.state import State, StatePacker
+
+
+def spectral_radius(
+    f: Callable[[State], State],
+    state: State,
+    n_iter: int = 60,
+    estimator: Literal["growth", "rayleigh"] = "growth",
+    v0: State | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Estimate ρ(∂F/∂h) of every sample by power iteration on v ↦ Jᵀv.
+
+    Args:
+        f: the map on batch-first states.
+        state: where to linearise.
+        n_iter: products.
+        estimator: "growth" averages log ‖Jᵀv‖ / ‖v‖ over the last two thirds of the iterations,
+            which also holds for complex leading pairs; "rayleigh" is the last |⟨Jᵀv, v⟩ / ⟨v, v⟩|,
+            as the official implementations print it.
+        v0: start, standard normal if None.
+        generator: source of the random start.
+
+    Returns:
+        (B,), in float32 or wider.
+
+    Raises:
+        ValueError: unknown estimator or n_iter < 1.
+    """
+    if estimator not in ("growth", "rayleigh"):
+        raise ValueError(f"unknown estimator {estimator!r}; choose growth or rayleigh")
+    if n_iter < 1:
+        raise ValueError(f"n_iter must be at least 1, got {n_iter}")
+    packer = StatePacker(state)
+    point = packer.pack(state).detach().requires_grad_()
+    with torch.enable_grad():
+        out = packer.pack(f(packer.unpack(point)))
+    if v0 is None:
+        v = torch.randn(point.shape, generator=generator, dtype=point.dtype).to(point.device)
+    else:
+        v = packer.pack(v0)
+    tiny = torch.finfo(point.dtype).tiny
+    logs = []
+    quotient = v.new_zeros(v.shape[0])
+    for _ in range(n_iter):
+        (w,) = torch.autograd.grad(out, point, v, retain_graph=True)
+        norm_v = torch.linalg.vector_norm(v, dim=1).clamp_min(tiny)
+        norm_w = torch.linalg.vector_norm(w, dim=1)
+        quotient = ((w * v).sum(1) / norm_v.square()).abs()
+        logs.append((norm_w / norm_v).clamp_min(tiny).log())
+        v = w / norm_w.clamp_min(tiny).unsqueeze(1)
+    if estimator == "rayleigh":
+        return quotient
+    return torch.stack(logs[n_iter // 3 :]).mean(0).exp()
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One gradient mode held against the exact gradient.
+
+    Attributes:
+        gradient: its settings.
+        cosine: cosine per parameter group, and "all".
+        relative_error: ‖g − exact‖ / ‖exact‖ per group, and "all".
+        norm_ratio: ‖g‖ / ‖exact‖ per group, and "all".
+        seconds: wall time of forward and backward.
+        saved_bytes: distinct storage that the recorded graph keeps for the backward pass.
+    """
+
+    gradient: dict[str, Any]
+    cosine: dict[str, float]
+    relative_error: dict[str, float]
+    norm_ratio: dict[str, float]
+    seconds: float
+    saved_bytes: int
+
+
+EXACT = {
+    "name": "implicit",
+    "solver": {"name": "anderson", "max_steps": 200, "tol": 1e-7, "window": 8},
+}
+"""Adjoint settings that count as exact in float32; float64 models may pass tighter ones."""
+
+
+def gradient_fidelity(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    gradients: Sequence[GradientSpec],
+    *,
+    solver: SolverSpec | None = None,
+    exact: GradientSpec = EXACT,
+    groups: Callable[[str], str] | None = None,
+) -> list[Fidelity]:
+    """Compare gradient modes with the exact implicit gradient on one batch.
+
+    Args:
+        model: called as `model(**batch, solver=..., gradient=...)`, returns an object with `loss`.
+            Its training mode is left as it is; random masks are drawn alike for every mode.
+        batch: keyword arguments with labels.
+        gradients: modes to compare.
+        solver: forward solver for all of them; None keeps the model's own.
+        exact: the mode that counts as exact.
+        groups: group of a parameter name; by default its first component.
+
+    Returns:
+        One `Fidelity` per mode.
+    """
+    group_of = groups or (lambda name: name.split(".", 1)[0])
+    chosen = None if solver is None else make_solver(solver).to_dict()
+    reference, _, _ = _gradients(model, batch, chosen, make_gradient(exact))
+    results = []
+    for spec in gradients:
+        gradient = make_gradient(spec)
+        found, seconds, saved = _gradients(model, batch, chosen, gradient)
+        cosine, error, ratio = _compare(found, reference, group_of)
+        results.append(Fidelity(gradient.to_dict(), cosine, error, ratio, seconds, saved))
+    return results
+
+
+def _gradients(
+    model: nn.Module, batch: Mapping[str, Any], solver: dict | None, gradient: Gradient
+) -> tuple[dict[str, Tensor], float, int]:
+    """Gradient by parameter name, seconds, and bytes saved for the backward pass."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        started = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**batch, solver=solver, gradient=gradient.to_dict()).loss
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        seconds = time.perf_counter() - started
+    named = {
+        name: torch.zeros_like(p) if g is None else g.detach()
+        for (name, p), g in zip(parameters.items(), found, strict=True)
+    }
+    return named, seconds, sum(storages.values())
+
+
+def _compare(
+    found: Mapping[str, Tensor], exact: Mapping[str, Tensor], group_of: Callable[[str], str]
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Cosine, relative error and norm ratio by group; "all" is every parameter together."""
+    sums: dict[str, Tensor] = {}
+    for name, g in found.items():
+        a, b = g.double().flatten(), exact[name].double().flatten()
+        entry = torch.stack((a @ a, b @ b, a @ b, (a - b) @ (a - b)))
+        for group in ("all", group_of(name)):
+            sums[group] = sums.get(group, 0) + entry
+    cosine, error, ratio = {}, {}, {}
+    for group, entry in sums.items():
+        aa, bb, ab, dd = entry.tolist()
+        scale = (aa * bb) ** 0.5
+        cosine[group] = ab / scale if scale else float("nan")
+        error[group] = (dd / bb) ** 0.5 if bb else float("nan")
+        ratio[group] = (aa / bb) ** 0.5 if bb else float("nan")
+    return cosine, error, ratio

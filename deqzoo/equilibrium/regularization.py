@@ -1,0 +1,96 @@
+"""Losses that keep an equilibrium solvable, and losses on the way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deqzoo.equilibrium.state import State, leaves, rebuild
+
+
+def jacobian_penalty(
+    f: Callable[[State], State],
+    state: State,
+    n_probes: int = 1,
+    probes: Sequence[State] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Estimate ‖∂F/∂h‖²_F / d at a state, averaged over the batch (Bai, Koltun, Kolter 2021).
+
+    Hutchinson's estimator: mean over probes v ~ N(0, I) of ‖vᵀJ‖² / numel. The result can be
+    differentiated with respect to whatever F depends on, but not through the state, which is
+    detached; this needs F's double backward, so an F that was compiled must be run uncompiled.
+
+    Args:
+        f: the map.
+        state: where to linearise, usually an equilibrium.
+        n_probes: probes drawn when `probes` is not given.
+        probes: states to use instead of random ones.
+        generator: source of the random probes.
+
+    Returns:
+        Scalar.
+    """
+    points = [t.detach().requires_grad_() for t in leaves(state)]
+    with torch.enable_grad():
+        outputs = leaves(f(rebuild(state, points)))
+        if probes is None:
+            probes = [
+                [torch.randn(t.shape, generator=generator).to(t) for t in points]
+                if generator is not None
+                else [torch.randn_like(t) for t in points]
+                for _ in range(n_probes)
+            ]
+        size = sum(t.numel() for t in points)
+        terms = []
+        for probe in probes:
+            products = torch.autograd.grad(
+                outputs, points, leaves(probe), retain_graph=True, create_graph=True
+            )
+            terms.append(sum(p.square().sum() for p in products) / size)
+        return torch.stack(terms).mean()
+
+
+def correction_weights(
+    n: int, kind: Literal["exp", "linear", "const"] = "exp", gamma: float = 0.8
+) -> list[float]:
+    """Weights of n states on the way to the equilibrium, the last of which is the equilibrium.
+
+    "exp" gives γ^(n−j), "linear" 1 − γ (n−j)/n and "const" γ for every state but the last, whose
+    weight is 1 (Bai et al. 2022, fixed-point correction).
+
+    Raises:
+        ValueError: unknown kind or n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    rules: dict[str, Callable[[int], float]] = {
+        "exp": lambda left: gamma**left,
+        "linear": lambda left: 1 - gamma * left / n,
+        "const": lambda left: gamma if left else 1.0,
+    }
+    if kind not in rules:
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(rules)}")
+    return [rules[kind](n - j) for j in range(1, n + 1)]
+
+
+def fixed_point_correction(
+    loss: Callable[[State], Tensor],
+    states: Sequence[State],
+    kind: Literal["exp", "linear", "const"] = "exp",
+    gamma: float = 0.8,
+) -> Tensor:
+    """Weighted sum of a loss over states on the way to the equilibrium, the last one included.
+
+    Args:
+        loss: scalar loss of one state.
+        states: `Solution.samples` followed by `Solution.state`.
+        kind: see `correction_weights`.
+        gamma: likewise.
+    """
+    weights = correction_weights(len(states), kind, gamma)
+    terms = [weight * loss(state) for weight, state in zip(weights, states, strict=True)]
+    return torch.stack(terms).sum()

@@ -1,0 +1,153 @@
+"""What the families share: solver and gradient settings, per call, per model and from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from deqzoo.equilibrium import Layout, Solution, Status, fixed_point, make_gradient, make_solver
+from deqzoo.equilibrium.state import State
+
+logger = logging.get_logger(__name__)
+
+Settings = Mapping[str, Any] | str | None
+"""Per-call settings: a name, a dict merged over the model's own, or None for the model's own."""
+
+
+def merge_settings(own: Mapping[str, Any], change: Settings, shared: tuple[str, ...]) -> dict:
+    """Lay a change of settings over a model's own ones.
+
+    A dict without "name" changes single settings. Another name starts from that choice's
+    defaults, except that the `shared` settings, which mean the same for every choice, stay.
+    """
+    if change is None:
+        return dict(own)
+    changed = {"name": change} if isinstance(change, str) else dict(change)
+    if changed.get("name", own["name"]) == own["name"]:
+        return {**own, **changed}
+    return {**{key: own[key] for key in shared if key in own}, **changed}
+
+
+SHARED_BY_SOLVERS = ("max_steps", "tol", "stop_mode", "check_every", "patience")
+
+
+class DEQConfigMixin:
+    """Settings of the equilibrium, in every family's config.
+
+    Declare `solver: dict | None = None` and `gradient: dict | None = None` in the config class,
+    set the class's defaults below, and call `complete_equilibrium()` in `__post_init__`.
+    """
+
+    default_solver: dict[str, Any] = {"name": "anderson", "max_steps": 30, "tol": 1e-3}
+    default_gradient: dict[str, Any] = {"name": "upg", "steps": 5, "damping": 0.5}
+
+    solver: dict | None
+    gradient: dict | None
+
+    def complete_equilibrium(self) -> None:
+        """Fill in and check the settings.
+
+        Raises:
+            ValueError: unknown name or option, or a value out of range.
+        """
+        solver = merge_settings(self.default_solver, self.solver, SHARED_BY_SOLVERS)
+        gradient = merge_settings(self.default_gradient, self.gradient, ())
+        self.solver = make_solver(solver).to_dict()
+        self.gradient = make_gradient(gradient).to_dict()
+
+
+class DEQPreTrainedModel(PreTrainedModel):
+    """Base of all families: owns how an equilibrium is solved and differentiated."""
+
+    config: PreTrainedConfig
+    supports_gradient_checkpointing = True
+    _warned_unsolved = False
+
+    def set_solver(self, name: str | None = None, **settings: Any) -> None:
+        """Change the solver from now on (stored in the config).
+
+        Args:
+            name: solver; None keeps it and changes single settings.
+            settings: `max_steps`, `tol`, `stop_mode`, `damping`, and the solver's own.
+
+        Raises:
+            ValueError: unknown name or option, or a value out of range.
+        """
+        change = settings if name is None else {"name": name, **settings}
+        self.config.solver = self._solver(change)
+
+    def set_gradient(self, name: str | None = None, **settings: Any) -> None:
+        """Change the gradient from now on (stored in the config).
+
+        Raises:
+            ValueError: unknown name or option, or a value out of range.
+        """
+        change = settings if name is None else {"name": name, **settings}
+        self.config.gradient = self._gradient(change)
+
+    def _solver(self, change: Settings) -> dict[str, Any]:
+        own = self.config.solver
+        return make_solver(merge_settings(own, change, SHARED_BY_SOLVERS)).to_dict()
+
+    def _gradient(self, change: Settings) -> dict[str, Any]:
+        return make_gradient(merge_settings(self.config.gradient, change, ())).to_dict()
+
+    def solve(
+        self,
+        f: Callable[[State], State],
+        z0: State,
+        layout: Layout | None = None,
+        solver: Settings = None,
+        gradient: Settings = None,
+        **options: Any,
+    ) -> Solution:
+        """Solve h = f(h) with this model's settings and give it the model's backward pass.
+
+        Args:
+            f: the map, bound to its inputs.
+            z0: start.
+            layout: what one independent sample is.
+            solver: change for this call.
+            gradient: change for this call.
+            options: `trace`, `callback`, `sample_steps`, `compact` of `fixed_point`.
+        """
+        checkpoint = bool(getattr(self, "gradient_checkpointing", False)) and self.training
+        solution = fixed_point(
+            f,
+            z0,
+            solver=self._solver(solver),
+            gradient=self._gradient(gradient),
+            layout=layout,
+            checkpoint=checkpoint and torch.is_grad_enabled(),
+            **options,
+        )
+        self._warn_unsolved(solution)
+        return solution
+
+    def _warn_unsolved(self, solution: Solution) -> None:
+        """Say once per model that a solve ended early; training logs the share of such samples."""
+        if self._warned_unsolved or self.training or torch.compiler.is_compiling():
+            return
+        unsolved = solution.status != Status.CONVERGED
+        if solution.status.device.type != "cpu" or not bool(unsolved.any()):
+            return
+        self._warned_unsolved = True
+        logger.warning(
+            f"{int(unsolved.sum())} of {unsolved.numel()} equilibria did not reach the tolerance "
+            f"(largest residual {float(solution.residual.max()):.1e}); raise max_steps with "
+            "set_solver(max_steps=...) or read `converged` of the output. This is said once."
+        )
+
+
+def per_sample(solution: Solution) -> dict[str, Tensor]:
+    """The report that every model output carries: n_steps, residual, converged."""
+    return {
+        "n_steps": solution.n_steps,
+        "residual": solution.residual,
+        "converged": solution.converged,
+    }
