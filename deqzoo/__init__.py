@@ -1,0 +1,43 @@
+"""Deep equilibrium models for images, text and graphs, as Hugging Face classes.
+
+Importing the package registers its model types with the Auto classes of transformers, so that
+`AutoModel.from_pretrained` and `pipeline` load its checkpoints. Public names are looked up when
+they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from deqzoo.models.auto import CLASSES, register
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    **CLASSES,
+    "DEQModel": "deqzoo.models.auto",
+    "Equilibrium": "deqzoo.equilibrium",
+    "Solution": "deqzoo.equilibrium",
+    "Status": "deqzoo.equilibrium",
+    "UserError": "deqzoo.errors",
+    "fixed_point": "deqzoo.equilibrium",
+    "gradient_fidelity": "deqzoo.equilibrium",
+    "list_models": "deqzoo.zoo",
+    "make_gradient": "deqzoo.equilibrium",
+    "make_solver": "deqzoo.equilibrium",
+}
+
+__all__ = ["__version__", *sorted(_NAMES)]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'deqzoo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Measurements on data sets, written as evaluation files."""

@@ -1,0 +1,1 @@
+"""Cards, verification and publishing of the zoo's checkpoints."""

@@ -1,0 +1,1 @@
+"""The model families, and `auto` that makes them known to transformers."""

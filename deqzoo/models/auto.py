@@ -1,0 +1,256 @@
+"""`DEQModel`, and registration of the model families with transformers' Auto classes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
+
+# From its own module: the top-level name is a dummy on older releases without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from deqzoo.errors import UserError
+from deqzoo.zoo import ORGANISATION, bundled_folder, read_json, suggestion
+
+_HUB_TIMEOUT_SECONDS = 3
+
+#: Public class -> module. The first segment of the module names the family.
+_FAMILY_CLASSES = {
+    "mdeq": {
+        "MDEQConfig": "configuration_mdeq",
+        "MDEQForImageClassification": "modeling_mdeq",
+        "MDEQImageProcessor": "image_processing_mdeq",
+        "MDEQModel": "modeling_mdeq",
+    },
+    "deq_transformer": {
+        "DEQTransformerConfig": "configuration_deq_transformer",
+        "DEQTransformerForCausalLM": "modeling_deq_transformer",
+        "DEQTransformerModel": "modeling_deq_transformer",
+    },
+    "ignn": {
+        "IGNNConfig": "configuration_ignn",
+        "IGNNForGraphClassification": "modeling_ignn",
+        "IGNNForNodeClassification": "modeling_ignn",
+        "IGNNModel": "modeling_ignn",
+    },
+}
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+CLASSES = {
+    name: f"deqzoo.models.{family}.{module}"
+    for family, classes in _FAMILY_CLASSES.items()
+    for name, module in classes.items()
+    if _exists(f"deqzoo.models.{family}.modeling_{family}")
+}
+FAMILIES = tuple(_FAMILY_CLASSES)
+
+#: Graph heads have no Auto class; `DEQModel` goes by `architectures`.
+_AUTO_OF_SUFFIX = {
+    "Model": AutoModel,
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForImageClassification": AutoModelForImageClassification,
+}
+
+
+def load_class(name: str) -> Any:
+    """A public class of a model family by its name."""
+    return getattr(importlib.import_module(CLASSES[name]), name)
+
+
+def register() -> None:
+    """Make the families known to the Auto classes of transformers; repeating it is harmless."""
+    for family in FAMILIES:
+        try:
+            _register_family(family)
+        except Exception as error:  # while the families are being written
+            warnings.warn(f"{family}: {error}", stacklevel=2)
+
+
+def _register_family(family: str) -> None:
+    classes = [name for name in _FAMILY_CLASSES[family] if name in CLASSES]
+    config = next((load_class(name) for name in classes if name.endswith("Config")), None)
+    if config is None:
+        return
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for name in classes:
+        for suffix, auto in _AUTO_OF_SUFFIX.items():
+            if name.endswith(suffix):
+                auto.register(config, load_class(name), exist_ok=True)
+        if name.endswith("ImageProcessor"):
+            AutoImageProcessor.register(
+                config, slow_image_processor_class=load_class(name), exist_ok=True
+            )
+
+
+class DEQModel:
+    """Loads any model of the zoo as the class its configuration names.
+
+    >>> from deqzoo import DEQModel
+    >>> model = DEQModel.from_pretrained("mdeq-tiny-cifar-upg")  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        raise TypeError("DEQModel is not a model itself; use DEQModel.from_pretrained(name)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """The model stored under a name, in evaluation mode.
+
+        Args:
+            name: a local folder; else a zoo name (`deqzoo/NAME` or bare) among the bundled
+                checkpoints; else a repository of the Hub.
+            revision: branch, tag or commit on the Hub; the next three also concern the Hub only.
+            cache_dir: where downloads are kept.
+            token: access token, or whether to use the stored one.
+            local_files_only: look only into the download cache.
+            kwargs: passed to the `from_pretrained` of the class (`dtype`, `num_labels`, ...).
+
+        Raises:
+            UserError: unknown name, unreachable Hub, or files that do not make a model.
+        """
+        hub = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        folder = resolve_folder(name)
+        if folder is not None:
+            return _load(_class_of(folder / "config.json"), str(folder), kwargs)
+        repository = str(name) if "/" in str(name) else f"{ORGANISATION}/{name}"
+        config_file = _fetch_config(str(name), repository, hub)
+        return _load(_class_of(config_file), repository, kwargs | hub)
+
+
+def resolve_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The local folder or bundled checkpoint of a name; None where only the Hub could have it.
+
+    Raises:
+        UserError: a path to something else than a folder with a configuration.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"folder {path} has no config.json, so it holds no model")
+        return path.resolve()
+    if path.is_file():
+        raise UserError(f"{path} is a file; name the folder that holds config.json and the weights")
+    return bundled_folder(str(name))
+
+
+def _fetch_config(name: str, repository: str, hub: dict[str, Any]) -> Path:
+    """Path of config.json from the Hub or its cache; every failure is one line."""
+    try:
+        return Path(
+            hf_hub_download(repository, "config.json", etag_timeout=_HUB_TIMEOUT_SECONDS, **hub)
+        )
+    except HFValidationError:
+        reason = "it is no folder here and no valid repository name"
+    except GatedRepoError:
+        reason = f"access to {repository} on the Hub is restricted: log in, or pass a token"
+    except RepositoryNotFoundError:
+        reason = f"the Hub has no repository {repository}, or it is private and needs a token"
+    except RevisionNotFoundError:
+        reason = f"{repository} on the Hub has no revision {hub['revision']!r}"
+    except LocalEntryNotFoundError:
+        reason = f"the Hub cannot be reached (or is switched off) and {repository} is not cached"
+    except EntryNotFoundError:
+        reason = f"{repository} on the Hub has no config.json"
+    except HfHubHTTPError as error:
+        reason = f"the Hub answered: {_one_line(error)}"
+    except OSError as error:
+        reason = f"the Hub cannot be reached: {_one_line(error)}"
+    raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})")
+
+
+def _class_of(config_file: Path) -> type[PreTrainedModel]:
+    """The class that `architectures` names, or the family's base class where it names none."""
+    config = read_json(config_file)
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{config_file} is of model type {model_type!r}; DEQModel loads {', '.join(FAMILIES)}"
+        )
+    known = _FAMILY_CLASSES[model_type]
+    models = [name for name in known if not name.endswith(("Config", "Processor"))]
+    base = next(name for name in models if name.endswith("Model"))
+    named = config.get("architectures") or [base]
+    for name in named:
+        if name in models:
+            return load_class(name)
+    raise UserError(
+        f"{config_file} names the architectures {', '.join(map(str, named))}; "
+        f"those of model type {model_type!r} are {', '.join(models)}"
+    )
+
+
+def _load(model_class: type[PreTrainedModel], source: str, kwargs: dict[str, Any]) -> Any:
+    """`from_pretrained` with its failures in one line, and no weight left to chance."""
+    wants_info = kwargs.pop("output_loading_info", False)
+    try:
+        model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise UserError(
+            f"the weights of {source} are damaged ({_one_line(error)}); fetch them again"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"a JSON file of {source} is damaged ({_one_line(error)})") from error
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"cannot load {source}: {_one_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"the weights of {source} lack {len(missing)} of the tensors of "
+            f"{model_class.__name__}, e.g. {', '.join(missing[:3])}"
+        )
+    return (model, info) if wants_info else model
+
+
+def _one_line(error: BaseException) -> str:
+    """An exception's text without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+__all__ = ["CLASSES", "DEQModel", "FAMILIES", "load_class", "register", "resolve_folder"]

@@ -1,0 +1,75 @@
+"""Names of the zoo's checkpoints and the folders that hold them; standard library only."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from deqzoo.errors import UserError
+
+ORGANISATION = "deqzoo"
+_PACKAGE = Path(__file__).resolve().parent
+#: Where the main commands look when no model is named, best first.
+DEFAULT_IMAGE_MODELS = ("mdeq-cifar-upg", "mdeq-tiny-cifar-upg")
+
+
+def checkpoints_root() -> Path:
+    """The folder of bundled checkpoints: of a source checkout, else of the installed package."""
+    checkout = _PACKAGE.parent / "hub_configs"
+    if (_PACKAGE.parent / "pyproject.toml").is_file() and checkout.is_dir():
+        return checkout
+    return _PACKAGE / "hub_configs"
+
+
+def list_models() -> list[str]:
+    """Names of the bundled checkpoints, sorted."""
+    root = checkpoints_root()
+    if not root.is_dir():
+        return []
+    return sorted(folder.name for folder in root.iterdir() if (folder / "config.json").is_file())
+
+
+def bundled_folder(name: str) -> Path | None:
+    """The folder of a zoo name, `deqzoo/NAME` or bare; None where it is not bundled."""
+    bare = bare_name(name)
+    return checkpoints_root() / bare if bare in list_models() else None
+
+
+def bare_name(name: str) -> str:
+    """The name without the zoo's own organisation."""
+    return name.removeprefix(f"{ORGANISATION}/")
+
+
+def nearest_names(name: str, names: Iterable[str] | None = None) -> list[str]:
+    """Up to three known names that look like `name`, best first."""
+    known = list(list_models() if names is None else names)
+    return difflib.get_close_matches(bare_name(name), known, n=3, cutoff=0.5)
+
+
+def suggestion(name: str) -> str:
+    """A clause for error messages that lists the nearest names, or the known ones."""
+    near = nearest_names(name)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    known = list_models()
+    return f"the zoo's models are {', '.join(known)}" if known else "no checkpoint is bundled"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: unreadable file, broken JSON, or JSON that is no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
