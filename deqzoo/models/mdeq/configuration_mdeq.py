@@ -17,12 +17,12 @@ from .presets_mdeq import PRESETS
 class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
     r"""Architecture, solver and gradient of an MDEQ.
 
-    The resolutions are called branches, finest first. With no arguments this is the CIFAR model TINY.
+    The resolutions are called branches, finest first. The defaults are those of the CIFAR TINY.
 
     Args:
         num_channels: channels of a picture.
-        image_size: side of the pictures the model was made for; any side divisible by `size_divisor`
-            works.
+        image_size: side of the pictures the model was made for; any side divisible by
+            `size_divisor` works.
         channels: channels of each branch's state.
         head_channels: inner width of the head's bottleneck of each branch.
         final_channels: width of the features that the classifier sees.
@@ -33,13 +33,15 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
         big_kernels: per branch 0, 1 (first convolution 5x5) or 2 (both 5x5); 0 by default.
         injection_transform: a 1x1 convolution between stem and map; by default as in the reference,
             whenever the stem halves or there are more than two branches.
-        weight_norm: which convolutions of the map are weight-normalised: "none", "block", "block_post"
-            (blocks and the convolutions after the fusion), or "all" (the fusion too).
-        affine_block: scale and shift in the norms of the blocks; likewise `affine_fuse`, `affine_post`.
+        weight_norm: which convolutions of the map are weight-normalised: "none", "block",
+            "block_post" (blocks and the convolutions after the fusion), or "all" (fusion too).
+        affine_block: scale and shift in the norms of the blocks.
+        affine_fuse: likewise in the fusion.
+        affine_post: likewise after the fusion.
         dropout: probability of dropping a channel of a block, one mask per picture and forward.
         unroll_layers: applications of the map in the shallow (unrolled) mode.
-        initializer_range: standard deviation of convolutions without weight norm; None for PyTorch's
-            defaults.
+        initializer_range: standard deviation of convolutions without weight norm; None for
+            PyTorch's defaults.
         solver: the equilibrium solver's settings, as in `deqzoo.equilibrium.make_solver`.
         gradient: the gradient's settings, as in `deqzoo.equilibrium.make_gradient`.
 
@@ -67,6 +69,8 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
     dropout: float | int = 0.0
     unroll_layers: int = 10
     initializer_range: float | None = 0.01
+    solver: dict | None = None
+    gradient: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         n = len(self.channels)
@@ -76,6 +80,7 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
         self.big_kernels = list(self.big_kernels or [0] * n)
         if self.injection_transform is None:
             self.injection_transform = self.stem_downsamples > 0 or n > 2
+        self.complete_equilibrium()
         super().__post_init__(**kwargs)
 
     @property
@@ -125,8 +130,8 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
             )
         if self.image_size < 1 or self.image_size % self.size_divisor:
             raise ValueError(
-                f"image_size={self.image_size} must be a multiple of {self.size_divisor}, since the "
-                f"picture is halved {self.stem_downsamples + len(self.channels) - 1} times"
+                f"image_size={self.image_size} must be a multiple of {self.size_divisor}, since "
+                f"the picture is halved {self.stem_downsamples + len(self.channels) - 1} times"
             )
 
     @classmethod

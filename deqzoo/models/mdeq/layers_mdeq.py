@@ -52,7 +52,9 @@ def row_norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
 
 
-def make_conv(in_channels: int, out_channels: int, kernel_size: int, weight_norm: bool) -> nn.Module:
+def make_conv(
+    in_channels: int, out_channels: int, kernel_size: int, weight_norm: bool
+) -> nn.Module:
     """A bias-free convolution's weight holder."""
     if weight_norm:
         return WeightNormConv2d(in_channels, out_channels, kernel_size)
@@ -62,8 +64,8 @@ def make_conv(in_channels: int, out_channels: int, kernel_size: int, weight_norm
 def effective_weight(conv: nn.Module) -> Tensor:
     """A convolution's weight, in the dtype in which autocast would compute.
 
-    Cast here because autocast's own cache knows parameters only: a derived tensor would be cast again
-    by every evaluation of the map.
+    Cast here because autocast's own cache knows parameters only: a derived tensor would be cast
+    again by every evaluation of the map.
     """
     weight = conv.effective_weight() if isinstance(conv, WeightNormConv2d) else conv.weight
     device = weight.device.type
@@ -76,9 +78,14 @@ class MDEQConvNorm(nn.Module):
     """A convolution and its group norm, one stage of the map."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, groups: int, affine: bool,
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        groups: int,
+        affine: bool,
         weight_norm: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.conv = make_conv(in_channels, out_channels, kernel_size, weight_norm)
         self.norm = nn.GroupNorm(groups, out_channels, affine=affine)
@@ -148,11 +155,15 @@ class MDEQTransformation(nn.Module):
         )
         self.post = nn.ModuleList(
             MDEQConvNorm(
-                width, width, 1, config.num_groups // 2, config.affine_post,
+                width,
+                width,
+                1,
+                config.num_groups // 2,
+                config.affine_post,
                 config.weight_norm in ("block_post", "all"),
             )
             for width in config.channels
-        )  # fmt: skip
+        )
 
     def tensors(self) -> MapTensors:
         """Effective weights of the map, tracked by autograd; computed once per forward."""
@@ -168,7 +179,7 @@ class MDEQTransformation(nn.Module):
 
 
 class MDEQStem(nn.Module):
-    """3x3 convolutions, each with batch norm and ReLU; the first `stem_downsamples` have stride 2."""
+    """3x3 convolutions with batch norm and ReLU; the first `stem_downsamples` have stride 2."""
 
     def __init__(self, config: MDEQConfig) -> None:
         super().__init__()
@@ -176,11 +187,15 @@ class MDEQStem(nn.Module):
         count = max(2, downsamples)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(
-                config.num_channels if i == 0 else width, width, 3,
-                stride=2 if i < downsamples else 1, padding=1, bias=False,
+                config.num_channels if i == 0 else width,
+                width,
+                3,
+                stride=2 if i < downsamples else 1,
+                padding=1,
+                bias=False,
             )
             for i in range(count)
-        )  # fmt: skip
+        )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(count))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -205,7 +220,7 @@ class MDEQInjection(nn.Module):
 
 
 class MDEQBottleneck(nn.Module):
-    """Bottleneck of the head: inner norms without scale and shift, a projected shortcut if needed."""
+    """Bottleneck of the head: inner norms without scale and shift, projected shortcut if needed."""
 
     def __init__(self, in_channels: int, inner: int) -> None:
         super().__init__()
@@ -232,7 +247,12 @@ class MDEQHeadConv(nn.Module):
     """A convolution and its batch norm in the head."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
@@ -261,7 +281,7 @@ class MDEQHead(nn.Module):
         self.final = MDEQHeadConv(4 * widths[-1], config.final_channels, 1)
 
     def forward(self, features: tuple[Tensor, ...]) -> Tensor:
-        """Equilibrium states (B, C_i, H_i, W_i), finest first -> pooled features (B, final_channels)."""
+        """States (B, C_i, H_i, W_i), finest first -> pooled features (B, final_channels)."""
         x = self.bottlenecks[0](features[0])
         for bottleneck, downsample, z in zip(
             self.bottlenecks[1:], self.downsamples, features[1:], strict=True

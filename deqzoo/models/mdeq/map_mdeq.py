@@ -1,10 +1,10 @@
 """The equilibrium map of a multiscale deep equilibrium model, as a pure function of tensors.
 
-Bai, Koltun and Kolter: Multiscale Deep Equilibrium Models, NeurIPS 2020. The map takes the states of
-all resolutions to their next values: a residual block per resolution, a fusion that sums every
+Bai, Koltun and Kolter: Multiscale Deep Equilibrium Models, NeurIPS 2020. The map takes the states
+of all resolutions to their next values: a residual block per resolution, a fusion that sums every
 resolution into every other, and a convolution after it. Everything that stays constant during one
-solve (normalised weights, injections, dropout masks) is an argument, so that it is computed once per
-forward and so that the function can be compiled.
+solve (normalised weights, injections, dropout masks) is an argument, so that it is computed once
+per forward and so that the function can be compiled.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch._dynamo.config
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
+
+from deqzoo.equilibrium import Selection
 
 State = tuple[Tensor, ...]
 Masks = tuple[tuple[Tensor, ...], ...]
@@ -26,7 +30,7 @@ NORM_EPS = 1e-5
 
 
 class ConvNormTensors(NamedTuple):
-    """A convolution's weight (out, in, k, k) and the scale and shift (out,) of the norm after it."""
+    """A convolution's weight (out, in, k, k) and its norm's scale and shift (out,)."""
 
     weight: Tensor
     scale: Tensor | None
@@ -34,7 +38,7 @@ class ConvNormTensors(NamedTuple):
 
 
 class BlockTensors(NamedTuple):
-    """Effective tensors of one residual block; scale3 and shift3 belong to the norm that ends it."""
+    """Effective tensors of one residual block; scale3 and shift3 are of the norm that ends it."""
 
     first: ConvNormTensors
     second: ConvNormTensors
@@ -45,8 +49,8 @@ class BlockTensors(NamedTuple):
 class MapTensors(NamedTuple):
     """Effective tensors of the map.
 
-    branches[i][b] is block b of resolution i; fuse[i][j] the stages from resolution j to i, empty for
-    i == j; post[i] the convolution after the fusion.
+    branches[i][b] is block b of resolution i; fuse[i][j] the stages from resolution j to i, empty
+    for i == j; post[i] the convolution after the fusion.
     """
 
     branches: tuple[tuple[BlockTensors, ...], ...]
@@ -73,7 +77,7 @@ def _conv_norm(x: Tensor, tensors: ConvNormTensors, groups: int, stride: int = 1
 def _block(
     x: Tensor, injection: Tensor | None, mask: Tensor | None, tensors: BlockTensors, groups: int
 ) -> Tensor:
-    """Residual block; the injection enters before the second norm, the rectifier before the third."""
+    """Residual block; injection before the second norm, rectifier before the third."""
     a = F.relu(_conv_norm(x, tensors.first, groups))
     second = tensors.second
     b = F.conv2d(a, second.weight, padding=second.weight.shape[-1] // 2)
@@ -129,9 +133,7 @@ def mdeq_step(
         outputs.append(h)
     result = []
     for i, post in enumerate(tensors.post):
-        parts = [
-            _resample(h, tensors.fuse[i][j], j, i, num_groups) for j, h in enumerate(outputs)
-        ]
+        parts = [_resample(h, tensors.fuse[i][j], j, i, num_groups) for j, h in enumerate(outputs)]
         y = parts[0]
         for part in parts[1:]:
             y = y + part
@@ -144,50 +146,61 @@ def mdeq_step(
 def compiled_step() -> Callable[..., State]:
     """`mdeq_step` under torch.compile: one graph per batch shape and per set of tracked tensors.
 
-    Recomputed graphs are used by several backward passes, which donated buffers forbid, and a
-    training run meets more variants (shape, gradient mode, train and eval) than torch's default limit,
-    beyond which it would silently run eagerly.
+    Several backward passes use one graph, which donated buffers forbid, and a training run meets
+    more variants (shape, gradient mode, dropout) than torch's default limit, hence the two global
+    settings.
     """
-    import torch._dynamo.config
-    import torch._functorch.config
-
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     torch._functorch.config.donated_buffer = False
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(mdeq_step, dynamic=False, fullgraph=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class MDEQMap:
-    """The map z -> F(z) of one batch: effective weights, injections and masks, fixed for a solve."""
+    """The map z -> F(z) of one batch: effective weights, injections and masks fixed for a solve."""
 
     tensors: MapTensors
     injections: tuple[Tensor | None, ...]
     masks: Masks | None
     num_groups: int
-    compiled: bool = False
 
     def __call__(self, state: State) -> State:
         """Apply the map once to a tuple of (B, C_i, H_i, W_i)."""
-        step = compiled_step() if self.compiled else mdeq_step
-        return step(tuple(state), self.injections, self.masks, self.tensors, self.num_groups)
+        return mdeq_step(tuple(state), self.injections, self.masks, self.tensors, self.num_groups)
 
-    def select(self, selection) -> MDEQMap:
-        """The same map for some of the batch's rows; `selection.state` picks rows of a tensor."""
+    def select(self, selection: Selection) -> MDEQMap:
+        """The same map for the rows of the batch that are still being solved."""
         return dataclasses.replace(
             self,
             injections=map_tensors(selection.state, self.injections),
             masks=map_tensors(selection.state, self.masks),
         )
 
-    def detached(self) -> MDEQMap:
-        """The same map with nothing tracked but its argument."""
-        return dataclasses.replace(
-            self,
-            tensors=map_tensors(Tensor.detach, self.tensors),
-            injections=map_tensors(Tensor.detach, self.injections),
-            masks=map_tensors(Tensor.detach, self.masks),
-        )
 
-    def eager(self) -> MDEQMap:
-        """The same map without compilation, as a second derivative needs it."""
-        return dataclasses.replace(self, compiled=False)
+@dataclasses.dataclass(frozen=True)
+class CompiledMDEQMap:
+    """An `MDEQMap` under torch.compile.
+
+    It offers no `select`, since every new batch size would be compiled anew, but a detached twin: a
+    compiled backward is one graph, which would compute weight gradients in every product.
+    """
+
+    plain: MDEQMap
+
+    def __call__(self, state: State) -> State:
+        """Apply the map once to a tuple of (B, C_i, H_i, W_i)."""
+        f = self.plain
+        return compiled_step()(tuple(state), f.injections, f.masks, f.tensors, f.num_groups)
+
+    def detached(self) -> CompiledMDEQMap:
+        """The same map with nothing tracked but its argument."""
+        f = self.plain
+        return CompiledMDEQMap(
+            dataclasses.replace(
+                f,
+                tensors=map_tensors(Tensor.detach, f.tensors),
+                injections=map_tensors(Tensor.detach, f.injections),
+                masks=map_tensors(Tensor.detach, f.masks),
+            )
+        )

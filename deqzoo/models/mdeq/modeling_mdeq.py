@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from deqzoo.equilibrium import jacobian_penalty, spectral_radius
 from deqzoo.errors import UserError
-from deqzoo.models.base import DEQPreTrainedModel
+from deqzoo.models.base import DEQPreTrainedModel, Settings, per_sample
 
 from .configuration_mdeq import MDEQConfig
 from .layers_mdeq import (
@@ -24,9 +26,7 @@ from .layers_mdeq import (
     WeightNormConv2d,
     row_norms,
 )
-from .map_mdeq import Masks, MDEQMap, State
-
-Settings = dict | str | None
+from .map_mdeq import CompiledMDEQMap, Masks, MDEQMap, State
 
 
 @dataclass
@@ -70,7 +70,8 @@ class MDEQImageClassifierOutput(ModelOutput):
 class MDEQPreTrainedModel(DEQPreTrainedModel):
     """Loading, initialisation and diagnostics shared by the MDEQ classes."""
 
-    config: MDEQConfig
+    config_class = MDEQConfig
+    config_class = MDEQConfig
     base_model_prefix = "mdeq"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -109,8 +110,8 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
     def compile_map(self, enabled: bool = True) -> None:
         """Run the equilibrium map under torch.compile, or no longer.
 
-        Compilation happens at the first forward of each batch shape; `torch.compile(model)` is not
-        needed for it.
+        Compilation happens at the first forward of each batch shape, so batches should have one
+        size; converged samples then do not leave the batch.
         """
         self.base_model.map_compiled = enabled
 
@@ -130,27 +131,30 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
         f: MDEQMap,
         state: State,
         n_probes: int = 1,
-        probes: Tensor | None = None,
+        probes: Sequence[State] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Estimate of ||dF/dz||_F^2 / d at a state, the mean over the batch, to be added to the loss.
-
-        The map runs eagerly, since the penalty's gradient is a second derivative.
+        """Estimate of ||dF/dz||_F^2 / d at a state, the mean over the batch, to add to the loss.
 
         Args:
             f, state: `equilibrium_map` and `state` of an output made with `output_state=True`.
             n_probes: random vectors per sample.
-            probes: those vectors, (n_probes, B, D), instead of random ones.
+            probes: those vectors, shaped like the state, instead of random ones.
             generator: source of the random vectors.
         """
-        state = tuple(z.detach() for z in state)
-        return jacobian_penalty(
-            f.eager(), state, n_probes=n_probes, probes=probes, generator=generator
-        )
+        return jacobian_penalty(f, state, n_probes=n_probes, probes=probes, generator=generator)
 
-    def spectral_radius(self, f: MDEQMap, state: State, **settings) -> Tensor:
-        """Per sample (B,) the spectral radius of dF/dz; settings as in `deqzoo.equilibrium`."""
-        return spectral_radius(f.detached(), tuple(z.detach() for z in state), **settings)
+    def spectral_radius(
+        self,
+        f: MDEQMap,
+        state: State,
+        n_iter: int = 60,
+        estimator: Literal["growth", "rayleigh"] = "growth",
+        v0: State | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Spectral radius of dF/dz per sample, (B,); see `deqzoo.equilibrium.spectral_radius`."""
+        return spectral_radius(f, state, n_iter, estimator, v0, generator)
 
 
 class MDEQModel(MDEQPreTrainedModel):
@@ -173,7 +177,7 @@ class MDEQModel(MDEQPreTrainedModel):
     def build_map(
         self, pixel_values: Tensor, dropout_masks: Masks | None = None
     ) -> tuple[MDEQMap, State]:
-        """The map of a batch with its weights normalised and masks drawn once, and the zero state."""
+        """The map of a batch, its weights normalised and masks drawn once, and the zero state."""
         pixel_values = self._check_pixels(pixel_values)
         injection = self.inject(pixel_values)
         batch, _, height, width = injection.shape
@@ -190,7 +194,6 @@ class MDEQModel(MDEQPreTrainedModel):
             injections=(injection,) + (None,) * (len(state) - 1),
             masks=dropout_masks,
             num_groups=self.config.num_groups,
-            compiled=self.map_compiled,
         )
         return f, state
 
@@ -221,15 +224,14 @@ class MDEQModel(MDEQPreTrainedModel):
             UserError: pictures of a wrong shape or dtype.
         """
         f, z0 = self.build_map(pixel_values, dropout_masks)
+        g = CompiledMDEQMap(f) if self.map_compiled else f
         if shallow:
-            output = self._unroll(f, z0)
+            output = self._unroll(g, z0)
         else:
-            solution = self.solve(f, z0, solver=solver, gradient=gradient)
+            solution = self.solve(g, z0, solver=solver, gradient=gradient)
             output = MDEQModelOutput(
                 features=tuple(solution.state),
-                n_steps=solution.n_steps,
-                residual=solution.residual,
-                converged=solution.converged,
+                **per_sample(solution),
             )
         if output_state:
             output.state = tuple(z.detach() for z in output.features)
@@ -282,8 +284,8 @@ class MDEQModel(MDEQPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         if height < divisor or width < divisor or height % divisor or width % divisor:
             raise UserError(
-                f"pixel_values is {height}x{width}; this model halves pictures "
-                f"{divisor.bit_length() - 1} times, so height and width must be multiples of {divisor}"
+                f"pixel_values is {height}x{width}, but this model halves pictures "
+                f"{divisor.bit_length() - 1} times: height and width must be multiples of {divisor}"
             )
         return pixel_values.to(self.stem.convolutions[0].weight.dtype)
 
@@ -344,7 +346,8 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
 
 def _squared_norms(state: State) -> Tensor:
     """Squared norm over all branches, per sample, in float32 or better: (B,)."""
-    return sum(z.flatten(1).to(torch.promote_types(z.dtype, torch.float32)).square().sum(1) for z in state)
+    dtype = torch.promote_types(state[0].dtype, torch.float32)
+    return sum(z.flatten(1).to(dtype).square().sum(1) for z in state)
 
 
 __all__ = ["MDEQForImageClassification", "MDEQModel", "MDEQPreTrainedModel"]

@@ -1,8 +1,8 @@
 """The official MDEQ configurations, as data.
 
-Sources: locuslab/deq (`mdeq-...`), Gsunshine/phantom_grad (`mdeq-phantom-...`) and the model zoo of
-locuslab/torchdeq (`mdeq-torchdeq-...`). The solvers' limits are the official ones; tolerances are per
-sample here, where the first two sources measure one norm over the whole batch.
+Sources: locuslab/deq (`mdeq-...`), Gsunshine/phantom_grad (`mdeq-phantom-...`) and the model zoo
+of locuslab/torchdeq (`mdeq-torchdeq-...`). The solvers' limits are the official ones; tolerances
+are per sample here, where the first two sources measure one norm over the whole batch.
 """
 
 from __future__ import annotations

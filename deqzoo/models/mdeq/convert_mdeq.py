@@ -1,0 +1,272 @@
+"""Turns the state dict of an official MDEQ into a folder that `from_pretrained` loads.
+
+Understood sources: locuslab/deq, phantom_grad (which registers the map twice), the zoo of torchdeq
+and the older locuslab/mdeq (with frozen working copies), from `.safetensors` or from a pickle that
+is read with `weights_only=True`. Which tensors are weight-normalised, whether the injection is
+transformed and which norms are affine is decided by the keys present; the rest comes from the
+configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deqzoo.errors import UserError
+
+from .configuration_mdeq import MDEQConfig
+from .image_processing_mdeq import MDEQImageProcessor
+from .modeling_mdeq import MDEQForImageClassification
+from .presets_mdeq import PRESETS
+
+# Copies of the map that some sources register beside `fullstage`.
+_COPIES = re.compile(r"^(fullstage_copy|full_stage_copy|deq\.func_copy|deq\.func)\.")
+
+_MAP = "mdeq.transformation."
+_RULES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^fullstage\.branches\.(\d+)\.blocks\.(\d+)\.gn(\d)\.", _MAP + r"branches.\1.\2.norm\3."),
+        (r"^fullstage\.branches\.(\d+)\.blocks\.(\d+)\.", _MAP + r"branches.\1.\2."),
+        (r"^fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.(\d+)\.", _MAP + r"fuse.\1.\2.stages.\3."),
+        (r"^fullstage\.fuse_layers\.(\d+)\.(\d+)\.net\.", _MAP + r"fuse.\1.\2.stages.0."),
+        (r"^fullstage\.post_fuse_layers\.", _MAP + "post."),
+        (r"^stage0\.0\.", "mdeq.injection.conv."),
+        (r"^stage0\.1\.", "mdeq.injection.norm."),
+        (r"^incre_modules\.(\d+)\.0\.bn(\d)\.", r"head.bottlenecks.\1.norm\2."),
+        (r"^incre_modules\.(\d+)\.0\.downsample\.0\.", r"head.bottlenecks.\1.shortcut.conv."),
+        (r"^incre_modules\.(\d+)\.0\.downsample\.1\.", r"head.bottlenecks.\1.shortcut.norm."),
+        (r"^incre_modules\.(\d+)\.0\.", r"head.bottlenecks.\1."),
+        (r"^downsamp_modules\.(\d+)\.0\.", r"head.downsamples.\1.conv."),
+        (r"^downsamp_modules\.(\d+)\.1\.", r"head.downsamples.\1.norm."),
+        (r"^final_layer\.0\.", "head.final.conv."),
+        (r"^final_layer\.1\.", "head.final.norm."),
+    )
+)
+_STEM = re.compile(r"^downsample\.(0|1|3|4|DS(\d+)(-BN)?)\.")
+_STEM_NAMES = {
+    "0": "convolutions.0",
+    "1": "norms.0",
+    "3": "convolutions.1",
+    "4": "norms.1",
+}
+
+# Names of the JSON files beside the reference numbers -> names of MDEQConfig.
+_CONFIG_NAMES = {
+    "channels": "channels",
+    "head_channels": "head_channels",
+    "final_channels": "final_channels",
+    "expansion": "expansion",
+    "num_groups": "num_groups",
+    "stem_downsamples": "stem_downsamples",
+    "image_size": "image_size",
+    "num_classes": "num_labels",
+    "blocks_per_branch": "blocks_per_branch",
+    "big_kernels": "big_kernels",
+    "dropout": "dropout",
+    "unroll_layers": "unroll_layers",
+}
+_REQUIRED = tuple(_CONFIG_NAMES)[:8]
+
+
+def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
+    """Write an official checkpoint as a `from_pretrained` folder with model and image processor.
+
+    Args:
+        src: the state dict, `.safetensors` or a pickle, bare or under the key `state_dict`.
+        config: a preset's name, or a JSON file that names the architecture.
+        output: the folder to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: unreadable files, an incomplete configuration, or keys that do not fit it.
+    """
+    model = build_model(read_state_dict(Path(src)), read_config(config))
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file; name a folder")
+    model.save_pretrained(output)
+    MDEQImageProcessor.for_config(model.config).save_pretrained(output)
+    return output
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, unwrapped, without copies of the map, under official names.
+
+    Raises:
+        UserError: the file is missing, damaged, unsafe, or holds no state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not a plain state dict and was not loaded, since unpickling it could run "
+            f"code: {_first_line(error)}"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path} as a checkpoint: {_first_line(error)}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise UserError(
+            f"{path} holds no state dict (names with tensors), nor one under 'state_dict'"
+        )
+    if not content:
+        raise UserError(f"{path} holds an empty state dict")
+    return normalise_keys(content)
+
+
+def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official key names of any source -> those of locuslab/deq, copies of the map dropped."""
+    result = {}
+    for key, tensor in state_dict.items():
+        key = key.removeprefix("module.")
+        if _COPIES.match(key):
+            continue
+        if key.startswith("full_stage."):
+            key = "fullstage." + key.removeprefix("full_stage.")
+        result[key] = tensor
+    return result
+
+
+def official_to_deqzoo(key: str) -> str:
+    """The name in `MDEQForImageClassification` of a tensor named as in locuslab/deq."""
+    stem = _STEM.match(key)
+    if stem:
+        if stem[2]:
+            name = f"{'norms' if stem[3] else 'convolutions'}.{int(stem[2]) - 1}"
+        else:
+            name = _STEM_NAMES[stem[1]]
+        return f"mdeq.stem.{name}.{key[stem.end() :]}"
+    for pattern, replacement in _RULES:
+        if pattern.match(key):
+            key = pattern.sub(replacement, key)
+            break
+    if key.startswith(_MAP):
+        key = key.replace(".gnorm.", ".norm.")
+        key = re.sub(r"\.weight_g$", ".magnitude", key)
+        key = re.sub(r"\.weight_v$", ".direction", key)
+    return key
+
+
+def read_config(config: str | Path) -> dict[str, Any]:
+    """Settings of `MDEQConfig` from a preset's name or a JSON file.
+
+    Raises:
+        UserError: neither, or a file that lacks settings.
+    """
+    if str(config) in PRESETS:
+        return dict(PRESETS[str(config)])
+    path = Path(config)
+    if not path.is_file():
+        raise UserError(
+            f"{config} is neither a JSON file nor a preset; the presets are {', '.join(PRESETS)}"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON: {_first_line(error)}") from error
+    missing = [name for name in _REQUIRED if not isinstance(values, dict) or name not in values]
+    if missing:
+        raise UserError(f"{path} lacks the settings {', '.join(missing)}")
+    return {new: values[old] for old, new in _CONFIG_NAMES.items() if old in values}
+
+
+def infer_structure(keys: set[str]) -> dict[str, Any]:
+    """Settings of `MDEQConfig` that the keys of a state dict decide."""
+    names = {official_to_deqzoo(key) for key in keys}
+
+    def present(pattern: str) -> bool:
+        expression = re.compile(re.escape(_MAP) + pattern)
+        return any(expression.match(name) for name in names)
+
+    scope = "none"
+    for candidate, pattern in (
+        ("block", r"branches\..*\.direction$"),
+        ("block_post", r"post\..*\.direction$"),
+        ("all", r"fuse\..*\.direction$"),
+    ):
+        if present(pattern):
+            scope = candidate
+    return {
+        "weight_norm": scope,
+        "injection_transform": any(name.startswith("mdeq.injection.") for name in names),
+        "affine_block": present(r"branches\..*\.norm\d\.weight$"),
+        "affine_fuse": present(r"fuse\..*\.norm\.weight$"),
+        "affine_post": present(r"post\..*\.norm\.weight$"),
+    }
+
+
+def build_model(
+    state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> MDEQForImageClassification:
+    """A model with an official state dict (names of locuslab/deq), in the dtype of its tensors.
+
+    Raises:
+        UserError: one line that lists every unknown, missing and misshapen key.
+    """
+    settings = dict(settings) | infer_structure(set(state_dict))
+    try:
+        config = MDEQConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the configuration is not valid: {_first_line(error)}") from error
+    dtype = torch.float32
+    floating = [t.dtype for t in state_dict.values() if t.is_floating_point()]
+    if floating:
+        dtype = floating[0]
+        for other in floating[1:]:
+            dtype = torch.promote_types(dtype, other)
+    model = MDEQForImageClassification(config).to(dtype)
+    renamed = {official_to_deqzoo(key): (key, tensor) for key, tensor in state_dict.items()}
+    _check_keys(renamed, model.state_dict())
+    model.load_state_dict({name: tensor for name, (_, tensor) in renamed.items()}, strict=False)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def _check_keys(found: Mapping[str, tuple[str, Tensor]], expected: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes; the batch norms' counters are informational and may be missing."""
+    unknown = sorted(official for name, (official, _) in found.items() if name not in expected)
+    missing = sorted(
+        name for name in expected if name not in found and not name.endswith("num_batches_tracked")
+    )
+    misshapen = sorted(
+        f"{official} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, (official, tensor) in found.items()
+        if name in expected and tensor.shape != expected[name].shape
+    )
+    problems = [
+        f"{title}: {', '.join(entries)}"
+        for title, entries in (
+            ("unknown keys", unknown),
+            ("missing keys", missing),
+            ("wrong shapes", misshapen),
+        )
+        if entries
+    ]
+    if problems:
+        raise UserError(f"the checkpoint does not fit the configuration; {'; '.join(problems)}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
