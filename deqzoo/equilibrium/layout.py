@@ -275,7 +275,7 @@ class _Sequences(Rows):
         return state.reshape(self._n * self._length, -1)
 
     def to_state(self, matrix: Tensor) -> State:
-        return matrix.reshape(self._n, self._length, -1)
+        return matrix  # an adjoint system lives on matrices already
 
     def total(self, rows: Tensor) -> Tensor:
         return rows.reshape(self._n, self._length, *rows.shape[1:]).sum(1)
