@@ -1,0 +1,174 @@
+"""Embedding and softmax of a large vocabulary in frequency clusters (Grave et al. 2017; Baevski & Auli 2019).
+
+Words are sorted by frequency and cut into clusters. With ``div_val`` > 1 rarer clusters get narrower
+tables, each with its own projection to the model width; with ``div_val`` 1 there is one table.
+The layout is Transformer-XL's, so that its checkpoints can be converted.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100  # label of a position that is not scored, as everywhere in transformers
+
+
+def cluster_bounds(vocab_size: int, cutoffs: list[int]) -> list[tuple[int, int]]:
+    """First and one-past-last word index of every cluster."""
+    edges = [0, *cutoffs, vocab_size]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def cluster_widths(d_embed: int, n_clusters: int, div_val: int) -> list[int]:
+    """Embedding width of every cluster: ``floor(d_embed / div_val**i)``."""
+    return [d_embed // div_val**i for i in range(n_clusters)]
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Word indices (B, T) to vectors (B, T, d_model), scaled by sqrt(d_model)."""
+
+    def __init__(
+        self, vocab_size: int, d_model: int, d_embed: int, cutoffs: list[int], div_val: int
+    ) -> None:
+        super().__init__()
+        self.bounds = cluster_bounds(vocab_size, cutoffs)
+        self.d_model = d_model
+        self.scale = math.sqrt(d_model)
+        if div_val == 1:
+            sizes, widths = [vocab_size], [d_embed]
+            projected = d_embed != d_model
+        else:
+            sizes = [end - start for start, end in self.bounds]
+            widths = cluster_widths(d_embed, len(self.bounds), div_val)
+            projected = True
+        self.tables = nn.ModuleList(
+            nn.Embedding(size, width) for size, width in zip(sizes, widths, strict=True)
+        )
+        self.projections = nn.ModuleList(
+            nn.Linear(width, d_model, bias=False) for width in (widths if projected else [])
+        )
+
+    def forward(self, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
+        """``word_mask`` (vocab_size,) multiplies the vectors word by word (embedding dropout)."""
+        if len(self.tables) == 1:
+            vectors = self.tables[0](input_ids)
+            if self.projections:
+                vectors = self.projections[0](vectors)
+        else:
+            vectors = self._clustered(input_ids.reshape(-1)).view(*input_ids.shape, self.d_model)
+        vectors = vectors * self.scale
+        if word_mask is not None:
+            vectors = vectors * word_mask[input_ids].unsqueeze(-1).to(vectors.dtype)
+        return vectors
+
+    def _clustered(self, words: Tensor) -> Tensor:
+        parts, places = [], []
+        for (start, end), table, projection in zip(
+            self.bounds, self.tables, self.projections, strict=True
+        ):
+            place = ((words >= start) & (words < end)).nonzero().squeeze(1)
+            parts.append(projection(table(words[place] - start)))
+            places.append(place)
+        order = torch.cat(places).argsort()
+        return torch.cat(parts)[order]
+
+
+class AdaptiveSoftmax(nn.Module):
+    """Hidden states (..., d_model) to log-probabilities of the next word.
+
+    Tail cluster i >= 1 is reached through head column ``c_1 + n - i``, counted from the end as in
+    Transformer-XL. Without cutoffs this is an ordinary softmax layer.
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int, d_embed: int, cutoffs: list[int], div_val: int
+    ) -> None:
+        super().__init__()
+        self.bounds = cluster_bounds(vocab_size, cutoffs)
+        self.vocab_size = vocab_size
+        n_tails = len(self.bounds) - 1
+        if div_val == 1:
+            sizes, widths = [vocab_size], [d_embed]
+            projection_widths = [d_embed] * (n_tails + 1) if d_embed != d_model else []
+        else:
+            sizes = [end - start for start, end in self.bounds]
+            widths = cluster_widths(d_embed, n_tails + 1, div_val)
+            projection_widths = widths
+        self.tables = nn.ModuleList(
+            nn.Linear(width, size) for size, width in zip(sizes, widths, strict=True)
+        )
+        # Weights are (d_model, width), the embedding's orientation, so that both can share one.
+        self.projections = nn.ModuleList(
+            nn.Linear(width, d_model, bias=False) for width in projection_widths
+        )
+        self.clusters = nn.Linear(d_embed, n_tails) if n_tails else None
+
+    def _table(self, index: int) -> tuple[Tensor, Tensor]:
+        if len(self.tables) == len(self.bounds):
+            return self.tables[index].weight, self.tables[index].bias
+        start, end = self.bounds[index]
+        return self.tables[0].weight[start:end], self.tables[0].bias[start:end]
+
+    def _project(self, hidden: Tensor, index: int) -> Tensor:
+        return hidden @ self.projections[index].weight if self.projections else hidden
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of the first cluster's words, then of the tails: (..., c_1 + n)."""
+        projected = self._project(hidden, 0)
+        scores = F.linear(projected, *self._table(0))
+        if self.clusters is not None:
+            scores = torch.cat([scores, self.clusters(projected)], dim=-1)
+        return torch.log_softmax(scores, dim=-1)
+
+    def _tail(self, hidden: Tensor, index: int) -> Tensor:
+        return torch.log_softmax(F.linear(self._project(hidden, index), *self._table(index)), -1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., vocab_size): raw scores without cutoffs, else log-probabilities.
+
+        Either way their log-softmax is the model's log-probability.
+        """
+        if self.clusters is None:
+            return F.linear(self._project(hidden, 0), *self._table(0))
+        head = self._head(hidden)
+        first = self.bounds[0][1]
+        parts = [head[..., :first]]
+        for index in range(1, len(self.bounds)):
+            gate = head[..., first + len(self.bounds) - 1 - index].unsqueeze(-1)
+            parts.append(gate + self._tail(hidden, index))
+        return torch.cat(parts, dim=-1)
+
+    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihoods in nats of ``targets`` (...), zero where the target is -100.
+
+        Only the clusters in which targets lie are evaluated, each for those positions alone, so
+        that no (..., vocab_size) tensor exists when there are cutoffs.
+        """
+        flat, words = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        kept = (words != IGNORED).nonzero().squeeze(1)
+        if kept.numel() < words.numel():
+            scored = self._flat_nll(flat[kept], words[kept])
+            losses = scored.new_zeros(words.shape).index_put((kept,), scored)
+        else:
+            losses = self._flat_nll(flat, words)
+        return losses.view(targets.shape)
+
+    def _flat_nll(self, hidden: Tensor, words: Tensor) -> Tensor:
+        if self.clusters is None:
+            scores = F.linear(self._project(hidden, 0), *self._table(0))
+            return F.cross_entropy(scores, words, reduction="none")
+        first, n_tails = self.bounds[0][1], len(self.bounds) - 1
+        column, parts, places = words, [], []
+        for index, (start, end) in enumerate(self.bounds[1:], start=1):
+            inside = (words >= start) & (words < end)
+            column = torch.where(inside, first + n_tails - index, column)
+            place = inside.nonzero().squeeze(1)
+            if place.numel():
+                tail = self._tail(hidden[place], index)
+                parts.append(tail.gather(1, (words[place] - start).unsqueeze(1)).squeeze(1))
+                places.append(place)
+        likelihood = self._head(hidden).gather(1, column.unsqueeze(1)).squeeze(1)
+        if parts:
+            likelihood = likelihood.index_add(0, torch.cat(places), torch.cat(parts))
+        return -likelihood

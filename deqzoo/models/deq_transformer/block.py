@@ -1,0 +1,248 @@
+"""The equilibrium map of the DEQ-Transformer: F(z) for T new tokens beside a frozen past.
+
+Everything that does not change during a solve (weight-normalised weights, injected embeddings,
+dropout masks, keys and values of past tokens, relative position keys) is computed once per forward
+and held by an :class:`EquilibriumMap`; calling the map is a pure function of tensors.
+
+Shapes: B batch, T new tokens, M past tokens, K = M + T, d width, H heads, D = d / H.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deqzoo.equilibrium.layout import SuffixSelection
+
+NORM_EPS = 1e-5
+
+
+class LayerTensors(NamedTuple):
+    """Effective weights and dropout masks of one sub-layer (attention + feed-forward)."""
+
+    qkv: Tensor  # (3d, d), rows: all heads of q, then of k, then of v
+    output: Tensor  # (d, d)
+    output_bias: Tensor  # (d,)
+    content_bias: Tensor  # (H, D)
+    position_bias: Tensor  # (H, D)
+    up: Tensor  # (d_inner, d)
+    up_bias: Tensor  # (d_inner,)
+    down: Tensor  # (d, d_inner)
+    down_bias: Tensor  # (d,)
+    relative: Tensor  # (H, K, D), row k for distance K-1-k
+    past_key: Tensor | None  # (B, H, M, D)
+    past_value: Tensor | None  # (B, H, M, D)
+    norms: tuple[Tensor, ...] | None  # weight, bias of the attention, output and feed-forward norms
+    attention_mask: Tensor | None  # (B, H, T, K) dropout on attention probabilities
+    output_mask: Tensor | None  # (B, 1, d)
+    up_mask: Tensor | None  # (B, 1, d_inner)
+    down_mask: Tensor | None  # (B, 1, d)
+
+
+def layer_norm(x: Tensor, norms: tuple[Tensor, ...] | None = None, index: int = 0) -> Tensor:
+    """Normalise the last dimension, with the ``index``-th weight and bias of ``norms`` if given."""
+    if norms is None:
+        return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    return F.layer_norm(x, x.shape[-1:], norms[2 * index], norms[2 * index + 1], NORM_EPS)
+
+
+def split_heads(x: Tensor, n_head: int) -> Tensor:
+    """(..., T, d) to (..., H, T, D)."""
+    return x.unflatten(-1, (n_head, -1)).transpose(-3, -2)
+
+
+def relative_shift(scores: Tensor) -> Tensor:
+    """Move column T-1-i+j of query row i to column j: (B, H, T, K) by key row to by key.
+
+    Columns beyond the last distance hold garbage; they belong to the future and are always hidden.
+    """
+    *lead, n_queries, n_keys = scores.shape
+    if n_queries == 1:
+        return scores
+    padded = F.pad(scores, (1, 0)).reshape(*lead, n_keys + 1, n_queries)
+    return padded[..., 1:, :].reshape(*lead, n_queries, n_keys)
+
+
+def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor) -> Tensor:
+    """Relative attention of T queries over M + T keys; heads concatenated, (B, T, d)."""
+    n_head, d_head = layer.content_bias.shape
+    query, key, value = (split_heads(part, n_head) for part in qkv.chunk(3, dim=-1))
+    if layer.past_key is not None:
+        key = torch.cat([layer.past_key, key], dim=2)
+        value = torch.cat([layer.past_value, value], dim=2)
+    scale = d_head**-0.5
+    content = (query + layer.content_bias.unsqueeze(1)) * scale
+    position = (query + layer.position_bias.unsqueeze(1)) * scale
+    scores = relative_shift(position @ layer.relative.transpose(-1, -2))
+    scores = scores + content @ key.transpose(-1, -2) + bias
+    weights = torch.softmax(scores, dim=-1)
+    if layer.attention_mask is not None:
+        weights = weights * layer.attention_mask
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def attention_output(z: Tensor, u: Tensor, layer: LayerTensors, bias: Tensor, kind: str) -> Tensor:
+    """First half of a sub-layer: z plus attention, normalised for post-LN; (B, T, d)."""
+    content = z if kind == "post" else layer_norm(z, layer.norms, 0)
+    mixed = attend(F.linear(content, layer.qkv) + u, layer, bias)
+    if kind == "sandwich":
+        mixed = layer_norm(mixed, layer.norms, 1)
+    y = F.linear(mixed, layer.output, layer.output_bias)
+    if layer.output_mask is not None:
+        y = y * layer.output_mask
+    return layer_norm(z + y) if kind == "post" else z + y
+
+
+def feed_forward(h: Tensor, layer: LayerTensors) -> Tensor:
+    """Two-layer ReLU network, (B, T, d)."""
+    inner = F.relu(F.linear(h, layer.up, layer.up_bias))
+    if layer.up_mask is not None:
+        inner = inner * layer.up_mask
+    y = F.linear(inner, layer.down, layer.down_bias)
+    return y if layer.down_mask is None else y * layer.down_mask
+
+
+def apply_layer(z: Tensor, u: Tensor, layer: LayerTensors, bias: Tensor, kind: str) -> Tensor:
+    """One sub-layer.
+
+    ``kind``: "post" (norms after each residual), "pre_normalized" (locuslab pre-LN: the
+    feed-forward residual is the normalised tensor), "pre" (torchdeq ``seq`` pre-LN: the raw
+    one), "sandwich" (torchdeq ``lm``: affine norms before both parts and after attention).
+    """
+    h = attention_output(z, u, layer, bias, kind)
+    if kind == "post":
+        return layer_norm(h + feed_forward(h, layer))
+    normalized = layer_norm(h, layer.norms, 2)
+    residual = normalized if kind == "pre_normalized" else h
+    return residual + feed_forward(normalized, layer)
+
+
+def apply_layers(
+    z: Tensor, u: Tensor, layers: tuple[LayerTensors, ...], bias: Tensor, kind: str
+) -> Tensor:
+    """F(z): all sub-layers in turn, every one with the same injection and visibility."""
+    for layer in layers:
+        z = apply_layer(z, u, layer, bias, kind)
+    return z
+
+
+def context_key_value(
+    states: Tensor, injection: Tensor, layer: LayerTensors, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, H, M, D) of solved tokens with states (B, M, d), injection (B, M, 3d)."""
+    content = states if kind == "post" else layer_norm(states, layer.norms, 0)
+    width = states.shape[-1]
+    projected = F.linear(content, layer.qkv[width:]) + injection[..., width:]
+    n_head = layer.content_bias.shape[0]
+    key, value = (split_heads(part, n_head) for part in projected.chunk(2, dim=-1))
+    return key, value
+
+
+def visibility(
+    n_queries: int,
+    n_keys: int,
+    window: int,
+    valid: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Additive score bias: 0 where 0 <= distance < ``window`` and the key is a real token, else -inf.
+
+    (T, K), or (B, 1, T, K) when ``valid`` (B, K) marks real tokens. Padded queries see
+    themselves, so that no softmax is empty.
+    """
+    query = torch.arange(n_keys - n_queries, n_keys, device=device).unsqueeze(1)
+    distance = query - torch.arange(n_keys, device=device)
+    visible = (distance >= 0) & (distance < window)
+    if valid is not None:
+        visible = (visible & valid[:, None, None, :]) | (distance == 0)
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(
+        ~visible, float("-inf")
+    )
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, LayerTensors):
+        return LayerTensors(*(_detached(part) for part in value))
+    return tuple(_detached(part) for part in value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class EquilibriumMap:
+    """F with everything bound but the state: ``map(z)`` for z (B, T, d)."""
+
+    layers: tuple[LayerTensors, ...]
+    injection: Tensor  # (B, T, 3d)
+    bias: Tensor  # (T, K) or (B, 1, T, K)
+    kind: str
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return apply_layers(z, self.injection, self.layers, self.bias, self.kind)
+
+    def append_to_past(self, states: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Keys and values (B, H, T, D) of the map's own tokens once they are solved."""
+        return tuple(
+            context_key_value(states, self.injection, layer, self.kind) for layer in self.layers
+        )
+
+
+@dataclass(frozen=True)
+class SolvableMap(EquilibriumMap):
+    """The map of a single block, from which solved prefixes can leave."""
+
+    def select(self, selection: SuffixSelection) -> "SolvableMap":
+        """Positions ``[start:]`` alone; the dropped ones become part of the past, where they are."""
+        start, (layer,) = selection.start, self.layers
+        key, value = context_key_value(
+            selection.dropped, self.injection[:, :start], layer, self.kind
+        )
+        if layer.past_key is not None:
+            key = torch.cat([layer.past_key, key], dim=2)
+            value = torch.cat([layer.past_value, value], dim=2)
+        mask = layer.attention_mask
+        layer = layer._replace(
+            past_key=key,
+            past_value=value,
+            attention_mask=None if mask is None else mask[:, :, start:],
+        )
+        injection, bias = self.injection[:, start:], self.bias[..., start:, :]
+        return replace(self, layers=(layer,), injection=injection, bias=bias)
+
+
+@lru_cache(maxsize=1)
+def _compiled_layers() -> Callable[..., Tensor]:
+    """`apply_layers` under torch.compile: one graph per shape and per set of tracked tensors."""
+    # One backward graph serves several products, which donated buffers forbid; and one training
+    # run meets more variants than torch's default limit.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(apply_layers, dynamic=False, fullgraph=True)
+
+
+@dataclass(frozen=True)
+class CompiledMap:
+    """A map under torch.compile.
+
+    It offers no ``select``, since every length would be compiled anew, but a detached twin: a
+    compiled backward is one graph, which would compute weight gradients in every product.
+    """
+
+    plain: EquilibriumMap
+
+    def __call__(self, z: Tensor) -> Tensor:
+        f = self.plain
+        return _compiled_layers()(z, f.injection, f.layers, f.bias, f.kind)
+
+    def detached(self) -> "CompiledMap":
+        """The same map with nothing tracked but its argument."""
+        f = self.plain
+        parts = {field.name: _detached(getattr(f, field.name)) for field in fields(f)}
+        return CompiledMap(replace(f, **parts))

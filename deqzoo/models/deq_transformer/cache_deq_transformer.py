@@ -1,0 +1,159 @@
+"""Exact cache of solved tokens.
+
+The equilibrium of a token depends on the tokens before it only, so a solved token never changes.
+What later tokens read of it are one key and one value per head; these are stored once, from the
+final state, and used unchanged by every later solve.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class EquilibriumCacheLayer(CacheLayerMixin):
+    """Keys and values (B, H, M, D) of the last ``window`` - 1 solved tokens.
+
+    Buffers grow in steps and are written in place; nothing in them is differentiated.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.seen = 0
+        self.valid: Tensor | None = None  # (B, M) bool, False at left padding; None: all real
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._start = self._end = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype and device from the first tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append solved tokens (B, H, T, D), evict those no later token sees, return what is kept."""
+        self.lazy_initialization(key_states, value_states)
+        kept = min(self.window - 1, self._end - self._start + key_states.shape[2])
+        self.seen += key_states.shape[2]
+        new = key_states.shape[2]
+        if self._buffers is None or self._end + new > self._buffers[0].shape[2]:
+            self._grow(key_states, new)
+        assert self._buffers is not None
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self._end : self._end + new] = states
+        self._end += new
+        self._start = self._end - kept
+        self.keys, self.values = (b[:, :, self._start : self._end] for b in self._buffers)
+        return self.keys, self.values
+
+    def _grow(self, like: Tensor, new: int) -> None:
+        """Move what is kept to the front of buffers with room for at least ``new`` more tokens."""
+        kept = self._end - self._start
+        batch, heads, _, width = like.shape
+        room = min(max(64, 2 * (kept + new)), kept + new + max(64, self.window))
+        buffers = tuple(like.new_empty(batch, heads, room, width) for _ in range(2))
+        if self._buffers is not None:
+            for fresh, old in zip(buffers, self._buffers, strict=True):
+                fresh[:, :, :kept] = old[:, :, self._start : self._end]
+        self._buffers, self._start, self._end = buffers, 0, kept
+
+    def extend_valid(self, valid: Tensor | None, n_new: int, batch: int) -> None:
+        """Remember which of the tokens just appended are real."""
+        if valid is None and self.valid is None:
+            return
+        device = self.keys.device
+        old = self.keys.shape[2] - n_new  # negative when a prompt is longer than the window
+        before = self.valid
+        if before is None:
+            before = torch.ones(batch, max(old, 0), dtype=torch.bool, device=device)
+        if valid is None:
+            valid = torch.ones(batch, n_new, dtype=torch.bool, device=device)
+        joined = torch.cat([before, valid.to(device)], dim=1)
+        self.valid = joined[:, joined.shape[1] - self.keys.shape[2] :]
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones included: generate() cuts the prompt by it."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No limit: old tokens are evicted."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys visible to a query of this length, and the offset of the first of them."""
+        kept = self._end - self._start
+        return kept + query_length, max(self.seen - kept, 0)
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.seen = self._start = self._end = 0
+        self._buffers = self.keys = self.values = self.valid = None
+        self.is_initialized = False
+
+    def _take(self, rows: Tensor) -> None:
+        if self._buffers is not None:
+            self._buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self._buffers)
+            self.keys, self.values = (b[:, :, self._start : self._end] for b in self._buffers)
+        if self.valid is not None:
+            self.valid = self.valid.index_select(0, rows.to(self.valid.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Continue the beams ``beam_idx`` (B,)."""
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self._buffers is not None:
+            batch = self._buffers[0].shape[0]
+            rows = torch.arange(batch, device=self._buffers[0].device)
+            self._take(rows.repeat_interleave(repeats))
+
+
+class DEQTransformerCache(Cache):
+    """Cache of one DEQ-Transformer: solved tokens, and what a model computes once per generation.
+
+    Args:
+        window: distances the attention sees; ``window`` - 1 past tokens are kept.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__(layers=[EquilibriumCacheLayer(window)])
+        self.bound: Any = None  # effective weights and position keys of the model that fills it
+        self.last_state: Tensor | None = None  # (B, 1, d) of the newest token, for warm starts
+
+    @property
+    def layer(self) -> EquilibriumCacheLayer:
+        """The only layer: the model has one block."""
+        return self.layers[0]
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self.bound = self.last_state = None
+
+    def _take_last(self, rows: Tensor) -> None:
+        if self.last_state is not None:
+            self.last_state = self.last_state.index_select(0, rows.to(self.last_state.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Continue the beams ``beam_idx`` (B,)."""
+        super().reorder_cache(beam_idx)
+        self._take_last(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)
+        self._take_last(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        if self.last_state is not None:
+            self.last_state = self.last_state.repeat_interleave(repeats, dim=0)

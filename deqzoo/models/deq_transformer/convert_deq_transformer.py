@@ -1,0 +1,193 @@
+"""Official checkpoints (locuslab/deq, locuslab/torchdeq) to this package's layout."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqzoo.errors import UserError
+from deqzoo.models.deq_transformer.configuration_deq_transformer import (
+    VARIANTS,
+    DEQTransformerConfig,
+)
+from deqzoo.models.deq_transformer.modeling_deq_transformer import DEQTransformerForCausalLM
+from deqzoo.models.deq_transformer.presets_deq_transformer import PRESETS
+
+# Neutral names of the settings file and ours; the others have the same name.
+RENAMED = {
+    "tie_weights": "tie_word_embeddings",
+    "tie_projs": "tie_projections",
+    "eval_iterations": "fixed_iterations",
+}
+IGNORED_SETTINGS = ("d_head",)  # d_model / n_head
+
+_LAYER_KEYS = {
+    "dec_attn.r_w_bias": "attention.content_bias",
+    "dec_attn.r_r_bias": "attention.position_bias",
+    "dec_attn.qkv_net": "attention.qkv",
+    "dec_attn.r_net": "attention.relative",
+    "dec_attn.o_net": "attention.output",
+    "dec_attn.ln1": "attention.input_norm",
+    "dec_attn.ln2": "attention.output_norm",
+    "pos_ff.ff1_net": "feed_forward.up",
+    "pos_ff.ff2_net": "feed_forward.down",
+    "pos_ff.ln": "feed_forward.norm",
+}
+_LEAVES = {"weight_g": "gain", "weight_v": "direction"}
+# Old checkpoints hold the block four times; these copies are derived or duplicates.
+_DROPPED = re.compile(r"^(deq\.|func_copy\.|pos_emb\.)")
+
+
+def config_from_settings(settings: dict[str, Any]) -> DEQTransformerConfig:
+    """Configuration from neutral settings (see the converter's ``--config``).
+
+    Raises:
+        UserError: a setting is unknown or impossible.
+    """
+    known = {
+        RENAMED.get(key, key): value
+        for key, value in settings.items()
+        if key not in IGNORED_SETTINGS
+    }
+    if known.get("variant") not in VARIANTS:
+        raise UserError(
+            f"The settings name variant {known.get('variant')!r}; choose one of "
+            f"{', '.join(VARIANTS)}."
+        )
+    valid = set(DEQTransformerConfig().to_dict())
+    unknown = sorted(set(known) - valid)
+    if unknown:
+        raise UserError(f"Unknown settings {', '.join(unknown)} in the config.")
+    if settings.get("d_head", 0) * settings.get("n_head", 0) not in (0, settings.get("d_model")):
+        raise UserError("d_head times n_head must be d_model.")
+    lacks = known["variant"] == "torchdeq-lm" or (
+        known["variant"] == "torchdeq-seq" and known.get("norm_placement") == "pre"
+    )
+    if not lacks:
+        known.pop("fixed_iterations", None)
+    try:
+        return DEQTransformerConfig(**known)
+    except Exception as error:
+        raise UserError(f"The settings do not fit together: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def read_config(source: str | Path) -> DEQTransformerConfig:
+    """Configuration from a preset's name or a JSON file (settings under ``config`` or at the top)."""
+    if str(source) in PRESETS:
+        return DEQTransformerConfig(**PRESETS[str(source)])
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(
+            f"--config {source}: neither a JSON file nor a preset ({', '.join(PRESETS)})."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings = content.get("config", content)
+        return config_from_settings(dict(settings))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not a JSON object of settings: {error}") from error
+
+
+def converted_key(key: str) -> str | None:
+    """Our name of an upstream parameter, or None for one that is dropped."""
+    if _DROPPED.match(key):
+        return None
+    key = re.sub(r"(_projs\.\d+)$", r"\1.weight", key)  # before v2 projections had no `.weight`
+    key = re.sub(r"^word_emb\.emb_layers\.", "transformer.embedding.tables.", key)
+    key = re.sub(r"^word_emb\.emb_projs\.", "transformer.embedding.projections.", key)
+    key = re.sub(r"^(inject_conv|injection)\.", "transformer.injection.", key)
+    key = re.sub(r"^crit\.out_layers\.", "lm_head.tables.", key)
+    key = re.sub(r"^crit\.out_projs\.", "lm_head.projections.", key)
+    key = re.sub(r"^crit\.cluster_(weight|bias)$", r"lm_head.clusters.\1", key)
+    match = re.match(r"^func\.(dec_attn|pos_ff)\.(?:(\d+)\.)?(.+)$", key)
+    if match is None:
+        return key
+    part, index, rest = match.groups()
+    head, _, leaf = rest.partition(".")
+    module = _LAYER_KEYS.get(f"{part}.{head}")
+    if module is None:
+        return key
+    name = f"transformer.layers.{index or 0}.{module}"
+    return f"{name}.{_LEAVES.get(leaf, leaf)}" if leaf else name
+
+
+def deinterleaved(rows: Tensor, n_head: int) -> Tensor:
+    """Rows grouped [q_h | k_h | v_h] head by head, regrouped as all q, all k, all v."""
+    return rows.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def convert_state_dict(
+    state_dict: dict[str, Tensor], config: DEQTransformerConfig
+) -> dict[str, Tensor]:
+    """Upstream tensors under our names and in our shapes.
+
+    Raises:
+        UserError: tied copies differ.
+    """
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    converted = {}
+    for key, tensor in state_dict.items():
+        name = converted_key(key)
+        if name is None:
+            continue
+        if name.startswith("transformer.") and ".tables." not in name:
+            # A convolution of kernel 1 is a linear map.
+            keep = 2 if name.endswith(("weight", "direction", "gain")) else 1
+            while tensor.ndim > max(keep, 1) and tensor.shape[-1] == 1:
+                tensor = tensor.squeeze(-1)
+            if name.endswith("gain"):
+                tensor = tensor.reshape(-1, 1)
+        interleaved = "attention.qkv." in name or name.startswith("transformer.injection.")
+        if config.variant == "torchdeq-lm" and interleaved:
+            tensor = deinterleaved(tensor, config.n_head)
+        converted[name] = tensor.contiguous()
+    return converted
+
+
+def build_model(
+    state_dict: dict[str, Tensor], config: DEQTransformerConfig
+) -> DEQTransformerForCausalLM:
+    """Model with converted weights, in the dtype of the source.
+
+    Raises:
+        UserError: the tensors do not fit the configuration.
+    """
+    converted = convert_state_dict(state_dict, config)
+    dtypes = {t.dtype for t in converted.values() if t.is_floating_point()}
+    if len(dtypes) != 1:
+        raise UserError(f"The checkpoint mixes dtypes {sorted(map(str, dtypes))}.")
+    config.dtype = dtypes.pop()
+    model = DEQTransformerForCausalLM(config).to(config.dtype).eval()
+    for target, source in model.all_tied_weights_keys.items():
+        copies = converted.get(target), converted.get(source)
+        if None not in copies and not torch.equal(*copies):
+            raise UserError(
+                f"{target} and {source} differ in the checkpoint, but the config ties them; "
+                "check tie_weights and tie_projs."
+            )
+    expected = model.state_dict()
+    wrong = sorted(
+        f"{name} {tuple(tensor.shape)}"
+        for name, tensor in converted.items()
+        if name not in expected or expected[name].shape != tensor.shape
+    )
+    tied = model.all_tied_weights_keys
+    missing = sorted(
+        name for name in expected if name not in converted and tied.get(name) not in converted
+    )
+    if wrong or missing:
+        found = f"does not take {wrong[0]}" if wrong else f"lacks {missing[0]}"
+        raise UserError(
+            f"The checkpoint does not fit the config: it {found} "
+            f"({len(wrong)} unexpected, {len(missing)} missing tensors)."
+        )
+    model.load_state_dict(converted, strict=False)
+    model.tie_weights()
+    return model

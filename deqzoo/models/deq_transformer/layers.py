@@ -1,0 +1,145 @@
+"""Parameters of one DEQ-Transformer sub-layer, and its variational dropout masks.
+
+These modules hold parameters and bind them, once per forward, into the plain tensors of
+:class:`~deqzoo.models.deq_transformer.block.LayerTensors`; the arithmetic is in ``block.py``.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from deqzoo.models.deq_transformer.block import LayerTensors, split_heads
+
+
+class NormalizedLinear(nn.Module):
+    """Weight of a linear map with optional weight normalisation (Salimans & Kingma 2016).
+
+    With normalisation row i of the effective weight is ``gain[i] * direction[i] / |direction[i]|``.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, weight_norm: bool
+    ) -> None:
+        super().__init__()
+        shape = (out_features, in_features)
+        self.weight_norm = weight_norm
+        if weight_norm:
+            self.direction = nn.Parameter(torch.empty(shape))
+            self.gain = nn.Parameter(torch.empty(out_features, 1))
+        else:
+            self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def effective_weight(self) -> Tensor:
+        """(out_features, in_features)."""
+        if not self.weight_norm:
+            return self.weight
+        length = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True)
+        return self.direction * (self.gain / length)
+
+
+class RelativeAttention(nn.Module):
+    """Parameters of relative multi-head attention (Dai et al. 2019)."""
+
+    def __init__(self, d_model: int, n_head: int, *, weight_norm: bool, affine: bool) -> None:
+        super().__init__()
+        self.qkv = NormalizedLinear(d_model, 3 * d_model, bias=False, weight_norm=weight_norm)
+        self.relative = NormalizedLinear(d_model, d_model, bias=False, weight_norm=weight_norm)
+        self.output = NormalizedLinear(d_model, d_model, bias=True, weight_norm=weight_norm)
+        self.content_bias = nn.Parameter(torch.empty(n_head, d_model // n_head))
+        self.position_bias = nn.Parameter(torch.empty(n_head, d_model // n_head))
+        self.input_norm = nn.LayerNorm(d_model) if affine else None
+        self.output_norm = nn.LayerNorm(d_model) if affine else None
+
+
+class FeedForward(nn.Module):
+    """Parameters of the position-wise network."""
+
+    def __init__(self, d_model: int, d_inner: int, *, weight_norm: bool, affine: bool) -> None:
+        super().__init__()
+        self.up = NormalizedLinear(d_model, d_inner, bias=True, weight_norm=weight_norm)
+        self.down = NormalizedLinear(d_inner, d_model, bias=True, weight_norm=weight_norm)
+        self.norm = nn.LayerNorm(d_model) if affine else None
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """Dropout masks of one sub-layer, values 0 or 1/(1-p); None where nothing is dropped."""
+
+    attention: Tensor | None = None  # (B, H, T, K)
+    output: Tensor | None = None  # (B, 1, d)
+    up: Tensor | None = None  # (B, 1, d_inner)
+    down: Tensor | None = None  # (B, 1, d)
+
+
+@dataclass(frozen=True)
+class DropoutMasks:
+    """All masks of one forward, fixed through its solve, gradient steps and backward solve."""
+
+    words: Tensor | None = None  # (vocab_size,) whole words
+    input: Tensor | None = None  # (B, 1, d) scaled embedding
+    positions: Tensor | None = None  # (1, 1, d) features or (1, K, 1) distances
+    hidden: Tensor | None = None  # (B, T, 1) whole tokens or (B, 1, d) features, before the softmax
+    layers: tuple[LayerMasks, ...] = field(default=())
+
+
+def draw_mask(shape: tuple[int, ...], p: float, like: Tensor) -> Tensor | None:
+    """Bernoulli(1-p)/(1-p) mask in the dtype and on the device of ``like``; None for p = 0."""
+    if p == 0:
+        return None
+    keep = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p)
+    return keep / (1 - p)
+
+
+class SubLayer(nn.Module):
+    """One attention and one feed-forward part."""
+
+    def __init__(
+        self, d_model: int, n_head: int, d_inner: int, *, weight_norm: bool, affine: bool
+    ) -> None:
+        super().__init__()
+        self.attention = RelativeAttention(d_model, n_head, weight_norm=weight_norm, affine=affine)
+        self.feed_forward = FeedForward(d_model, d_inner, weight_norm=weight_norm, affine=affine)
+
+    def position_keys(self, table: Tensor) -> Tensor:
+        """Position keys (H, K, D) of a sinusoid table (K, d)."""
+        n_head = self.attention.content_bias.shape[0]
+        projected = nn.functional.linear(table, self.attention.relative.effective_weight())
+        return split_heads(projected, n_head)
+
+    def bind(self, relative: Tensor | None, masks: LayerMasks) -> LayerTensors:
+        """Effective tensors without a past; ``relative`` (H, K, D) may be filled in later."""
+        attention, network = self.attention, self.feed_forward
+        norms = [attention.input_norm, attention.output_norm, network.norm]
+        affine = tuple(p for n in norms if n is not None for p in (n.weight, n.bias))
+        return LayerTensors(
+            qkv=attention.qkv.effective_weight(),
+            output=attention.output.effective_weight(),
+            output_bias=attention.output.bias,
+            content_bias=attention.content_bias,
+            position_bias=attention.position_bias,
+            up=network.up.effective_weight(),
+            up_bias=network.up.bias,
+            down=network.down.effective_weight(),
+            down_bias=network.down.bias,
+            relative=relative,
+            past_key=None,
+            past_value=None,
+            norms=affine or None,
+            attention_mask=masks.attention,
+            output_mask=masks.output,
+            up_mask=masks.up,
+            down_mask=masks.down,
+        )
+
+
+def sinusoids(
+    n_distances: int, d_model: int, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Position vectors (K, d): row k for distance K-1-k, all sines first, then all cosines."""
+    distance = torch.arange(n_distances - 1, -1, -1.0, dtype=torch.float64, device=device)
+    exponent = torch.arange(0, d_model, 2, dtype=torch.float64, device=device) / d_model
+    angle = distance.unsqueeze(1) * torch.exp(exponent * -math.log(10000.0))
+    return torch.cat([angle.sin(), angle.cos()], dim=1).to(dtype)

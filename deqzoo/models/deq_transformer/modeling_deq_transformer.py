@@ -1,0 +1,535 @@
+"""DEQ-Transformer language model (Bai, Kolter & Koltun 2019; Bai, Koltun & Kolter 2021).
+
+The hidden states of T tokens are the equilibrium z = F(z; u) of one weight-tied transformer block
+with injected word embeddings u. F is causal, hence so is its equilibrium; the solver used here keeps
+that property at every tolerance.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin
+from transformers import initialization as init
+from transformers.utils import can_return_tuple
+
+from deqzoo.equilibrium import Causal, jacobian_penalty, spectral_radius
+from deqzoo.errors import UserError
+from deqzoo.models.base import DEQPreTrainedModel
+from deqzoo.models.deq_transformer.adaptive import IGNORED, AdaptiveEmbedding, AdaptiveSoftmax
+from deqzoo.models.deq_transformer.block import (
+    CompiledMap,
+    EquilibriumMap,
+    LayerTensors,
+    SolvableMap,
+    context_key_value,
+    visibility,
+)
+from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
+from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
+from deqzoo.models.deq_transformer.layers import (
+    DropoutMasks,
+    LayerMasks,
+    NormalizedLinear,
+    RelativeAttention,
+    SubLayer,
+    draw_mask,
+    sinusoids,
+)
+from deqzoo.models.deq_transformer.memory import SegmentMemory, updated_memory
+from deqzoo.models.deq_transformer.outputs import (
+    DEQTransformerCausalLMOutput,
+    DEQTransformerModelOutput,
+    SolveReport,
+    token_residual,
+)
+
+Spec = str | dict[str, Any] | None
+
+
+class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
+    """Loading, saving and initialisation common to the DEQ-Transformer classes."""
+
+    config_class = DEQTransformerConfig
+    config: DEQTransformerConfig
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SubLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Upstream's: N(0, 0.01), except weight-normalised maps, which keep PyTorch's default."""
+        std = self.config.initializer_range
+        affine = self.config.variant == "torchdeq-lm"
+        if isinstance(module, NormalizedLinear):
+            weight = module.direction if module.weight_norm else module.weight
+            if module.weight_norm and not affine:
+                bound = weight.shape[1] ** -0.5
+                init.uniform_(weight, -bound, bound)
+            else:
+                init.normal_(weight, mean=0.0, std=std)
+            if module.weight_norm:
+                init.copy_(module.gain, torch.linalg.vector_norm(weight, dim=1, keepdim=True))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RelativeAttention):
+            for bias in (module.content_bias, module.position_bias):
+                if self.config.variant == "locuslab-deq":
+                    init.normal_(bias, mean=0.0, std=std)
+                else:
+                    init.uniform_(bias, -0.05, 0.05)
+        elif isinstance(module, nn.LayerNorm):
+            init.normal_(module.weight, mean=1.0, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+
+    def compile_map(self, enabled: bool = True) -> None:
+        """Run the equilibrium map under torch.compile, or no longer."""
+        self.base_model.map_compiled = enabled
+
+    def jacobian_loss(
+        self,
+        f: EquilibriumMap,
+        state: Tensor,
+        n_probes: int = 1,
+        probes: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Estimate of ||dF/dz||_F^2 per feature, to be added to the loss.
+
+        Args:
+            f, state: ``equilibrium_map`` and ``state`` of an output made with ``output_state=True``.
+            n_probes: random vectors per sample.
+            probes: those vectors, instead of random ones.
+            generator: source of the random vectors.
+        """
+        return jacobian_penalty(
+            f, state.detach(), n_probes=n_probes, probes=probes, generator=generator
+        )
+
+    def spectral_radius(self, f: EquilibriumMap, state: Tensor, **settings: Any) -> Tensor:
+        """Per sample (B,) the spectral radius of dF/dz; settings as in `deqzoo.equilibrium`."""
+        return spectral_radius(f, state.detach(), **settings)
+
+
+class DEQTransformerModel(DEQTransformerPreTrainedModel):
+    """Word indices to equilibrium states."""
+
+    def __init__(self, config: DEQTransformerConfig) -> None:
+        super().__init__(config)
+        self.embedding = AdaptiveEmbedding(
+            config.vocab_size, config.d_model, config.d_embed, config.cutoffs, config.div_val
+        )
+        self.injection = nn.Linear(config.d_model, 3 * config.d_model)
+        self.layers = nn.ModuleList(
+            SubLayer(
+                config.d_model,
+                config.n_head,
+                config.d_inner,
+                weight_norm=config.weight_norm,
+                affine=config.variant == "torchdeq-lm",
+            )
+            for _ in range(config.n_sublayers)
+        )
+        self.gradient_checkpointing = False
+        self.map_compiled = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> AdaptiveEmbedding:
+        """The clustered embedding."""
+        return self.embedding
+
+    def set_input_embeddings(self, value: AdaptiveEmbedding) -> None:
+        """Replace the clustered embedding."""
+        self.embedding = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: DEQTransformerCache | None = None,
+        memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
+        use_cache: bool | None = None,
+        solver: Spec = None,
+        gradient: Spec = None,
+        shallow: bool = False,
+        warm_start: bool = False,
+        dropout_masks: DropoutMasks | None = None,
+        output_state: bool = False,
+    ) -> DEQTransformerModelOutput:
+        """Solve for the states of T new tokens.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) or longer, 0 at left padding; its last T columns are used.
+            past_key_values: cache of earlier tokens; it is extended in place.
+            memory: states and injections of the previous segment, as returned by its forward.
+            use_cache: return a cache; excludes ``memory``.
+            solver, gradient: settings that replace the configured ones for this call.
+            shallow: apply F ``config.unroll_layers`` times from zero, differentiably, instead of
+                solving (the first phase of training).
+            warm_start: start from the newest cached state instead of zero.
+            dropout_masks: these instead of random ones.
+            output_state: also return the map and the state, for ``jacobian_loss``.
+        """
+        self._check_call(past_key_values, memory, use_cache)
+        if use_cache and past_key_values is None:
+            past_key_values = DEQTransformerCache(self.config.window)
+        valid = _valid_tokens(attention_mask, input_ids)
+        n_past = _past_length(past_key_values, memory)
+        masks = dropout_masks or self.draw_masks(*input_ids.shape, n_past)
+        injection = self.inject(input_ids, masks)
+        f = self.bind(injection, masks, past_key_values, memory, valid)
+        start = torch.zeros_like(injection[..., : self.config.d_model]).detach()
+        if warm_start and past_key_values is not None and past_key_values.last_state is not None:
+            start = start + past_key_values.last_state
+        report = self._solve(f, start, valid, solver, gradient, shallow)
+        if past_key_values is not None:
+            self._remember(past_key_values, f, report.state, valid)
+            memory = None
+        elif valid is None:
+            memory = updated_memory(memory, report.state, injection, self.config.mem_len)
+        else:
+            memory = None  # padding cannot be told from tokens in a memory
+        return DEQTransformerModelOutput(
+            last_hidden_state=report.state,
+            past_key_values=past_key_values,
+            memory=None if memory is None else tuple(memory),
+            state=report.state.detach() if output_state else None,
+            equilibrium_map=f if output_state else None,
+            **report.per_sample(valid),
+        )
+
+    def _check_call(self, cache: Any, memory: Any, use_cache: bool | None) -> None:
+        if cache is not None and not isinstance(cache, DEQTransformerCache):
+            raise UserError(
+                f"past_key_values must be a DEQTransformerCache, got {type(cache).__name__}."
+            )
+        if (cache is not None or use_cache) and not self.config.has_equilibrium:
+            raise UserError(
+                f"{self.config.variant} with norm_placement={self.config.norm_placement!r} has no "
+                "equilibrium to cache; call it with use_cache=False."
+            )
+        if (cache is not None or use_cache) and memory is not None:
+            raise UserError("Give either past_key_values (or use_cache) or memory, not both.")
+
+    def draw_masks(self, batch: int, n_tokens: int, n_past: int) -> DropoutMasks:
+        """Dropout masks of one forward; none in evaluation mode."""
+        c, like = self.config, self.injection.weight
+        if not self.training or max(c.dropout, c.dropatt, c.dropword) == 0:
+            return DropoutMasks(layers=(LayerMasks(),) * c.n_sublayers)
+        n_keys = n_past + n_tokens
+        position = (1, n_keys, 1) if c.variant == "torchdeq-seq" else (1, 1, c.d_model)
+        words = draw_mask((c.vocab_size,), c.dropword, like)
+        layers = tuple(
+            LayerMasks(
+                attention=draw_mask((batch, c.n_head, n_tokens, n_keys), c.dropatt, like),
+                output=draw_mask((batch, 1, c.d_model), c.dropout, like),
+                up=draw_mask((batch, 1, c.d_inner), c.dropout, like),
+                down=draw_mask((batch, 1, c.d_model), c.dropout, like),
+            )
+            for _ in range(c.n_sublayers)
+        )
+        return DropoutMasks(
+            words=words,
+            input=draw_mask((batch, 1, c.d_model), c.dropout, like),
+            positions=draw_mask(position, c.dropout, like),
+            layers=layers,
+        )
+
+    def inject(self, input_ids: Tensor, masks: DropoutMasks) -> Tensor:
+        """Injections (B, T, 3d) of words (B, T)."""
+        x = self.embedding(input_ids, masks.words)
+        return self.injection(x if masks.input is None else x * masks.input)
+
+    def bind(
+        self,
+        injection: Tensor,
+        masks: DropoutMasks,
+        cache: DEQTransformerCache | None = None,
+        memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
+        valid: Tensor | None = None,
+    ) -> EquilibriumMap:
+        """F for these tokens: effective weights, masks, frozen past and visibility put in place."""
+        n_new, n_past = injection.shape[1], _past_length(cache, memory)
+        n_keys = n_past + n_new
+        layers = self._bound_layers(n_keys, masks, cache)
+        if memory is not None:
+            layers = tuple(
+                layer._replace(past_key=key, past_value=value)
+                for layer in layers
+                for key, value in [context_key_value(*memory, layer, self.config.kind)]
+            )
+        key_valid = valid
+        if cache is not None and n_past:
+            past = cache.layer
+            layers = tuple(
+                layer._replace(past_key=past.keys, past_value=past.values) for layer in layers
+            )
+            key_valid = _joined_validity(past.valid, valid, injection.shape[0], n_past, n_new)
+        bias = visibility(
+            n_new,
+            n_keys,
+            self.config.window,
+            key_valid,
+            dtype=injection.dtype,
+            device=injection.device,
+        )
+        kind = SolvableMap if self.config.has_equilibrium else EquilibriumMap
+        return kind(layers, injection, bias, self.config.kind)
+
+    def _bound_layers(
+        self, n_keys: int, masks: DropoutMasks, cache: DEQTransformerCache | None
+    ) -> tuple[LayerTensors, ...]:
+        """Effective weights with position keys for K keys; a cache keeps them between its calls."""
+        reuse = cache is not None and not torch.is_grad_enabled() and not self.training
+        if not reuse:
+            return self._fresh_layers(n_keys, masks)
+        if cache.bound is None or cache.bound[0].relative.shape[1] < n_keys:
+            room = max(64, min(2 * n_keys, n_keys + self.config.window))
+            cache.bound = self._fresh_layers(room, masks)
+        return tuple(
+            layer._replace(relative=layer.relative[:, layer.relative.shape[1] - n_keys :])
+            for layer in cache.bound
+        )
+
+    def _fresh_layers(self, n_keys: int, masks: DropoutMasks) -> tuple[LayerTensors, ...]:
+        weight = self.injection.weight
+        table = sinusoids(n_keys, self.config.d_model, dtype=weight.dtype, device=weight.device)
+        if masks.positions is not None:
+            table = table * masks.positions[0]
+        return tuple(
+            layer.bind(layer.position_keys(table), layer_masks)
+            for layer, layer_masks in zip(self.layers, masks.layers, strict=True)
+        )
+
+    def _solve(
+        self,
+        f: EquilibriumMap,
+        start: Tensor,
+        valid: Tensor | None,
+        solver: Spec,
+        gradient: Spec,
+        shallow: bool,
+    ) -> SolveReport:
+        if shallow:
+            return self._iterate(f, start, self.config.unroll_layers)
+        if not self.config.has_equilibrium:
+            if gradient is not None:
+                raise UserError(
+                    f"{self.config.variant} without an equilibrium is differentiated through its "
+                    "iterations; leave gradient out."
+                )
+            return self._iterate(f, start, self._iterations(solver))
+        layout = Causal(valid) if self.config.causal else None
+        solved = CompiledMap(f) if self.map_compiled else f
+        solution = self.solve(solved, start, layout=layout, solver=solver, gradient=gradient)
+        steps, residual, converged = solution.n_steps, solution.residual, solution.converged
+        if not self.config.causal:
+            shape = start.shape[:2]
+            steps, residual, converged = (
+                t.unsqueeze(1).expand(shape) for t in (steps, residual, converged)
+            )
+        return SolveReport(solution.state, steps, residual, converged)
+
+    def _iterations(self, solver: Spec) -> int:
+        """How often F is applied: ``max_steps`` of a per-call plain solver, or the configured number."""
+        settings = {"name": solver} if isinstance(solver, str) else dict(solver or {})
+        if settings.get("name", "fixed_point") != "fixed_point":
+            raise UserError(
+                f"{self.config.variant} has no equilibrium for solver {settings['name']!r} to find; "
+                "use fixed_point with max_steps."
+            )
+        return int(settings.get("max_steps", self.config.fixed_iterations))
+
+    def _iterate(self, f: EquilibriumMap, z: Tensor, n: int) -> SolveReport:
+        """Apply F exactly n >= 1 times; every step is differentiable."""
+        if n < 1:
+            raise UserError(f"The number of applications must be at least 1, got {n}.")
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for _ in range(n):
+            previous = z
+            z = checkpoint(f, z, use_reentrant=False) if recompute else f(z)
+        residual = token_residual(previous.detach(), z.detach())
+        steps = torch.full(residual.shape, n, dtype=torch.int64, device=z.device)
+        return SolveReport(z, steps, residual, residual <= self.config.solver["tol"])
+
+    @torch.no_grad()
+    def _remember(
+        self,
+        cache: DEQTransformerCache,
+        f: EquilibriumMap,
+        states: Tensor,
+        valid: Tensor | None,
+    ) -> None:
+        ((key, value),) = f.append_to_past(states)
+        cache.update(key, value, 0)
+        cache.layer.extend_valid(valid, states.shape[1], states.shape[0])
+        cache.last_state = states[:, -1:].detach()
+
+
+class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
+    """DEQ-Transformer with an adaptive softmax over the next word."""
+
+    accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch where Trainer gives it
+
+    def __init__(self, config: DEQTransformerConfig) -> None:
+        super().__init__(config)
+        self.transformer = DEQTransformerModel(config)
+        self.lm_head = AdaptiveSoftmax(
+            config.vocab_size, config.d_model, config.d_embed, config.cutoffs, config.div_val
+        )
+        self._tied_weights_keys = self._tied_keys()
+        self.post_init()
+
+    def _tied_keys(self) -> dict[str, str]:
+        """Shared parameters: every table, and the flagged projections."""
+        source = "transformer.embedding"
+        keys = {
+            f"lm_head.tables.{i}.weight": f"{source}.tables.{i}.weight"
+            for i in range(len(self.lm_head.tables))
+        }
+        n_sources = len(self.transformer.embedding.projections)
+        for i, tied in enumerate(self.config.tie_projections):
+            if tied and n_sources and i < len(self.lm_head.projections):
+                origin = i if n_sources > 1 else 0
+                keys[f"lm_head.projections.{i}.weight"] = f"{source}.projections.{origin}.weight"
+        return keys
+
+    def get_output_embeddings(self) -> None:
+        """None: the softmax has several tables, see ``lm_head``."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """False: forward makes its own cache, which holds solved tokens."""
+        return False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: DEQTransformerCache | None = None,
+        memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
+        num_items_in_batch: int | Tensor | None = None,
+        solver: Spec = None,
+        gradient: Spec = None,
+        shallow: bool = False,
+        warm_start: bool = False,
+        dropout_masks: DropoutMasks | None = None,
+        output_state: bool = False,
+    ) -> DEQTransformerCausalLMOutput:
+        """Score the next words.
+
+        Args:
+            labels: (B, T) the tokens themselves, shifted here; -100 is not scored.
+            shift_labels: (B, T) the next tokens, already shifted; instead of ``labels``.
+            logits_to_keep: compute logits for that many last positions (0: all), or for these.
+            return_logits: False leaves logits out; with labels the loss then touches only the
+                clusters that occur, and no (B, T, vocab_size) tensor is made.
+            num_items_in_batch: divide the summed loss by this number instead of the scored tokens.
+
+        The other arguments are those of :meth:`DEQTransformerModel.forward`.
+        """
+        base = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            memory=memory,
+            use_cache=use_cache,
+            solver=solver,
+            gradient=gradient,
+            shallow=shallow,
+            warm_start=warm_start,
+            dropout_masks=dropout_masks,
+            output_state=output_state,
+            return_dict=True,
+        )
+        hidden = self._dropped(base.last_hidden_state, dropout_masks)
+        targets = _targets(labels, shift_labels, attention_mask)
+        loss = nll = logits = None
+        if targets is not None:
+            nll = self.lm_head.nll(hidden, targets)
+            count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = nll.sum() / count
+        if return_logits:
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self.lm_head(hidden[:, kept])
+        report = {k: v for k, v in base.items() if k != "last_hidden_state"}
+        return DEQTransformerCausalLMOutput(loss=loss, logits=logits, nll=nll, **report)
+
+    def _dropped(self, hidden: Tensor, masks: DropoutMasks | None) -> Tensor:
+        """Equilibrium (B, T, d) behind the output dropout of training."""
+        if masks is not None:
+            return hidden if masks.hidden is None else hidden * masks.hidden
+        if not self.training or self.config.dropout == 0:
+            return hidden
+        batch, n_tokens, width = hidden.shape
+        whole_tokens = self.config.output_dropout == "token"
+        shape = (batch, n_tokens, 1) if whole_tokens else (batch, 1, width)
+        return hidden * draw_mask(shape, self.config.dropout, hidden)
+
+
+def _targets(
+    labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None
+) -> Tensor | None:
+    """Next words (B, T), -100 where nothing follows, or None."""
+    if shift_labels is not None:
+        if labels is not None:
+            raise UserError("Give either labels or shift_labels, not both.")
+        return shift_labels
+    if labels is None:
+        return None
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        labels = labels.masked_fill(attention_mask == 0, IGNORED)
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """(B, T) bool, or None when every token is real."""
+    if attention_mask is None:
+        return None
+    valid = attention_mask[:, -input_ids.shape[1] :].bool()
+    if valid.shape != input_ids.shape:
+        raise UserError(
+            f"attention_mask {tuple(attention_mask.shape)} does not cover input_ids "
+            f"{tuple(input_ids.shape)}."
+        )
+    return None if bool(valid.all()) else valid
+
+
+def _past_length(cache: DEQTransformerCache | None, memory: Any) -> int:
+    """Past tokens a forward can see."""
+    if memory is not None:
+        return memory[0].shape[1]
+    if cache is None or cache.layer.keys is None:
+        return 0
+    return cache.layer.keys.shape[2]
+
+
+def _joined_validity(
+    past: Tensor | None, new: Tensor | None, batch: int, n_past: int, n_new: int
+) -> Tensor | None:
+    """Validity (B, K) of past and new keys, None when all are real."""
+    if past is None and new is None:
+        return None
+    like = past if past is not None else new
+    if past is None:
+        past = torch.ones(batch, n_past, dtype=torch.bool, device=like.device)
+    if new is None:
+        new = torch.ones(batch, n_new, dtype=torch.bool, device=like.device)
+    return torch.cat([past, new], dim=1)

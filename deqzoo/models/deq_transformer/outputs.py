@@ -1,0 +1,99 @@
+"""What the DEQ-Transformer classes return."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+from deqzoo.models.deq_transformer.block import EquilibriumMap
+from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
+
+
+@dataclass
+class DEQTransformerModelOutput(ModelOutput):
+    """States of a DEQ-Transformer and how its solve went.
+
+    Attributes:
+        last_hidden_state: (B, T, d) equilibrium.
+        past_key_values: cache that now holds these tokens too.
+        memory: states (B, M, d) and injections (B, M, 3d) for the next segment.
+        n_steps, residual, converged: (B,) worst over the real tokens of a sample.
+        token_steps, token_residual, token_converged: (B, T) the same token by token; a causal
+            solver counts a token as converged when all before it are.
+        state: last_hidden_state detached, only with `output_state=True`.
+        equilibrium_map: the map that was solved, only with `output_state=True`.
+        state: last_hidden_state detached, only with `output_state=True`.
+        equilibrium_map: the map that was solved, only with `output_state=True`.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: DEQTransformerCache | None = None
+    memory: tuple[Tensor, Tensor] | None = None
+    n_steps: Tensor | None = None
+    residual: Tensor | None = None
+    converged: Tensor | None = None
+    token_steps: Tensor | None = None
+    token_residual: Tensor | None = None
+    token_converged: Tensor | None = None
+    state: Tensor | None = None
+    equilibrium_map: EquilibriumMap | None = None
+
+
+@dataclass
+class DEQTransformerCausalLMOutput(ModelOutput):
+    """Scores of the next word; the fields of :class:`DEQTransformerModelOutput` follow.
+
+    Attributes:
+        loss: mean negative log-likelihood in nats.
+        logits: (B, T, vocab_size); their log-softmax is the model's log-probability.
+        nll: (B, T) negative log-likelihood of the word after each token, in token order; zero
+            where nothing is scored.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: DEQTransformerCache | None = None
+    memory: tuple[Tensor, Tensor] | None = None
+    nll: Tensor | None = None
+    n_steps: Tensor | None = None
+    residual: Tensor | None = None
+    converged: Tensor | None = None
+    token_steps: Tensor | None = None
+    token_residual: Tensor | None = None
+    token_converged: Tensor | None = None
+    state: Tensor | None = None
+    equilibrium_map: EquilibriumMap | None = None
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """State (B, T, d) of a solve and its books token by token, each (B, T)."""
+
+    state: Tensor
+    steps: Tensor
+    residual: Tensor
+    converged: Tensor
+
+    def per_sample(self, valid: Tensor | None) -> dict[str, Tensor]:
+        """Worst values over the real tokens (``valid`` (B, T)) of every sample."""
+        steps, residual, converged = self.steps, self.residual, self.converged
+        if valid is not None:
+            steps = steps.masked_fill(~valid, 0)
+            residual = residual.masked_fill(~valid, 0.0)
+            converged = converged | ~valid
+        return {
+            "n_steps": steps.amax(1),
+            "residual": residual.amax(1),
+            "converged": converged.all(1),
+            "token_steps": steps,
+            "token_residual": residual,
+            "token_converged": converged,
+        }
+
+
+def token_residual(z: Tensor, fz: Tensor) -> Tensor:
+    """Relative residual of every token, (B, T) in float32 or wider."""
+    work = torch.promote_types(z.dtype, torch.float32)
+    difference = torch.linalg.vector_norm(fz - z, dim=-1, dtype=work)
+    return difference / (torch.linalg.vector_norm(fz, dim=-1, dtype=work) + 1e-9)

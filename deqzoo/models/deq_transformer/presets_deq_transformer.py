@@ -1,0 +1,73 @@
+"""The official WikiText-103 configurations, about 98M parameters each.
+
+Training settings (optimiser, schedule, Jacobian regularisation) are in the recipes of the same names.
+"""
+
+from typing import Any
+
+_WIKITEXT103: dict[str, Any] = {
+    "variant": "locuslab-deq",
+    "vocab_size": 267735,
+    "d_model": 700,
+    "d_embed": 700,
+    "n_head": 10,
+    "d_inner": 48000,
+    "norm_placement": "post",
+    "weight_norm": True,
+    "cutoffs": [20000, 40000, 200000],
+    "div_val": 4,
+    "tie_word_embeddings": True,
+    "tie_projections": [False, True, True, True],
+    "local_size": 0,
+    "mem_len": 150,
+    "tgt_len": 150,
+    "dropout": 0.05,
+    "dropatt": 0.0,
+}
+
+
+def _implicit(forward_steps: int, backward_steps: int) -> dict[str, Any]:
+    """Solver and gradient settings with the official budgets and tolerance."""
+    return {
+        "solver": {"name": "anderson", "max_steps": forward_steps, "tol": 1e-3},
+        "gradient": {
+            "name": "implicit",
+            "solver": {"name": "anderson", "max_steps": backward_steps, "tol": 1e-3},
+        },
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "deq-transformer-wikitext103-post": {**_WIKITEXT103, **_implicit(30, 35)},
+    "deq-transformer-wikitext103-pre": {
+        **_WIKITEXT103,
+        "norm_placement": "pre",
+        **_implicit(30, 35),
+    },
+    "deq-transformer-wikitext103-pre-jr": {
+        **_WIKITEXT103,
+        "norm_placement": "pre",
+        "mem_len": 300,
+        "dropout": 0.06,
+        "dropatt": 0.01,
+        **_implicit(14, 14),
+    },
+    "deq-transformer-wikitext103-upg": {
+        **_WIKITEXT103,
+        "solver": {"name": "anderson", "max_steps": 30, "tol": 1e-3},
+        "gradient": {"name": "upg", "steps": 5, "damping": 0.8},
+    },
+    "torchdeq-seq-wikitext103": {
+        **_WIKITEXT103,
+        "variant": "torchdeq-seq",
+        **_implicit(35, 35),
+    },
+    "torchdeq-lm-wikitext103": {
+        **_WIKITEXT103,
+        "variant": "torchdeq-lm",
+        "norm_placement": "pre",
+        "n_sublayers": 3,
+        "d_inner": 14800,
+        "fixed_iterations": 12,
+    },
+}
