@@ -1,0 +1,266 @@
+"""Labelled pictures from parquet files in the Hub's layout, as uint8 tensors.
+
+The files come from a local folder or are fetched from the Hub; pyarrow and Pillow read them, so no
+further data set library is needed. Splits and fingerprints depend on the pixels alone, not on the
+order of the rows nor on how the pictures are compressed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+from pyarrow.lib import ArrowException
+from torch import Tensor
+
+from deqzoo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """What is known about a data set.
+
+    `parts` maps each split to the stored split and, where a stored split is divided, to
+    "train" or "validation"; `fingerprints` are those of the stored splits when complete.
+    """
+
+    name: str
+    title: str
+    repository: str
+    classes: tuple[str, ...]
+    parts: Mapping[str, tuple[str, str | None]]
+    rows: Mapping[str, int]
+    side: int | None = None
+    validation_per_class: int = 0
+    fingerprints: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One split in memory.
+
+    Attributes:
+        pixels: uint8 (N, 3, H, W).
+        labels: int64 (N,), indices into `classes`.
+        classes: names in label order.
+        split: its name.
+        fingerprint: SHA-256 over the sorted digests of all (label, pixels) pairs.
+        complete: whether the stored split it came from is the published one, picture for picture.
+        source: the data set's name.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    split: str
+    fingerprint: str
+    complete: bool
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def describe(self) -> dict[str, Any]:
+        """What evaluation files and training logs record about the data."""
+        return {
+            "name": self.source,
+            "split": self.split,
+            "pictures": len(self),
+            "fingerprint": self.fingerprint,
+            "complete": self.complete,
+        }
+
+
+def load_pictures(
+    source: ImageSource,
+    split: str,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    transform: Callable[[Image.Image], Image.Image] | None = None,
+    seed: int = SPLIT_SEED,
+) -> Pictures:
+    """A split as tensors.
+
+    Args:
+        source: the data set.
+        split: one of `source.parts`.
+        data: local folder in the Hub's layout, or another repository; None for `source.repository`.
+        transform: applied to each decoded RGB picture; all results must have one size.
+        seed: of the division into training and validation part.
+
+    Raises:
+        UserError: unknown split, or data that cannot be had or are not this data set.
+    """
+    if split not in source.parts:
+        raise UserError(
+            f"{source.title} has no split {split!r}; its splits are {', '.join(source.parts)}"
+        )
+    stored, part = source.parts[split]
+    folder = data_folder(source, data)
+    pixels, labels = _decode(source, _split_files(source, folder, stored), transform)
+    digests = picture_digests(pixels, labels)
+    whole = _fingerprint(digests)
+    complete = transform is None and (source.fingerprints or {}).get(stored) == whole
+    if len(labels) != source.rows[stored]:
+        logger.warning(
+            "%s holds %d pictures of %s %s, the published split has %d",
+            folder, len(labels), source.title, stored, source.rows[stored],
+        )  # fmt: skip
+    if part is not None:
+        keep = validation_rows(digests, labels, source.validation_per_class, seed)
+        keep = keep if part == "validation" else ~keep
+        pixels, labels = pixels[keep], labels[keep]
+        digests = [digest for digest, kept in zip(digests, keep.tolist(), strict=True) if kept]
+    return Pictures(
+        pixels, labels, source.classes, split, _fingerprint(digests), complete, source.name
+    )
+
+
+def data_folder(source: ImageSource, data: str | os.PathLike[str] | None) -> Path:
+    """The local folder of a data set, fetched from the Hub where it is not local.
+
+    Raises:
+        UserError: no such folder, and no such repository or no connection.
+    """
+    if data is not None and Path(data).expanduser().is_dir():
+        return Path(data).expanduser()
+    if data is not None and (str(data).startswith((".", "/", "~")) or Path(data).is_file()):
+        raise UserError(f"data folder {data} does not exist or is no folder")
+    repository = source.repository if data is None else str(data)
+    try:
+        return Path(
+            snapshot_download(
+                repository, repo_type="dataset", allow_patterns="*.parquet", etag_timeout=5
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{source.title} is not at hand: {repository} is no local folder and cannot be fetched "
+            f"from the Hub; pass the folder of a copy with --data ({reason})"
+        ) from error
+
+
+def _split_files(source: ImageSource, folder: Path, stored: str) -> list[Path]:
+    files = sorted(folder.rglob(f"{stored}-*.parquet")) or sorted(
+        folder.rglob(f"{stored}/*.parquet")
+    )
+    if not files:
+        raise UserError(
+            f"folder {folder} does not hold {source.title}: it has no {stored}-*.parquet"
+        )
+    return files
+
+
+def _decode(
+    source: ImageSource,
+    files: list[Path],
+    transform: Callable[[Image.Image], Image.Image] | None,
+) -> tuple[Tensor, Tensor]:
+    """All pictures (N, 3, H, W) uint8 and labels (N,) int64 of a stored split."""
+
+    def to_array(encoded: bytes) -> np.ndarray:
+        picture = Image.open(io.BytesIO(encoded)).convert("RGB")
+        return np.asarray(picture if transform is None else transform(picture))
+
+    arrays: list[np.ndarray] = []
+    labels: list[int] = []
+    try:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            for encoded, numbers in _row_groups(source, files):
+                arrays.extend(pool.map(to_array, encoded, chunksize=64))
+                labels.extend(numbers)
+    except (ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"cannot read {source.title} from {files[0].parent}: {reason}") from error
+    sizes = {array.shape[:2] for array in arrays}
+    expected = {(source.side, source.side)} if transform is None and source.side else sizes
+    if sizes != expected or len(sizes) != 1:
+        raise UserError(
+            f"folder {files[0].parent} does not hold {source.title}: pictures of "
+            f"{len(sizes)} sizes, e.g. {sorted(sizes)[:2]}"
+        )
+    if not set(labels) <= set(range(len(source.classes))):
+        raise UserError(
+            f"folder {files[0].parent} does not hold {source.title}: labels outside "
+            f"0..{len(source.classes) - 1}"
+        )
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return pixels, torch.tensor(labels, dtype=torch.int64)
+
+
+def _row_groups(
+    source: ImageSource, files: list[Path]
+) -> Iterator[tuple[list[bytes], list[int]]]:
+    """Encoded pictures and labels, one row group at a time."""
+    for path in files:
+        parquet = pq.ParquetFile(path)
+        schema = parquet.schema_arrow
+        image = next((name for name in ("img", "image") if name in schema.names), None)
+        if image is None or "label" not in schema.names:
+            raise UserError(
+                f"{path} does not hold {source.title}: its columns are {', '.join(schema.names)}"
+            )
+        names = _class_names(schema.metadata)
+        if names is not None and len(names) != len(source.classes):
+            raise UserError(
+                f"{path} does not hold {source.title}: its labels are {', '.join(names[:5])}, ..."
+            )
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group, columns=[image, "label"])
+            encoded = [row["bytes"] for row in table.column(image).to_pylist()]
+            yield encoded, table.column("label").to_pylist()
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> list[str] | None:
+    """Class names as the Hub stores them in a parquet file, if they are there."""
+    stored = (metadata or {}).get(b"huggingface")
+    features = json.loads(stored)["info"]["features"] if stored else {}
+    return features.get("label", {}).get("names")
+
+
+def picture_digests(pixels: Tensor, labels: Tensor) -> list[bytes]:
+    """SHA-256 of each picture's label and pixels (H, W, 3)."""
+    rows = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    return [
+        hashlib.sha256(bytes([label]) + row.tobytes()).digest()
+        for row, label in zip(rows, labels.tolist(), strict=True)
+    ]
+
+
+def _fingerprint(digests: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def validation_rows(digests: list[bytes], labels: Tensor, per_class: int, seed: int) -> Tensor:
+    """Which rows belong to the validation part: bool (N,).
+
+    Of each class those `per_class` pictures whose digest, hashed with the seed, is smallest; at
+    most half of a class, so that small stand-ins keep both parts.
+    """
+    salt = str(seed).encode()
+    order = np.array([hashlib.sha256(salt + digest).hexdigest() for digest in digests])
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = np.flatnonzero(labels.numpy() == label)
+        ranked = members[np.argsort(order[members], kind="stable")]
+        chosen[torch.from_numpy(ranked[: min(per_class, len(members) // 2)])] = True
+    return chosen
