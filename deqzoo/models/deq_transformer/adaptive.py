@@ -1,8 +1,9 @@
-"""Embedding and softmax of a large vocabulary in frequency clusters (Grave et al. 2017; Baevski & Auli 2019).
+"""Embedding and softmax of a large vocabulary in frequency clusters.
 
-Words are sorted by frequency and cut into clusters. With ``div_val`` > 1 rarer clusters get narrower
-tables, each with its own projection to the model width; with ``div_val`` 1 there is one table.
-The layout is Transformer-XL's, so that its checkpoints can be converted.
+Grave et al. 2017, Baevski & Auli 2019. Words are sorted by frequency and cut into clusters. With
+``div_val`` > 1 rarer clusters get narrower tables, each with its own projection to the model width;
+with ``div_val`` 1 there is one table. The layout is Transformer-XL's, so that its checkpoints can
+be converted.
 """
 
 import math

@@ -16,9 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deqzoo.equilibrium.layout import SuffixSelection
+from deqzoo.equilibrium.layout import Selection, SuffixSelection
 
 NORM_EPS = 1e-5
+# Fields of LayerTensors with one row per sample.
+BATCH_FIRST = (
+    "past_key",
+    "past_value",
+    "attention_mask",
+    "output_mask",
+    "up_mask",
+    "down_mask",
+)
 
 
 class LayerTensors(NamedTuple):
@@ -151,7 +160,7 @@ def visibility(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Additive score bias: 0 where 0 <= distance < ``window`` and the key is a real token, else -inf.
+    """Additive score bias: 0 for a real key at a distance in [0, ``window``), else -inf.
 
     (T, K), or (B, 1, T, K) when ``valid`` (B, K) marks real tokens. Padded queries see
     themselves, so that no softmax is empty.
@@ -197,12 +206,16 @@ class EquilibriumMap:
 class SolvableMap(EquilibriumMap):
     """The map of a single block, from which solved prefixes can leave."""
 
-    def select(self, selection: SuffixSelection) -> "SolvableMap":
-        """Positions ``[start:]`` alone; the dropped ones become part of the past, where they are."""
-        start, (layer,) = selection.start, self.layers
-        key, value = context_key_value(
-            selection.dropped, self.injection[:, :start], layer, self.kind
-        )
+    def select(self, selection: Selection) -> "SolvableMap":
+        """What is left to solve: the last positions of every row, or some rows."""
+        if isinstance(selection, SuffixSelection):
+            return self._suffix(selection.start, selection.dropped)
+        return self._rows(selection)
+
+    def _suffix(self, start: int, solved: Tensor) -> "SolvableMap":
+        """Positions ``[start:]``; the states ``solved`` (B, start, d) become part of the past."""
+        (layer,) = self.layers
+        key, value = context_key_value(solved, self.injection[:, :start], layer, self.kind)
         if layer.past_key is not None:
             key = torch.cat([layer.past_key, key], dim=2)
             value = torch.cat([layer.past_value, value], dim=2)
@@ -214,6 +227,18 @@ class SolvableMap(EquilibriumMap):
         )
         injection, bias = self.injection[:, start:], self.bias[..., start:, :]
         return replace(self, layers=(layer,), injection=injection, bias=bias)
+
+    def _rows(self, selection: Selection) -> "SolvableMap":
+        """Some rows of the batch."""
+        (layer,) = self.layers
+        kept = {
+            name: selection.state(value)
+            for name in BATCH_FIRST
+            if (value := getattr(layer, name)) is not None
+        }
+        bias = selection.state(self.bias) if self.bias.ndim == 4 else self.bias
+        injection = selection.state(self.injection)
+        return replace(self, layers=(layer._replace(**kept),), injection=injection, bias=bias)
 
 
 @lru_cache(maxsize=1)

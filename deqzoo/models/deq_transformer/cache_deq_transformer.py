@@ -34,7 +34,7 @@ class EquilibriumCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append solved tokens (B, H, T, D), evict those no later token sees, return what is kept."""
+        """Append solved tokens (B, H, T, D), evict what is never seen again, return the rest."""
         self.lazy_initialization(key_states, value_states)
         kept = min(self.window - 1, self._end - self._start + key_states.shape[2])
         self.seen += key_states.shape[2]

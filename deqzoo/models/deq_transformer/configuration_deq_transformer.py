@@ -147,7 +147,7 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
             raise ValueError("local_size and mem_len must not be negative.")
 
     def validate_iterations(self) -> None:
-        """Refuse a solver where there is no equilibrium, and sub-layers where there is one block."""
+        """Refuse solving where there is no equilibrium, and sub-layers where there is one."""
         if self._lacks_equilibrium() and not (self.fixed_iterations or 0) > 0:
             raise ValueError(
                 f"{self.variant} with norm_placement={self.norm_placement!r} has no equilibrium; "

@@ -79,7 +79,7 @@ def _last_line(error: Exception) -> str:
 
 
 def read_config(source: str | Path) -> DEQTransformerConfig:
-    """Configuration from a preset's name or a JSON file (settings under ``config`` or at the top)."""
+    """Configuration from a preset, or a JSON file with settings at its top or in ``config``."""
     if str(source) in PRESETS:
         return DEQTransformerConfig(**PRESETS[str(source)])
     path = Path(source)

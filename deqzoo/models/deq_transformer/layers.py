@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deqzoo.models.deq_transformer.block import LayerTensors, split_heads
+from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 
 
 class NormalizedLinear(nn.Module):
@@ -91,6 +92,30 @@ def draw_mask(shape: tuple[int, ...], p: float, like: Tensor) -> Tensor | None:
         return None
     keep = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p)
     return keep / (1 - p)
+
+
+def draw_masks(
+    config: DEQTransformerConfig, batch: int, n_tokens: int, n_past: int, like: Tensor
+) -> DropoutMasks:
+    """Random masks of one training forward; the one before the softmax is drawn there."""
+    n_keys, width = n_past + n_tokens, config.d_model
+    # Upstream's variants drop different things: whole distances, or features of all of them.
+    position = (1, n_keys, 1) if config.variant == "torchdeq-seq" else (1, 1, width)
+    layers = tuple(
+        LayerMasks(
+            attention=draw_mask((batch, config.n_head, n_tokens, n_keys), config.dropatt, like),
+            output=draw_mask((batch, 1, width), config.dropout, like),
+            up=draw_mask((batch, 1, config.d_inner), config.dropout, like),
+            down=draw_mask((batch, 1, width), config.dropout, like),
+        )
+        for _ in range(config.n_sublayers)
+    )
+    return DropoutMasks(
+        words=draw_mask((config.vocab_size,), config.dropword, like),
+        input=draw_mask((batch, 1, width), config.dropout, like),
+        positions=draw_mask(position, config.dropout, like),
+        layers=layers,
+    )
 
 
 class SubLayer(nn.Module):

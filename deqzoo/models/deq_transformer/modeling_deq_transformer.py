@@ -1,11 +1,10 @@
 """DEQ-Transformer language model (Bai, Kolter & Koltun 2019; Bai, Koltun & Kolter 2021).
 
 The hidden states of T tokens are the equilibrium z = F(z; u) of one weight-tied transformer block
-with injected word embeddings u. F is causal, hence so is its equilibrium; the solver used here keeps
-that property at every tolerance.
+with injected word embeddings u. F is causal, hence so is its equilibrium; the solver used here
+keeps that property at every tolerance.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +28,12 @@ from deqzoo.models.deq_transformer.block import (
 )
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
+from deqzoo.models.deq_transformer.inputs import (
+    joined_validity,
+    past_length,
+    targets_of,
+    valid_tokens,
+)
 from deqzoo.models.deq_transformer.layers import (
     DropoutMasks,
     LayerMasks,
@@ -36,6 +41,7 @@ from deqzoo.models.deq_transformer.layers import (
     RelativeAttention,
     SubLayer,
     draw_mask,
+    draw_masks,
     sinusoids,
 )
 from deqzoo.models.deq_transformer.memory import SegmentMemory, updated_memory
@@ -104,7 +110,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         """Estimate of ||dF/dz||_F^2 per feature, to be added to the loss.
 
         Args:
-            f, state: ``equilibrium_map`` and ``state`` of an output made with ``output_state=True``.
+            f, state: ``equilibrium_map`` and ``state`` of an output with ``output_state=True``.
             n_probes: random vectors per sample.
             probes: those vectors, instead of random ones.
             generator: source of the random vectors.
@@ -182,9 +188,9 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self._check_call(past_key_values, memory, use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DEQTransformerCache(self.config.window)
-        valid = _valid_tokens(attention_mask, input_ids)
-        n_past = _past_length(past_key_values, memory)
-        masks = dropout_masks or self.draw_masks(*input_ids.shape, n_past)
+        valid = valid_tokens(attention_mask, input_ids)
+        n_past = past_length(past_key_values, memory)
+        masks = dropout_masks or self._masks(input_ids, n_past)
         injection = self.inject(input_ids, masks)
         f = self.bind(injection, masks, past_key_values, memory, valid)
         start = torch.zeros_like(injection[..., : self.config.d_model]).detach()
@@ -220,29 +226,10 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         if (cache is not None or use_cache) and memory is not None:
             raise UserError("Give either past_key_values (or use_cache) or memory, not both.")
 
-    def draw_masks(self, batch: int, n_tokens: int, n_past: int) -> DropoutMasks:
-        """Dropout masks of one forward; none in evaluation mode."""
-        c, like = self.config, self.injection.weight
-        if not self.training or max(c.dropout, c.dropatt, c.dropword) == 0:
-            return DropoutMasks(layers=(LayerMasks(),) * c.n_sublayers)
-        n_keys = n_past + n_tokens
-        position = (1, n_keys, 1) if c.variant == "torchdeq-seq" else (1, 1, c.d_model)
-        words = draw_mask((c.vocab_size,), c.dropword, like)
-        layers = tuple(
-            LayerMasks(
-                attention=draw_mask((batch, c.n_head, n_tokens, n_keys), c.dropatt, like),
-                output=draw_mask((batch, 1, c.d_model), c.dropout, like),
-                up=draw_mask((batch, 1, c.d_inner), c.dropout, like),
-                down=draw_mask((batch, 1, c.d_model), c.dropout, like),
-            )
-            for _ in range(c.n_sublayers)
-        )
-        return DropoutMasks(
-            words=words,
-            input=draw_mask((batch, 1, c.d_model), c.dropout, like),
-            positions=draw_mask(position, c.dropout, like),
-            layers=layers,
-        )
+    def _masks(self, input_ids: Tensor, n_past: int) -> DropoutMasks:
+        if not self.training:
+            return DropoutMasks(layers=(LayerMasks(),) * self.config.n_sublayers)
+        return draw_masks(self.config, *input_ids.shape, n_past, self.injection.weight)
 
     def inject(self, input_ids: Tensor, masks: DropoutMasks) -> Tensor:
         """Injections (B, T, 3d) of words (B, T)."""
@@ -258,7 +245,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         valid: Tensor | None = None,
     ) -> EquilibriumMap:
         """F for these tokens: effective weights, masks, frozen past and visibility put in place."""
-        n_new, n_past = injection.shape[1], _past_length(cache, memory)
+        n_new, n_past = injection.shape[1], past_length(cache, memory)
         n_keys = n_past + n_new
         layers = self._bound_layers(n_keys, masks, cache)
         if memory is not None:
@@ -273,7 +260,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             layers = tuple(
                 layer._replace(past_key=past.keys, past_value=past.values) for layer in layers
             )
-            key_valid = _joined_validity(past.valid, valid, injection.shape[0], n_past, n_new)
+            key_valid = joined_validity(past.valid, valid, injection.shape[0], n_past, n_new)
         bias = visibility(
             n_new,
             n_keys,
@@ -340,12 +327,12 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         return SolveReport(solution.state, steps, residual, converged)
 
     def _iterations(self, solver: Spec) -> int:
-        """How often F is applied: ``max_steps`` of a per-call plain solver, or the configured number."""
+        """How often F is applied: ``max_steps`` of this call's solver, or the configured number."""
         settings = {"name": solver} if isinstance(solver, str) else dict(solver or {})
         if settings.get("name", "fixed_point") != "fixed_point":
             raise UserError(
-                f"{self.config.variant} has no equilibrium for solver {settings['name']!r} to find; "
-                "use fixed_point with max_steps."
+                f"{self.config.variant} has no equilibrium that solver {settings['name']!r} could "
+                "find; use fixed_point with max_steps."
             )
         return int(settings.get("max_steps", self.config.fixed_iterations))
 
@@ -458,7 +445,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         hidden = self._dropped(base.last_hidden_state, dropout_masks)
-        targets = _targets(labels, shift_labels, attention_mask)
+        targets = targets_of(labels, shift_labels, attention_mask)
         loss = nll = logits = None
         if targets is not None:
             nll = self.lm_head.nll(hidden, targets)
@@ -482,54 +469,3 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         whole_tokens = self.config.output_dropout == "token"
         shape = (batch, n_tokens, 1) if whole_tokens else (batch, 1, width)
         return hidden * draw_mask(shape, self.config.dropout, hidden)
-
-
-def _targets(
-    labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None
-) -> Tensor | None:
-    """Next words (B, T), -100 where nothing follows, or None."""
-    if shift_labels is not None:
-        if labels is not None:
-            raise UserError("Give either labels or shift_labels, not both.")
-        return shift_labels
-    if labels is None:
-        return None
-    if attention_mask is not None and attention_mask.shape == labels.shape:
-        labels = labels.masked_fill(attention_mask == 0, IGNORED)
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def _valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """(B, T) bool, or None when every token is real."""
-    if attention_mask is None:
-        return None
-    valid = attention_mask[:, -input_ids.shape[1] :].bool()
-    if valid.shape != input_ids.shape:
-        raise UserError(
-            f"attention_mask {tuple(attention_mask.shape)} does not cover input_ids "
-            f"{tuple(input_ids.shape)}."
-        )
-    return None if bool(valid.all()) else valid
-
-
-def _past_length(cache: DEQTransformerCache | None, memory: Any) -> int:
-    """Past tokens a forward can see."""
-    if memory is not None:
-        return memory[0].shape[1]
-    if cache is None or cache.layer.keys is None:
-        return 0
-    return cache.layer.keys.shape[2]
-
-
-def _joined_validity(
-    past: Tensor | None, new: Tensor | None, batch: int, n_past: int, n_new: int
-) -> Tensor | None:
-    """Validity (B, K) of past and new keys, None when all are real."""
-    if past is None and new is None:
-        return None
-    like = past if past is not None else new
-    if past is None:
-        past = torch.ones(batch, n_past, dtype=torch.bool, device=like.device)
-    if new is None:
-        new = torch.ones(batch, n_new, dtype=torch.bool, device=like.device)
-    return torch.cat([past, new], dim=1)

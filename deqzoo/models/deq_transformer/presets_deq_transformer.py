@@ -1,6 +1,6 @@
 """The official WikiText-103 configurations, about 98M parameters each.
 
-Training settings (optimiser, schedule, Jacobian regularisation) are in the recipes of the same names.
+Training settings (optimiser, schedule, Jacobian penalty) are in the recipes of the same names.
 """
 
 from typing import Any

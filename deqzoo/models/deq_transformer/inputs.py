@@ -1,0 +1,61 @@
+"""What the arguments of a forward say about tokens: which are real, what follows, what precedes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqzoo.errors import UserError
+from deqzoo.models.deq_transformer.adaptive import IGNORED
+from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
+
+
+def targets_of(
+    labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None
+) -> Tensor | None:
+    """Next words (B, T), -100 where nothing follows, or None."""
+    if shift_labels is not None:
+        if labels is not None:
+            raise UserError("Give either labels or shift_labels, not both.")
+        return shift_labels
+    if labels is None:
+        return None
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        labels = labels.masked_fill(attention_mask == 0, IGNORED)
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """(B, T) bool, or None when every token is real."""
+    if attention_mask is None:
+        return None
+    valid = attention_mask[:, -input_ids.shape[1] :].bool()
+    if valid.shape != input_ids.shape:
+        raise UserError(
+            f"attention_mask {tuple(attention_mask.shape)} does not cover input_ids "
+            f"{tuple(input_ids.shape)}."
+        )
+    return None if bool(valid.all()) else valid
+
+
+def past_length(cache: DEQTransformerCache | None, memory: Any) -> int:
+    """Past tokens a forward can see."""
+    if memory is not None:
+        return memory[0].shape[1]
+    if cache is None or cache.layer.keys is None:
+        return 0
+    return cache.layer.keys.shape[2]
+
+
+def joined_validity(
+    past: Tensor | None, new: Tensor | None, batch: int, n_past: int, n_new: int
+) -> Tensor | None:
+    """Validity (B, K) of past and new keys, None when all are real."""
+    if past is None and new is None:
+        return None
+    like = past if past is not None else new
+    if past is None:
+        past = torch.ones(batch, n_past, dtype=torch.bool, device=like.device)
+    if new is None:
+        new = torch.ones(batch, n_new, dtype=torch.bool, device=like.device)
+    return torch.cat([past, new], dim=1)

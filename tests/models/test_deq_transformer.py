@@ -1,0 +1,382 @@
+"""Behaviour of the DEQ-Transformer: causality, memory, cache, loading, options."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deqzoo.errors import UserError
+from deqzoo.models.deq_transformer import (
+    DEQTransformerCache,
+    DEQTransformerConfig,
+    DEQTransformerForCausalLM,
+    DEQTransformerModel,
+)
+
+TIGHT = {"tol": 1e-12, "max_steps": 400}
+
+
+def tiny_config(**changes: object) -> DEQTransformerConfig:
+    settings = {
+        "vocab_size": 60,
+        "d_model": 32,
+        "d_embed": 32,
+        "n_head": 4,
+        "d_inner": 48,
+        "cutoffs": [15, 35],
+        "div_val": 2,
+        "mem_len": 8,
+        "local_size": 9,
+        "eos_token_id": None,
+    }
+    return DEQTransformerConfig(**(settings | changes))
+
+
+def lively_model(
+    gain: float = 1.0, dtype: torch.dtype = torch.float64, **changes: object
+) -> DEQTransformerForCausalLM:
+    """A model with weights as large as training makes them; ``gain`` scales the block."""
+    torch.manual_seed(0)
+    model = DEQTransformerForCausalLM(tiny_config(**changes)).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embedding" in name or "lm_head" in name:
+                parameter.normal_(0, 0.3)
+            elif name.endswith("gain"):
+                parameter.mul_(gain)
+            elif "transformer.injection" in name:
+                parameter.normal_(0, 0.15)
+            elif name.endswith("_bias"):
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize("solver", ["anderson", "fixed_point"])
+@pytest.mark.parametrize(("tol", "max_steps"), [(0.3, 30), (1e-2, 7), (1e-4, 60), (1e-9, 12)])
+@pytest.mark.parametrize("gain", [0.7, 2.0])
+@torch.no_grad()
+def test_no_leak(placement: str, solver: str, tol: float, max_steps: int, gain: float) -> None:
+    model = lively_model(gain, norm_placement=placement)
+    settings = {"name": solver, "tol": tol, "max_steps": max_steps}
+    ids = random_ids(3, 24)
+    reference = model(ids, solver=settings).logits
+    changed = ids.clone()
+    changed[:, 13:] = random_ids(3, 11, seed=2)
+    logits = model(changed, solver=settings).logits
+    assert (logits[:, :13] - reference[:, :13]).abs().max() < 1e-9
+    assert (logits[:, 13:] - reference[:, 13:]).abs().max() > 1e-3
+    if gain < 1:  # a map that does not contract blows rounding up when shapes differ
+        shorter = model(ids[:, :14], solver=settings).logits
+        assert (shorter - reference[:, :14]).abs().max() < 1e-9
+
+
+@torch.no_grad()
+def test_whole_sequence_solver_leaks() -> None:
+    model = lively_model(causal=False)
+    ids = random_ids(2, 24)
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 60
+    settings = {"tol": 1e-2}
+    difference = model(ids, solver=settings).logits - model(changed, solver=settings).logits
+    assert difference[:, :-1].abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_rows_do_not_matter_to_each_other() -> None:
+    model = lively_model()
+    ids = random_ids(3, 20)
+    together = model(ids, solver={"tol": 1e-2})
+    alone = model(ids[1:2], solver={"tol": 1e-2})
+    assert (together.logits[1:2] - alone.logits).abs().max() < 1e-9
+    assert together.n_steps[1] == alone.n_steps[0]
+    assert together.n_steps.shape == together.residual.shape == together.converged.shape == (3,)
+    assert together.token_steps.shape == (3, 20)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 24, [5, 5, 14], [23, 1]])
+@torch.no_grad()
+def test_segmentation_does_not_matter(cuts: list[int]) -> None:
+    """With a memory that covers the window, at equilibrium."""
+    model = lively_model(mem_len=8, local_size=9)
+    ids = random_ids(2, 24)
+    whole = model(ids, solver=TIGHT)
+    memory, cache, by_memory, by_cache = None, DEQTransformerCache(9), [], []
+    for piece in ids.split(cuts, dim=1):
+        output = model(piece, memory=memory, solver=TIGHT)
+        memory = output.memory
+        by_memory.append(output.logits)
+        by_cache.append(model(piece, past_key_values=cache, solver=TIGHT).logits)
+    assert (torch.cat(by_memory, 1) - whole.logits).abs().max() < 1e-8
+    assert (torch.cat(by_cache, 1) - whole.logits).abs().max() < 1e-8
+    assert cache.get_seq_length() == 24
+    assert cache.layer.keys.shape[2] == 8
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 2, "num_return_sequences": 2, "do_sample": True},
+    ],
+)
+def test_generation_with_and_without_cache(placement: str, how: dict) -> None:
+    model = lively_model(norm_placement=placement)
+    model.set_solver(**TIGHT)
+    ids = random_ids(2, 6)
+    options = {"max_new_tokens": 12, "attention_mask": torch.ones_like(ids), **how}
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        texts.append(model.generate(ids, use_cache=use_cache, **options))
+    assert texts[0].shape[1] == 18
+    assert texts[0].tolist() == texts[1].tolist()
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing() -> None:
+    model = lively_model()
+    model.set_solver(**TIGHT)
+    long, short = random_ids(1, 9, seed=5), random_ids(1, 4, seed=6)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), short], dim=1)
+    ids = torch.cat([long, padded])
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    output = model(ids, attention_mask=mask)
+    alone = model(short)
+    assert (output.logits[1, 5:] - alone.logits[0]).abs().max() < 1e-8
+    assert output.n_steps[1] == alone.n_steps[0]
+    assert torch.isfinite(output.logits).all()
+    texts = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
+    expected = model.generate(
+        short, attention_mask=torch.ones_like(short), max_new_tokens=10, do_sample=False
+    )
+    assert texts[1, 9:].tolist() == expected[0, 4:].tolist()
+    uncached = model.generate(
+        ids, attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=False
+    )
+    assert texts.tolist() == uncached.tolist()
+
+
+@torch.no_grad()
+def test_one_new_token_costs_one_single_token_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively_model()
+    cache = DEQTransformerCache(9)
+    model(random_ids(2, 12), past_key_values=cache)
+    kept = cache.layer.keys.clone()
+    lengths = []
+    solve = DEQTransformerModel.solve
+
+    def spy(self, f, z0, **options):
+        lengths.append(z0.shape[1])
+        return solve(self, f, z0, **options)
+
+    monkeypatch.setattr(DEQTransformerModel, "solve", spy)
+    model(random_ids(2, 1), past_key_values=cache)
+    assert lengths == [1]
+    assert torch.equal(cache.layer.keys[:, :, :-1], kept[:, :, 1:])
+
+
+@torch.no_grad()
+def test_warm_start_reaches_the_same_equilibrium() -> None:
+    model = lively_model(0.7)
+    model.set_solver(**TIGHT)
+    states, steps = [], []
+    for warm in (False, True):
+        cache = DEQTransformerCache(9)
+        model(random_ids(2, 12), past_key_values=cache)
+        output = model(random_ids(2, 1), past_key_values=cache, warm_start=warm)
+        states.append(output.logits)
+        steps.append(output.n_steps)
+    assert (states[0] - states[1]).abs().max() < 1e-9
+    assert steps[0].tolist() != steps[1].tolist()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variant": "torchdeq-lm", "norm_placement": "pre", "n_sublayers": 3},
+        {"variant": "torchdeq-seq", "norm_placement": "pre"},
+    ],
+)
+def test_no_cache_without_equilibrium(changes: dict) -> None:
+    model = lively_model(**changes)
+    ids = random_ids(2, 6)
+    with pytest.raises(UserError, match="no equilibrium"):
+        model(ids, use_cache=True)
+    output = model(ids)
+    assert output.n_steps.tolist() == [12, 12]
+    with pytest.raises(UserError, match="no equilibrium"):
+        model(ids, solver="anderson")
+    with pytest.raises(UserError, match="gradient"):
+        model(ids, gradient="jfb")
+
+
+@pytest.mark.parametrize("variant", ["locuslab-deq", "torchdeq-seq"])
+def test_variants_with_equilibrium_are_cached(variant: str) -> None:
+    assert lively_model(variant=variant)(random_ids(2, 6), use_cache=True).past_key_values
+
+
+def test_losses_and_labels() -> None:
+    model = lively_model()
+    ids = random_ids(2, 10)
+    shifted = model(ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(
+        shifted.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
+    torch.testing.assert_close(shifted.loss, expected)
+    given = model(ids[:, :-1], shift_labels=ids[:, 1:], return_logits=False)
+    assert given.logits is None
+    torch.testing.assert_close(given.loss, shifted.loss)
+    torch.testing.assert_close(given.nll, shifted.nll[:, :-1])
+    summed = model(ids, labels=ids, num_items_in_batch=4).loss
+    torch.testing.assert_close(summed, shifted.nll.sum() / 4)
+    ignored = ids.clone()
+    ignored[:, 5:] = -100
+    assert model(ids, labels=ignored).nll[:, 4:].abs().sum() == 0
+    kept = model(ids, logits_to_keep=1).logits
+    torch.testing.assert_close(kept, shifted.logits[:, -1:])
+
+
+def test_logits_are_log_probabilities_under_cutoffs() -> None:
+    logits = lively_model()(random_ids(2, 5)).logits
+    assert logits.shape == (2, 5, 60)
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weight_norm": False, "norm_placement": "pre", "cutoffs": [], "div_val": 1},
+        {"variant": "torchdeq-lm", "norm_placement": "pre", "n_sublayers": 2},
+        {"div_val": 1, "d_embed": 24, "tie_projections": [True, False, True]},
+        {"tie_word_embeddings": False},
+    ],
+)
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_save_and_load(tmp_path, changes: dict, size: str) -> None:
+    model = lively_model(dtype=torch.float32, **changes)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or size == "20KB"
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, DEQTransformerForCausalLM)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = random_ids(2, 7)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    base = DEQTransformerModel.from_pretrained(tmp_path)
+    expected = model.transformer(ids).last_hidden_state
+    assert torch.equal(base(ids).last_hidden_state, expected)
+
+
+def test_tied_parameters_are_shared() -> None:
+    model = lively_model()
+    embedding, head = model.transformer.embedding, model.lm_head
+    assert all(a.weight is b.weight for a, b in zip(embedding.tables, head.tables, strict=True))
+    pairs = zip(embedding.projections, head.projections, strict=True)
+    assert [a.weight is b.weight for a, b in pairs] == [False, True, True]
+
+
+def test_bfloat16() -> None:
+    model = lively_model(0.7, dtype=torch.bfloat16)
+    output = model(random_ids(2, 8), labels=random_ids(2, 8), solver={"tol": 0.05})
+    assert output.logits.dtype == torch.bfloat16
+    assert output.residual.dtype == torch.float32
+    assert output.converged.all() and torch.isfinite(output.loss)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "upg", "npg", "jfb", "unrolled"])
+def test_every_gradient_reaches_every_parameter(gradient: str) -> None:
+    model = lively_model(0.7)
+    output = model(random_ids(2, 8), labels=random_ids(2, 8), gradient=gradient)
+    output.loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+def test_gradient_reaches_weights_through_the_memory() -> None:
+    model = lively_model(0.7)
+    memory = model(random_ids(2, 8)).memory
+    output = model(random_ids(2, 1), memory=memory, shift_labels=random_ids(2, 1))
+    output.loss.backward()
+    assert not memory[0].requires_grad
+    assert model.transformer.layers[0].attention.relative.gain.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("option", ["dropout", "dropatt", "dropword"])
+def test_dropout_acts_in_training_only(option: str) -> None:
+    model = lively_model(0.7, **{option: 0.3})
+    ids = random_ids(2, 8)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_output_dropout_of_features_keeps_tokens() -> None:
+    hidden = torch.ones(2, 40, 32, dtype=torch.float64)
+    for kind, dimension in (("token", 2), ("feature", 1)):
+        model = lively_model(dropout=0.5, output_dropout=kind).train()
+        dropped = model._dropped(hidden, None)
+        assert (dropped == dropped.select(dimension, 0).unsqueeze(dimension)).all()
+        assert 0 < (dropped == 0).double().mean() < 1
+
+
+def test_jacobian_loss_and_spectral_radius() -> None:
+    model = lively_model(0.7).train()
+    output = model(random_ids(2, 8), labels=random_ids(2, 8), output_state=True)
+    penalty = model.jacobian_loss(output.equilibrium_map, output.state)
+    (output.loss + penalty).backward()
+    assert model.transformer.layers[0].feed_forward.up.gain.grad.abs().sum() > 0
+    radius = model.spectral_radius(output.equilibrium_map, output.state)
+    assert radius.shape == (2,) and (radius > 0).all()
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = lively_model(0.7).train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        model(random_ids(2, 8), labels=random_ids(2, 8)).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": 33}, "even"),
+        ({"cutoffs": [30, 20]}, "rise"),
+        ({"cutoffs": [10, 20, 30], "div_val": 4}, "feature"),
+        ({"tie_projections": [True]}, "one flag per cluster"),
+        ({"n_sublayers": 2}, "one sub-layer"),
+        ({"variant": "torchdeq-lm"}, "pre-LN"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"solver": {"name": "newton"}}, "newton"),
+        ({"variant": "xl"}, "variant"),
+    ],
+)
+def test_impossible_configurations(changes: dict, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        tiny_config(**changes)
+
+
+def test_wrong_calls() -> None:
+    model = lively_model()
+    ids = random_ids(2, 6)
+    memory = model(ids).memory
+    with pytest.raises(UserError, match="not both"):
+        model(ids, memory=memory, use_cache=True)
+    with pytest.raises(UserError, match="DEQTransformerCache"):
+        model(ids, past_key_values=object())
+    with pytest.raises(UserError, match="not both"):
+        model(ids, labels=ids, shift_labels=ids)
+    with pytest.raises(UserError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(2, 3))
