@@ -1,0 +1,262 @@
+"""Turns official and TorchDEQ IGNN checkpoints into a folder that `from_pretrained` loads.
+
+Widths, heads and skips are read off the tensors; what they cannot tell (kappa, the adjacency, the
+problem) comes from the configuration. Parameters that the published code never uses (`bias`, unused
+Omega_2, the zero start X_0) are left out, unless the configuration asks for `official`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deqzoo.errors import UserError
+from deqzoo.models.ignn.configuration_ignn import IGNNConfig
+from deqzoo.models.ignn.modeling_ignn import (
+    IGNNForGraphClassification,
+    IGNNForNodeClassification,
+    IGNNPreTrainedModel,
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "graphs": {"kappa": 0.9, "normalization": "augmented"},
+    "ppi": {
+        "kappa": 0.98,
+        "normalization": "none",
+        "problem_type": "multi_label_classification",
+    },
+    "ppi-torchdeq": {
+        "kappa": 0.98,
+        "normalization": "none",
+        "local_injection": True,
+        "problem_type": "multi_label_classification",
+    },
+    "amazon": {
+        "kappa": 0.95,
+        "normalization": "augmented",
+        "problem_type": "multi_label_classification",
+    },
+    "chains": {
+        "kappa": 0.9,
+        "normalization": "augmented",
+        "directed": True,
+        "normalize_states": True,
+    },
+}
+"""Settings of the published tasks, for `--config NAME`."""
+
+_LAYER_NAMES = {
+    "W": "state_weight",
+    "Omega_1": "neighbor_weight",
+    "Omega_2": "local_weight",
+    "bias": "bias",
+}
+_NORM_NAMES = {"g": "gain", "u": "left", "v": "right"}
+_LAYER_KEY = re.compile(r"^(ig|ignn\.)(\d+)\.(W|Omega_1|Omega_2|bias)(?:_(orig|g|u|v))?$")
+_LINEAR_KEY = re.compile(r"^(?:V_(\d+)|proj\.(\d+)|(V))\.(weight|bias)$")
+
+
+def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
+    """Write a checkpoint as a `from_pretrained` folder.
+
+    Args:
+        src: the state dict, `.safetensors` or a pickle, bare or under the key `state_dict`.
+        config: a name from `PRESETS`, or a JSON file with settings of `IGNNConfig`.
+        output: the folder to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: unreadable files, settings that do not fit, or tensors that are no IGNN's.
+    """
+    model = build_model(read_state_dict(Path(src)), read_config(config))
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file; name a folder")
+    model.save_pretrained(output)
+    return output
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint file.
+
+    Raises:
+        UserError: the file is missing, damaged, unsafe, or holds no state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not a plain state dict and was not loaded, since unpickling it could run "
+            f"code: {_one_line(error)}"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path} as a checkpoint: {_one_line(error)}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    named = isinstance(content, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
+    if not named or not content:
+        raise UserError(f"{path} holds no state dict (names with tensors)")
+    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+
+
+def read_config(config: str | Path) -> dict[str, Any]:
+    """Return settings of `IGNNConfig` from a preset's name or a JSON file.
+
+    A file may name a preset under "model" (any text that contains its name) and overrides it;
+    `nclass` and `nfeat` are accepted and checked against the tensors.
+
+    Raises:
+        UserError: neither, or no valid JSON object.
+    """
+    if str(config) in PRESETS:
+        return dict(PRESETS[str(config)])
+    path = Path(config)
+    if not path.is_file():
+        raise UserError(
+            f"{config} is neither a JSON file nor a preset; the presets are {', '.join(PRESETS)}"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object with settings")
+    values = {**values, **values.get("config", {})}
+    settings = dict(PRESETS.get(_preset_of(values.get("model")), {}))
+    known = IGNNConfig().to_dict().keys() | {"problem_type", "id2label", "label2id"}
+    settings.update({key: value for key, value in values.items() if key in known})
+    for given, name in (("nfeat", "num_features"), ("nclass", "num_labels")):
+        if given in values:
+            settings[name] = values[given]
+    settings.pop("model_type", None)
+    return settings
+
+
+def build_model(
+    state_dict: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> IGNNPreTrainedModel:
+    """Return the model with a checkpoint's weights, in their dtype.
+
+    Raises:
+        UserError: keys or shapes that do not form an IGNN, or that contradict the settings.
+    """
+    structure = infer_structure(state_dict)
+    for name in ("num_features", "num_labels", "hidden_sizes"):
+        if name in settings and settings[name] != structure[name]:
+            raise UserError(
+                f"the configuration says {name}={settings[name]}, the tensors {structure[name]}"
+            )
+    architecture = structure.pop("architecture")
+    try:
+        config = IGNNConfig(**{**settings, **structure})
+    except ValueError as error:
+        raise UserError(f"the configuration does not fit: {_one_line(error)}") from error
+    names = {key: deqzoo_name(key, architecture, len(config.hidden_sizes)) for key in state_dict}
+    dtype = next(iter(state_dict.values())).dtype
+    model = architecture(config).to(dtype)
+    wanted = model.state_dict()
+    tensors = {names[key]: tensor for key, tensor in state_dict.items() if names[key] in wanted}
+    missing = sorted(wanted.keys() - tensors.keys())
+    if missing:
+        raise UserError(f"the checkpoint lacks tensors for {', '.join(missing[:4])}")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint does not fit: {_one_line(error)}") from error
+    if not config.official:
+        model.project_()
+    return model.eval()
+
+
+def infer_structure(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the settings that the tensors decide, and the class under "architecture"."""
+    torchdeq = any(key.startswith("ignn.") for key in state_dict)
+    spectral = any(key.endswith(".W_orig") for key in state_dict)
+    stem, suffix = ("ignn.", "_orig") if spectral else ("ignn." if torchdeq else "ig", "")
+    first = 0 if torchdeq else 1
+    shapes = []
+    while (key := f"{stem}{first + len(shapes)}.Omega_1{suffix}") in state_dict:
+        shapes.append(tuple(state_dict[key].shape))
+    if not shapes:
+        raise UserError(
+            f"no implicit layer found among the keys ({', '.join(list(state_dict)[:5])})"
+        )
+    result: dict[str, Any] = {
+        "num_features": shapes[0][1],
+        "weight_norm": "spectral" if spectral else "none",
+    }
+    widths = [m for m, _ in shapes]
+    skips = torchdeq or ("V_0.weight" in state_dict and "V.weight" in state_dict)
+    if skips:
+        last = f"proj.{len(shapes) - 1}.weight" if torchdeq else "V.weight"
+        head = {"implicit_head": True, "skip_connections": True, "hidden_sizes": widths[:-1]}
+        architecture: type[IGNNPreTrainedModel] = IGNNForNodeClassification
+    else:
+        is_graph = "V_1.weight" in state_dict
+        last = "V_1.weight" if is_graph else "V.weight"
+        head = {"hidden_sizes": widths}
+        architecture = IGNNForGraphClassification if is_graph else IGNNForNodeClassification
+    if last not in state_dict:
+        raise UserError(f"the checkpoint has no {last}, the last linear layer")
+    bias = last.replace(".weight", ".bias") in state_dict
+    labels = state_dict[last].shape[0]
+    return {
+        **result,
+        **head,
+        "num_labels": labels,
+        "classifier_bias": bias,
+        "architecture": architecture,
+    }
+
+
+def deqzoo_name(key: str, architecture: type[IGNNPreTrainedModel], n_layers: int) -> str:
+    """Return the name in deqzoo of a tensor of the official or the TorchDEQ code."""
+    match = _LAYER_KEY.match(key)
+    if match:
+        stem, number, name, part = match.groups()
+        number = int(number) - (1 if stem == "ig" else 0)
+        prefix = f"ignn.layers.{number}." if number < n_layers else "implicit_head."
+        if part in _NORM_NAMES:
+            which = ("W", "Omega_1", "Omega_2").index(name)
+            return f"{prefix}norms.{which}.{_NORM_NAMES[part]}"
+        return prefix + _LAYER_NAMES[name]
+    match = _LINEAR_KEY.match(key)
+    if match:
+        official, torchdeq, last, name = match.groups()
+        if last or (torchdeq and int(torchdeq) == n_layers):
+            return f"classifier.{name}"
+        number = int(official or torchdeq)
+        if architecture is IGNNForGraphClassification:
+            return f"{'dense' if number == 0 else 'classifier'}.{name}"
+        return f"ignn.skips.{number}.{name}"
+    return key
+
+
+def _preset_of(description: Any) -> str:
+    text = str(description).lower()
+    if "graphclassification" in text:
+        return "graphs"
+    return next((name for name in ("chains", "amazon", "ppi") if name in text), "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,143 @@
+"""Graphs as the models see them: checked features, one block-diagonal adjacency, one graph index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqzoo.errors import UserError
+from deqzoo.models.ignn.configuration_ignn import IGNNConfig
+from deqzoo.models.ignn.sparse import Adjacency
+
+
+@dataclass
+class GraphBatch:
+    """A batch of graphs, normalised and checked once; pass it to a model in place of tensors.
+
+    Attributes:
+        features: (n, p), dense or sparse COO.
+        adjacency: of all n nodes, block-diagonal.
+        index: (n,) int64, the graph of each node.
+        n_graphs: number of graphs.
+    """
+
+    features: Tensor
+    adjacency: Adjacency
+    index: Tensor
+    n_graphs: int
+
+    def to(self, like: Tensor) -> GraphBatch:
+        """Return the batch on the device and in the dtype of a tensor."""
+        features = self.features.to(like)
+        index = self.index.to(like.device)
+        return GraphBatch(features, self.adjacency.to(like), index, self.n_graphs)
+
+    @classmethod
+    def build(
+        cls,
+        config: IGNNConfig,
+        x: Tensor,
+        edge_index: Tensor,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+        n_graphs: int | None = None,
+        symmetrize: bool = False,
+    ) -> GraphBatch:
+        """Check plain tensors and normalise the adjacency as the configuration says.
+
+        Args:
+            config: of the model that will read the batch.
+            x: (n, num_features) floating point, dense or sparse COO.
+            edge_index: (2, e) int64; undirected graphs list both directions.
+            edge_weight: (e,) not negative, 1 by default.
+            batch: (n,) int64, the graph of each node; one graph by default.
+            n_graphs: where it is known; else the largest entry of `batch` plus one.
+            symmetrize: use A + A^T, as the official evaluation of graph classifiers does.
+
+        Raises:
+            UserError: the tensors do not describe graphs that the model can read.
+        """
+        _check_features(config, x)
+        n = x.shape[0]
+        index, n_graphs = _graph_index(x, batch, n_graphs)
+        raw = Adjacency.from_edges(edge_index, n, edge_weight, "none", dtype=x.dtype)
+        if symmetrize:
+            raw = raw.symmetrized()
+        elif not config.directed and not raw.is_symmetric:
+            raise UserError(_directed_message(raw))
+        if batch is not None and bool((index[raw.index[0]] != index[raw.index[1]]).any()):
+            raise UserError("edge_index connects nodes of different graphs; check batch")
+        return cls(x, raw.normalized(config.normalization), index, n_graphs)
+
+
+def graph_fields(data: Any) -> dict[str, Any]:
+    """Return the model's arguments from a torch_geometric `Data` or `Batch` (or anything alike).
+
+    Raises:
+        UserError: it has no node features or no edges attribute.
+    """
+    fields = {"edge_weight": None, "batch": None}
+    for name in ("x", "edge_index", "edge_weight", "batch"):
+        value = getattr(data, name, None)
+        if value is None and name in ("x", "edge_index"):
+            raise UserError(
+                f"the graph has no {name}: the model needs node features x (n, num_features) and "
+                "edge_index (2, edges)"
+            )
+        fields[name] = value
+    fields["n_graphs"] = getattr(data, "num_graphs", None) if fields["batch"] is not None else None
+    return fields
+
+
+def _check_features(config: IGNNConfig, x: Tensor) -> None:
+    if x.ndim != 2 or x.shape[1] != config.num_features:
+        raise UserError(
+            f"x has shape {tuple(x.shape)}, but this model reads (nodes, {config.num_features})"
+        )
+    if not x.is_floating_point():
+        raise UserError(f"x has dtype {x.dtype}; convert the node features to floating point")
+    if x.shape[0] == 0:
+        raise UserError("the graph has no nodes, so there is nothing to predict; leave it out")
+    values = x._values() if x.is_sparse else x
+    if not bool(values.isfinite().all()):
+        raise UserError("x holds NaN or infinite values; clean the node features first")
+
+
+def _graph_index(x: Tensor, batch: Tensor | None, n_graphs: int | None) -> tuple[Tensor, int]:
+    n = x.shape[0]
+    if batch is None:
+        return torch.zeros(n, dtype=torch.int64, device=x.device), 1
+    if batch.shape != (n,) or batch.dtype != torch.int64:
+        raise UserError(
+            f"batch must be int64 of shape ({n},), one entry per node, got {batch.dtype} of shape "
+            f"{tuple(batch.shape)}"
+        )
+    if int(batch.min()) < 0:
+        raise UserError("batch numbers graphs from 0 up, but holds a negative entry")
+    n_graphs = n_graphs or int(batch.max()) + 1
+    if int(batch.max()) >= n_graphs:
+        raise UserError(f"batch names graph {int(batch.max())}, but there are {n_graphs} graphs")
+    sizes = torch.bincount(batch, minlength=n_graphs)
+    if bool((sizes == 0).any()):
+        empty = int((sizes == 0).nonzero()[0])
+        raise UserError(f"graph {empty} of the batch has no nodes; leave it out")
+    return batch, n_graphs
+
+
+def _directed_message(raw: Adjacency) -> str:
+    """Name one edge whose reverse is missing or weighs differently."""
+    n = raw.shape[0]
+    weights = dict(
+        zip((raw.index[0] * n + raw.index[1]).tolist(), raw.values.tolist(), strict=True)
+    )
+    for key, weight in weights.items():
+        source, target = divmod(key, n)
+        if weights.get(target * n + source) != weight:
+            break
+    return (
+        f"edge ({source}, {target}) has no equal reverse edge, but this model reads undirected "
+        "graphs: add reverse edges (torch_geometric.utils.to_undirected)"
+    )

@@ -1,0 +1,261 @@
+"""The implicit graph layer: X = relu(W X A + B), with B made from the node features.
+
+Gu, Chang, Zhu, Sojoudi, El Ghaoui, Implicit Graph Neural Networks, NeurIPS 2020. Node data lie in rows
+here: x = relu(A^T x W^T + b) for x of shape (n, m).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from deqzoo.models.ignn.projection import project_rows
+from deqzoo.models.ignn.sparse import Adjacency
+
+_ROUNDING = 1e-6
+"""Relative excess over the norm bound that counts as met: float32 sums are not exact."""
+
+
+class _Selection(Protocol):
+    rows: Tensor
+
+    def state(self, tensor: Tensor) -> Tensor: ...
+
+
+class GraphMap:
+    """The map z -> relu(A^T z W^T + b) of one layer on one batch of graphs.
+
+    Args:
+        weight: (m, m), W as it enters the equation (projected).
+        injection: (n, m), b.
+        adjacency: of the n nodes.
+        official_gradient: reproduce the official code's gradient of W, G A X^T in place of
+            G A^T X^T: equal for undirected graphs, wrong for directed ones.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        injection: Tensor,
+        adjacency: Adjacency,
+        official_gradient: bool = False,
+    ) -> None:
+        self.weight = weight
+        self.injection = injection
+        self.adjacency = adjacency
+        self.official_gradient = official_gradient
+
+    def __call__(self, state: Tensor) -> Tensor:
+        tensors = (state, self.weight, self.injection)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return _Step.apply(*tensors, self.adjacency, self.official_gradient)
+        return _step(*tensors, self.adjacency)
+
+    def select(self, selection: _Selection) -> GraphMap:
+        """Restrict the map to the graphs that a solver goes on with."""
+        return GraphMap(
+            self.weight,
+            selection.state(self.injection),
+            self.adjacency.select(selection.rows),
+            self.official_gradient,
+        )
+
+    def detached(self) -> GraphMap:
+        """Return the same map without gradients to weight and injection."""
+        return GraphMap(
+            self.weight.detach(), self.injection.detach(), self.adjacency, self.official_gradient
+        )
+
+
+def _step(state: Tensor, weight: Tensor, injection: Tensor, adjacency: Adjacency) -> Tensor:
+    return adjacency.transposed.product(state @ weight.T, plus=injection).relu_()
+
+
+class _Step(torch.autograd.Function):
+    """One evaluation with the activation fused, recorded as a single node."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        state: Tensor,
+        weight: Tensor,
+        injection: Tensor,
+        adjacency: Adjacency,
+        official_gradient: bool,
+    ) -> Tensor:
+        result = _step(state, weight, injection, adjacency)
+        ctx.save_for_backward(state, weight, result)
+        ctx.adjacency = adjacency
+        ctx.official_gradient = official_gradient
+        return result
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        state, weight, result = ctx.saved_tensors
+        local = torch.ops.aten.threshold_backward(grad, result, 0)  # through the relu
+        needs_state, needs_weight, needs_injection = ctx.needs_input_grad[:3]
+        spread = ctx.adjacency.matmul(local) if needs_state or needs_weight else None
+        grad_weight = None
+        if needs_weight:
+            factor = ctx.adjacency.propagate(local) if ctx.official_gradient else spread
+            grad_weight = factor.T @ state
+        return (
+            spread @ weight if needs_state else None,
+            grad_weight,
+            local if needs_injection else None,
+            None,
+            None,
+        )
+
+
+class ClippedSpectralNorm(nn.Module):
+    """Scale a weight by min(1, gain / sigma) per row, sigma its estimated largest singular value.
+
+    The variant that the TorchDEQ recipes train PPI with: one power iteration per training call,
+    none in evaluation, and no correction of a negative estimate.
+    """
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(out_features, 1))
+        self.register_buffer("left", torch.ones(out_features) / math.sqrt(out_features))
+        self.register_buffer("right", torch.ones(in_features) / math.sqrt(in_features))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                right = nn.functional.normalize(weight.T @ self.left, dim=0, eps=1e-12)
+                left = nn.functional.normalize(weight @ right, dim=0, eps=1e-12)
+                self.right.copy_(right)
+                self.left.copy_(left)
+        # clones: the buffers change in place in the next call, before a late backward
+        sigma = self.left.clone() @ weight @ self.right.clone()
+        return weight * (self.gain / sigma).clamp(max=1)
+
+
+class ImplicitGraphLayer(nn.Module):
+    """The parameters of one layer; the model solves its equation.
+
+    Args:
+        in_features: p.
+        out_features: m.
+        local_injection: add the node's own features, B = Omega_1 U A + Omega_2 U, in place of
+            B = Omega_1 U A.
+        kappa: the weight's infinity norm is kept at most kappa / (spectral radius of A); None
+            leaves it free.
+        spectral_norm: see `ClippedSpectralNorm`.
+        official: keep the official code's parameters that nothing uses (`local_weight`, `bias`),
+            project the stored weight in every call, and use its gradient of W.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        local_injection: bool = False,
+        kappa: float | None = 0.9,
+        spectral_norm: bool = False,
+        official: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.local_injection = local_injection
+        self.kappa = kappa
+        self.official = official
+        self.state_weight = nn.Parameter(torch.empty(out_features, out_features))  # W
+        self.neighbor_weight = nn.Parameter(torch.empty(out_features, in_features))  # Omega_1
+        self.local_weight: nn.Parameter | None = None  # Omega_2
+        if local_injection or official:
+            self.local_weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features, 1)) if official else None
+        sizes = [out_features, in_features] + [in_features] * local_injection
+        self.norms = nn.ModuleList(
+            ClippedSpectralNorm(out_features, size) for size in (sizes if spectral_norm else [])
+        )
+
+    @property
+    def scale(self) -> float:
+        """Weights start uniform in [-scale, scale]; the output width decides for all of them."""
+        return 1 / math.sqrt(self.out_features)
+
+    def weights(self) -> list[Tensor]:
+        """Return W, Omega_1 and, where used, Omega_2, normalised."""
+        plain = [self.state_weight, self.neighbor_weight]
+        if self.local_injection:
+            plain.append(self.local_weight)
+        if not self.norms:
+            return plain
+        return [norm(weight) for norm, weight in zip(self.norms, plain, strict=True)]
+
+    def forward(self, features: Tensor, adjacency: Adjacency, radius: float) -> GraphMap:
+        """Return the map whose fixed point is the layer's output.
+
+        Args:
+            features: (n, p), dense or sparse COO.
+            adjacency: A.
+            radius: spectral radius of A that the bound on W is made for.
+        """
+        if self.official:
+            self.project_(radius)
+        state_weight, neighbor_weight, *local_weight = self.weights()
+        weight = self._within_bound(state_weight, radius)
+        if features.is_sparse or features.shape[1] >= self.out_features:
+            injection = adjacency.propagate(linear(features, neighbor_weight))
+        else:
+            injection = adjacency.propagate(features) @ neighbor_weight.T
+        if local_weight:
+            injection = injection + linear(features, local_weight[0])
+        return GraphMap(weight, injection, adjacency, self.official)
+
+    def bound(self, radius: float) -> float | None:
+        """Return the largest allowed infinity norm of W, or None where there is none."""
+        if self.kappa is None or radius <= 0:
+            return None
+        return self.kappa / radius
+
+    def excess(self, radius: float) -> float:
+        """Return by how much the stored weight's infinity norm exceeds the bound (0: it is met)."""
+        bound = self.bound(radius)
+        if bound is None or self.norms:
+            return 0.0
+        norm = float(self.state_weight.detach().abs().sum(dim=1).max())
+        return max(0.0, norm - bound * (1 + _ROUNDING))
+
+    @torch.no_grad()
+    def project_(self, radius: float) -> None:
+        """Project the stored weight in place; with a spectral norm the derived one is projected."""
+        bound = self.bound(radius)
+        if bound is not None and not self.norms:
+            self.state_weight.copy_(project_rows(self.state_weight, bound))
+
+    def _within_bound(self, weight: Tensor, radius: float) -> Tensor:
+        """Project a weight that the optimiser left outside; its gradient passes unchanged."""
+        bound = self.bound(radius)
+        if bound is None:
+            return weight
+        values = weight.detach()
+        if bool((values.abs().sum(dim=1) <= bound * (1 + _ROUNDING)).all()):
+            return weight
+        return _StraightThrough.apply(weight, project_rows(values, bound))
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, weight: Tensor, replacement: Tensor) -> Tensor:
+        return replacement.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def linear(features: Tensor, weight: Tensor) -> Tensor:
+    """Return features @ weight^T for dense or sparse COO features (n, p)."""
+    if features.is_sparse:
+        return torch.sparse.mm(features, weight.T)
+    return features @ weight.T

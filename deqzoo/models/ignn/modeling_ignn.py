@@ -1,0 +1,432 @@
+"""Implicit graph neural networks (Gu, Chang, Zhu, Sojoudi and El Ghaoui, NeurIPS 2020)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from deqzoo.equilibrium import Segments
+from deqzoo.errors import UserError
+from deqzoo.models.base import DEQPreTrainedModel
+from deqzoo.models.ignn.configuration_ignn import IGNNConfig
+from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
+from deqzoo.models.ignn.layer import ClippedSpectralNorm, ImplicitGraphLayer, linear
+from deqzoo.models.ignn.projection import project_rows
+
+logger = logging.get_logger(__name__)
+
+Settings = dict | str | None
+
+_RADIUS_MARGIN = 1e-5
+"""Added to measured spectral radii: eigenvalues are not exact (upstream adds the same)."""
+
+
+@dataclass
+class IGNNModelOutput(ModelOutput):
+    """Node states and the solver's report; G graphs with n nodes together.
+
+    Args:
+        last_hidden_state: (n, m), what the last layer gives.
+        n_steps: updates of the state, summed over the layers, int64 (G,).
+        residual: largest residual of the layers in the solver's stop mode, (G,).
+        converged: whether every layer's is below the tolerance, bool (G,).
+        hidden_states: the equilibrium of each layer, (n, m_i), with `output_hidden_states=True`.
+    """
+
+    last_hidden_state: Tensor | None = None
+    n_steps: Tensor | None = None
+    residual: Tensor | None = None
+    converged: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class IGNNClassifierOutput(ModelOutput):
+    """Logits, (G, num_labels) of graphs or (n, num_labels) of nodes, the loss when labels were
+    given, and the report of `IGNNModelOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    n_steps: Tensor | None = None
+    residual: Tensor | None = None
+    converged: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class IGNNPreTrainedModel(DEQPreTrainedModel):
+    """Loading, initialisation and the weights' constraint, shared by the IGNN classes."""
+
+    config_class = IGNNConfig
+    config: IGNNConfig
+    base_model_prefix = "ignn"
+    main_input_name = "x"
+    input_modalities = ("graph",)
+    supports_gradient_checkpointing = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Uniform in ±1/sqrt(output width) for implicit layers, PyTorch's default for linear ones."""
+        if isinstance(module, ImplicitGraphLayer):
+            for parameter in module.parameters(recurse=False):
+                init.uniform_(parameter, -module.scale, module.scale)
+            radius = self.config.known_radius
+            if radius is not None and not module.official and not module.norms:
+                projected = project_rows(module.state_weight, module.bound(radius) or math.inf)
+                init.copy_(module.state_weight, projected)
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, ClippedSpectralNorm):
+            init.ones_(module.gain)
+            for buffer in (module.left, module.right):
+                init.constant_(buffer, 1 / math.sqrt(len(buffer)))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as in transformers, then make sure that the weights meet their norm bound."""
+        result = super().from_pretrained(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        model.enforce_constraint()
+        return result
+
+    @property
+    def implicit_layers(self) -> list[ImplicitGraphLayer]:
+        """All implicit layers, first to last."""
+        return [m for m in self.modules() if isinstance(m, ImplicitGraphLayer)]
+
+    def enforce_constraint(self) -> float:
+        """Check the norm bound of every W where it does not depend on the graph; mend with a warning.
+
+        Returns:
+            The largest excess that was found; 0 where all weights met the bound.
+        """
+        radius = self.config.known_radius
+        if radius is None:
+            return 0.0
+        excess = max(layer.excess(radius) for layer in self.implicit_layers)
+        if excess > 0:
+            logger.warning(
+                f"a weight exceeded its norm bound {self.config.kappa / radius:.3g} by "
+                f"{excess:.3g} and was projected: the checkpoint was saved between an optimiser "
+                "step and the projection"
+            )
+            self.project_()
+        return excess
+
+    def project_(self) -> None:
+        """Project every stored W onto its norm ball: after each optimiser step in training.
+
+        Where the spectral radius depends on the graph, the largest one that training has seen
+        counts; before the first forward there is nothing to project onto.
+        """
+        radius = self.config.known_radius or self.base_model.largest_radius
+        if radius > 0:
+            for layer in self.implicit_layers:
+                layer.project_(radius)
+
+    def read_graphs(
+        self,
+        x: Any,
+        edge_index: Tensor | None = None,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+        symmetrize: bool = False,
+    ) -> GraphBatch:
+        """Turn any accepted input into a `GraphBatch` on the model's device, in its dtype.
+
+        Args:
+            x: node features with the other arguments, a torch_geometric `Data` or `Batch`, or a
+                `GraphBatch`, which is taken as it is.
+        """
+        like = next(self.parameters())
+        if isinstance(x, GraphBatch):
+            return x.to(like)
+        n_graphs = None
+        if not isinstance(x, Tensor):
+            fields = graph_fields(x)
+            n_graphs = fields.pop("n_graphs")
+            x, edge_index = fields["x"], fields["edge_index"]
+            edge_weight, batch = fields["edge_weight"], fields["batch"]
+        if edge_index is None:
+            raise UserError("edge_index is missing: pass x and edge_index, or one graph object")
+        graphs = GraphBatch.build(
+            self.config, x, edge_index, edge_weight, batch, n_graphs, symmetrize
+        )
+        return graphs.to(like)
+
+
+class IGNNModel(IGNNPreTrainedModel):
+    """The stack of implicit layers, without a head."""
+
+    def __init__(self, config: IGNNConfig) -> None:
+        super().__init__(config)
+        widths = [config.num_features, *config.hidden_sizes]
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(implicit_layer(config, p, m) for p, m in pairs)
+        self.skips = nn.ModuleList(
+            nn.Linear(p, m) for p, m in (pairs if config.skip_connections else [])
+        )
+        self.largest_radius = 0.0
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def radius(self, graphs: GraphBatch) -> float:
+        """Spectral radius that the norm bound of this batch is made for."""
+        known = self.config.known_radius
+        if known is not None:
+            return known
+        radius = graphs.adjacency.spectral_radius + _RADIUS_MARGIN
+        if self.training:
+            self.largest_radius = max(self.largest_radius, radius)
+        return radius
+
+    def solve_layer(
+        self,
+        layer: ImplicitGraphLayer,
+        x: Tensor,
+        graphs: GraphBatch,
+        start: Tensor | None,
+        solver: Settings,
+        gradient: Settings,
+    ) -> Any:
+        """Solve one implicit layer fed with x (n, p); returns the core's `Solution`.
+
+        The solve starts from `start` (n, m), or from the injection, as upstream's does.
+        """
+        equation = layer(x, graphs.adjacency, self.radius(graphs))
+        start = equation.injection.detach() if start is None else start
+        layout = Segments(graphs.index, graphs.n_graphs)
+        return self.solve(equation, start, layout=layout, solver=solver, gradient=gradient)
+
+    @can_return_tuple
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor | None = None,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+        initial_states: Sequence[Tensor] | None = None,
+        output_hidden_states: bool = False,
+        solver: Settings = None,
+        gradient: Settings = None,
+    ) -> IGNNModelOutput:
+        """Find the equilibrium of every layer.
+
+        Args:
+            x: (n, num_features) node features; or a torch_geometric `Data` / `Batch` or a
+                `GraphBatch` alone.
+            edge_index: (2, e) int64.
+            edge_weight: (e,) not negative, 1 by default.
+            batch: (n,) int64, the graph of each node; one graph by default.
+            initial_states: per layer a start (n, m_i), e.g. `hidden_states` of an earlier call
+                on the same graphs: fewer steps, the same equilibrium.
+            output_hidden_states: return each layer's equilibrium.
+            solver: settings for this call, over those of the config.
+            gradient: likewise.
+
+        Raises:
+            UserError: the input does not describe graphs that this model reads.
+        """
+        graphs = self.read_graphs(x, edge_index, edge_weight, batch)
+        x, solutions = graphs.features, []
+        for i, layer in enumerate(self.layers):
+            start = initial_states[i] if initial_states is not None else None
+            solution = self.solve_layer(layer, x, graphs, start, solver, gradient)
+            solutions.append(solution)
+            if len(self.skips):
+                skip = self.skips[i]
+                x = nn.functional.elu(solution.state + linear(x, skip.weight) + skip.bias)
+            else:
+                x = solution.state
+        return _report(x, solutions, output_hidden_states)
+
+
+class IGNNForGraphClassification(IGNNPreTrainedModel):
+    """Sum over each graph's nodes, then a classifier of two linear layers."""
+
+    def __init__(self, config: IGNNConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        width = config.hidden_sizes[-1]
+        self.ignn = IGNNModel(config)
+        self.dense = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(width, config.num_labels, bias=config.classifier_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor | None = None,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+        labels: Tensor | None = None,
+        initial_states: Sequence[Tensor] | None = None,
+        output_hidden_states: bool = False,
+        solver: Settings = None,
+        gradient: Settings = None,
+    ) -> IGNNClassifierOutput:
+        """Classify graphs; arguments as in `IGNNModel.forward`.
+
+        Args:
+            labels: (G,) int64; the loss is their mean cross-entropy. With
+                `problem_type="multi_label_classification"` (G, num_labels) of 0 and 1.
+        """
+        symmetrize = self.config.official and not self.training
+        graphs = self.read_graphs(x, edge_index, edge_weight, batch, symmetrize)
+        base = self.ignn(
+            graphs,
+            initial_states=initial_states,
+            output_hidden_states=output_hidden_states,
+            solver=solver,
+            gradient=gradient,
+            return_dict=True,
+        )
+        nodes = base.last_hidden_state
+        pooled = nodes.new_zeros(graphs.n_graphs, nodes.shape[1])
+        pooled = pooled.index_add(0, graphs.index, nodes)
+        logits = self.classifier(self.dropout(self.dense(pooled).relu()))
+        loss = None if labels is None else classification_loss(self.config, logits, labels)
+        return _classified(loss, logits, base)
+
+
+class IGNNForNodeClassification(IGNNPreTrainedModel):
+    """A class, or several labels, for every node."""
+
+    def __init__(self, config: IGNNConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        width = config.hidden_sizes[-1]
+        self.ignn = IGNNModel(config)
+        self.implicit_head = None
+        if config.implicit_head:
+            self.implicit_head = implicit_layer(config, width, config.num_labels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(width, config.num_labels, bias=config.classifier_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor | None = None,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        initial_states: Sequence[Tensor] | None = None,
+        output_hidden_states: bool = False,
+        solver: Settings = None,
+        gradient: Settings = None,
+    ) -> IGNNClassifierOutput:
+        """Classify nodes; arguments as in `IGNNModel.forward`.
+
+        Args:
+            labels: (n,) int64, or (n, num_labels) of 0 and 1 with
+                `problem_type="multi_label_classification"`.
+            mask: (n,) bool, the nodes whose labels count in the loss.
+        """
+        graphs = self.read_graphs(x, edge_index, edge_weight, batch)
+        starts = None if initial_states is None else initial_states[: len(self.ignn.layers)]
+        base = self.ignn(
+            graphs,
+            initial_states=starts,
+            output_hidden_states=output_hidden_states,
+            solver=solver,
+            gradient=gradient,
+            return_dict=True,
+        )
+        nodes = base.last_hidden_state
+        if self.config.normalize_states:
+            nodes = nn.functional.normalize(nodes, dim=1)
+        logits = self.classifier(nodes if self.implicit_head is not None else self.dropout(nodes))
+        if self.implicit_head is not None:
+            start = initial_states[-1] if initial_states is not None else None
+            solution = self.ignn.solve_layer(
+                self.implicit_head, nodes, graphs, start, solver, gradient
+            )
+            logits = logits + solution.state
+            base = _merge(base, solution)
+        loss = None
+        if labels is not None:
+            chosen = slice(None) if mask is None else mask
+            loss = classification_loss(self.config, logits[chosen], labels[chosen])
+        return _classified(loss, logits, base)
+
+
+def implicit_layer(config: IGNNConfig, in_features: int, out_features: int) -> ImplicitGraphLayer:
+    """Build one layer with the configuration's settings."""
+    return ImplicitGraphLayer(
+        in_features,
+        out_features,
+        local_injection=config.local_injection,
+        kappa=config.kappa,
+        spectral_norm=config.weight_norm == "spectral",
+        official=config.official,
+    )
+
+
+def classification_loss(config: IGNNConfig, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy, or mean binary cross-entropy for multi-label problems.
+
+    Raises:
+        UserError: labels of the wrong shape.
+    """
+    if config.problem_type == "multi_label_classification":
+        if labels.shape != logits.shape:
+            raise UserError(
+                f"labels have shape {tuple(labels.shape)}, but this multi-label model needs "
+                f"{tuple(logits.shape)}"
+            )
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits))
+    if labels.numel() != len(logits):
+        raise UserError(f"{labels.numel()} labels for {len(logits)} predictions")
+    return nn.functional.cross_entropy(logits, labels.reshape(-1).long())
+
+
+def _report(x: Tensor, solutions: list[Any], keep: bool) -> IGNNModelOutput:
+    return IGNNModelOutput(
+        last_hidden_state=x,
+        n_steps=torch.stack([s.n_steps for s in solutions]).sum(0),
+        residual=torch.stack([s.residual for s in solutions]).amax(0),
+        converged=torch.stack([s.converged for s in solutions]).all(0),
+        hidden_states=tuple(s.state.detach() for s in solutions) if keep else None,
+    )
+
+
+def _merge(base: IGNNModelOutput, solution: Any) -> IGNNModelOutput:
+    base.n_steps = base.n_steps + solution.n_steps
+    base.residual = torch.maximum(base.residual, solution.residual)
+    base.converged = base.converged & solution.converged
+    if base.hidden_states is not None:
+        base.hidden_states = (*base.hidden_states, solution.state.detach())
+    return base
+
+
+def _classified(loss: Tensor | None, logits: Tensor, base: IGNNModelOutput) -> IGNNClassifierOutput:
+    return IGNNClassifierOutput(
+        loss=loss,
+        logits=logits,
+        n_steps=base.n_steps,
+        residual=base.residual,
+        converged=base.converged,
+        hidden_states=base.hidden_states,
+    )
+
+
+__all__ = [
+    "IGNNForGraphClassification",
+    "IGNNForNodeClassification",
+    "IGNNModel",
+    "IGNNPreTrainedModel",
+]

@@ -1,0 +1,281 @@
+"""Constant sparse matrices with fast products on both sides, and graph adjacencies made of them.
+
+Upstream keeps node data in columns; here they lie in rows (node-major), which is what the sparse
+kernels are fast at. `Y A` for Y of shape (d, n) becomes `A^T y` for y of shape (n, d).
+
+The matrices never need a gradient, so that the backward of a product is another product, with the
+transposed matrix. Both are kept in CSR form; autograd's own sparse backward is several times slower.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from deqzoo.errors import UserError
+
+Normalization = Literal["augmented", "symmetric", "none"]
+NORMALIZATIONS = ("augmented", "symmetric", "none")
+
+_DENSE_EIGENVALUES_UP_TO = 512
+_LANCZOS_STEPS = 80
+
+
+class SparseMatrix:
+    """A constant sparse matrix (n_rows, n_columns) given by its entries, duplicates added up.
+
+    Args:
+        index: (2, e) int64, row and column of each entry.
+        values: (e,) floating point.
+        shape: number of rows and columns.
+    """
+
+    def __init__(self, index: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
+        entries = torch.sparse_coo_tensor(
+            index, values, shape, check_invariants=False, is_coalesced=False
+        ).coalesce()
+        self.index = entries.indices()
+        self.values = entries.values()
+        self.shape = shape
+        self._csr: Tensor | None = None
+        self._transposed: SparseMatrix | None = None
+
+    @property
+    def csr(self) -> Tensor:
+        """The matrix in torch's CSR format, built at the first use."""
+        if self._csr is None:
+            counts = torch.bincount(self.index[0], minlength=self.shape[0])
+            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            self._csr = _csr_tensor(starts, self.index[1], self.values, self.shape)
+        return self._csr
+
+    @property
+    def transposed(self) -> SparseMatrix:
+        """The transposed matrix; the same object where the matrix is symmetric."""
+        if self._transposed is None:
+            other = SparseMatrix(self.index.flip(0), self.values, self.shape[::-1])
+            same = torch.equal(other.index, self.index) and torch.equal(other.values, self.values)
+            self._transposed = self if same else other
+            self._transposed._transposed = self
+        return self._transposed
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the matrix equals its transpose exactly."""
+        return self.transposed is self
+
+    def to(self, like: Tensor) -> SparseMatrix:
+        """Return the matrix on the device and in the dtype of a tensor."""
+        if self.values.device == like.device and self.values.dtype == like.dtype:
+            return self
+        return SparseMatrix(self.index.to(like.device), self.values.to(like), self.shape)
+
+    def matmul(self, dense: Tensor) -> Tensor:
+        """Return the product with a dense (n_columns, d): (n_rows, d), differentiable in it."""
+        if torch.is_grad_enabled() and dense.requires_grad:
+            return _Product.apply(dense, self)
+        return self.product(dense)
+
+    def product(self, dense: Tensor, plus: Tensor | None = None) -> Tensor:
+        """Return this @ dense (+ plus) without recording it.
+
+        Half precision is multiplied in float32: CSR kernels do not exist for it on every device.
+        """
+        if dense.dtype in (torch.float16, torch.bfloat16):
+            wide = self.to(dense.float()).product(dense.float())
+            return (wide if plus is None else wide.add_(plus)).to(dense.dtype)
+        if plus is not None:
+            return torch.addmm(plus, self.csr, dense)
+        return self.csr @ dense
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, dense: Tensor, matrix: SparseMatrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix.product(dense)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.matrix.transposed.matmul(grad.contiguous()), None
+
+
+class Adjacency(SparseMatrix):
+    """The adjacency A of one graph or of a block-diagonal batch of graphs: (n, n), non-negative.
+
+    Entry (i, j) carries information from node i to node j.
+    """
+
+    def __init__(self, index: Tensor, values: Tensor, n: int) -> None:
+        super().__init__(index, values, (n, n))
+        self._spectral_radius: float | None = None
+        self._evaluation: Adjacency | None = None
+
+    @classmethod
+    def from_edges(
+        cls,
+        edge_index: Tensor,
+        n: int,
+        edge_weight: Tensor | None = None,
+        normalization: Normalization = "augmented",
+        dtype: torch.dtype | None = None,
+    ) -> Adjacency:
+        """Build and normalise the adjacency of a graph or of a batch.
+
+        Args:
+            edge_index: (2, e) int64; parallel edges add up.
+            n: number of nodes.
+            edge_weight: (e,) non-negative; 1 where not given.
+            normalization: "augmented" is D^-1/2 (A + I) D^-1/2, "symmetric" the same without
+                self loops, "none" leaves A as it is. D holds the row sums on both sides.
+            dtype: of the entries; that of `edge_weight` or torch's default where not given.
+
+        Raises:
+            UserError: indices out of range, wrong shapes, negative or non-finite weights, or an
+                unknown normalisation.
+        """
+        values = _checked_weights(edge_index, n, edge_weight, dtype)
+        if normalization not in NORMALIZATIONS:
+            raise UserError(
+                f"unknown normalization {normalization!r}; choose from {', '.join(NORMALIZATIONS)}"
+            )
+        return cls(edge_index, values, n).normalized(normalization)
+
+    def normalized(self, normalization: Normalization) -> Adjacency:
+        """Return the normalised matrix (see `from_edges`)."""
+        n = self.shape[0]
+        index, values = self.index, self.values
+        if normalization == "none":
+            return self
+        if normalization == "augmented":
+            loops = torch.arange(n, device=index.device)
+            index = torch.cat([index, torch.stack([loops, loops])], dim=1)
+            values = torch.cat([values, values.new_ones(n)])
+        degree = values.new_zeros(n).index_add_(0, index[0], values)
+        scale = torch.where(degree > 0, degree.rsqrt(), degree.new_zeros(()))
+        return Adjacency(index, scale[index[0]] * scale[index[1]] * values, n)
+
+    def symmetrized(self) -> Adjacency:
+        """Return A + A^T."""
+        index = torch.cat([self.index, self.index.flip(0)], dim=1)
+        return Adjacency(index, torch.cat([self.values, self.values]), self.shape[0])
+
+    def to(self, like: Tensor) -> Adjacency:
+        if self.values.device == like.device and self.values.dtype == like.dtype:
+            return self
+        moved = Adjacency(self.index.to(like.device), self.values.to(like), self.shape[0])
+        moved._spectral_radius = self._spectral_radius
+        return moved
+
+    def propagate(self, nodes: Tensor) -> Tensor:
+        """Send node data (n, d) along the edges: A^T nodes (n, d)."""
+        return self.transposed.matmul(nodes)
+
+    def select(self, rows: Tensor) -> Adjacency:
+        """Return the adjacency of the kept nodes `rows` (r,): whole graphs of a batch.
+
+        Raises:
+            ValueError: an edge connects a kept node to another one.
+        """
+        new_number = self.index.new_full((self.shape[0],), -1)
+        new_number[rows] = torch.arange(len(rows), device=rows.device)
+        index = new_number[self.index]
+        kept = index[0] >= 0
+        if not torch.equal(kept, index[1] >= 0):
+            raise ValueError("the kept nodes are no whole graphs; solve with the Segments layout")
+        return Adjacency(index[:, kept], self.values[kept], len(rows))
+
+    @property
+    def spectral_radius(self) -> float:
+        """Largest eigenvalue modulus of A, from above; measured once and kept.
+
+        Exact up to rounding for few nodes and for symmetric matrices; for larger directed graphs
+        an upper bound (Collatz and Wielandt), so that a weight bound made of it stays safe.
+        """
+        if self._spectral_radius is None:
+            self._spectral_radius = _spectral_radius(self)
+        return self._spectral_radius
+
+
+def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    import warnings
+
+    with warnings.catch_warnings():  # torch announces once that CSR support is in beta
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+def _checked_weights(
+    edge_index: Tensor, n: int, edge_weight: Tensor | None, dtype: torch.dtype | None
+) -> Tensor:
+    if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype != torch.int64:
+        raise UserError(
+            f"edge_index must be int64 of shape (2, edges), got {edge_index.dtype} of shape "
+            f"{tuple(edge_index.shape)}"
+        )
+    n_edges = edge_index.shape[1]
+    if n_edges and (int(edge_index.min()) < 0 or int(edge_index.max()) >= n):
+        raise UserError(
+            f"edge_index names node {int(edge_index.max())} (smallest {int(edge_index.min())}), "
+            f"but the graph has the nodes 0 to {n - 1}"
+        )
+    if edge_weight is None:
+        dtype = dtype or torch.get_default_dtype()
+        return torch.ones(n_edges, dtype=dtype, device=edge_index.device)
+    edge_weight = edge_weight.reshape(-1)
+    if len(edge_weight) != n_edges:
+        raise UserError(f"edge_weight has {len(edge_weight)} entries for {n_edges} edges")
+    if not bool((edge_weight >= 0).all() & edge_weight.isfinite().all()):
+        raise UserError("edge_weight must be finite and not negative")
+    return edge_weight.to(dtype) if dtype else edge_weight
+
+
+def _spectral_radius(adjacency: Adjacency) -> float:
+    n = adjacency.shape[0]
+    if len(adjacency.values) == 0:
+        return 0.0
+    wide = adjacency.to(torch.empty(0, dtype=torch.float64, device="cpu"))
+    if n <= _DENSE_EIGENVALUES_UP_TO:
+        return float(torch.linalg.eigvals(wide.csr.to_dense()).abs().max())
+    return _lanczos(wide) if wide.is_symmetric else _collatz_wielandt(wide)
+
+
+def _lanczos(matrix: SparseMatrix) -> float:
+    """Largest eigenvalue of a symmetric matrix, with full reorthogonalisation."""
+    n = matrix.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.rand(n, 1, dtype=torch.float64, generator=generator) + 0.1
+    basis = vector / vector.norm()
+    diagonal: list[Tensor] = []
+    beside: list[Tensor] = []
+    for _ in range(min(_LANCZOS_STEPS, n)):
+        image = matrix.product(basis[:, -1:])
+        diagonal.append((basis[:, -1:] * image).sum())
+        for _ in range(2):
+            image = image - basis @ (basis.T @ image)
+        length = image.norm()
+        if float(length) < 1e-12:
+            break
+        beside.append(length)
+        basis = torch.cat([basis, image / length], dim=1)
+    off = torch.stack(beside[: len(diagonal) - 1]) if len(diagonal) > 1 else torch.zeros(0)
+    small = torch.diag(torch.stack(diagonal))
+    if len(diagonal) > 1:
+        small = small + torch.diag(off, 1) + torch.diag(off, -1)
+    return float(torch.linalg.eigvalsh(small).abs().max())
+
+
+def _collatz_wielandt(matrix: SparseMatrix, n_iter: int = 500) -> float:
+    """Upper bound max_i (A x)_i / x_i for a positive x that approaches the Perron vector."""
+    vector = torch.ones(matrix.shape[0], 1, dtype=torch.float64)
+    best = float("inf")
+    for _ in range(n_iter):
+        image = matrix.product(vector)
+        best = min(best, float((image / vector).max()))
+        vector = vector + image  # of A + I: no oscillation, and x stays positive
+        vector = vector / vector.max()
+        vector = vector.clamp_min(1e-200)
+    return best
