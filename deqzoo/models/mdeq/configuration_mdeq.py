@@ -1,9 +1,7 @@
 """Configuration of multiscale deep equilibrium models."""
 
-from __future__ import annotations
-
 import copy
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -135,7 +133,7 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
             )
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> MDEQConfig:
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
         """An official configuration by name, with any setting replaced.
 
         Args:

@@ -71,7 +71,6 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
     """Loading, initialisation and diagnostics shared by the MDEQ classes."""
 
     config_class = MDEQConfig
-    config_class = MDEQConfig
     base_model_prefix = "mdeq"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -159,6 +158,8 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
 
 class MDEQModel(MDEQPreTrainedModel):
     """The equilibrium states of a picture at several resolutions, without a head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^head\.", r"^classifier\."]
 
     def __init__(self, config: MDEQConfig) -> None:
         super().__init__(config)
