@@ -362,7 +362,8 @@ class _Loop:
         stalled = None
         if self.solver.patience is not None:
             stalled = books.waited >= self.solver.patience
-        proposed = self.rule.propose(z, fz, residual, books.active, stalled)
+        with torch.autocast(z.device.type, enabled=False):  # the mixing keeps the state's dtype
+            proposed = self.rule.propose(z, fz, residual, books.active, stalled)
         if self.scale is not None:
             step = (proposed - z) * spread(self.scale).unsqueeze(1).to(z.dtype)
             proposed = torch.where(spread(self.scale < 1).unsqueeze(1), z + step, proposed)
