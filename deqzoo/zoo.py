@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,34 @@ def suggestion(name: str) -> str:
         return f"did you mean {' or '.join(near)}?"
     known = list_models()
     return f"the zoo's models are {', '.join(known)}" if known else "no checkpoint is bundled"
+
+
+def resolve_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The local folder or bundled checkpoint of a name; None where only the Hub could have it.
+
+    Raises:
+        UserError: a path to something else than a folder with a configuration.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"folder {path} has no config.json, so it holds no model")
+        return path.resolve()
+    if path.is_file():
+        raise UserError(f"{path} is a file; name the folder that holds config.json and the weights")
+    return bundled_folder(str(name))
+
+
+def resolve_bundled(name: str | os.PathLike[str]) -> Path:
+    """As `resolve_folder`, for work that needs the files at hand.
+
+    Raises:
+        UserError: no such folder or bundled checkpoint.
+    """
+    folder = resolve_folder(name)
+    if folder is None:
+        raise UserError(f"unknown model {str(name)!r}: {suggestion(str(name))}")
+    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:

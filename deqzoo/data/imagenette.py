@@ -37,8 +37,8 @@ def load_imagenette(
     """Imagenette as uint8 (N, 3, size, size).
 
     Args:
-        split: "train", "validation" (95 pictures of each class, taken from the published training
-            split), "train+validation" (that whole split), or "test" (the published validation split).
+        split: "train", "validation" (95 pictures of each class, from the published training split),
+            "train+validation" (that whole split), or "test" (the published validation split).
         data: a local folder in the layout of the Hub's data set; fetched from there if None.
         size: side after scaling the shorter side and cropping the centre.
         seed: of the division into training and validation part.

@@ -207,9 +207,7 @@ def _decode(
     return pixels, torch.tensor(labels, dtype=torch.int64)
 
 
-def _row_groups(
-    source: ImageSource, files: list[Path]
-) -> Iterator[tuple[list[bytes], list[int]]]:
+def _row_groups(source: ImageSource, files: list[Path]) -> Iterator[tuple[list[bytes], list[int]]]:
     """Encoded pictures and labels, one row group at a time."""
     for path in files:
         parquet = pq.ParquetFile(path)

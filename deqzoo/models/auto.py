@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -34,7 +35,9 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from deqzoo.errors import UserError
-from deqzoo.zoo import ORGANISATION, bundled_folder, read_json, suggestion
+from deqzoo.zoo import ORGANISATION, read_json, resolve_folder, suggestion
+
+logger = logging.getLogger(__name__)
 
 _HUB_TIMEOUT_SECONDS = 3
 
@@ -162,28 +165,16 @@ class DEQModel:
         return _load(_class_of(config_file), repository, kwargs | hub)
 
 
-def resolve_folder(name: str | os.PathLike[str]) -> Path | None:
-    """The local folder or bundled checkpoint of a name; None where only the Hub could have it.
-
-    Raises:
-        UserError: a path to something else than a folder with a configuration.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"folder {path} has no config.json, so it holds no model")
-        return path.resolve()
-    if path.is_file():
-        raise UserError(f"{path} is a file; name the folder that holds config.json and the weights")
-    return bundled_folder(str(name))
-
-
 def _fetch_config(name: str, repository: str, hub: dict[str, Any]) -> Path:
-    """Path of config.json from the Hub or its cache; every failure is one line."""
+    """Path of config.json from the Hub or its cache; every failure is one line.
+
+    An unreachable Hub turns `hub["local_files_only"]` on: downloads repeat a failed request for
+    about half a minute, this asks once.
+    """
     try:
-        return Path(
-            hf_hub_download(repository, "config.json", etag_timeout=_HUB_TIMEOUT_SECONDS, **hub)
-        )
+        if not hub["local_files_only"]:
+            hub["local_files_only"] = not _hub_answers(repository, hub)
+        return Path(hf_hub_download(repository, "config.json", **hub))
     except HFValidationError:
         reason = "it is no folder here and no valid repository name"
     except GatedRepoError:
@@ -193,14 +184,30 @@ def _fetch_config(name: str, repository: str, hub: dict[str, Any]) -> Path:
     except RevisionNotFoundError:
         reason = f"{repository} on the Hub has no revision {hub['revision']!r}"
     except LocalEntryNotFoundError:
-        reason = f"the Hub cannot be reached (or is switched off) and {repository} is not cached"
+        reason = f"the Hub cannot be reached or is switched off, and {repository} is not cached"
     except EntryNotFoundError:
         reason = f"{repository} on the Hub has no config.json"
     except HfHubHTTPError as error:
         reason = f"the Hub answered: {_one_line(error)}"
-    except OSError as error:
-        reason = f"the Hub cannot be reached: {_one_line(error)}"
     raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})")
+
+
+def _hub_answers(repository: str, hub: dict[str, Any]) -> bool:
+    """Ask the Hub once for a repository; False where there is no connection.
+
+    Raises:
+        HfHubHTTPError: the Hub answered, but not with this repository.
+    """
+    try:
+        HfApi().model_info(
+            repository, revision=hub["revision"], token=hub["token"], timeout=_HUB_TIMEOUT_SECONDS
+        )
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception as error:  # the HTTP library's own errors differ between releases of the Hub
+        logger.debug("no connection to the Hub: %s", _one_line(error))
+        return False
+    return True
 
 
 def _class_of(config_file: Path) -> type[PreTrainedModel]:
@@ -253,4 +260,4 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-__all__ = ["CLASSES", "DEQModel", "FAMILIES", "load_class", "register", "resolve_folder"]
+__all__ = ["CLASSES", "DEQModel", "FAMILIES", "load_class", "register"]

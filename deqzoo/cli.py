@@ -1,0 +1,234 @@
+"""The command line: one thin command per job."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import deqzoo
+import deqzoo.zoo
+from deqzoo.errors import UserError
+
+app = typer.Typer(
+    name="deqzoo",
+    help="Deep equilibrium models: classify, evaluate, convert and train.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# typer may carry its own copy of click, so the base of its usage errors is looked up.
+_USAGE_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+ModelName = Annotated[str, typer.Argument(help="Zoo name, local folder, or repository on the Hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="Local copy of the data set; else it is fetched.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Deep equilibrium models: classify, evaluate, convert and train."""
+    if version:
+        typer.echo(f"deqzoo {deqzoo.__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("list")
+def list_command(as_json: AsJson = False) -> None:
+    """List the bundled checkpoints."""
+    from deqzoo.hub.catalogue import entries
+
+    rows = [
+        {
+            "name": entry.name,
+            "task": entry.task,
+            "parameters": entry.parameters,
+            "result": entry.headline(),
+        }
+        for entry in entries()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif not rows:
+        typer.echo("No checkpoint is bundled.")
+    else:
+        width = max(len(row["name"]) for row in rows)
+        for row in rows:
+            size = f"{row['parameters'] / 1e6:.2f}M"
+            typer.echo(f"{row['name']:<{width}}  {size:>8}  {row['task']:<22}  {row['result']}")
+
+
+@app.command()
+def info(name: ModelName, as_json: AsJson = False) -> None:
+    """Show what a checkpoint is and what it scores."""
+    from deqzoo.hub.catalogue import entry as find
+    from deqzoo.hub.catalogue import main_figure
+
+    entry = find(name)
+    facts: dict[str, Any] = {
+        "name": entry.name,
+        "folder": str(entry.folder),
+        "architecture": entry.architecture,
+        "task": entry.task,
+        "parameters": entry.parameters,
+        "size": f"{entry.size / 2**20:.1f} MiB in {len(entry.weight_files)} file(s)",
+        "solver": entry.config.get("solver"),
+        "gradient": entry.config.get("gradient"),
+        "evaluations": {stem: main_figure(file) for stem, file in entry.evaluations.items()},
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            shown = (f"{k} {v}" for k, v in value.items() if v is not None)
+            value = ", ".join(shown) or "none"
+        typer.echo(f"{key:<13} {value}")
+
+
+@app.command()
+def classify(
+    images: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Image model; the best bundled one by default.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Name what pictures show."""
+    from deqzoo.evaluation import classify as classification
+
+    pictures = [classification.read_picture(path) for path in images]
+    loaded = deqzoo.DEQModel.from_pretrained(model or _default_image_model())
+    found = classification.classify(loaded, pictures, top_k=top_k)
+    if as_json:
+        from deqzoo.evaluation.files import finite
+
+        rows = [{"file": str(p), **c.to_dict()} for p, c in zip(images, found, strict=True)]
+        typer.echo(json.dumps(finite(rows), indent=2, ensure_ascii=False))
+        return
+    for path, result in zip(images, found, strict=True):
+        typer.echo(path)
+        for label, probability in result.labels:
+            typer.echo(f"  {label:<20} {probability:6.1%}")
+        state = "converged" if result.converged else "not converged"
+        report = f"{result.n_steps} steps, relative residual {result.residual:.1e}, {state}"
+        typer.echo(f"  equilibrium: {report}")
+
+
+@app.command()
+def evaluate(
+    name: ModelName,
+    data: DataFolder = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "test",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write; by default in the model's folder `evaluation`."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward.")] = 128,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first samples; needs --output.")
+    ] = None,
+) -> None:
+    """Measure a model on its data set and write the evaluation file."""
+    from deqzoo.evaluation.files import write_evaluation
+    from deqzoo.hub.catalogue import main_figure
+
+    if limit is not None and output is None:
+        raise UserError("--limit makes no full evaluation: say with --output where to write it")
+    model = deqzoo.DEQModel.from_pretrained(name)
+    evaluator = _evaluator(model.config.model_type)
+    content = evaluator(
+        model, deqzoo.zoo.bare_name(Path(name).name), split=split, data=data,
+        batch_size=batch_size, limit=limit,
+    )  # fmt: skip
+    if output is None:
+        folder = Path(model.config._name_or_path)
+        stem = f"{content['data']['name']}-{split.replace('+', '-')}.json"
+        output = folder / "evaluation" / stem if folder.is_dir() else Path(stem)
+    write_evaluation(output, content)
+    typer.echo(f"{main_figure(content)}; written to {output}")
+
+
+@app.command()
+def convert(
+    family: Annotated[str, typer.Argument(help="mdeq, deq-transformer or ignn.")],
+    source: Annotated[Path, typer.Argument(help="Official state dict (.safetensors or pickle).")],
+    config: Annotated[str, typer.Option(help="Configuration as JSON file, or a preset's name.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Turn an official state dict into a folder that from_pretrained loads."""
+    name = family.replace("-", "_")
+    module = f"deqzoo.models.{name}.convert_{name}"
+    if name not in deqzoo.models.auto.FAMILIES or importlib.util.find_spec(module) is None:
+        raise UserError(f"unknown family {family!r}; the families are mdeq, deq-transformer, ignn")
+    importlib.import_module(module).convert(source, config, output)
+    typer.echo(f"written to {output}")
+
+
+#: model_type -> module with `evaluate_...(model, name, *, split, data, batch_size, limit)`.
+_EVALUATORS = {"mdeq": ("deqzoo.evaluation.images", "evaluate_images")}
+
+
+def _evaluator(model_type: str) -> Any:
+    if model_type not in _EVALUATORS:
+        raise UserError(f"models of type {model_type!r} have no evaluation here")
+    module, function = _EVALUATORS[model_type]
+    return getattr(importlib.import_module(module), function)
+
+
+def _default_image_model() -> str:
+    known = deqzoo.list_models()
+    for name in deqzoo.zoo.DEFAULT_IMAGE_MODELS:
+        if name in known:
+            return name
+    raise UserError("no image model is bundled; name one with --model")
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code. Every mistake of the user is one line on stderr and a 2."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # The commands print convergence themselves.
+    logging.getLogger("deqzoo.models").setLevel(logging.ERROR)
+    try:
+        return app(args=arguments, prog_name="deqzoo", standalone_mode=False) or 0
+    except _USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "deqzoo"
+        return _fail(f"{error.format_message()} (see {command} --help)")
+    except UserError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("deqzoo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def _fail(message: str) -> int:
+    print(f"deqzoo: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run())

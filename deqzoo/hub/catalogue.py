@@ -1,0 +1,119 @@
+"""What the zoo holds, read from the checkpoints' own files without loading any weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from deqzoo.errors import UserError
+from deqzoo.zoo import list_models, read_json, resolve_bundled
+
+TASKS = {
+    "ForImageClassification": "image classification",
+    "ForCausalLM": "language modelling",
+    "ForGraphClassification": "graph classification",
+    "ForNodeClassification": "node classification",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint.
+
+    Attributes:
+        name: zoo name, or the folder's name.
+        folder: where it is.
+        config: content of config.json.
+        evaluations: contents of the evaluation files, by file stem.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    evaluations: dict[str, dict[str, Any]]
+
+    @property
+    def architecture(self) -> str:
+        """Name of the model's class."""
+        return (self.config.get("architectures") or ["?"])[0]
+
+    @property
+    def task(self) -> str:
+        """What the model does, in words."""
+        for suffix, task in TASKS.items():
+            if self.architecture.endswith(suffix):
+                return task
+        return "features"
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored in the weights, normalisation statistics included."""
+        return sum(count_values(file) for file in self.weight_files)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights."""
+        return sum(file.stat().st_size for file in self.weight_files)
+
+    def headline(self) -> str:
+        """The main figure of the test evaluation with its data, or what is missing."""
+        for evaluation in self.evaluations.values():
+            figure = main_figure(evaluation)
+            if figure and evaluation["data"].get("split") == "test":
+                return figure
+        return "not evaluated yet"
+
+
+def main_figure(evaluation: dict[str, Any]) -> str | None:
+    """ "85.2 % on cifar10 test" or "71.3 perplexity on wikitext2 test"; None for other files."""
+    results, data = evaluation.get("results", {}), evaluation.get("data", {})
+    where = f"{data.get('name', '?')} {data.get('split', '?')}"
+    if "accuracy" in results:
+        return f"{results['accuracy']:.2%}".replace("%", " %") + f" on {where}"
+    if "perplexity" in results:
+        return f"perplexity {results['perplexity']:.2f} on {where}"
+    return None
+
+
+def entry(name: str) -> Entry:
+    """A bundled checkpoint or a local folder.
+
+    Raises:
+        UserError: unknown name, or a folder whose files are damaged.
+    """
+    folder = resolve_bundled(name)
+    evaluations = {
+        file.stem: read_json(file) for file in sorted((folder / "evaluation").glob("*.json"))
+    }
+    return Entry(folder.name, folder, read_json(folder / "config.json"), evaluations)
+
+
+def entries() -> list[Entry]:
+    """All bundled checkpoints, sorted by name."""
+    return [entry(name) for name in list_models()]
+
+
+def count_values(path: Path) -> int:
+    """Numbers in a safetensors file, from its header.
+
+    Raises:
+        UserError: the file is no safetensors file.
+    """
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(length))
+        return sum(prod(t["shape"]) for key, t in header.items() if key != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise UserError(f"{path} is no sound safetensors file: {error}") from error
