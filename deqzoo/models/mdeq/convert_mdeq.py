@@ -12,13 +12,12 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -115,13 +114,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # unpickling arbitrary bytes fails in arbitrary ways
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and forbidden:
+            raise UserError(
+                f"{path} holds more than tensors ({forbidden[1]}) and was not loaded, since that "
+                "could run code: save the bare state dict, best as .safetensors"
+            ) from error
         raise UserError(
-            f"{path} is not a plain state dict and was not loaded, since unpickling it could run "
-            f"code: {_first_line(error)}"
+            f"cannot read {path} as a checkpoint: it is damaged or of another format "
+            f"({type(error).__name__})"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} as a checkpoint: {_first_line(error)}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(
@@ -227,8 +230,9 @@ def build_model(
     settings = dict(settings) | infer_structure(set(state_dict))
     try:
         config = MDEQConfig(**settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the configuration is not valid: {_first_line(error)}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the configuration is not valid: {reason}") from error
     dtype = torch.float32
     floating = [t.dtype for t in state_dict.values() if t.is_floating_point()]
     if floating:
