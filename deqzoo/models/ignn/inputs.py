@@ -1,4 +1,4 @@
-"""Graphs as the models see them: checked features, one block-diagonal adjacency, one graph index."""
+"""Graphs as the models see them: checked features and one block-diagonal adjacency."""
 
 from __future__ import annotations
 

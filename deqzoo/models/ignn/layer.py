@@ -1,7 +1,7 @@
 """The implicit graph layer: X = relu(W X A + B), with B made from the node features.
 
-Gu, Chang, Zhu, Sojoudi, El Ghaoui, Implicit Graph Neural Networks, NeurIPS 2020. Node data lie in rows
-here: x = relu(A^T x W^T + b) for x of shape (n, m).
+Gu, Chang, Zhu, Sojoudi, El Ghaoui, Implicit Graph Neural Networks, NeurIPS 2020. Node data lie in
+rows here: x = relu(A^T x W^T + b) for x of shape (n, m).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from deqzoo.models.ignn.dense import times_transposed
 from deqzoo.models.ignn.projection import project_rows
 from deqzoo.models.ignn.sparse import Adjacency
 
@@ -53,7 +54,8 @@ class GraphMap:
         tensors = (state, self.weight, self.injection)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return _Step.apply(*tensors, self.adjacency, self.official_gradient)
-        return _step(*tensors, self.adjacency)
+        with torch.no_grad():
+            return _step(*tensors, self.adjacency)[0]
 
     def select(self, selection: _Selection) -> GraphMap:
         """Restrict the map to the graphs that a solver goes on with."""
@@ -71,8 +73,12 @@ class GraphMap:
         )
 
 
-def _step(state: Tensor, weight: Tensor, injection: Tensor, adjacency: Adjacency) -> Tensor:
-    return adjacency.transposed.product(state @ weight.T, plus=injection).relu_()
+def _step(
+    state: Tensor, weight: Tensor, injection: Tensor, adjacency: Adjacency
+) -> tuple[Tensor, Tensor]:
+    """Return relu(A^T z W^T + b) and A^T z."""
+    spread = adjacency.transposed.product(state)
+    return times_transposed(spread, weight, plus=injection).relu_(), spread
 
 
 class _Step(torch.autograd.Function):
@@ -87,8 +93,9 @@ class _Step(torch.autograd.Function):
         adjacency: Adjacency,
         official_gradient: bool,
     ) -> Tensor:
-        result = _step(state, weight, injection, adjacency)
+        result, spread = _step(state, weight, injection, adjacency)
         ctx.save_for_backward(state, weight, result)
+        ctx.spread = spread if ctx.needs_input_grad[1] else None
         ctx.adjacency = adjacency
         ctx.official_gradient = official_gradient
         return result
@@ -98,18 +105,17 @@ class _Step(torch.autograd.Function):
         state, weight, result = ctx.saved_tensors
         local = torch.ops.aten.threshold_backward(grad, result, 0)  # through the relu
         needs_state, needs_weight, needs_injection = ctx.needs_input_grad[:3]
-        spread = ctx.adjacency.matmul(local) if needs_state or needs_weight else None
-        grad_weight = None
+        grad_state = grad_weight = None
+        if needs_state:
+            grad_state = ctx.adjacency.matmul(times_transposed(local, weight.T))
         if needs_weight:
-            factor = ctx.adjacency.propagate(local) if ctx.official_gradient else spread
-            grad_weight = factor.T @ state
-        return (
-            spread @ weight if needs_state else None,
-            grad_weight,
-            local if needs_injection else None,
-            None,
-            None,
-        )
+            spread = ctx.spread
+            if ctx.official_gradient:
+                spread = ctx.adjacency.matmul(state)
+            elif torch.is_grad_enabled():  # second derivatives: A^T z must depend on z
+                spread = ctx.adjacency.propagate(state)
+            grad_weight = times_transposed(local.T, spread.T)
+        return grad_state, grad_weight, local if needs_injection else None, None, None
 
 
 class ClippedSpectralNorm(nn.Module):

@@ -72,7 +72,7 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Uniform in ±1/sqrt(output width) for implicit layers, PyTorch's default for linear ones."""
+        """Uniform in ±1/sqrt(output width), then projected; linear layers as PyTorch does."""
         if isinstance(module, ImplicitGraphLayer):
             for parameter in module.parameters(recurse=False):
                 init.uniform_(parameter, -module.scale, module.scale)
@@ -104,7 +104,7 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
         return [m for m in self.modules() if isinstance(m, ImplicitGraphLayer)]
 
     def enforce_constraint(self) -> float:
-        """Check the norm bound of every W where it does not depend on the graph; mend with a warning.
+        """Check the norm bound of every W where it does not depend on the graph, and mend it.
 
         Returns:
             The largest excess that was found; 0 where all weights met the bound.

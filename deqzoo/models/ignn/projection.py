@@ -1,7 +1,7 @@
 """Euclidean projections of a weight onto the set that keeps an implicit graph layer well posed.
 
-X = phi(W X A + B) has one solution for every B when ||W||_inf <= kappa / rho(A) with kappa < 1 (Gu et
-al., Implicit Graph Neural Networks, 2020). ||W||_inf is the largest absolute row sum, so that the
+X = phi(W X A + B) has one solution for every B when ||W||_inf <= kappa / rho(A) with kappa < 1 (Gu
+et al., Implicit Graph Neural Networks, 2020). ||W||_inf is the largest absolute row sum, so the
 projection treats each row by itself: the projection onto an L1 ball.
 """
 

@@ -4,11 +4,13 @@ Upstream keeps node data in columns; here they lie in rows (node-major), which i
 kernels are fast at. `Y A` for Y of shape (d, n) becomes `A^T y` for y of shape (n, d).
 
 The matrices never need a gradient, so that the backward of a product is another product, with the
-transposed matrix. Both are kept in CSR form; autograd's own sparse backward is several times slower.
+transposed matrix. Both are kept in CSR form; autograd's own sparse backward is several times
+slower.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
@@ -201,8 +203,6 @@ class Adjacency(SparseMatrix):
 
 
 def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    import warnings
-
     with warnings.catch_warnings():  # torch announces once that CSR support is in beta
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)

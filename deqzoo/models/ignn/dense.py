@@ -1,0 +1,44 @@
+"""Products of a tall, narrow matrix with a small weight.
+
+On CPUs PyTorch sends float32 products to MKL, which is slow on processors of other makers: 0.42 ms
+for (5354, 64) x (64, 64) on one Zen 5 core, where oneDNN, the library behind PyTorch's convolutions
+and compiled models, needs 0.19 ms at the same accuracy. It is used directly where this build has it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _onednn_linear() -> torch._ops.OpOverloadPacket | None:
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_ONEDNN_LINEAR = _onednn_linear()
+
+
+def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Return x @ weight^T (+ plus), a new tensor, without recording it where grad mode is off.
+
+    Args:
+        x: (n, p).
+        weight: (m, p).
+        plus: (n, m).
+    """
+    if _ONEDNN_LINEAR is None or not _fits(x, weight) or torch.is_grad_enabled():
+        return x @ weight.T if plus is None else torch.addmm(plus, x, weight.T)
+    if plus is None:
+        return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
+    return _ONEDNN_LINEAR.binary(x, plus, weight, None, "add")
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and weight.numel() > 0
+    )
