@@ -1,0 +1,368 @@
+"""Word-level corpora as streams of word indices: WikiText-2, WikiText-103 and Penn Treebank.
+
+A row of the published files becomes its words, split at white space, and `<eos>`; blank rows count.
+Word 0 is `<eos>`, the others follow by falling frequency, equals in order of appearance. That is
+how Transformer-XL and its descendants count, so perplexities can be compared with theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from pyarrow.lib import ArrowException
+from torch import Tensor
+
+from deqzoo.errors import UserError
+
+END = "<eos>"
+UNKNOWN = "<unk>"
+SPLITS = ("train", "validation", "test")
+_FORMAT = 1  # of the cached files
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """What is known about a corpus.
+
+    `tokens` and `vocabulary_size` are those of the published files, `<eos>` included; the
+    vocabulary is that of the splits in `counted`.
+    """
+
+    name: str
+    title: str
+    repository: str
+    folder: str
+    column: str
+    lowercase: bool
+    counted: tuple[str, ...]
+    tokens: Mapping[str, int]
+    vocabulary_size: int
+
+
+WIKITEXT2 = TextSource(
+    name="wikitext-2",
+    title="WikiText-2",
+    repository="Salesforce/wikitext",
+    folder="wikitext-2-v1",
+    column="text",
+    lowercase=False,
+    counted=SPLITS,
+    tokens={"train": 2_088_628, "validation": 217_646, "test": 245_569},
+    vocabulary_size=33_278,
+)
+WIKITEXT103 = TextSource(
+    name="wikitext-103",
+    title="WikiText-103",
+    repository="Salesforce/wikitext",
+    folder="wikitext-103-v1",
+    column="text",
+    lowercase=False,
+    counted=("train",),
+    tokens={"train": 103_227_021, "validation": 217_646, "test": 245_569},
+    vocabulary_size=267_735,
+)
+PTB = TextSource(
+    name="ptb",
+    title="Penn Treebank",
+    repository="ptb-text-only/ptb_text_only",
+    folder="penn_treebank",
+    column="sentence",
+    lowercase=True,
+    counted=SPLITS,
+    tokens={"train": 929_589, "validation": 73_760, "test": 82_430},
+    vocabulary_size=10_000,
+)
+SOURCES = {source.name: source for source in (WIKITEXT2, WIKITEXT103, PTB)}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A whole corpus in memory.
+
+    Attributes:
+        source: where it comes from.
+        vocabulary: the words in index order.
+        streams: split to word indices, int32 (n,), one stream without document boundaries.
+    """
+
+    source: TextSource
+    vocabulary: tuple[str, ...]
+    streams: Mapping[str, Tensor]
+
+    def stream(self, split: str) -> Tensor:
+        """Word indices of a split, int64 (n,).
+
+        Raises:
+            UserError: unknown split.
+        """
+        if split not in self.streams:
+            raise UserError(
+                f"{self.source.title} has no split {split!r}; its splits are {', '.join(SPLITS)}"
+            )
+        return self.streams[split].long()
+
+    def describe(self, split: str) -> dict[str, Any]:
+        """What evaluation files and training logs record about the data."""
+        stream = self.streams[split]
+        return describe_stream(self.source, split, stream)
+
+
+def describe_stream(source: TextSource, split: str, stream: Tensor) -> dict[str, Any]:
+    """Name, size and fingerprint of a split's word indices."""
+    return {
+        "name": source.name,
+        "split": split,
+        "tokens": len(stream),
+        "fingerprint": hashlib.sha256(stream.to(torch.int32).numpy().tobytes()).hexdigest(),
+        "complete": len(stream) == source.tokens[split],
+    }
+
+
+def source_of(name: str) -> TextSource:
+    """A corpus by its name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in SOURCES:
+        raise UserError(f"unknown corpus {name!r}; the corpora are {', '.join(SOURCES)}")
+    return SOURCES[name]
+
+
+def load_corpus(
+    source: TextSource | str,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+) -> Corpus:
+    """All splits of a corpus, encoded once and then read from a cache.
+
+    Args:
+        source: the corpus, or its name.
+        data: local folder in the Hub's layout or with plain files (`*train*.txt`, `*.tokens`),
+            or another repository; None for the corpus's own repository.
+        cache: folder of encoded corpora; by default `deqzoo/text` in the Hugging Face home.
+
+    Raises:
+        UserError: unknown name, or data that cannot be had or are not this corpus.
+    """
+    source = source_of(source) if isinstance(source, str) else source
+    files = corpus_files(source, data)
+    home = Path(cache) if cache is not None else Path(constants.HF_HOME) / "deqzoo" / "text"
+    path = home / f"{source.name}-{_digest(source, files)[:16]}.npz"
+    corpus = _read_cache(source, path)
+    if corpus is None:
+        corpus = _encode_corpus(source, files)
+        _write_cache(corpus, path)
+    return corpus
+
+
+def load_rows(
+    source: TextSource, split: str, data: str | os.PathLike[str] | None = None
+) -> Iterator[str]:
+    """The rows of one split as published, lower-cased where the corpus is.
+
+    Raises:
+        UserError: unknown split, or data that cannot be had or are not this corpus.
+    """
+    if split not in SPLITS:
+        raise UserError(
+            f"{source.title} has no split {split!r}; its splits are {', '.join(SPLITS)}"
+        )
+    return _rows(source, corpus_files(source, data)[split])
+
+
+def row_words(row: str) -> list[str]:
+    """The words of a row and the end of row."""
+    return [*row.split(), END]
+
+
+def encode_rows(
+    rows: Iterable[str], vocabulary: Mapping[str, int], unknown: int | None = None
+) -> Iterator[list[int]]:
+    """Word indices, row by row.
+
+    Args:
+        unknown: index of words outside the vocabulary; None refuses them.
+
+    Raises:
+        UserError: a word is outside the vocabulary and `unknown` is None.
+    """
+    for row in rows:
+        if unknown is not None:
+            yield [vocabulary.get(word, unknown) for word in row_words(row)]
+            continue
+        try:
+            yield [vocabulary[word] for word in row_words(row)]
+        except KeyError as error:
+            raise UserError(f"word {error.args[0]!r} is not in the vocabulary") from error
+
+
+def count_vocabulary(rows: Iterable[str]) -> list[str]:
+    """`<eos>`, then all words by falling frequency, equals in order of appearance."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(row.split())
+    counts.pop(END, None)
+    # Python sorts stably and a Counter keeps the order of appearance.
+    return [END, *sorted(counts, key=counts.__getitem__, reverse=True)]
+
+
+def batch_streams(stream: Tensor, n_streams: int) -> Tensor:
+    """Cut a stream (n,) into `n_streams` contiguous rows (n_streams, n // n_streams).
+
+    Raises:
+        UserError: the stream is shorter than two tokens per row.
+    """
+    length = len(stream) // n_streams
+    if length < 2:
+        raise UserError(
+            f"{len(stream)} tokens are too few for {n_streams} streams; use a smaller batch"
+        )
+    return stream[: length * n_streams].view(n_streams, length)
+
+
+def corpus_files(
+    source: TextSource, data: str | os.PathLike[str] | None = None
+) -> dict[str, list[Path]]:
+    """Files of every split.
+
+    Raises:
+        UserError: no such folder, no connection, or a folder without the splits.
+    """
+    folder = _folder(source, data)
+    inner = folder / source.folder
+    folder = inner if inner.is_dir() else folder
+    short = {"train": ("train",), "validation": ("validation", "valid"), "test": ("test",)}
+    found = {}
+    for split in SPLITS:
+        patterns = [f"{split}-*.parquet", f"{split}/*.parquet"]
+        patterns += [f"*{name}*.{end}" for name in short[split] for end in ("txt", "tokens")]
+        files = next((f for p in patterns if (f := sorted(folder.glob(p)))), None)
+        if files is None:
+            raise UserError(
+                f"folder {folder} does not hold {source.title}: it has no {split} split"
+            )
+        found[split] = files
+    return found
+
+
+def _folder(source: TextSource, data: str | os.PathLike[str] | None) -> Path:
+    if data is not None and Path(data).expanduser().is_dir():
+        return Path(data).expanduser()
+    if data is not None and (str(data).startswith((".", "/", "~")) or Path(data).is_file()):
+        raise UserError(f"data folder {data} does not exist or is no folder")
+    repository = source.repository if data is None else str(data)
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                repo_type="dataset",
+                allow_patterns=[f"{source.folder}/*.parquet"],
+                etag_timeout=5,
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{source.title} is not at hand: {repository} is no local folder and cannot be fetched "
+            f"from the Hub; pass the folder of a copy with --data ({reason})"
+        ) from error
+
+
+def _rows(source: TextSource, files: Sequence[Path]) -> Iterator[str]:
+    for path in files:
+        rows = parquet_rows(path, source.column) if path.suffix == ".parquet" else _lines(path)
+        yield from (row.lower() for row in rows) if source.lowercase else rows
+
+
+def parquet_rows(path: Path, column: str | None = None) -> Iterator[str]:
+    """The strings of a parquet file's column, by default its first column of strings.
+
+    Raises:
+        UserError: the file is no parquet file or has no such column.
+    """
+    try:
+        parquet = pq.ParquetFile(path)
+        schema = parquet.schema_arrow
+        names = [field.name for field in schema if str(field.type) in ("string", "large_string")]
+        chosen = column if column in names else (names[0] if names and column is None else None)
+        if chosen is None:
+            raise UserError(f"{path} has no column of text{f' {column!r}' if column else ''}")
+        for batch in parquet.iter_batches(columns=[chosen]):
+            yield from (row or "" for row in batch.column(0).to_pylist())
+    except (ArrowException, OSError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:160]}") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline="\n") as stream:
+            yield from stream
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _encode_corpus(source: TextSource, files: Mapping[str, Sequence[Path]]) -> Corpus:
+    counted = (row for split in source.counted for row in _rows(source, files[split]))
+    vocabulary = count_vocabulary(counted)
+    indices = {word: index for index, word in enumerate(vocabulary)}
+    streams = {}
+    for split in SPLITS:
+        encoded = encode_rows(_rows(source, files[split]), indices)
+        flat = np.fromiter((i for row in encoded for i in row), dtype=np.int32)
+        streams[split] = torch.from_numpy(flat)
+    return Corpus(source, tuple(vocabulary), streams)
+
+
+def _digest(source: TextSource, files: Mapping[str, Sequence[Path]]) -> str:
+    digest = hashlib.sha256(f"{_FORMAT} {source.lowercase} {source.counted}".encode())
+    for split in SPLITS:
+        for path in files[split]:
+            try:
+                with path.open("rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}") from error
+            digest.update(f"\0{split}\0{path.suffix}\0{content}".encode())
+    return digest.hexdigest()
+
+
+def _read_cache(source: TextSource, path: Path) -> Corpus | None:
+    """The cached corpus; None if it is not there or was not written to the end."""
+    try:
+        with np.load(path) as stored:
+            vocabulary = json.loads(stored["vocabulary"].tobytes().decode())
+            streams = {split: torch.from_numpy(stored[split]) for split in SPLITS}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+    return Corpus(source, tuple(vocabulary), streams)
+
+
+def _write_cache(corpus: Corpus, path: Path) -> None:
+    """Store a corpus; without a writable cache it is encoded anew next time."""
+    words = np.frombuffer(json.dumps(corpus.vocabulary).encode(), dtype=np.uint8)
+    arrays = {split: stream.numpy() for split, stream in corpus.streams.items()}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            np.savez(stream, vocabulary=words, **arrays)
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
