@@ -380,3 +380,32 @@ def test_wrong_calls() -> None:
         model(ids, labels=ids, shift_labels=ids)
     with pytest.raises(UserError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "distinct"),
+    [
+        ("deq-transformer-wikitext103-post", 97_851_488, 97_691_888),
+        ("deq-transformer-wikitext103-pre", 97_851_488, 97_691_888),
+        ("deq-transformer-wikitext103-pre-jr", 97_851_488, 97_691_888),
+        ("deq-transformer-wikitext103-upg", 97_851_488, 97_691_888),
+        ("torchdeq-lm-wikitext103", 97_730_888, 97_571_288),
+    ],
+)
+def test_sizes_of_the_official_presets(preset: str, total: int, distinct: int) -> None:
+    with torch.device("meta"):
+        model = DEQTransformerForCausalLM(DEQTransformerConfig.from_preset(preset))
+    tables = {f"lm_head.tables.{i}.weight" for i in range(4)}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    # On the meta device nothing is tied yet; upstream counts tied projections twice.
+    assert sum(p.numel() for n, p in named.items() if n not in tables) == total
+    tied = model.all_tied_weights_keys
+    assert sum(p.numel() for n, p in named.items() if n not in tied) == distinct
+
+
+def test_presets_accept_overrides() -> None:
+    config = DEQTransformerConfig.from_preset("deq-transformer-ptb", d_inner=64)
+    assert (config.vocab_size, config.d_inner) == (10_000, 64)
+    assert config.mem_len == config.window - 1
+    with pytest.raises(ValueError, match="the presets are"):
+        DEQTransformerConfig.from_preset("xl")

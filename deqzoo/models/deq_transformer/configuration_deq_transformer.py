@@ -1,11 +1,13 @@
 """Configuration of the DEQ-Transformer language model."""
 
+import copy
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from deqzoo.models.base import DEQConfigMixin
+from deqzoo.models.deq_transformer.presets_deq_transformer import PRESETS
 
 VARIANTS = ("locuslab-deq", "torchdeq-seq", "torchdeq-lm")
 DEFAULT_WINDOW = 1000  # what local_size 0 stands for
@@ -120,6 +122,19 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
     def has_equilibrium(self) -> bool:
         """Whether F is solved; False: it is applied a fixed number of times."""
         return self.fixed_iterations is None
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "DEQTransformerConfig":
+        """A named configuration, with any setting replaced.
+
+        Raises:
+            ValueError: unknown name; the message lists the known ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(
+                f"unknown DEQ-Transformer preset {name!r}; the presets are {', '.join(PRESETS)}"
+            )
+        return cls(**(copy.deepcopy(PRESETS[name]) | overrides))
 
     def validate_shape(self) -> None:
         """Refuse sizes that do not fit together."""

@@ -81,7 +81,7 @@ def _last_line(error: Exception) -> str:
 def read_config(source: str | Path) -> DEQTransformerConfig:
     """Configuration from a preset, or a JSON file with settings at its top or in ``config``."""
     if str(source) in PRESETS:
-        return DEQTransformerConfig(**PRESETS[str(source)])
+        return DEQTransformerConfig.from_preset(str(source))
     path = Path(source)
     if not path.is_file():
         raise UserError(

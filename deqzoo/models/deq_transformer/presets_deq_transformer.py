@@ -1,4 +1,4 @@
-"""The official WikiText-103 configurations, about 98M parameters each.
+"""Named configurations: the official WikiText-103 ones, about 98M parameters each, and small ones.
 
 Training settings (optimiser, schedule, Jacobian penalty) are in the recipes of the same names.
 """
@@ -25,6 +25,25 @@ _WIKITEXT103: dict[str, Any] = {
     "dropatt": 0.0,
 }
 
+# One block of 0.85M parameters; the memory covers the window, so that what a token gets does not
+# depend on how the text is cut into segments.
+_SMALL: dict[str, Any] = {
+    "variant": "locuslab-deq",
+    "d_model": 256,
+    "d_embed": 256,
+    "n_head": 8,
+    "d_inner": 1024,
+    "norm_placement": "post",
+    "weight_norm": True,
+    "div_val": 1,
+    "local_size": 128,
+    "mem_len": 127,
+    "tgt_len": 70,
+    "dropout": 0.2,
+    "dropword": 0.1,
+    "output_dropout": "feature",
+}
+
 
 def _implicit(forward_steps: int, backward_steps: int) -> dict[str, Any]:
     """Solver and gradient settings with the official budgets and tolerance."""
@@ -38,6 +57,8 @@ def _implicit(forward_steps: int, backward_steps: int) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "deq-transformer-wikitext2": {**_SMALL, "vocab_size": 33278, "cutoffs": [2000, 10000]},
+    "deq-transformer-ptb": {**_SMALL, "vocab_size": 10000, "cutoffs": [2000]},
     "deq-transformer-wikitext103-post": {**_WIKITEXT103, **_implicit(30, 35)},
     "deq-transformer-wikitext103-pre": {
         **_WIKITEXT103,
