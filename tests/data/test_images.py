@@ -1,0 +1,126 @@
+"""Image data sets: splits and fingerprints that depend on the pictures alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from deqzoo.data import CIFAR10, load_cifar10, load_imagenette
+from deqzoo.data.images import picture_digests, validation_rows
+from deqzoo.errors import UserError
+
+
+def test_splits_partition_the_stored_one(cifar_folder: Path) -> None:
+    whole = load_cifar10("train+validation", cifar_folder)
+    train = load_cifar10("train", cifar_folder)
+    validation = load_cifar10("validation", cifar_folder)
+    assert whole.pixels.shape == (80, 3, 32, 32) and whole.pixels.dtype == torch.uint8
+    together = picture_digests(train.pixels, train.labels) + picture_digests(
+        validation.pixels, validation.labels
+    )
+    assert sorted(together) == sorted(picture_digests(whole.pixels, whole.labels))
+    assert validation.labels.bincount().tolist() == [4] * 10
+    assert len({whole.fingerprint, train.fingerprint, validation.fingerprint}) == 3
+
+
+def test_row_order_and_compression_change_nothing(cifar_folder: Path, tmp_path: Path) -> None:
+    name = "plain_text/train-00000-of-00001.parquet"
+    table = pq.read_table(cifar_folder / name)
+    (tmp_path / "plain_text").mkdir()
+    rows = table.to_pylist()[::-1]
+    for row in rows:
+        stream = pa.BufferOutputStream()
+        picture = Image.open(pa.BufferReader(row["img"]["bytes"]))
+        picture.save(stream, "WEBP", lossless=True)
+        row["img"]["bytes"] = stream.getvalue().to_pybytes()
+    pq.write_table(
+        pa.Table.from_pylist(rows[:30]), tmp_path / "plain_text/train-00000-of-2.parquet"
+    )
+    pq.write_table(
+        pa.Table.from_pylist(rows[30:]), tmp_path / "plain_text/train-00001-of-2.parquet"
+    )
+    for split in ("train", "validation"):
+        one, other = load_cifar10(split, cifar_folder), load_cifar10(split, tmp_path)
+        assert one.fingerprint == other.fingerprint
+        assert not torch.equal(one.pixels, other.pixels)
+
+
+def test_the_seed_changes_the_split(cifar_folder: Path) -> None:
+    one = load_cifar10("validation", cifar_folder, seed=0)
+    other = load_cifar10("validation", cifar_folder, seed=1)
+    assert one.fingerprint != other.fingerprint and len(one) == len(other)
+
+
+def test_published_split_is_five_thousand_balanced_pictures() -> None:
+    labels = torch.arange(10).repeat_interleave(5000)
+    digests = [index.to_bytes(8, "big") for index in range(50_000)]
+    chosen = validation_rows(digests, labels, CIFAR10.validation_per_class, seed=0)
+    assert labels[chosen].bincount().tolist() == [500] * 10
+
+
+def test_stand_ins_are_not_called_complete(cifar_folder: Path, caplog) -> None:
+    pictures = load_cifar10("test", cifar_folder)
+    assert not pictures.complete and "10000" in caplog.text
+    assert pictures.describe()["pictures"] == 40
+
+
+def test_changed_pixel_changes_the_fingerprint(cifar_folder: Path) -> None:
+    pictures = load_cifar10("test", cifar_folder)
+    digests = picture_digests(pictures.pixels, pictures.labels)
+    pixels = pictures.pixels.clone()
+    pixels[7, 0, 0, 0] += 1
+    changed = picture_digests(pixels, pictures.labels)
+    assert [a != b for a, b in zip(digests, changed, strict=True)].count(True) == 1
+
+
+def test_other_folders_are_refused(tmp_path: Path, cifar_folder: Path) -> None:
+    with pytest.raises(UserError, match="does not hold CIFAR-10"):
+        load_cifar10("test", tmp_path)
+    with pytest.raises(UserError, match="no split 'dev'.*train, validation"):
+        load_cifar10("dev", cifar_folder)
+    with pytest.raises(UserError, match="does not exist"):
+        load_cifar10("test", tmp_path / "absent")
+    with pytest.raises(UserError, match="--data"):
+        load_cifar10("test")
+    file = tmp_path / "test-00000-of-00001.parquet"
+    pq.write_table(pa.table({"text": ["a"], "label": [0]}), file)
+    with pytest.raises(UserError, match="columns are text, label"):
+        load_cifar10("test", tmp_path)
+    file.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="cannot read CIFAR-10"):
+        load_cifar10("test", tmp_path)
+
+
+def write_photographs(path: Path, sizes: list[tuple[int, int]], labels: list[int]) -> None:
+    rows = []
+    for size, label in zip(sizes, labels, strict=True):
+        stream = pa.BufferOutputStream()
+        noise = np.random.default_rng(label).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(stream, "PNG")
+        rows.append({"image": {"bytes": stream.getvalue().to_pybytes()}, "label": label})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_imagenette_is_scaled_and_cropped(tmp_path: Path) -> None:
+    file = tmp_path / "160px" / "validation-00000-of-00001.parquet"
+    write_photographs(file, [(40, 60), (50, 20)], [0, 9])
+    pictures = load_imagenette("test", tmp_path, size=16)
+    assert pictures.pixels.shape == (2, 3, 16, 16)
+    assert pictures.classes[9] == "parachute"
+
+
+def test_wrong_pictures_and_labels_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "test-00000-of-00001.parquet"
+    write_photographs(file, [(40, 60), (50, 20)], [0, 9])
+    with pytest.raises(UserError, match="pictures of 2 sizes"):
+        load_cifar10("test", tmp_path)
+    write_photographs(file, [(32, 32)], [10])
+    with pytest.raises(UserError, match="labels outside 0..9"):
+        load_cifar10("test", tmp_path)

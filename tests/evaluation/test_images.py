@@ -1,0 +1,113 @@
+"""Metrics against hand-computed numbers, and the evaluation of an image classifier."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from deqzoo import DEQModel, UserError
+from deqzoo.data import load_cifar10
+from deqzoo.evaluation import metrics
+from deqzoo.evaluation.classify import classify, load_processor
+from deqzoo.evaluation.files import finite, weights_digest, write_evaluation
+from deqzoo.evaluation.images import budget_curve, evaluate_images, run
+
+
+def test_metrics_by_hand() -> None:
+    probabilities = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
+    logits, labels = probabilities.log(), torch.tensor([0, 1, 1])
+    assert metrics.accuracy(logits, labels) == pytest.approx(2 / 3)
+    assert metrics.per_class_accuracy(logits, labels) == [1.0, 0.5]
+    expected = -(math.log(0.9) + math.log(0.4) + math.log(0.8)) / 3
+    assert metrics.negative_log_likelihood(logits, labels) == pytest.approx(expected, abs=1e-6)
+    # confidences 0.9 (right), 0.6 (wrong), 0.8 (right), each in a bin of its own
+    assert metrics.expected_calibration_error(logits, labels) == pytest.approx(
+        (0.1 + 0.6 + 0.2) / 3, abs=1e-6
+    )
+
+
+def test_classes_without_rows_are_no_number() -> None:
+    assert math.isnan(metrics.per_class_accuracy(torch.eye(3), torch.tensor([0, 1, 1]))[2])
+
+
+def test_calibration_pools_within_a_bin() -> None:
+    logits = torch.tensor([[0.72, 0.28], [0.72, 0.28]]).log()
+    error = metrics.expected_calibration_error(logits, torch.tensor([0, 1]), n_bins=10)
+    assert error == pytest.approx(0.22, abs=1e-6)
+
+
+def test_equilibrium_summary() -> None:
+    summary = metrics.equilibrium_summary(
+        torch.tensor([2, 4, 6]),
+        torch.tensor([1e-4, 1e-3, float("nan")]),
+        torch.tensor([True, True, False]),
+    )
+    assert summary["n_steps_mean"] == 4 and summary["f_evaluations_per_sample"] == 5
+    assert summary["residual_median"] == pytest.approx(5.5e-4)
+    assert summary["converged_share"] == pytest.approx(2 / 3)
+
+
+def test_evaluation_file(tiny_mdeq: Path, cifar_folder: Path, tmp_path: Path) -> None:
+    model = DEQModel.from_pretrained(tiny_mdeq)
+    content = evaluate_images(
+        model, "mdeq-test", data=cifar_folder, budget_pictures=0, progress=False
+    )
+    assert content["model"]["weights_sha256"] == weights_digest(tiny_mdeq)
+    assert content["model"]["parameters"] == model.num_parameters()
+    assert content["budget"] is None
+    results = content["results"]
+    assert len(results["per_class_accuracy"]) == 10
+    mean = sum(results["per_class_accuracy"].values()) / 10
+    assert results["accuracy"] == pytest.approx(mean)  # four pictures of each class
+    written = write_evaluation(tmp_path / "new" / "file.json", content)
+    assert json.loads(written.read_text())["results"]["accuracy"] == results["accuracy"]
+
+
+def test_classify_agrees_with_the_evaluation(tiny_mdeq: Path, cifar_folder: Path) -> None:
+    model = DEQModel.from_pretrained(tiny_mdeq)
+    pictures = load_cifar10("test", cifar_folder)
+    outputs = run(model, load_processor(model), pictures, 16, None, progress=False)
+    images = [Image.fromarray(row.numpy()) for row in pictures.pixels.permute(0, 2, 3, 1)]
+    named = classify(model, images, top_k=1, batch_size=7)
+    expected = [model.config.id2label[index] for index in outputs.logits.argmax(-1).tolist()]
+    assert [result.labels[0][0] for result in named] == expected
+    assert [result.n_steps for result in named] == outputs.n_steps.tolist()
+
+
+def test_budgets_bound_the_steps(tiny_mdeq: Path, cifar_folder: Path) -> None:
+    model = DEQModel.from_pretrained(tiny_mdeq)
+    pictures = load_cifar10("test", cifar_folder)
+    processor = load_processor(model)
+    curve = budget_curve(model, processor, pictures, 8, 8, False, budgets=(2, 12))
+    assert curve["pictures"] == 8
+    few, many = curve["steps"]
+    assert many["residual_median"] < few["residual_median"]
+    outputs = run(model, processor, pictures, 40, {"max_steps": 2}, progress=False)
+    assert outputs.n_steps.max() <= 2
+
+
+def test_limit_is_recorded(tiny_mdeq: Path, cifar_folder: Path) -> None:
+    model = DEQModel.from_pretrained(tiny_mdeq)
+    content = evaluate_images(
+        model, "x", data=cifar_folder, limit=5, budget_pictures=0, progress=False
+    )
+    assert content["data"]["pictures"] == 5 and content["data"]["limit"] == 5
+    assert content["command"].endswith("--limit 5")
+
+
+def test_unknown_labels_and_other_models_are_refused(tiny_mdeq: Path) -> None:
+    model = DEQModel.from_pretrained(tiny_mdeq)
+    model.config.id2label = {i: str(i) for i in range(10)}
+    with pytest.raises(UserError, match="no known data set"):
+        evaluate_images(model, "x")
+    with pytest.raises(UserError, match="does not classify"):
+        classify(model.mdeq, [])
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    assert finite({"a": [float("nan"), 1.5], "b": float("inf")}) == {"a": [None, 1.5], "b": None}

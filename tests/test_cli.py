@@ -1,0 +1,168 @@
+"""The command line: results on stdout, mistakes as one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import deqzoo
+from deqzoo.cli import run
+
+PICTURES = Path(__file__).parents[1] / "examples" / "pictures"
+CAT = PICTURES / "chelsea.png"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail; its one line on stderr."""
+    assert run([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and printed.err.startswith("deqzoo: ")
+    assert printed.out == ""
+    return printed.err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"deqzoo {deqzoo.__version__}\n"
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "classify" in capsys.readouterr().out
+
+
+def test_python_m_prints_one_line_on_mistakes() -> None:
+    command = [sys.executable, "-m", "deqzoo", "classify", "--nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "--nonsense" in done.stderr
+
+
+def test_list_and_info(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list"]) == 0
+    assert "mdeq-test" in capsys.readouterr().out
+    assert run(["list", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["name"] == "mdeq-test" and row["task"] == "image classification"
+    model = deqzoo.DEQModel.from_pretrained("mdeq-test")
+    assert row["parameters"] >= model.num_parameters()
+    assert run(["info", "deqzoo/mdeq-test"]) == 0
+    assert "MDEQForImageClassification" in capsys.readouterr().out
+
+
+def picture_of_mode(mode: str) -> Image.Image:
+    colour = Image.open(CAT).resize((75, 50))
+    if mode == "I;16":
+        grey = np.asarray(colour.convert("L")).astype(np.uint16) * 257
+        return Image.fromarray(grey)
+    return colour.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("P", "gif"), ("L", "png"), ("RGBA", "png"), ("I;16", "png"), ("1", "png"), ("CMYK", "jpg")],
+)
+def test_classify_takes_every_mode(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, suffix: str
+) -> None:
+    path = tmp_path / f"picture.{suffix}"
+    picture_of_mode(mode).save(path)
+    assert run(["classify", str(path), "--model", "mdeq-test", "--json", "--top-k", "10"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert sum(row["probability"] for row in result["labels"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_classify_several_agrees_with_one_and_shows_the_solver(
+    zoo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [str(CAT), str(PICTURES / "rocket.jpg")]
+    assert run(["classify", *pictures, "--model", "mdeq-test", "--json", "--top-k", "3"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert [row["file"] for row in both] == pictures and len(both[0]["labels"]) == 3
+    assert run(["classify", pictures[1], "--model", "mdeq-test", "--json", "--top-k", "3"]) == 0
+    (alone,) = json.loads(capsys.readouterr().out)
+    assert alone["n_steps"] == both[1]["n_steps"] > 0
+    assert alone["labels"][0]["probability"] == pytest.approx(
+        both[1]["labels"][0]["probability"], abs=1e-3
+    )
+    assert run(["classify", str(CAT), "--model", "mdeq-test"]) == 0
+    text = capsys.readouterr().out
+    assert "steps, relative residual" in text and "converged" in text
+
+
+def test_exif_rotation_is_undone(zoo: Path, tmp_path: Path, capsys) -> None:
+    upright = Image.open(CAT).convert("RGB").resize((96, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    files = [str(tmp_path / "turned.png"), str(tmp_path / "upright.png")]
+    assert run(["classify", *files, "--model", "mdeq-test", "--json"]) == 0
+    turned, plain = json.loads(capsys.readouterr().out)
+    assert turned["labels"][0]["probability"] == pytest.approx(
+        plain["labels"][0]["probability"], abs=1e-4
+    )
+
+
+def test_bad_pictures(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(CAT.read_bytes()[:5000])
+    assert "empty" in fails(capsys, "classify", tmp_path / "empty.png")
+    assert "no picture" in fails(capsys, "classify", tmp_path / "text.png")
+    assert "cut.png" in fails(capsys, "classify", tmp_path / "cut.png")
+    assert "folder" in fails(capsys, "classify", tmp_path)
+    assert "does not exist" in fails(capsys, "classify", tmp_path / "absent.png")
+
+
+def test_bad_models(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean mdeq-test?" in fails(capsys, "classify", CAT, "--model", "mdeq-tets")
+    assert "config.json" in fails(capsys, "classify", CAT, "--model", tmp_path)
+    base = tmp_path / "features"
+    deqzoo.MDEQModel(deqzoo.MDEQConfig()).save_pretrained(base)
+    assert "does not classify" in fails(capsys, "classify", CAT, "--model", base)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nonsense"], "nonsense"),
+        (["classify"], "images"),
+        (["classify", "x.png", "--top-k", "0"], "top-k"),
+        (["classify", "x.png", "--top-k", "many"], "top-k"),
+        (["info"], "name"),
+        (["info", "a", "b"], "b"),
+        (["evaluate", "x", "--nonsense"], "--nonsense"),
+        (["convert", "mdeq"], "source"),
+        (["convert", "resnet", "x", "--config", "c", "--output", "o"], "resnet"),
+        (["evaluate", "x", "--limit", "3"], "--output"),
+    ],
+)
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], expected) -> None:
+    assert expected in fails(capsys, *arguments).lower()
+
+
+def test_evaluate_writes_the_file(
+    zoo: Path, cifar_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "evaluation.json"
+    arguments = ["evaluate", "mdeq-test", "--data", str(cifar_folder), "--output", str(output)]
+    assert run(arguments) == 0
+    assert "% on cifar10 test" in capsys.readouterr().out
+    content = json.loads(output.read_text())
+    assert content["data"]["pictures"] == 40 and content["data"]["complete"] is False
+    assert [row["max_steps"] for row in content["budget"]["steps"]] == [2, 4, 8, 16, 30]
+    assert content["command"] == "deqzoo evaluate mdeq-test --split test"
+
+
+def test_evaluate_without_the_data(zoo: Path, tmp_path: Path, capsys) -> None:
+    message = fails(capsys, "evaluate", "mdeq-test", "--data", tmp_path)
+    assert "does not hold CIFAR-10" in message
+    assert "no split" in fails(capsys, "evaluate", "mdeq-test", "--split", "dev")
+    assert "not at hand" in fails(capsys, "evaluate", "mdeq-test")
