@@ -81,17 +81,18 @@ class SparseMatrix:
             return _Product.apply(dense, self)
         return self.product(dense)
 
-    def product(self, dense: Tensor, plus: Tensor | None = None) -> Tensor:
-        """Return this @ dense (+ plus) without recording it.
+    @torch.no_grad()
+    def product(self, dense: Tensor) -> Tensor:
+        """Return this @ dense without recording it.
 
         Half precision is multiplied in float32: CSR kernels do not exist for it on every device.
         """
         if dense.dtype in (torch.float16, torch.bfloat16):
-            wide = self.to(dense.float()).product(dense.float())
-            return (wide if plus is None else wide.add_(plus)).to(dense.dtype)
-        if plus is not None:
-            return torch.addmm(plus, self.csr, dense)
-        return self.csr @ dense
+            wide = dense.float()
+            return self.to(wide).product(wide).to(dense.dtype)
+        # Into empty memory: `csr @ dense` fills and copies its result first (a quarter slower).
+        result = dense.new_empty(self.shape[0], dense.shape[1])
+        return result.addmm_(self.csr, dense, beta=0)
 
 
 class _Product(torch.autograd.Function):
