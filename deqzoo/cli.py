@@ -181,6 +181,9 @@ def convert(
     typer.echo(f"written to {output}")
 
 
+#: Modules with `add_commands(app)`, which adds the commands of their room.
+_COMMAND_MODULES = ("deqzoo.training.cli", "deqzoo.evaluation.cli", "deqzoo.hub.cli")
+
 #: model_type -> module with `evaluate_...(model, name, *, split, data, batch_size, limit)`.
 _EVALUATORS = {"mdeq": ("deqzoo.evaluation.images", "evaluate_images")}
 
@@ -198,6 +201,15 @@ def _default_image_model() -> str:
         if name in known:
             return name
     raise UserError("no image model is bundled; name one with --model")
+
+
+def _add_commands_of_other_rooms() -> None:
+    for module in _COMMAND_MODULES:
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module).add_commands(app)
+
+
+_add_commands_of_other_rooms()
 
 
 def run(arguments: list[str] | None = None) -> int:
