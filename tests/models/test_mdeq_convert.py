@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import deqzoo  # noqa: F401  (registers the classes)
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
-from deqzoo.models.mdeq.convert_mdeq import build_model, convert, read_state_dict
+from deqzoo.models.mdeq.convert_mdeq import (
+    build_model,
+    convert,
+    deqzoo_to_official,
+    official_to_deqzoo,
+    read_state_dict,
+)
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.models.mdeq.presets_mdeq import PRESETS
 
@@ -236,7 +243,7 @@ def test_counters_may_be_missing(tmp_path):
 def test_wrong_keys_are_listed_in_one_error(tmp_path):
     name = "two_branch_small"
     state_dict = official(name)
-    del state_dict["classifier.bias"]
+    del state_dict["classifier.bias"], state_dict["fullstage.branches.0.blocks.0.gn1.weight"]
     state_dict["classifier.weight"] = torch.zeros(3, 4)
     state_dict["last_layer.0.weight"] = torch.zeros(2)
     source = tmp_path / "weights.pt"
@@ -245,9 +252,24 @@ def test_wrong_keys_are_listed_in_one_error(tmp_path):
         convert(source, GOLDEN / f"{name}.json", tmp_path / "out")
     message = str(caught.value)
     assert "\n" not in message
-    for part in ("last_layer.0.weight", "classifier.bias", "classifier.weight is (3, 4)"):
+    for part in (
+        "1 unknown: last_layer.0.weight",
+        "2 missing: classifier.bias, fullstage.branches.0.blocks.0.gn1.weight",
+        "1 misshapen: classifier.weight is (3, 4), expected (10, 24)",
+    ):
         assert part in message
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="and 97 more") as caught:
+        convert(source, "mdeq-phantom-cifar-large", tmp_path / "out")
+    assert len(str(caught.value)) < 5000
+
+
+@pytest.mark.parametrize("name", SMALL_PRESETS)
+def test_names_go_both_ways(name):
+    with torch.device("meta"):
+        model = MDEQForImageClassification(MDEQConfig.from_preset(name))
+    for ours, theirs in zip(model.state_dict(), official_names(model), strict=True):
+        assert official_to_deqzoo(theirs) == ours and deqzoo_to_official(ours) == theirs
 
 
 class Malicious:

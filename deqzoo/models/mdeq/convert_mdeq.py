@@ -60,6 +60,30 @@ _STEM_NAMES = {
     "4": "norms.1",
 }
 
+_OUR_STEM = re.compile(r"^mdeq\.stem\.(\w+)\.(\d+)")
+_OUR_FUSE = re.compile(re.escape(_MAP) + r"fuse\.(\d+)\.(\d+)\.stages\.(\d+)\.")
+_INVERSE_RULES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^mdeq\.transformation\.branches\.(\d+)\.(\d+)\.", r"fullstage.branches.\1.blocks.\2."),
+        (r"^mdeq\.transformation\.post\.", "fullstage.post_fuse_layers."),
+        (r"^(fullstage\.branches\..*)\.norm(\d)\.", r"\1.gn\2."),
+        (r"^(fullstage\..*)\.norm\.", r"\1.gnorm."),
+        (r"^(fullstage\..*)\.magnitude$", r"\1.weight_g"),
+        (r"^(fullstage\..*)\.direction$", r"\1.weight_v"),
+        (r"^mdeq\.injection\.conv\.", "stage0.0."),
+        (r"^mdeq\.injection\.norm\.", "stage0.1."),
+        (r"^head\.bottlenecks\.(\d+)\.shortcut\.conv\.", r"incre_modules.\1.0.downsample.0."),
+        (r"^head\.bottlenecks\.(\d+)\.shortcut\.norm\.", r"incre_modules.\1.0.downsample.1."),
+        (r"^head\.bottlenecks\.(\d+)\.norm(\d)\.", r"incre_modules.\1.0.bn\2."),
+        (r"^head\.bottlenecks\.(\d+)\.", r"incre_modules.\1.0."),
+        (r"^head\.downsamples\.(\d+)\.conv\.", r"downsamp_modules.\1.0."),
+        (r"^head\.downsamples\.(\d+)\.norm\.", r"downsamp_modules.\1.1."),
+        (r"^head\.final\.conv\.", "final_layer.0."),
+        (r"^head\.final\.norm\.", "final_layer.1."),
+    )
+)
+
 # Names of the JSON files beside the reference numbers -> names of MDEQConfig.
 _CONFIG_NAMES = {
     "channels": "channels",
@@ -171,6 +195,24 @@ def official_to_deqzoo(key: str) -> str:
     return key
 
 
+def deqzoo_to_official(name: str) -> str:
+    """The inverse of `official_to_deqzoo`, for messages about what a source lacks."""
+    stem = _OUR_STEM.match(name)
+    if stem:
+        norm, index, rest = stem[1] == "norms", int(stem[2]), name[stem.end() :]
+        if index > 1:
+            return f"downsample.DS{index + 1}{'-BN' if norm else ''}{rest}"
+        return f"downsample.{3 * index + norm}{rest}"
+    fuse = _OUR_FUSE.match(name)
+    if fuse:
+        target, source, stage = fuse.groups()
+        net = "net" if int(source) > int(target) else f"net.{stage}"
+        name = f"fullstage.fuse_layers.{target}.{source}.{net}.{name[fuse.end() :]}"
+    for pattern, replacement in _INVERSE_RULES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
 def read_config(config: str | Path) -> dict[str, Any]:
     """Settings of `MDEQConfig` from a preset's name or a JSON file.
 
@@ -251,7 +293,9 @@ def _check_keys(found: Mapping[str, tuple[str, Tensor]], expected: Mapping[str, 
     """Compare names and shapes; the batch norms' counters are informational and may be missing."""
     unknown = sorted(official for name, (official, _) in found.items() if name not in expected)
     missing = sorted(
-        name for name in expected if name not in found and not name.endswith("num_batches_tracked")
+        deqzoo_to_official(name)
+        for name in expected
+        if name not in found and not name.endswith("num_batches_tracked")
     )
     misshapen = sorted(
         f"{official} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
@@ -259,16 +303,24 @@ def _check_keys(found: Mapping[str, tuple[str, Tensor]], expected: Mapping[str, 
         if name in expected and tensor.shape != expected[name].shape
     )
     problems = [
-        f"{title}: {', '.join(entries)}"
+        f"{len(entries)} {title}: {_listed(entries)}"
         for title, entries in (
-            ("unknown keys", unknown),
-            ("missing keys", missing),
-            ("wrong shapes", misshapen),
+            ("unknown", unknown),
+            ("missing", missing),
+            ("misshapen", misshapen),
         )
         if entries
     ]
     if problems:
-        raise UserError(f"the checkpoint does not fit the configuration; {'; '.join(problems)}")
+        raise UserError(
+            f"the checkpoint's keys do not fit the configuration: {'; '.join(problems)}"
+        )
+
+
+def _listed(entries: list[str], most: int = 20) -> str:
+    """The entries, or the first of very many: a wrong preset misses hundreds of keys."""
+    more = f" and {len(entries) - most} more" if len(entries) > most else ""
+    return ", ".join(entries[:most]) + more
 
 
 def _first_line(error: Exception) -> str:

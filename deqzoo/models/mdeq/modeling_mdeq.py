@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -227,7 +227,7 @@ class MDEQModel(MDEQPreTrainedModel):
         f, z0 = self.build_map(pixel_values, dropout_masks)
         g = CompiledMDEQMap(f) if self.map_compiled else f
         if shallow:
-            output = self._unroll(g, z0)
+            output = self._unroll(g, z0, tol=self._solver(solver)["tol"])
         else:
             solution = self.solve(g, z0, solver=solver, gradient=gradient)
             output = MDEQModelOutput(
@@ -239,7 +239,7 @@ class MDEQModel(MDEQPreTrainedModel):
             output.equilibrium_map = f
         return output
 
-    def _unroll(self, f: MDEQMap, state: State) -> MDEQModelOutput:
+    def _unroll(self, f: Callable[[State], State], state: State, tol: float) -> MDEQModelOutput:
         layers = self.config.unroll_layers
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         previous = state
@@ -253,7 +253,7 @@ class MDEQModel(MDEQPreTrainedModel):
             features=state,
             n_steps=torch.full_like(residual, layers, dtype=torch.int64),
             residual=residual,
-            converged=residual <= self.config.solver.get("tol", 1e-3),
+            converged=residual <= tol,
         )
 
     def _draw_masks(self, like: Tensor) -> Masks:
