@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _HUB_TIMEOUT_SECONDS = 3
 
-#: Public class -> module. The first segment of the module names the family.
+#: Family -> public class -> module in the family's folder.
 _FAMILY_CLASSES = {
     "mdeq": {
         "MDEQConfig": "configuration_mdeq",
@@ -62,19 +60,11 @@ _FAMILY_CLASSES = {
     },
 }
 
-
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
+#: Public class -> module.
 CLASSES = {
     name: f"deqzoo.models.{family}.{module}"
     for family, classes in _FAMILY_CLASSES.items()
     for name, module in classes.items()
-    if _exists(f"deqzoo.models.{family}.modeling_{family}")
 }
 FAMILIES = tuple(_FAMILY_CLASSES)
 
@@ -93,27 +83,17 @@ def load_class(name: str) -> Any:
 
 def register() -> None:
     """Make the families known to the Auto classes of transformers; repeating it is harmless."""
-    for family in FAMILIES:
-        try:
-            _register_family(family)
-        except Exception as error:  # while the families are being written
-            warnings.warn(f"{family}: {error}", stacklevel=2)
-
-
-def _register_family(family: str) -> None:
-    classes = [name for name in _FAMILY_CLASSES[family] if name in CLASSES]
-    config = next((load_class(name) for name in classes if name.endswith("Config")), None)
-    if config is None:
-        return
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    for name in classes:
-        for suffix, auto in _AUTO_OF_SUFFIX.items():
-            if name.endswith(suffix):
-                auto.register(config, load_class(name), exist_ok=True)
-        if name.endswith("ImageProcessor"):
-            AutoImageProcessor.register(
-                config, slow_image_processor_class=load_class(name), exist_ok=True
-            )
+    for classes in _FAMILY_CLASSES.values():
+        config = next(load_class(name) for name in classes if name.endswith("Config"))
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for name in classes:
+            for suffix, auto in _AUTO_OF_SUFFIX.items():
+                if name.endswith(suffix):
+                    auto.register(config, load_class(name), exist_ok=True)
+            if name.endswith("ImageProcessor"):
+                AutoImageProcessor.register(
+                    config, slow_image_processor_class=load_class(name), exist_ok=True
+                )
 
 
 class DEQModel:
