@@ -205,7 +205,8 @@ def _default_image_model() -> str:
 
 def _add_commands_of_other_rooms() -> None:
     for module in _COMMAND_MODULES:
-        if importlib.util.find_spec(module) is not None:
+        room = Path(__file__).parent / module.split(".")[1]
+        if (room / "cli.py").is_file():
             importlib.import_module(module).add_commands(app)
 
 
