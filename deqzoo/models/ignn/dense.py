@@ -2,7 +2,7 @@
 
 On CPUs PyTorch sends float32 products to MKL, which is slow on processors of other makers: 0.42 ms
 for (5354, 64) x (64, 64) on one Zen 5 core, where oneDNN, the library behind PyTorch's convolutions
-and compiled models, needs 0.19 ms at the same accuracy. It is used directly where this build has it.
+and compiled models, needs 0.19 ms at the same accuracy. It is used where this build has it.
 """
 
 from __future__ import annotations

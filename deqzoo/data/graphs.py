@@ -1,0 +1,239 @@
+"""Graph data sets through torch_geometric, read from local folders without touching them.
+
+`root` is a folder with one folder per data set. Classification sets (COX2, PROTEINS, ...) hold the
+`NAME_*.txt` files directly or under `raw`; the node sets lie as torch_geometric lays them out, and
+HumLoc and EukLoc are single `.npz` files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deqzoo.errors import UserError
+
+PUBLISHED_SEED = 42
+N_FOLDS = 10
+MULTI_LABEL = ("HumLoc", "EukLoc")
+_PPI_PARTS = ("feats.npy", "graph_id.npy", "graph.json", "labels.npy")
+
+
+@dataclass(frozen=True)
+class GraphSet:
+    """Graphs with a class each, in memory.
+
+    Attributes:
+        name: of the data set.
+        graphs: torch_geometric `Data` objects in stored order, with x, edge_index and y.
+        labels: (n,) int64.
+        num_features: width of the node features.
+        num_classes: number of classes.
+    """
+
+    name: str
+    graphs: list[Any]
+    labels: Tensor
+    num_features: int
+    num_classes: int
+
+    def batch(self, index: Sequence[int] | Tensor) -> Any:
+        """Return the chosen graphs as one torch_geometric `Batch`."""
+        from torch_geometric.data import Batch
+
+        return Batch.from_data_list([self.graphs[int(i)] for i in index])
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Indices into a `GraphSet`; `validation` is empty where the protocol has none."""
+
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+def load_graph_set(name: str, root: str | Path) -> GraphSet:
+    """Read a graph classification set in TUDataset's format, features from node labels alone.
+
+    A set without node labels gets the in-degree as its one feature.
+
+    Raises:
+        UserError: torch_geometric is missing, or `root` does not hold the files.
+    """
+    datasets = _import_datasets()
+    source = _tu_files(name, Path(root))
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch) / name / "raw"
+        raw.mkdir(parents=True)
+        for file in source.glob(f"{name}_*.txt"):
+            shutil.copy(file, raw / file.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # announces its processing
+            stored = datasets.TUDataset(scratch, name)
+        graphs = [stored[i] for i in range(len(stored))]
+    if graphs[0].x is None:
+        for graph in graphs:
+            degree = torch.bincount(graph.edge_index[1], minlength=graph.num_nodes)
+            graph.x = degree[:, None].float()
+    labels = torch.tensor([int(graph.y) for graph in graphs])
+    return GraphSet(name, graphs, labels, graphs[0].x.shape[1], int(labels.max()) + 1)
+
+
+def load_twitch(code: str, root: str | Path) -> Any:
+    """Read one of the six Twitch networks as a `Data` whose features are sparse COO (n, 3170)."""
+    raw = Path(root) / "Twitch" / code / "raw" / f"{code}.npz"
+    arrays = _read_npz(raw)
+    graph = _data_class()(
+        edge_index=_undirected(torch.from_numpy(arrays["edges"].astype(np.int64).T)),
+        y=torch.from_numpy(arrays["target"].astype(np.int64)),
+    )
+    graph.x = torch.from_numpy(arrays["features"]).float().to_sparse_coo()
+    graph.num_nodes = graph.x.shape[0]
+    return graph
+
+
+def load_localization(name: str, root: str | Path) -> Any:
+    """Read HumLoc or EukLoc as a `Data` with multi-hot y (n, labels) float and three masks."""
+    arrays = _read_npz(Path(root) / name / f"{name.lower()}.npz")
+    graph = _data_class()(
+        x=torch.from_numpy(arrays["x"]),
+        edge_index=_undirected(torch.from_numpy(arrays["edge_index"].astype(np.int64))),
+        y=torch.from_numpy(arrays["y"].astype(np.float32)),
+    )
+    for split in ("train", "val", "test"):
+        mask = torch.zeros(len(graph.y), dtype=torch.bool)
+        mask[torch.from_numpy(arrays[f"{split}_idx"].astype(np.int64))] = True
+        setattr(graph, f"{split}_mask", mask)
+    return graph
+
+
+def load_ppi(root: str | Path, split: str) -> list[Any]:
+    """Read the graphs of one split ("train", "val" or "test") of PPI, in GraphSAGE's layout.
+
+    Raises:
+        UserError: torch_geometric is missing, or `root` does not hold PPI's raw files.
+    """
+    datasets = _import_datasets()
+    stem = {"train": "train", "val": "valid", "test": "test"}[split]
+    source = Path(root) / "PPI" / "raw"
+    wanted = [f"{stem}_{part}" for part in _PPI_PARTS]
+    missing = [file for file in wanted if not (source / file).is_file()]
+    if missing:
+        raise UserError(f"{source} lacks {', '.join(missing)}; unpack PPI's files there")
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(source, Path(scratch) / "raw")
+        for other in ("train", "valid", "test"):  # torch_geometric reads all three at once
+            for part in _PPI_PARTS:
+                target = Path(scratch) / "raw" / f"{other}_{part}"
+                if not target.is_file():
+                    shutil.copy(source / f"{stem}_{part}", target)
+        with contextlib.redirect_stderr(io.StringIO()):
+            stored = datasets.PPI(scratch, split=split)
+        return [stored[i] for i in range(len(stored))]
+
+
+def published_folds(labels: Tensor) -> list[Fold]:
+    """Return the ten folds of the published protocol, its mistake included.
+
+    The data set is shuffled once, but the folds are stratified by the labels in stored order, so
+    that the classes are in fact not balanced over the folds. There is no validation part.
+    """
+    generator = torch.Generator().manual_seed(PUBLISHED_SEED)
+    order = torch.randperm(len(labels), generator=generator)
+    return [
+        Fold(order[train].tolist(), [], order[test].tolist()) for train, test in _stratified(labels)
+    ]
+
+
+def honest_folds(labels: Tensor) -> list[Fold]:
+    """Return ten stratified folds; the next fold of each test fold is its validation part."""
+    parts = [test for _, test in _stratified(labels)]
+    folds = []
+    for i, test in enumerate(parts):
+        validation = parts[(i + 1) % N_FOLDS]
+        held_out = set(test) | set(validation)
+        train = [j for j in range(len(labels)) if j not in held_out]
+        generator = torch.Generator().manual_seed(PUBLISHED_SEED)
+        order = torch.randperm(len(train), generator=generator)
+        folds.append(Fold([train[j] for j in order], validation.tolist(), test.tolist()))
+    return folds
+
+
+def collate_graphs(graphs: Sequence[Any]) -> dict[str, Tensor]:
+    """Collate `Data` objects for `Trainer`: the keyword arguments of a graph classifier."""
+    from torch_geometric.data import Batch
+
+    batch = Batch.from_data_list(list(graphs))
+    fields = {"x": batch.x, "edge_index": batch.edge_index, "batch": batch.batch}
+    if batch.y is not None:
+        fields["labels"] = batch.y
+    return fields
+
+
+def micro_f1(predicted: Tensor, labels: Tensor) -> float:
+    """Return the F1 score over all (sample, label) pairs; both (n, labels), compared with 0.5."""
+    predicted, labels = predicted > 0.5, labels > 0.5
+    hits = int((predicted & labels).sum())
+    total = int(predicted.sum()) + int(labels.sum())
+    return 2 * hits / total if total else 0.0
+
+
+def _stratified(labels: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+    try:
+        from sklearn.model_selection import StratifiedKFold
+    except ImportError as error:
+        raise UserError("folds need scikit-learn: pip install 'deqzoo[graph]'") from error
+    splitter = StratifiedKFold(N_FOLDS, shuffle=True, random_state=PUBLISHED_SEED)
+    return list(splitter.split(np.zeros(len(labels)), labels.numpy()))
+
+
+def _tu_files(name: str, root: Path) -> Path:
+    for folder in (root / name, root / name / "raw", root):
+        if (folder / f"{name}_A.txt").is_file():
+            missing = [
+                f"{name}_{part}.txt"
+                for part in ("graph_indicator", "graph_labels")
+                if not (folder / f"{name}_{part}.txt").is_file()
+            ]
+            if missing:
+                raise UserError(f"{folder} lacks {', '.join(missing)}")
+            return folder
+    raise UserError(f"no {name}_A.txt in {root / name}: --data is the folder that holds {name}/")
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UserError(f"no graph file at {path}")
+    with np.load(path) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def _undirected(edge_index: Tensor) -> Tensor:
+    """Return both directions of every edge once, without self loops."""
+    pairs = torch.cat([edge_index, edge_index.flip(0)], dim=1)
+    pairs = pairs[:, pairs[0] != pairs[1]]
+    return torch.unique(pairs, dim=1)
+
+
+def _import_datasets() -> Any:
+    try:
+        from torch_geometric import datasets
+    except ImportError as error:
+        raise UserError("graph data need torch_geometric: pip install 'deqzoo[graph]'") from error
+    return datasets
+
+
+def _data_class() -> Any:
+    _import_datasets()
+    from torch_geometric.data import Data
+
+    return Data
