@@ -60,6 +60,21 @@ class DEQConfigMixin:
         self.solver = make_solver(solver).to_dict()
         self.gradient = make_gradient(gradient).to_dict()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own, which replaces a stored value by a keyword of `from_pretrained`.
+
+        Here `from_pretrained(name, solver={"max_steps": 50})` changes single settings of the
+        stored solver, and likewise of the gradient.
+        """
+        config_dict = dict(config_dict)
+        for key, shared in (("solver", SHARED_BY_SOLVERS), ("gradient", ())):
+            change = kwargs.pop(key, None)
+            if change is not None:
+                own = config_dict.get(key) or getattr(cls, f"default_{key}")
+                config_dict[key] = merge_settings(own, change, shared)
+        return super().from_dict(config_dict, **kwargs)
+
 
 class DEQPreTrainedModel(PreTrainedModel):
     """Base of all families: owns how an equilibrium is solved and differentiated."""

@@ -266,6 +266,18 @@ def test_settings_per_call_per_model_and_from_the_config():
         model(pictures(), solver={"max_step": 2})
 
 
+def test_settings_given_to_from_pretrained_change_the_stored_ones(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    load = MDEQForImageClassification.from_pretrained
+    model = load(tmp_path, solver={"max_steps": 3}, gradient="npg")
+    assert model.config.solver["max_steps"] == 3 and model.config.solver["tol"] == 1e-5
+    assert model.config.gradient["name"] == "npg"
+    assert load(tmp_path, solver="broyden").config.solver["tol"] == 1e-5
+    assert MDEQConfig.from_pretrained(tmp_path, solver={"tol": 1e-2}).solver["tol"] == 1e-2
+    with pytest.raises(ValueError, match="max_step"):
+        load(tmp_path, solver={"max_step": 3})
+
+
 def test_every_gradient_reaches_every_parameter_of_the_map():
     model = tiny_model()
     directions = {}
