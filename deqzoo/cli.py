@@ -185,7 +185,10 @@ def convert(
 _COMMAND_MODULES = ("deqzoo.training.cli", "deqzoo.evaluation.cli", "deqzoo.hub.cli")
 
 #: model_type -> module with `evaluate_...(model, name, *, split, data, batch_size, limit)`.
-_EVALUATORS = {"mdeq": ("deqzoo.evaluation.images", "evaluate_images")}
+_EVALUATORS = {
+    "mdeq": ("deqzoo.evaluation.images", "evaluate_images"),
+    "deq_transformer": ("deqzoo.evaluation.text", "evaluate_text"),
+}
 
 
 def _evaluator(model_type: str) -> Any:

@@ -1,11 +1,14 @@
 """Official checkpoints (locuslab/deq, locuslab/torchdeq) to this package's layout."""
 
 import json
+import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from deqzoo.errors import UserError
@@ -191,3 +194,56 @@ def build_model(
     model.load_state_dict(converted, strict=False)
     model.tie_weights()
     return model
+
+
+def convert(source: str | Path, config: str | Path, output: str | Path) -> Path:
+    """Write an official checkpoint as a folder that `from_pretrained` loads, in its own dtype.
+
+    A tokenizer is not written: official checkpoints come without their vocabulary.
+
+    Args:
+        source: state dict, `.safetensors` or a pickle.
+        config: a preset's name, or a JSON file with the settings.
+        output: folder to write.
+
+    Raises:
+        UserError: unreadable files, impossible settings, or tensors that do not fit them.
+    """
+    model = build_model(read_state_dict(Path(source)), read_config(config))
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file; name a folder")
+    model.save_pretrained(output)
+    return output
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file.
+
+    A state dict may lie under "state_dict", "model_state_dict" or "model", or share a file with
+    other tensors under the prefix "sd.".
+
+    Raises:
+        UserError: the file is missing, damaged, unsafe, or holds no state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling arbitrary bytes fails in arbitrary ways
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            reason = "it holds more than tensors, which could run code: save the bare state dict"
+        else:
+            reason = f"it is damaged or of another format ({type(error).__name__})"
+        raise UserError(f"cannot read {path} as a checkpoint: {reason}") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = content if isinstance(content, Mapping) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds no state dict, that is, no mapping of names to tensors")
+    inner = {key.removeprefix("sd."): v for key, v in tensors.items() if key.startswith("sd.")}
+    return inner or dict(tensors)
