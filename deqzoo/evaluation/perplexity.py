@@ -137,7 +137,7 @@ class Scorer:
         targets = torch.tensor([tokens], device=device)
         outputs = self.model(
             inputs,
-            shift_labels=targets,
+            targets=targets,
             memory=self.memory,
             return_logits=False,
             solver=self.solver,

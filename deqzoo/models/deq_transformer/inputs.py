@@ -11,13 +11,13 @@ from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCa
 
 
 def targets_of(
-    labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None
+    labels: Tensor | None, targets: Tensor | None, attention_mask: Tensor | None
 ) -> Tensor | None:
     """Next words (B, T), -100 where nothing follows, or None."""
-    if shift_labels is not None:
+    if targets is not None:
         if labels is not None:
-            raise UserError("Give either labels or shift_labels, not both.")
-        return shift_labels
+            raise UserError("Give either labels or targets, not both.")
+        return targets
     if labels is None:
         return None
     if attention_mask is not None and attention_mask.shape == labels.shape:

@@ -193,7 +193,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         masks = dropout_masks or self._masks(input_ids, n_past)
         injection = self.inject(input_ids, masks)
         f = self.bind(injection, masks, past_key_values, memory, valid)
-        start = torch.zeros_like(injection[..., : self.config.d_model]).detach()
+        # Under autocast the injection is narrower than the state should be.
+        start = self.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
         if warm_start and past_key_values is not None and past_key_values.last_state is not None:
             start = start + past_key_values.last_state
         report = self._solve(f, start, valid, solver, gradient, shallow)
@@ -406,7 +407,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         past_key_values: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
+        targets: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
@@ -422,7 +423,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T) the tokens themselves, shifted here; -100 is not scored.
-            shift_labels: (B, T) the next tokens, already shifted; instead of ``labels``.
+            targets: (B, T) the next tokens, already shifted; instead of ``labels``.
             logits_to_keep: compute logits for that many last positions (0: all), or for these.
             return_logits: False leaves logits out; with labels the loss then touches only the
                 clusters that occur, and no (B, T, vocab_size) tensor is made.
@@ -445,7 +446,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         hidden = self._dropped(base.last_hidden_state, dropout_masks)
-        targets = targets_of(labels, shift_labels, attention_mask)
+        targets = targets_of(labels, targets, attention_mask)
         loss = nll = logits = None
         if targets is not None:
             nll = self.lm_head.nll(hidden, targets)
