@@ -137,7 +137,8 @@ class Scorer:
         targets = torch.tensor([tokens], device=device)
         outputs = self.model(
             inputs,
-            targets=targets,
+            labels=targets,
+            shift=False,
             memory=self.memory,
             return_logits=False,
             solver=self.solver,

@@ -44,7 +44,7 @@ def tokenizer():
 @torch.no_grad()
 def joint_nll(model: DEQTransformerForCausalLM, tokens: list[int]) -> torch.Tensor:
     inputs = torch.tensor([[0, *tokens[:-1]]])
-    return model(inputs, targets=torch.tensor([tokens]), return_logits=False).nll[0]
+    return model(inputs, labels=torch.tensor([tokens]), shift=False, return_logits=False).nll[0]
 
 
 def test_every_token_is_scored_once(model, tokenizer) -> None:

@@ -231,7 +231,7 @@ def test_losses_and_labels() -> None:
         shifted.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     )
     torch.testing.assert_close(shifted.loss, expected)
-    given = model(ids[:, :-1], targets=ids[:, 1:], return_logits=False)
+    given = model(ids[:, :-1], labels=ids[:, 1:], shift=False, return_logits=False)
     assert given.logits is None
     torch.testing.assert_close(given.loss, shifted.loss)
     torch.testing.assert_close(given.nll, shifted.nll[:, :-1])
@@ -303,7 +303,7 @@ def test_every_gradient_reaches_every_parameter(gradient: str) -> None:
 def test_gradient_reaches_weights_through_the_memory() -> None:
     model = lively_model(0.7)
     memory = model(random_ids(2, 8)).memory
-    output = model(random_ids(2, 1), memory=memory, targets=random_ids(2, 1))
+    output = model(random_ids(2, 1), memory=memory, labels=random_ids(2, 1), shift=False)
     output.loss.backward()
     assert not memory[0].requires_grad
     assert model.transformer.layers[0].attention.relative.gain.grad.abs().sum() > 0
@@ -376,8 +376,6 @@ def test_wrong_calls() -> None:
         model(ids, memory=memory, use_cache=True)
     with pytest.raises(UserError, match="DEQTransformerCache"):
         model(ids, past_key_values=object())
-    with pytest.raises(UserError, match="not both"):
-        model(ids, labels=ids, targets=ids)
     with pytest.raises(UserError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(2, 3))
 

@@ -41,7 +41,9 @@ def test_same_losses(tmp_path: Path, name: str, form: str) -> None:
     tensors = load_file(GOLDEN / f"{name}.safetensors")
     solver = {"tol": 1e-13, "max_steps": 300} if model.config.has_equilibrium else None
     with torch.no_grad():
-        output = model(tensors["seg0.input_ids"], targets=tensors["seg0.targets"], solver=solver)
+        output = model(
+            tensors["seg0.input_ids"], labels=tensors["seg0.targets"], shift=False, solver=solver
+        )
     tolerance = info["tolerances"]["nll_abs"]
     torch.testing.assert_close(output.nll, tensors["seg0.nll"], rtol=0, atol=tolerance)
 

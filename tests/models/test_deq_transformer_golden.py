@@ -116,7 +116,8 @@ def test_losses_and_memory(cases: dict[str, Case], name: str) -> None:
         segment = case.segment(k)
         output = case.model(
             segment["input_ids"],
-            targets=segment["targets"],
+            labels=segment["targets"],
+            shift=False,
             memory=memory,
             output_state=True,
             solver=TIGHT if solved else None,
@@ -149,7 +150,7 @@ def test_iterates_of_models_without_equilibrium(cases: dict[str, Case], name: st
 def test_shallow_losses(cases: dict[str, Case], name: str) -> None:
     case = cases[name]
     segment = case.segment(0)
-    output = case.model(segment["input_ids"], targets=segment["targets"], shallow=True)
+    output = case.model(segment["input_ids"], labels=segment["targets"], shift=False, shallow=True)
     close(output.nll, segment["unroll2_nll"], case.tolerance["nll_abs"])
 
 
@@ -173,7 +174,8 @@ def test_implicit_gradients(cases: dict[str, Case], name: str) -> None:
     case.model.zero_grad()
     output = case.model(
         segment["input_ids"],
-        targets=segment["targets"],
+        labels=segment["targets"],
+        shift=False,
         solver=TIGHT,
         gradient=EXACT_GRADIENT,
     )
@@ -238,6 +240,6 @@ def test_float32_model(name: str) -> None:
     case = Case(name, dtype=torch.float32)
     segment = case.segment(0)
     solver = {"tol": 1e-7, "max_steps": 100} if name in SOLVED else None
-    output = case.model(segment["input_ids"], targets=segment["targets"], solver=solver)
+    output = case.model(segment["input_ids"], labels=segment["targets"], shift=False, solver=solver)
     assert output.nll.dtype == torch.float32
     close(output.nll.double(), segment["nll"], case.tolerance["float32_model_abs"])

@@ -66,7 +66,7 @@ def test_loss_falls_with_memory() -> None:
     losses, memory = [], None
     for start in range(0, 192, 8):
         inputs, targets = stream[:, start : start + 8], stream[:, start + 1 : start + 9]
-        output = model(inputs, targets=targets, memory=memory, return_logits=False)
+        output = model(inputs, labels=targets, shift=False, memory=memory, return_logits=False)
         memory = output.memory
         output.loss.backward()
         optimizer.step()

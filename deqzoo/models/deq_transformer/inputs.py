@@ -10,16 +10,10 @@ from deqzoo.models.deq_transformer.adaptive import IGNORED
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
 
 
-def targets_of(
-    labels: Tensor | None, targets: Tensor | None, attention_mask: Tensor | None
-) -> Tensor | None:
-    """Next words (B, T), -100 where nothing follows, or None."""
-    if targets is not None:
-        if labels is not None:
-            raise UserError("Give either labels or targets, not both.")
-        return targets
-    if labels is None:
-        return None
+def targets_of(labels: Tensor | None, shift: bool, attention_mask: Tensor | None) -> Tensor | None:
+    """Next words (B, T), -100 where nothing follows, or None without labels."""
+    if labels is None or not shift:
+        return labels
     if attention_mask is not None and attention_mask.shape == labels.shape:
         labels = labels.masked_fill(attention_mask == 0, IGNORED)
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)

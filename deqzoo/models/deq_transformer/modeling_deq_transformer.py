@@ -407,7 +407,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         past_key_values: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,
-        targets: Tensor | None = None,
+        shift: bool = True,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
@@ -422,8 +422,8 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         """Score the next words.
 
         Args:
-            labels: (B, T) the tokens themselves, shifted here; -100 is not scored.
-            targets: (B, T) the next tokens, already shifted; instead of ``labels``.
+            labels: (B, T) the tokens themselves; -100 is not scored.
+            shift: False where the labels are the next tokens already.
             logits_to_keep: compute logits for that many last positions (0: all), or for these.
             return_logits: False leaves logits out; with labels the loss then touches only the
                 clusters that occur, and no (B, T, vocab_size) tensor is made.
@@ -446,7 +446,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         hidden = self._dropped(base.last_hidden_state, dropout_masks)
-        targets = targets_of(labels, targets, attention_mask)
+        targets = targets_of(labels, shift, attention_mask)
         loss = nll = logits = None
         if targets is not None:
             nll = self.lm_head.nll(hidden, targets)
