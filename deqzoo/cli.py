@@ -182,12 +182,18 @@ def convert(
 
 
 #: Modules with `add_commands(app)`, which adds the commands of their room.
-_COMMAND_MODULES = ("deqzoo.training.cli", "deqzoo.evaluation.cli", "deqzoo.hub.cli")
+_COMMAND_MODULES = (
+    "deqzoo.training.cli",
+    "deqzoo.training.graph_cli",
+    "deqzoo.evaluation.cli",
+    "deqzoo.hub.cli",
+)
 
 #: model_type -> module with `evaluate_...(model, name, *, split, data, batch_size, limit)`.
 _EVALUATORS = {
     "mdeq": ("deqzoo.evaluation.images", "evaluate_images"),
     "deq_transformer": ("deqzoo.evaluation.text", "evaluate_text"),
+    "ignn": ("deqzoo.evaluation.graphs", "evaluate_graphs"),
 }
 
 
@@ -208,8 +214,7 @@ def _default_image_model() -> str:
 
 def _add_commands_of_other_rooms() -> None:
     for module in _COMMAND_MODULES:
-        room = Path(__file__).parent / module.split(".")[1]
-        if (room / "cli.py").is_file():
+        if Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py").is_file():
             importlib.import_module(module).add_commands(app)
 
 

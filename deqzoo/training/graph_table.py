@@ -136,13 +136,11 @@ def fold_of(data: GraphSet, job: Job) -> Fold:
 def summarize(job: Job, record: FoldRecord, settings: FoldSettings) -> dict[str, Any]:
     """Return a fold's figures by both rules of choosing the epoch, and its curves, rounded."""
     curves = {k: [round(x, 5) for x in v] for k, v in asdict(record).items() if isinstance(v, list)}
-    best = max(record.test_accuracy_official)
     result = {
         **asdict(job),
-        "settings": settings.to_dict(),
+        "settings": asdict(settings),
         "best_test_accuracy": max(record.test_accuracy),
-        "best_test_accuracy_official": best,
-        "best_epoch_official": record.test_accuracy_official.index(best) + 1,
+        "best_epoch": record.test_accuracy.index(max(record.test_accuracy)) + 1,
         "last_test_accuracy": record.test_accuracy[-1],
         "parameters": record.parameters,
         "seconds": round(record.seconds, 2),
@@ -173,7 +171,7 @@ def save_checkpoint(
         "fold": job.fold,
         "method": job.method,
         **{key: result[key] for key in ("chosen_epoch", "validation_accuracy", "test_accuracy")},
-        "settings": run.settings.to_dict(),
+        "settings": asdict(run.settings),
         "train": fold.train,
         "validation": fold.validation,
         "test": fold.test,
