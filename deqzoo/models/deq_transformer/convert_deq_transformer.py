@@ -147,6 +147,8 @@ def convert_state_dict(
                 tensor = tensor.squeeze(-1)
             if name.endswith("gain"):
                 tensor = tensor.reshape(-1, 1)
+        if name.endswith(("content_bias", "position_bias")):
+            tensor = tensor.flatten()
         interleaved = "attention.qkv." in name or name.startswith("transformer.injection.")
         if config.variant == "torchdeq-lm" and interleaved:
             tensor = deinterleaved(tensor, config.n_head)

@@ -49,8 +49,10 @@ class RelativeAttention(nn.Module):
         self.qkv = NormalizedLinear(d_model, 3 * d_model, bias=False, weight_norm=weight_norm)
         self.relative = NormalizedLinear(d_model, d_model, bias=False, weight_norm=weight_norm)
         self.output = NormalizedLinear(d_model, d_model, bias=True, weight_norm=weight_norm)
-        self.content_bias = nn.Parameter(torch.empty(n_head, d_model // n_head))
-        self.position_bias = nn.Parameter(torch.empty(n_head, d_model // n_head))
+        # Flat, since they are biases and no matrices: optimisers tell the two apart by shape.
+        self.n_head = n_head
+        self.content_bias = nn.Parameter(torch.empty(d_model))
+        self.position_bias = nn.Parameter(torch.empty(d_model))
         self.input_norm = nn.LayerNorm(d_model) if affine else None
         self.output_norm = nn.LayerNorm(d_model) if affine else None
 
@@ -130,9 +132,8 @@ class SubLayer(nn.Module):
 
     def position_keys(self, table: Tensor) -> Tensor:
         """Position keys (H, K, D) of a sinusoid table (K, d)."""
-        n_head = self.attention.content_bias.shape[0]
         projected = nn.functional.linear(table, self.attention.relative.effective_weight())
-        return split_heads(projected, n_head)
+        return split_heads(projected, self.attention.n_head)
 
     def bind(self, relative: Tensor | None, masks: LayerMasks) -> LayerTensors:
         """Effective tensors without a past; ``relative`` (H, K, D) may be filled in later."""
@@ -143,8 +144,8 @@ class SubLayer(nn.Module):
             qkv=attention.qkv.effective_weight(),
             output=attention.output.effective_weight(),
             output_bias=attention.output.bias,
-            content_bias=attention.content_bias,
-            position_bias=attention.position_bias,
+            content_bias=attention.content_bias.view(attention.n_head, -1),
+            position_bias=attention.position_bias.view(attention.n_head, -1),
             up=network.up.effective_weight(),
             up_bias=network.up.bias,
             down=network.down.effective_weight(),

@@ -214,6 +214,18 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             **report.per_sample(valid),
         )
 
+    def equilibrium_map(
+        self,
+        input_ids: Tensor,
+        memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
+        dropout_masks: DropoutMasks | None = None,
+    ) -> tuple[EquilibriumMap, Tensor]:
+        """The map of a segment (B, T) and the state (B, T, d) from which its solve starts."""
+        masks = dropout_masks or self._masks(input_ids, past_length(None, memory))
+        injection = self.inject(input_ids, masks)
+        start = self.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
+        return self.bind(injection, masks, None, memory), start
+
     def _check_call(self, cache: Any, memory: Any, use_cache: bool | None) -> None:
         if cache is not None and not isinstance(cache, DEQTransformerCache):
             raise UserError(
@@ -366,7 +378,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
     """DEQ-Transformer with an adaptive softmax over the next word."""
 
-    accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch where Trainer gives it
+    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it where it accumulates
 
     def __init__(self, config: DEQTransformerConfig) -> None:
         super().__init__(config)
@@ -411,7 +423,6 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
-        num_items_in_batch: int | Tensor | None = None,
         solver: Spec = None,
         gradient: Spec = None,
         shallow: bool = False,
@@ -427,7 +438,6 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for that many last positions (0: all), or for these.
             return_logits: False leaves logits out; with labels the loss then touches only the
                 clusters that occur, and no (B, T, vocab_size) tensor is made.
-            num_items_in_batch: divide the summed loss by this number instead of the scored tokens.
 
         The other arguments are those of :meth:`DEQTransformerModel.forward`.
         """
@@ -450,8 +460,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         loss = nll = logits = None
         if targets is not None:
             nll = self.lm_head.nll(hidden, targets)
-            count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = nll.sum() / count
+            loss = nll.sum() / (targets != IGNORED).sum()
         if return_logits:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -1,0 +1,167 @@
+"""Language modelling: contiguous streams of a corpus, with memory from segment to segment."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deqzoo.data.text import batch_streams, load_corpus
+from deqzoo.errors import UserError
+from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
+from deqzoo.models.deq_transformer.modeling_deq_transformer import DEQTransformerForCausalLM
+from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
+from deqzoo.training.cost import count_flops
+from deqzoo.training.recipe import Recipe, Stage
+from deqzoo.training.task import Plan
+
+VALIDATION_STREAMS = 10
+
+
+class LanguageModelingTask:
+    """WikiText-2, WikiText-103 and Penn Treebank with the DEQ-Transformer.
+
+    The training split is cut into `batch_size` × `accumulate` streams that are read side by side,
+    a segment of `resolution` tokens per step (by default the config's `tgt_len`). Each part of an
+    accumulated batch keeps its own memory; an epoch starts with an empty one.
+    """
+
+    metric = "perplexity"
+    higher_is_better = False
+
+    def __init__(self, recipe: Recipe, data: str | os.PathLike[str] | None) -> None:
+        for key in ("label_smoothing", "augment", "whiten"):
+            if getattr(recipe, key):
+                raise UserError(f"{key} is no setting of language modelling; remove it")
+        self.recipe = recipe
+        self.corpus = load_corpus(recipe.data.name, data, **recipe.data.options)
+        self.config = DEQTransformerConfig.from_preset(
+            recipe.model.preset,
+            **({"vocab_size": len(self.corpus.vocabulary)} | recipe.model.overrides),
+        )
+        if self.config.vocab_size != len(self.corpus.vocabulary):
+            raise UserError(
+                f"vocab_size {self.config.vocab_size} is not that of {recipe.data.name} "
+                f"({len(self.corpus.vocabulary)}); remove it from the overrides"
+            )
+        n_streams = recipe.batch_size * recipe.accumulate
+        self.streams = batch_streams(self.corpus.stream("train"), n_streams)  # (n, length)
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self._part = 0
+
+    def model(self) -> PreTrainedModel:
+        return DEQTransformerForCausalLM(self.config)
+
+    def _segment_length(self, stage: Stage) -> int:
+        return stage.resolution or self.config.tgt_len
+
+    def steps_per_epoch(self, stage: Stage) -> int:
+        return max(1, (self.streams.shape[1] - 1) // self._segment_length(stage))
+
+    def batch(self, plan: Plan, micro_step: int, rank: int, world: int) -> dict[str, Any]:
+        """Words and next words (b, T), b = batch_size / world, and where they stand."""
+        step, part = divmod(micro_step, plan.accumulate)
+        length = self._segment_length(plan.stage(step))
+        per_epoch = plan.steps_per_epoch[plan.index(step)]
+        epoch = int(plan.epoch(step) + 1e-9)
+        position = round((plan.epoch(step) - epoch) * per_epoch) % per_epoch
+        share = self.recipe.batch_size // world
+        first = part * self.recipe.batch_size + rank * share
+        start = position * length
+        rows = self.streams[first : first + share, start : start + length + 1]
+        return {
+            "input_ids": rows[:, :-1],
+            "labels": rows[:, 1:],
+            "part": part,
+            "fresh": position == 0,
+        }
+
+    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+        return outputs.loss
+
+    def before_forward(self, model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = dict(batch)
+        self._part = batch.pop("part")
+        if batch.pop("fresh"):
+            self.memory.pop(self._part, None)
+        device = batch["input_ids"].device
+        memory = self.memory.get(self._part)
+        if memory is not None:
+            memory = tuple(tensor.to(device) for tensor in memory)
+        return {**batch, "memory": memory, "shift": False, "return_logits": False}
+
+    def after_forward(self, outputs: Any) -> None:
+        if outputs.memory is not None:
+            self.memory[self._part] = outputs.memory
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            str(part): [tensor.cpu() for tensor in memory] for part, memory in self.memory.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.memory = {int(part): tuple(memory) for part, memory in state.items()}
+
+    @torch.no_grad()
+    def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
+        """Perplexity of the first `samples` validation tokens, read as a few streams."""
+        stream = self.corpus.stream("validation")[:samples]
+        streams = batch_streams(stream, min(VALIDATION_STREAMS, len(stream) // 2))
+        memory, nll, count = None, 0.0, 0
+        residuals, steps = [], []
+        for start in range(0, streams.shape[1] - 1, self.config.tgt_len):
+            words = streams[:, start : start + self.config.tgt_len + 1].to(model.device)
+            out = model(
+                words[:, :-1],
+                labels=words[:, 1:],
+                shift=False,
+                memory=memory,
+                shallow=stage.shallow,
+                return_logits=False,
+            )
+            memory = out.memory
+            nll += float(out.nll.double().sum())
+            count += out.nll.numel()
+            residuals.append(out.token_residual.float().flatten().cpu())
+            steps.append(out.token_steps.float().flatten().cpu())
+        residual = torch.cat(residuals)
+        return {
+            "perplexity": math.exp(min(nll / count, 700.0)),
+            "nll": nll / count,
+            "residual_median": float(residual.median()),
+            "residual_p95": float(residual.quantile(0.95)),
+            "steps_mean": float(torch.cat(steps).mean()),
+        }
+
+    def flops(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
+        length, config = self._segment_length(stage), self.config
+        words = self.streams[:1, :length].to(model.device)
+        if words.shape[1] < length:
+            words = words.repeat(1, -(-length // words.shape[1]))[:, :length]
+        memory = (
+            torch.zeros(1, config.mem_len, config.d_model, device=model.device),
+            torch.zeros(1, config.mem_len, 3 * config.d_model, device=model.device),
+        )
+        was_training = model.training
+        model.eval()
+        f, state = model.base_model.equilibrium_map(words, memory)
+        per_evaluation = count_flops(lambda: f(state))
+        solver = {"name": "fixed_point", "max_steps": 1, "tol": 0.0}
+        whole = count_flops(
+            lambda: model(
+                words, labels=words, shift=False, memory=memory, return_logits=False, solver=solver
+            )
+        )
+        model.train(was_training)
+        return per_evaluation, whole - 2 * per_evaluation
+
+    def describe(self) -> dict[str, Any]:
+        return {split: self.corpus.describe(split) for split in ("train", "validation")}
+
+    def save_processor(self, folder: str) -> None:
+        style = "ptb" if self.corpus.source.lowercase else "wikitext"
+        build_tokenizer(self.corpus.vocabulary, style).save_pretrained(folder)
