@@ -1,0 +1,222 @@
+"""What the cards say about a family, its data and its papers; every figure comes from elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FamilyText:
+    """A family's part of a card."""
+
+    about: str
+    pipeline_tag: str
+    snippet: str
+    limits: str
+    papers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataText:
+    """A data set's part of a card: Hub id, name, and what to know about it."""
+
+    repository: str
+    title: str
+    note: str
+
+
+EQUILIBRIUM = (
+    "A deep equilibrium model has one map instead of a stack of layers: its output is the state that "
+    "the map leaves unchanged, found by a solver. The number of solver steps can be chosen at every "
+    "call, and training needs no memory for them."
+)
+
+_IMAGE_SNIPPET = """\
+from PIL import Image
+from deqzoo import DEQModel, MDEQImageProcessor
+
+model = DEQModel.from_pretrained("{name}")
+processor = MDEQImageProcessor.from_pretrained(model.config._name_or_path)
+inputs = processor(images=Image.open("picture.png"), return_tensors="pt")
+output = model(**inputs)
+print(model.config.id2label[output.logits.argmax(-1).item()])
+print(output.n_steps, output.residual, output.converged)
+"""
+
+_TEXT_SNIPPET = """\
+from transformers import AutoTokenizer
+from deqzoo import DEQModel
+
+model = DEQModel.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+inputs = tokenizer("the film was released in", return_tensors="pt")
+tokens = model.generate(inputs["input_ids"], max_new_tokens=20, do_sample=False)
+print(tokenizer.decode(tokens[0]))
+"""
+
+_GRAPH_SNIPPET = """\
+import torch
+from deqzoo import DEQModel
+
+model = DEQModel.from_pretrained("{name}")
+features = torch.zeros(4, model.config.num_features)
+features[:, 0] = 1
+edges = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])
+output = model(features, edge_index=edges)
+print(output.logits.softmax(-1), output.n_steps)
+"""
+
+FAMILY_TEXTS = {
+    "mdeq": FamilyText(
+        about="This is an MDEQ: the state holds features of a picture at several resolutions at once, "
+        "and a small head classifies them.",
+        pipeline_tag="image-classification",
+        snippet=_IMAGE_SNIPPET,
+        limits="It knows only the classes it was trained on and names one of them for every picture. "
+        "Pictures are scaled to a few pixels a side, so that small or off-centre objects are lost. "
+        "Its probabilities are those of its training data, whose selection of pictures it inherits; "
+        "do not decide anything about people with it. Where a picture's equilibrium is reported as "
+        "not converged, its label deserves less trust.",
+        papers=("mdeq", "phantom"),
+    ),
+    "deq_transformer": FamilyText(
+        about="This is a DEQ-Transformer: one transformer block with relative attention, applied until "
+        "the states of all tokens stop changing, predicts the next word.",
+        pipeline_tag="text-generation",
+        snippet=_TEXT_SNIPPET,
+        limits="A small word-level model of a small corpus: words outside its vocabulary become <unk>, "
+        "and what it writes is fluent at best, never reliable. It repeats the views and errors of its "
+        "corpus. It is meant for research on equilibrium models.",
+        papers=("deq", "phantom", "jacobian"),
+    ),
+    "ignn": FamilyText(
+        about="This is an IGNN: node states are the equilibrium of a graph convolution, so that a node "
+        "can be reached from any distance, and a projection of the weights keeps that equilibrium "
+        "unique.",
+        pipeline_tag="graph-ml",
+        snippet=_GRAPH_SNIPPET,
+        limits="It expects graphs with the node features of its data set, in their order. The data set "
+        "is small, so that figures vary by several points between folds; it is no tool for deciding "
+        "about molecules or medicine.",
+        papers=("ignn", "phantom"),
+    ),
+}
+
+DATA_TEXTS = {
+    "cifar10": DataText(
+        "uoft-cs/cifar10",
+        "CIFAR-10",
+        "45,000 pictures to train and 5,000 to choose by, taken from the published training split by "
+        "a seeded hash of the pixels; the 10,000 test pictures were used once, for the figures here. "
+        "The pictures' licence is unknown.",
+    ),
+    "imagenette": DataText(
+        "frgfm/imagenette",
+        "Imagenette",
+        "The published validation split serves as test split; 950 training pictures are kept to "
+        "choose by.",
+    ),
+    "wikitext2": DataText(
+        "Salesforce/wikitext",
+        "WikiText-2",
+        "The word-level corpus with its published splits and vocabulary (CC BY-SA 3.0).",
+    ),
+    "ptb": DataText(
+        "ptb-text-only/ptb_text_only",
+        "Penn Treebank (words)",
+        "The usual preparation with 10,000 words; the underlying text is licensed by the LDC.",
+    ),
+    "proteins": DataText(
+        "graphs-datasets/PROTEINS", "PROTEINS", "1,113 graphs in two classes (TU collection)."
+    ),
+    "cox2": DataText("graphs-datasets/COX2", "COX2", "467 graphs in two classes (TU collection)."),
+}
+
+PAPERS = {
+    "deq": """\
+@inproceedings{bai2019deep,
+  title     = {Deep Equilibrium Models},
+  author    = {Bai, Shaojie and Kolter, J. Zico and Koltun, Vladlen},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2019}
+}""",
+    "mdeq": """\
+@inproceedings{bai2020multiscale,
+  title     = {Multiscale Deep Equilibrium Models},
+  author    = {Bai, Shaojie and Koltun, Vladlen and Kolter, J. Zico},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2020}
+}""",
+    "ignn": """\
+@inproceedings{gu2020implicit,
+  title     = {Implicit Graph Neural Networks},
+  author    = {Gu, Fangda and Chang, Heng and Zhu, Wenwu and Sojoudi, Somayeh and El Ghaoui, Laurent},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2020}
+}""",
+    "jacobian": """\
+@inproceedings{bai2021stabilizing,
+  title     = {Stabilizing Equilibrium Models by Jacobian Regularization},
+  author    = {Bai, Shaojie and Koltun, Vladlen and Kolter, J. Zico},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2021}
+}""",
+    "phantom": """\
+@inproceedings{geng2021training,
+  title     = {On Training Implicit Models},
+  author    = {Geng, Zhengyang and Zhang, Xin-Yu and Bai, Shaojie and Wang, Yisen and Lin, Zhouchen},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2021}
+}""",
+}
+
+
+@dataclass(frozen=True)
+class ConvertedText:
+    """A card for weights that their authors publish and the user converts."""
+
+    family: str
+    title: str
+    command: str
+    source: str
+    figure: str
+    papers: tuple[str, ...]
+
+
+CONVERTED = {
+    "mdeq-imagenet-small": ConvertedText(
+        "mdeq",
+        "MDEQ SMALL on ImageNet",
+        "deqzoo convert mdeq MDEQ_Small_Cls.pkl --config mdeq-imagenet-small --output {name}",
+        "the model zoo in the README of github.com/locuslab/deq",
+        "75.5 % top-1 on the ImageNet validation set (Bai, Koltun, Kolter 2020)",
+        ("mdeq",),
+    ),
+    "mdeq-imagenet-xl": ConvertedText(
+        "mdeq",
+        "MDEQ XL on ImageNet",
+        "deqzoo convert mdeq MDEQ_XL_Cls.pkl --config mdeq-imagenet-xl --output {name}",
+        "the model zoo in the README of github.com/locuslab/deq",
+        "79.2 % top-1 on the ImageNet validation set (Bai, Koltun, Kolter 2020)",
+        ("mdeq",),
+    ),
+    "deq-transformer-wikitext103": ConvertedText(
+        "deq_transformer",
+        "DEQ-Transformer on WikiText-103",
+        "deqzoo convert deq-transformer pretrained_wt103_deqtrans_v3.pkl "
+        "--config deq-transformer-wikitext103-post --output {name}",
+        "the model zoo in the README of github.com/locuslab/deq",
+        "test perplexity 23.1 with at most 30 solver steps and a memory of 300 tokens (README of "
+        "locuslab/deq)",
+        ("deq",),
+    ),
+    "ignn-ppi": ConvertedText(
+        "ignn",
+        "IGNN on PPI",
+        "deqzoo convert ignn STATE_DICT.pt --config ppi --output {name}",
+        "a state dict saved by the code of github.com/SwiftieH/IGNN, or, with `--config "
+        "ppi-torchdeq`, the model zoo of github.com/locuslab/torchdeq",
+        "micro-averaged F1 of 97.6 % on the test graphs (Gu et al. 2020)",
+        ("ignn",),
+    ),
+}

@@ -1,0 +1,288 @@
+"""Model cards and README's table, rendered from the checkpoints' own files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from deqzoo.errors import UserError
+from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, EQUILIBRIUM, FAMILY_TEXTS, PAPERS
+from deqzoo.hub.catalogue import Entry, entries, main_figure
+from deqzoo.hub.plot import line_plot
+from deqzoo.zoo import checkpoints_root, read_json
+
+_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "perplexity": ("perplexity", "Perplexity"),
+    "f1_micro": ("f1", "Micro-averaged F1"),
+}
+_TABLE_BEGIN, _TABLE_END = "<!-- models:begin -->", "<!-- models:end -->"
+
+
+def snippet(entry: Entry) -> str:
+    """The card's example; it runs as it stands where a file picture.png exists."""
+    return FAMILY_TEXTS[entry.config["model_type"]].snippet.format(name=f"deqzoo/{entry.name}")
+
+
+def render_card(entry: Entry) -> str:
+    """The README of a checkpoint's repository, metadata first."""
+    family = FAMILY_TEXTS[entry.config["model_type"]]
+    sections = [
+        f"# {entry.name}",
+        f"{EQUILIBRIUM} {family.about}",
+        "## Use",
+        "```bash\npip install deqzoo\n```",
+        f"```python\n{snippet(entry)}```",
+        "Importing `deqzoo` makes the Auto classes and pipelines of transformers know this model; "
+        "without it they refuse the model type. No remote code is involved.",
+        "## Model",
+        _model_table(entry),
+        "## Results",
+        *_results(entry),
+        "## Training",
+        _training(entry),
+        "## Limits and biases",
+        family.limits,
+        "## Licence and citation",
+        "Weights and code: Apache-2.0. The data sets keep their own terms. If you use this model, "
+        "please cite",
+        "```bibtex\n" + "\n".join(PAPERS[key] for key in family.papers) + "\n```",
+    ]
+    return f"---\n{_metadata(entry)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def render_converted_card(name: str) -> str:
+    """The card of an official model that users convert themselves."""
+    text = CONVERTED[name]
+    family = FAMILY_TEXTS[text.family]
+    data = ModelCardData(
+        license="other",
+        library_name="deqzoo",
+        pipeline_tag=family.pipeline_tag,
+        tags=["deep-equilibrium-model", text.family],
+    )
+    sections = [
+        f"# {text.title}",
+        f"{EQUILIBRIUM} {family.about}",
+        f"The zoo does not ship these weights: their authors publish them ({text.source}), under "
+        "their own terms. Convert them once:",
+        f"```bash\n{text.command.format(name=name)}\n```",
+        f"The file is read as data only (no code in it is run), and the folder `{name}` then loads "
+        f'by `DEQModel.from_pretrained("{name}")` with the same outputs.',
+        f"Published by the authors, not measured here: {text.figure}.",
+        "## Limits and biases",
+        family.limits,
+        "## Citation",
+        "```bibtex\n" + "\n".join(PAPERS[key] for key in text.papers) + "\n```",
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def budget_plot(entry: Entry) -> str | None:
+    """Accuracy against solver steps of the test evaluation as SVG; None without that curve."""
+    for evaluation in entry.evaluations.values():
+        steps = (evaluation.get("budget") or {}).get("steps") or []
+        if len(steps) > 1 and evaluation["data"].get("split") == "test":
+            points = [(row["max_steps"], round(100 * row["accuracy"], 1)) for row in steps]
+            return line_plot(
+                points,
+                title=f"{entry.name}: accuracy against solver steps",
+                x_label="solver steps (log scale)",
+                y_label="accuracy, %",
+            )
+    return None
+
+
+def eval_results_yaml(entry: Entry) -> str | None:
+    """Content of `.eval_results/deqzoo.yaml`; None before the first test evaluation."""
+    rows = [
+        {
+            "dataset": {"id": DATA_TEXTS[data["name"]].repository, "task_id": data["split"]},
+            "value": value,
+            "date": evaluation["environment"]["date"],
+            "notes": f"{key}; {evaluation['command']}",
+        }
+        for evaluation, data, key, value in _test_figures(entry)
+        if data["name"] in DATA_TEXTS
+    ]
+    return yaml.safe_dump(rows, sort_keys=False) if rows else None
+
+
+def render_table() -> str:
+    """README's table of the bundled checkpoints."""
+    lines = [
+        "| checkpoint | task | parameters | result, as measured here | command |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in entries():
+        tested = [e for e in entry.evaluations.values() if e["data"].get("split") == "test"]
+        parameters = tested[0]["model"]["parameters"] if tested else entry.parameters
+        command = f"`{tested[0]['command']}`" if tested else ""
+        lines.append(
+            f"| [{entry.name}](model_cards/{entry.name}.md) | {entry.task} | {parameters:,} "
+            f"| {entry.headline()} | {command} |"
+        )
+    return "\n".join(lines)
+
+
+def with_table(readme: str) -> str:
+    """README's text with the table between its two marks renewed.
+
+    Raises:
+        UserError: the marks are gone.
+    """
+    before, begin, rest = readme.partition(_TABLE_BEGIN)
+    _, end, after = rest.partition(_TABLE_END)
+    if not (begin and end):
+        raise UserError(f"README.md lacks the lines {_TABLE_BEGIN} and {_TABLE_END}")
+    return f"{before}{begin}\n{render_table()}\n{end}{after}"
+
+
+def rendered_files(root: Path) -> dict[Path, str]:
+    """Every file that the checkpoints' data determine: cards, plots and README."""
+    cards = root / "model_cards"
+    files = {cards / f"{name}.md": render_converted_card(name) for name in CONVERTED}
+    for entry in entries():
+        files[cards / f"{entry.name}.md"] = render_card(entry)
+        plot = budget_plot(entry)
+        if plot is not None:
+            files[cards / f"{entry.name}-budget.svg"] = plot
+    readme = root / "README.md"
+    files[readme] = with_table(readme.read_text(encoding="utf-8"))
+    return files
+
+
+def source_root() -> Path:
+    """The source checkout that holds the checkpoints.
+
+    Raises:
+        UserError: the package is installed without its sources.
+    """
+    root = checkpoints_root().parent
+    if not (root / "README.md").is_file():
+        raise UserError("cards are rendered inside a source checkout only; clone the repository")
+    return root
+
+
+def _test_figures(entry: Entry) -> list[tuple[dict[str, Any], dict[str, Any], str, float]]:
+    """(evaluation, data, metric, value) of every figure measured on a test split."""
+    return [
+        (evaluation, evaluation["data"], key, evaluation["results"][key])
+        for evaluation in entry.evaluations.values()
+        for key in _METRICS
+        if evaluation["data"].get("split") == "test" and key in evaluation["results"]
+    ]
+
+
+def _metadata(entry: Entry) -> str:
+    family = FAMILY_TEXTS[entry.config["model_type"]]
+    figures = _test_figures(entry)
+    known = [data["name"] for _, data, _, _ in figures if data["name"] in DATA_TEXTS]
+    results = [
+        EvalResult(
+            task_type=family.pipeline_tag,
+            dataset_type=DATA_TEXTS[data["name"]].repository,
+            dataset_name=DATA_TEXTS[data["name"]].title,
+            dataset_split=data["split"],
+            metric_type=_METRICS[key][0],
+            metric_name=_METRICS[key][1],
+            metric_value=value,
+        )
+        for _, data, key, value in figures
+        if data["name"] in DATA_TEXTS
+    ]
+    card = ModelCardData(
+        model_name=entry.name,
+        license="apache-2.0",
+        library_name="deqzoo",
+        pipeline_tag=family.pipeline_tag,
+        tags=["deep-equilibrium-model", entry.config["model_type"]],
+        datasets=sorted({DATA_TEXTS[name].repository for name in known}) or None,
+        eval_results=results or None,
+    )
+    return card.to_yaml()
+
+
+def _model_table(entry: Entry) -> str:
+    tested = next((e["model"] for e in entry.evaluations.values() if "model" in e), {})
+    rows = [
+        ("class", f"`{entry.architecture}`"),
+        ("parameters", f"{tested.get('parameters', entry.parameters):,}"),
+        ("weights", f"{entry.size / 2**20:.1f} MiB in {len(entry.weight_files)} file(s)"),
+        ("solver", f"`{json.dumps(entry.config.get('solver'))}`"),
+        ("gradient", f"`{json.dumps(entry.config.get('gradient'))}`"),
+        ("weights SHA-256", f"`{tested['weights_sha256']}`" if tested else "not recorded"),
+    ]
+    return _table(("", ""), rows)
+
+
+def _results(entry: Entry) -> list[str]:
+    if not entry.evaluations:
+        return ["Not evaluated yet."]
+    parts = []
+    for evaluation in entry.evaluations.values():
+        data = evaluation["data"]
+        text = DATA_TEXTS.get(data.get("name", ""))
+        title = text.title if text else data.get("name", "?")
+        parts.append(f"### {title}, {data.get('split', '?')} split")
+        if text:
+            parts.append(text.note)
+        rows = [
+            (name.replace("_", " "), _number(value))
+            for name, value in evaluation.get("results", {}).items()
+            if isinstance(value, (int, float))
+        ]
+        parts.append(_table(("figure", "value"), rows))
+        parts.append(f"Measured by `{evaluation.get('command', '?')}`: {main_figure(evaluation)}.")
+        per_class = evaluation.get("results", {}).get("per_class_accuracy")
+        if per_class:
+            rows = [(name, _number(value)) for name, value in per_class.items()]
+            parts.append(_table(("class", "accuracy"), rows))
+        parts += _budget(entry, evaluation)
+    return parts
+
+
+def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
+    budget = evaluation.get("budget")
+    if not budget or "accuracy" not in budget["steps"][0]:
+        return []
+    rows = [
+        (str(row["max_steps"]), _number(row["accuracy"]), _number(row["residual_median"]))
+        for row in budget["steps"]
+    ]
+    default = _number(budget["default_accuracy"])
+    return [
+        "Effort is a dial: accuracy after a fixed number of solver steps, on "
+        f"{budget['pictures']:,} pictures of this split (default solver there: {default}).",
+        _table(("solver steps", "accuracy", "median relative residual"), rows),
+        f"![accuracy against solver steps]({entry.name}-budget.svg)",
+    ]
+
+
+def _training(entry: Entry) -> str:
+    record = entry.folder / "training.json"
+    if not record.is_file():
+        return "No training record is stored beside these weights."
+    content = read_json(record)
+    rows = [
+        (name.replace("_", " "), _number(value))
+        for name, value in content.items()
+        if isinstance(value, (int, float, str))
+    ]
+    recipe = f"Recipe: `recipes/{entry.name}.yaml`, run by `deqzoo train`."
+    return f"{recipe}\n\n{_table(('', ''), rows)}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

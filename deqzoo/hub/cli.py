@@ -1,0 +1,84 @@
+"""Commands of the hub room: seal, cards, verify and publish."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from deqzoo.errors import UserError
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    for command in (seal, cards, verify, publish):
+        app.command()(command)
+
+
+def seal(
+    names: Annotated[list[str], typer.Argument(help="Zoo names or local folders.")],
+) -> None:
+    """Record the checksums and the golden prediction of finished checkpoints."""
+    from deqzoo import DEQModel
+    from deqzoo.hub.integrity import write_checksums, write_golden
+    from deqzoo.zoo import resolve_bundled
+
+    for name in names:
+        folder = resolve_bundled(name)
+        write_golden(folder, DEQModel.from_pretrained(folder))
+        typer.echo(f"{folder.name}: {write_checksums(folder)} written")
+
+
+def cards(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; fail where a file is out of date.")
+    ] = False,
+) -> None:
+    """Render model cards, plots and README's table from the checkpoints' files."""
+    from deqzoo.hub.cards import rendered_files, source_root
+
+    stale = []
+    for path, text in rendered_files(source_root()).items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(path)
+            if not check:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+    if check and stale:
+        names = ", ".join(path.name for path in stale)
+        raise UserError(f"out of date: {names}; run `deqzoo cards`")
+    typer.echo("up to date" if not stale else f"{len(stale)} file(s) written")
+
+
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Zoo names, folders or Hub names; all by default.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of Hub names.")] = None,
+) -> None:
+    """Check files, weights, golden prediction and card snippet of checkpoints."""
+    from deqzoo.hub.verify import verify_model
+    from deqzoo.zoo import list_models
+
+    faulty = []
+    for name in names or list_models():
+        faults = verify_model(name, revision=revision)
+        typer.echo(f"{name}: {'; '.join(faults) if faults else 'ok'}")
+        faulty += [name] if faults else []
+    if faulty:
+        raise UserError(f"{len(faulty)} checkpoint(s) failed: {', '.join(faulty)}")
+
+
+def publish(
+    name: Annotated[str, typer.Argument(help="Zoo name or local folder.")],
+    repo_id: Annotated[str, typer.Option(help="Repository on the Hub, ORG/NAME.")],
+    private: Annotated[bool, typer.Option(help="Create the repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would happen.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,
+    token: Annotated[str | None, typer.Option(help="Access token; the stored one if none.")] = None,
+) -> None:
+    """Upload a checkpoint and its card in one commit, and tag the version."""
+    from deqzoo.hub.publish import publish as upload
+
+    report = upload(name, repo_id, private=private, dry_run=dry_run, revision=revision, token=token)
+    typer.echo(report)

@@ -1,0 +1,122 @@
+"""Checksums of a checkpoint's files, and one golden prediction that its weights must repeat."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deqzoo.errors import UserError
+from deqzoo.evaluation.files import file_digest
+from deqzoo.zoo import read_json
+
+CHECKSUMS = "SHA256SUMS"
+GOLDEN = "golden.json"
+#: What a checkpoint folder may hold and publish; pickles are not among it.
+PUBLISHED_SUFFIXES = (".json", ".safetensors", ".txt", ".yaml", ".svg", ".png")
+
+# A tight solve, so that the numbers hardly depend on the machine's order of summation.
+_GOLDEN_SOLVER = {"max_steps": 100, "tol": 1e-5}
+_GOLDEN_TOLERANCE = 5e-3
+
+
+def published_files(folder: Path) -> list[Path]:
+    """Files of a checkpoint, relative to its folder and sorted, without card and checksums."""
+    return sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in PUBLISHED_SUFFIXES
+    )
+
+
+def write_checksums(folder: Path) -> Path:
+    """Record the SHA-256 of every published file, in the format of `sha256sum`."""
+    lines = [f"{file_digest(folder / path)}  {path.as_posix()}" for path in published_files(folder)]
+    target = folder / CHECKSUMS
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return target
+
+
+def check_checksums(folder: Path) -> list[str]:
+    """What is wrong with a folder's files, one line each; nothing if all is as recorded.
+
+    Raises:
+        UserError: the checksums are missing or unreadable.
+    """
+    try:
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        recorded = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no {CHECKSUMS}; `deqzoo seal` writes it") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {folder / CHECKSUMS}: {error}") from error
+    present = {path.as_posix() for path in published_files(folder)}
+    faults = [f"{name} is missing" for name in sorted(recorded.keys() - present)]
+    faults += [f"{name} is not in {CHECKSUMS}" for name in sorted(present - recorded.keys())]
+    for name in sorted(recorded.keys() & present):
+        if file_digest(folder / name) != recorded[name]:
+            faults.append(f"{name} has changed")
+    return faults
+
+
+def golden_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A small input computed from the model's configuration alone."""
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        rows = torch.linspace(-1, 1, config.image_size)
+        waves = [torch.sin((3 + c) * rows[:, None] + (2 + c) * rows[None, :]) for c in range(3)]
+        return {"pixel_values": torch.stack(waves)[None]}  # (1, 3, H, W)
+    if model.main_input_name == "input_ids":
+        ids = (torch.arange(24) * 7919 + 13) % config.vocab_size
+        return {"input_ids": ids[None], "labels": ids[None].clone()}
+    nodes = 10
+    ring = torch.arange(nodes)
+    edges = torch.stack([ring, ring.roll(-1)])
+    features = torch.cos(torch.outer(ring + 1.0, torch.arange(config.num_features) + 1.0))
+    return {"x": features, "edge_index": torch.cat([edges, edges.flip(0)], dim=1)}
+
+
+def golden_prediction(model: PreTrainedModel) -> dict[str, Any]:
+    """Numbers that sum up a model's answer to `golden_inputs`: logits, or the mean loss."""
+    inputs = {key: value.to(model.device) for key, value in golden_inputs(model).items()}
+    with torch.inference_mode():
+        output = model.eval()(**inputs, solver=_GOLDEN_SOLVER)
+    if "labels" in inputs:
+        return {"loss": round(output.loss.item(), 6)}
+    return {"logits": [round(value, 6) for value in output.logits.float().flatten().tolist()]}
+
+
+def write_golden(folder: Path, model: PreTrainedModel) -> Path:
+    """Record the golden prediction of a folder's weights."""
+    target = folder / GOLDEN
+    target.write_text(json.dumps(golden_prediction(model), indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+def check_golden(folder: Path, model: PreTrainedModel) -> list[str]:
+    """How the model's answer differs from the recorded one, one line per fault.
+
+    Raises:
+        UserError: there is no record.
+    """
+    if not (folder / GOLDEN).is_file():
+        raise UserError(f"{folder} has no {GOLDEN}; `deqzoo seal` writes it")
+    recorded, found = read_json(folder / GOLDEN), golden_prediction(model)
+    if recorded.keys() != found.keys():
+        return [f"{GOLDEN} records {', '.join(recorded)}, the model gives {', '.join(found)}"]
+    faults = []
+    for key, value in found.items():
+        expected = torch.atleast_1d(torch.tensor(recorded[key], dtype=torch.float64))
+        actual = torch.atleast_1d(torch.tensor(value, dtype=torch.float64))
+        if expected.shape != actual.shape:
+            return [f"golden {key} has {actual.numel()} numbers instead of {expected.numel()}"]
+        error = (expected - actual).abs().max().item()
+        allowed = _GOLDEN_TOLERANCE * max(1.0, expected.abs().max().item())
+        if not math.isfinite(error) or error > allowed:
+            faults.append(f"golden {key} differs by {error:.1e}, allowed is {allowed:.1e}")
+    return faults

@@ -1,0 +1,96 @@
+"""Whether a checkpoint is the one described: files, weights, prediction, card."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from PIL import Image
+
+from deqzoo.errors import UserError
+from deqzoo.evaluation.files import weights_digest
+from deqzoo.hub.cards import snippet
+from deqzoo.hub.catalogue import Entry, entry
+from deqzoo.hub.integrity import check_checksums, check_golden
+from deqzoo.models.auto import DEQModel
+from deqzoo.zoo import bundled_folder, resolve_folder, suggestion
+
+
+def verify_model(name: str, *, revision: str | None = None) -> list[str]:
+    """What is wrong with a checkpoint, one line each; nothing if it is sound.
+
+    Args:
+        name: zoo name, local folder, or repository on the Hub (then downloaded).
+        revision: of a repository on the Hub.
+
+    Raises:
+        UserError: there is no such checkpoint, or it cannot be fetched.
+    """
+    folder = resolve_folder(name) or _download(name, revision)
+    found = entry(str(folder))
+    faults = []
+    for check in (_files, _evaluations, _weights_and_prediction, _snippet):
+        try:
+            faults += check(found)
+        except UserError as error:
+            faults.append(str(error))
+    return faults
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})") from error
+
+
+def _files(found: Entry) -> list[str]:
+    return check_checksums(found.folder)
+
+
+def _evaluations(found: Entry) -> list[str]:
+    """Evaluation files must be of these weights."""
+    digest = weights_digest(found.folder)
+    return [
+        f"evaluation {stem} was made with other weights"
+        for stem, evaluation in found.evaluations.items()
+        if evaluation.get("model", {}).get("weights_sha256") != digest
+    ]
+
+
+def _weights_and_prediction(found: Entry) -> list[str]:
+    return check_golden(found.folder, DEQModel.from_pretrained(found.folder))
+
+
+def _snippet(found: Entry) -> list[str]:
+    """Run the card's example on a stand-in picture, with the name that finds this folder."""
+    if bundled_folder(found.name) == found.folder:
+        code = snippet(found)
+    else:
+        code = snippet(found).replace(f"deqzoo/{found.name}", str(found.folder))
+    try:
+        with _scratch_folder(), contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(code, f"card of {found.name}", "exec"), {})
+    except Exception as error:  # whatever the example raises is the finding
+        return [f"the card's example fails: {type(error).__name__}: {error}"]
+    return []
+
+
+@contextlib.contextmanager
+def _scratch_folder() -> Iterator[None]:
+    """A working folder that holds picture.png."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as scratch:
+        Image.linear_gradient("L").convert("RGB").save(Path(scratch) / "picture.png")
+        os.chdir(scratch)
+        try:
+            yield
+        finally:
+            os.chdir(before)

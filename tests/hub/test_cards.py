@@ -1,0 +1,139 @@
+"""Cards, seals and verification of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from deqzoo import DEQModel, UserError
+from deqzoo.cli import run
+from deqzoo.evaluation.files import write_evaluation
+from deqzoo.evaluation.images import evaluate_images
+from deqzoo.hub import cards
+from deqzoo.hub.card_texts import CONVERTED
+from deqzoo.hub.catalogue import entry
+from deqzoo.hub.integrity import check_checksums, check_golden
+from deqzoo.hub.plot import line_plot
+from deqzoo.hub.verify import verify_model
+
+
+@pytest.fixture(scope="session")
+def measured(tiny_mdeq: Path, cifar_folder: Path, tmp_path_factory) -> Path:
+    """A sealed checkpoint with an evaluation file, inside a small source checkout."""
+    root = tmp_path_factory.mktemp("checkout")
+    folder = root / "hub_configs" / "mdeq-test"
+    shutil.copytree(tiny_mdeq, folder)
+    model = DEQModel.from_pretrained(folder)
+    content = evaluate_images(model, "mdeq-test", data=cifar_folder, progress=False)
+    write_evaluation(folder / "evaluation" / "cifar10-test.json", content)
+    (root / "README.md").write_text("# x\n<!-- models:begin -->\n<!-- models:end -->\nend\n")
+    assert run(["seal", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def checkout(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that checkout which the package takes for its own."""
+    root = Path(shutil.copytree(measured.parents[1], tmp_path / "checkout"))
+    for module in ("deqzoo.zoo", "deqzoo.hub.cards"):
+        monkeypatch.setattr(f"{module}.checkpoints_root", lambda: root / "hub_configs")
+    return root
+
+
+def test_card_quotes_the_evaluation_file(checkout: Path) -> None:
+    found = entry("mdeq-test")
+    text = cards.render_card(found)
+    card = ModelCard(text)
+    evaluation = found.evaluations["cifar10-test"]
+    (result,) = card.data.eval_results
+    assert result.metric_value == evaluation["results"]["accuracy"]
+    assert result.dataset_type == "uoft-cs/cifar10" and card.data.model_name == "mdeq-test"
+    assert evaluation["model"]["weights_sha256"] in text
+    assert f"{evaluation['results']['expected_calibration_error']:.4g}" in text
+    assert "deqzoo evaluate mdeq-test --split test" in text
+    assert "geng2021training" in text and "bai2020multiscale" in text
+
+
+def test_newer_result_format_parses(checkout: Path) -> None:
+    import yaml
+    from huggingface_hub import parse_eval_result_entries
+
+    (row,) = parse_eval_result_entries(yaml.safe_load(cards.eval_results_yaml(entry("mdeq-test"))))
+    assert row.dataset_id == "uoft-cs/cifar10"
+
+
+def test_converted_cards_name_a_preset_that_exists() -> None:
+    from deqzoo.models.deq_transformer.presets_deq_transformer import PRESETS as TEXT
+    from deqzoo.models.ignn.convert_ignn import PRESETS as GRAPHS
+    from deqzoo.models.mdeq.presets_mdeq import PRESETS as IMAGES
+
+    presets = {"mdeq": IMAGES, "deq_transformer": TEXT, "ignn": GRAPHS}
+    for name, text in CONVERTED.items():
+        words = text.command.split()
+        assert words[words.index("--config") + 1] in presets[text.family]
+        assert words[2].replace("-", "_") == text.family
+        card = ModelCard(cards.render_converted_card(name))
+        assert "not measured here" in card.text
+
+
+def test_cards_command(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["cards", "--check"]) == 2
+    assert "run `deqzoo cards`" in capsys.readouterr().err
+    assert run(["cards"]) == 0
+    assert run(["cards", "--check"]) == 0
+    assert "| [mdeq-test](model_cards/mdeq-test.md)" in (checkout / "README.md").read_text()
+    assert (checkout / "model_cards" / "mdeq-test-budget.svg").read_text().startswith("<svg")
+    assert (checkout / "README.md").read_text().endswith("end\n")
+
+
+def test_verify_is_green_and_sees_faults(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify"]) == 0
+    assert "mdeq-test: ok" in capsys.readouterr().out
+    folder = checkout / "hub_configs" / "mdeq-test"
+    evaluation = folder / "evaluation" / "cifar10-test.json"
+    content = json.loads(evaluation.read_text())
+    content["model"]["weights_sha256"] = "0" * 64
+    evaluation.write_text(json.dumps(content))
+    faults = verify_model("mdeq-test")
+    assert any("has changed" in fault for fault in faults)
+    assert any("other weights" in fault for fault in faults)
+    assert run(["verify", "mdeq-test"]) == 2
+
+
+def test_checksums_see_added_and_missing_files(checkout: Path) -> None:
+    folder = checkout / "hub_configs" / "mdeq-test"
+    (folder / "extra.json").write_text("{}")
+    (folder / "preprocessor_config.json").unlink()
+    assert check_checksums(folder) == [
+        "preprocessor_config.json is missing",
+        "extra.json is not in SHA256SUMS",
+    ]
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="deqzoo seal"):
+        check_checksums(folder)
+
+
+def test_golden_prediction_sees_other_weights(checkout: Path) -> None:
+    folder = checkout / "hub_configs" / "mdeq-test"
+    model = DEQModel.from_pretrained(folder)
+    assert check_golden(folder, model) == []
+    model.classifier.bias.data += 1
+    assert "golden logits differs" in check_golden(folder, model)[0]
+
+
+def test_broken_snippet_is_a_fault(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deqzoo.hub.verify.snippet", lambda found: "raise KeyError('gone')")
+    assert verify_model("mdeq-test") == ["the card's example fails: KeyError: 'gone'"]
+
+
+def test_plot_places_points_by_value() -> None:
+    svg = line_plot([(2, 10.0), (8, 30.0)], title="a < b", x_label="x", y_label="y")
+    (points,) = [part for part in svg.split('"') if part.count(",") == 2 and " " in part][:1]
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
+    assert x1 > x0 and y1 < y0 and "a &lt; b" in svg
