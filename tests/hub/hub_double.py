@@ -25,6 +25,11 @@ class HubDouble(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.reset()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def reset(self) -> None:
+        """Forget all repositories and faults."""
         self.refs: dict[str, dict[str, str]] = {}
         self.commits: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
@@ -32,7 +37,6 @@ class HubDouble(ThreadingHTTPServer):
         self.n_commits = 0
         self.refuse_uploads = False
         self.corrupt = ""
-        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
         """Path -> content at a branch, tag or commit."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,43 +25,28 @@ _SPEC.loader.exec_module(hub_double)
 
 REPOSITORY = "org/mdeq-test"
 
-
-@pytest.fixture
-def hub() -> Iterator[hub_double.HubDouble]:
-    server = hub_double.HubDouble()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def sealed(tiny_mdeq: Path, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(tiny_mdeq, tmp_path / "mdeq-test"))
-    assert run(["seal", str(folder)]) == 0
-    return folder
-
-
-def client(
-    hub: hub_double.HubDouble, home: Path, *command: object, token: str = hub_double.TOKEN
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line with its own cache against the stand-in."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_TOKEN": token,
-    }
-    arguments = [sys.executable, *map(str, command)]
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
-
-
-def publish(hub: hub_double.HubDouble, home: Path, folder: Path, *more: str, **keywords: str):
-    return client(
-        hub, home, "-m", "deqzoo", "publish", folder, "--repo-id", REPOSITORY, *more, **keywords
-    )
-
+# One process with the real client serves all tests, since importing it takes seconds; it reads
+# requests as JSON lines and answers likewise.
+WORKER = """
+import contextlib, io, json, os, sys, traceback
+from deqzoo.cli import run
+for line in sys.stdin:
+    request = json.loads(line)
+    os.environ["HF_TOKEN"] = request["token"]
+    sys.argv = ["worker", *request["arguments"]]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if request["script"]:
+                exec(request["script"], {})
+            else:
+                code = run(request["arguments"])
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    answer = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+    print(json.dumps(answer), flush=True)
+"""
 
 LOAD = """
 import sys
@@ -72,80 +59,154 @@ for revision in sys.argv[2:] or [None]:
         print("refused:", error)
 """
 
+PUSH = """
+import sys
+from deqzoo import DEQModel
+DEQModel.from_pretrained(sys.argv[1]).push_to_hub("org/pushed")
+"""
 
-def test_round_trip(hub: hub_double.HubDouble, sealed: Path, tmp_path: Path) -> None:
-    done = publish(hub, tmp_path / "a", sealed)
-    assert done.returncode == 0, done.stderr
+
+@dataclass(frozen=True)
+class Done:
+    """What a request to the worker gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Client:
+    """A process whose Hugging Face libraries talk to the stand-in."""
+
+    def __init__(self, url: str, home: Path) -> None:
+        self.home = home
+        environment = os.environ | {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def __call__(self, *arguments: object, script: str = "", token: str = hub_double.TOKEN) -> Done:
+        """Run a command of the command line, or a script with arguments, in a clean cache."""
+        shutil.rmtree(self.home, ignore_errors=True)
+        request = {"arguments": [*map(str, arguments)], "script": script, "token": token}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return Done(**json.loads(self.process.stdout.readline()))
+
+    def publish(self, folder: Path, *more: str, token: str = hub_double.TOKEN) -> Done:
+        """Publish a folder as REPOSITORY."""
+        return self("publish", folder, "--repo-id", REPOSITORY, *more, token=token)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[hub_double.HubDouble]:
+    server = hub_double.HubDouble()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def client(server: hub_double.HubDouble, tmp_path_factory) -> Iterator[Client]:
+    client = Client(server.url, tmp_path_factory.mktemp("cache") / "home")
+    yield client
+    client.process.stdin.close()
+    client.process.wait(timeout=30)
+
+
+@pytest.fixture
+def hub(server: hub_double.HubDouble) -> hub_double.HubDouble:
+    """The stand-in without repositories and faults."""
+    server.reset()
+    return server
+
+
+@pytest.fixture
+def sealed(tiny_mdeq: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(tiny_mdeq, tmp_path / "mdeq-test"))
+    assert run(["seal", str(folder)]) == 0
+    return folder
+
+
+def test_round_trip(hub: hub_double.HubDouble, client: Client, sealed: Path) -> None:
+    done = client.publish(sealed)
+    assert done.code == 0, done.err
     files = hub.files(REPOSITORY)
     assert files["model.safetensors"] == (sealed / "model.safetensors").read_bytes()
-    assert files["README.md"].startswith(b"---\n") and b"model_name" not in files["config.json"]
-    assert hub.files(REPOSITORY, f"v{deqzoo.__version__}") == files
+    assert files["README.md"].startswith(b"---\n")
+    tag = f"v{deqzoo.__version__}"
+    assert hub.files(REPOSITORY, tag) == files
     commits = hub.n_commits
-    assert publish(hub, tmp_path / "a", sealed).returncode == 0
+    assert client.publish(sealed).code == 0
     assert hub.n_commits == commits  # nothing had changed
 
-    tag = f"v{deqzoo.__version__}"
-    loaded = client(hub, tmp_path / "b", "-c", LOAD, REPOSITORY, "main", tag, "v9")
-    first, second, missing = loaded.stdout.splitlines()
-    assert first.startswith("MDEQForImageClassification") and first == second, loaded.stderr
+    loaded = client(REPOSITORY, "main", tag, "v9", script=LOAD)
+    first, second, missing = loaded.out.splitlines()
+    assert first.startswith("MDEQForImageClassification") and first == second, loaded.err
     assert "no revision 'v9'" in missing
-    verified = client(hub, tmp_path / "c", "-m", "deqzoo", "verify", REPOSITORY)
-    assert verified.returncode == 0 and f"{REPOSITORY}: ok" in verified.stdout, verified.stdout
+    verified = client("verify", REPOSITORY)
+    assert verified.code == 0 and f"{REPOSITORY}: ok" in verified.out, verified
 
 
 def test_branches_and_private_repositories(
-    hub: hub_double.HubDouble, sealed: Path, tmp_path: Path
+    hub: hub_double.HubDouble, client: Client, sealed: Path
 ) -> None:
-    done = publish(hub, tmp_path / "a", sealed, "--private", "--revision", "trial")
-    assert done.returncode == 0, done.stderr
+    done = client.publish(sealed, "--private", "--revision", "trial")
+    assert done.code == 0, done.err
     assert hub.private[REPOSITORY] and "config.json" in hub.files(REPOSITORY, "trial")
     assert hub.files(REPOSITORY, "main") == {}
-    hidden = client(hub, tmp_path / "b", "-c", LOAD, REPOSITORY, "trial", token="hf_other")
-    assert "no repository" in hidden.stdout and "private" in hidden.stdout
-    shown = client(hub, tmp_path / "b", "-c", LOAD, REPOSITORY, "trial")
-    assert shown.stdout.startswith("MDEQForImageClassification"), shown.stderr
+    hidden = client(REPOSITORY, "trial", script=LOAD, token="hf_other")
+    assert "no repository" in hidden.out and "private" in hidden.out
+    shown = client(REPOSITORY, "trial", script=LOAD)
+    assert shown.out.startswith("MDEQForImageClassification"), shown.err
 
 
 def test_wrong_token_and_missing_repository(
-    hub: hub_double.HubDouble, sealed: Path, tmp_path: Path
+    hub: hub_double.HubDouble, client: Client, sealed: Path
 ) -> None:
-    done = publish(hub, tmp_path, sealed, token="hf_wrong")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "HF_TOKEN" in done.stderr and REPOSITORY not in hub.refs
-    absent = client(hub, tmp_path, "-c", LOAD, "org/absent")
-    assert "the Hub has no repository org/absent" in absent.stdout
+    done = client.publish(sealed, token="hf_wrong")
+    assert done.code == 2 and len(done.err.splitlines()) == 1
+    assert "HF_TOKEN" in done.err and REPOSITORY not in hub.refs
+    absent = client("org/absent", script=LOAD)
+    assert "the Hub has no repository org/absent" in absent.out
 
 
 def test_interrupted_upload_commits_nothing(
-    hub: hub_double.HubDouble, sealed: Path, tmp_path: Path
+    hub: hub_double.HubDouble, client: Client, sealed: Path
 ) -> None:
     hub.refuse_uploads = True
-    done = publish(hub, tmp_path, sealed)
-    assert done.returncode == 2 and "nothing was committed" in done.stderr.splitlines()[-1]
+    done = client.publish(sealed)
+    assert done.code == 2 and "nothing was committed" in done.err.splitlines()[-1]
     assert hub.files(REPOSITORY) == {}
     hub.refuse_uploads = False
-    assert publish(hub, tmp_path, sealed).returncode == 0
+    assert client.publish(sealed).code == 0
     assert "model.safetensors" in hub.files(REPOSITORY)
 
 
 def test_corrupted_download_is_found(
-    hub: hub_double.HubDouble, sealed: Path, tmp_path: Path
+    hub: hub_double.HubDouble, client: Client, sealed: Path
 ) -> None:
-    assert publish(hub, tmp_path / "a", sealed).returncode == 0
+    assert client.publish(sealed).code == 0
     hub.corrupt = "model.safetensors"
-    done = client(hub, tmp_path / "b", "-m", "deqzoo", "verify", REPOSITORY)
-    assert done.returncode == 2 and "model.safetensors has changed" in done.stdout
+    done = client("verify", REPOSITORY)
+    assert done.code == 2 and "model.safetensors has changed" in done.out
 
 
-def test_push_to_hub(hub: hub_double.HubDouble, sealed: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys\nfrom deqzoo import DEQModel\n"
-        "DEQModel.from_pretrained(sys.argv[1]).push_to_hub('org/pushed')\n"
-    )
-    done = client(hub, tmp_path / "a", "-c", script, sealed)
-    assert done.returncode == 0, done.stderr
-    loaded = client(hub, tmp_path / "b", "-c", LOAD, "org/pushed")
-    assert loaded.stdout.startswith("MDEQForImageClassification"), loaded.stderr
+def test_push_to_hub(hub: hub_double.HubDouble, client: Client, sealed: Path) -> None:
+    done = client(sealed, script=PUSH)
+    assert done.code == 0, done.err
+    loaded = client("org/pushed", script=LOAD)
+    assert loaded.out.startswith("MDEQForImageClassification"), loaded.err
 
 
 def test_dry_run_lists_files_and_sends_nothing(sealed: Path, capsys) -> None:
