@@ -82,6 +82,7 @@ class DEQPreTrainedModel(PreTrainedModel):
     config: PreTrainedConfig
     supports_gradient_checkpointing = True
     _warned_unsolved = False
+    solver_seconds = 0.0  # wall time in solvers so far; training logs its share
 
     def set_solver(self, name: str | None = None, **settings: Any) -> None:
         """Change the solver from now on (stored in the config).
@@ -141,6 +142,7 @@ class DEQPreTrainedModel(PreTrainedModel):
             checkpoint=checkpoint and torch.is_grad_enabled(),
             **options,
         )
+        self.solver_seconds += solution.seconds
         self._warn_unsolved(solution)
         return solution
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from deqzoo.errors import UserError
 from deqzoo.evaluation.graph_nodes import (
@@ -78,7 +79,7 @@ def node_config(task: NodeTask, example: Any, settings: dict[str, Any]) -> IGNNC
             problem_type=f"{kind}_label_classification",
             **settings,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model settings: {' '.join(str(error).split())}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -54,6 +55,7 @@ class Solution:
         residual: the one that the solver's stop mode looks at.
         n_evals: evaluations of F on (what is left of) the batch.
         row_evals: rows that these evaluations processed, all together.
+        seconds: wall time of the solve (on a GPU: until the last look at its flags).
         trace: stop-mode residual after each update, shape (*cells, n); a stopped cell repeats its
             last value. None unless asked for.
         samples: intermediate states, where asked for.
@@ -68,6 +70,7 @@ class Solution:
     residual: Tensor
     n_evals: int
     row_evals: int
+    seconds: float = 0.0
     trace: Tensor | None = None
     samples: list[State] | None = None
     backward: BackwardReport | None = None
@@ -272,6 +275,7 @@ class _Loop:
         self.scale: Tensor | None = None  # (C,) halved steps of restarted cells
         self.trace: list[Tensor] | None = [] if trace else None
         self.n_evals = self.row_evals = 0
+        self.started = time.perf_counter()
         self.on_cpu = matrix.device.type == "cpu"
         self.check_every = solver.check_every or (1 if self.on_cpu else 4)
 
@@ -422,6 +426,7 @@ class _Loop:
             residual=books.residual.reshape(shape),
             n_evals=self.n_evals,
             row_evals=self.row_evals,
+            seconds=time.perf_counter() - self.started,
             trace=trace,
         )
 

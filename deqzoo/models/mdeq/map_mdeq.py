@@ -22,11 +22,14 @@ from torch import Tensor
 
 from deqzoo.equilibrium import Selection
 
+from .native_norm import group_norm
+
 State = tuple[Tensor, ...]
 Masks = tuple[tuple[Tensor, ...], ...]
 Nested = TypeVar("Nested")
 
-NORM_EPS = 1e-5
+Norm = Callable[..., Tensor]
+"""`group_norm` or another implementation with its signature."""
 
 
 class ConvNormTensors(NamedTuple):
@@ -68,40 +71,56 @@ def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
     return type(nested)(*values) if hasattr(nested, "_fields") else tuple(values)
 
 
-def _conv_norm(x: Tensor, tensors: ConvNormTensors, groups: int, stride: int = 1) -> Tensor:
+def _conv_norm(
+    x: Tensor,
+    tensors: ConvNormTensors,
+    groups: int,
+    norm: Norm,
+    stride: int = 1,
+    relu_after: bool = False,
+) -> Tensor:
     """GroupNorm(conv(x)); 'same' padding of an odd kernel."""
     x = F.conv2d(x, tensors.weight, stride=stride, padding=tensors.weight.shape[-1] // 2)
-    return F.group_norm(x, groups, tensors.scale, tensors.shift, NORM_EPS)
+    return norm(x, groups, tensors.scale, tensors.shift, relu_after=relu_after)
 
 
 def _block(
-    x: Tensor, injection: Tensor | None, mask: Tensor | None, tensors: BlockTensors, groups: int
+    x: Tensor,
+    injection: Tensor | None,
+    mask: Tensor | None,
+    tensors: BlockTensors,
+    groups: int,
+    norm: Norm,
 ) -> Tensor:
     """Residual block; injection before the second norm, rectifier before the third."""
-    a = F.relu(_conv_norm(x, tensors.first, groups))
+    a = _conv_norm(x, tensors.first, groups, norm, relu_after=True)
     second = tensors.second
     b = F.conv2d(a, second.weight, padding=second.weight.shape[-1] // 2)
     if mask is not None:
         b = b * mask
     if injection is not None:
         b = b + injection
-    c = F.group_norm(b, groups, second.scale, second.shift, NORM_EPS) + x
-    return F.group_norm(F.relu(c), groups, tensors.scale3, tensors.shift3, NORM_EPS)
+    c = norm(b, groups, second.scale, second.shift) + x
+    return norm(c, groups, tensors.scale3, tensors.shift3, relu_before=True)
 
 
 def _resample(
-    x: Tensor, stages: tuple[ConvNormTensors, ...], source: int, target: int, groups: int
+    x: Tensor,
+    stages: tuple[ConvNormTensors, ...],
+    source: int,
+    target: int,
+    groups: int,
+    norm: Norm,
 ) -> Tensor:
     """Bring the output of one resolution to the size and the channels of another one."""
     if source == target:
         return x
     if source > target:  # the norm is taken at the low resolution
-        x = _conv_norm(x, stages[0], groups)
+        x = _conv_norm(x, stages[0], groups, norm)
         return F.interpolate(x, scale_factor=2 ** (source - target), mode="nearest")
     for k, stage in enumerate(stages):
-        x = _conv_norm(x, stage, groups, stride=2)
-        if k < len(stages) - 1:
-            x = F.relu(x)
+        last = k == len(stages) - 1
+        x = _conv_norm(x, stage, groups, norm, stride=2, relu_after=not last)
     return x
 
 
@@ -111,6 +130,7 @@ def mdeq_step(
     masks: Masks | None,
     tensors: MapTensors,
     num_groups: int,
+    norm: Norm = group_norm,
 ) -> State:
     """One application of the equilibrium map.
 
@@ -120,6 +140,7 @@ def mdeq_step(
         masks: per resolution and block a dropout mask (B, C_i, 1, 1), or None for no dropout.
         tensors: the effective weights.
         num_groups: groups of every norm but the last ones, which have half as many.
+        norm: implementation of the group norm.
 
     Returns:
         The next state, same shapes and dtypes.
@@ -129,15 +150,17 @@ def mdeq_step(
         h = state[i]
         for b, block in enumerate(blocks):
             mask = None if masks is None else masks[i][b]
-            h = _block(h, injections[i] if b == 0 else None, mask, block, num_groups)
+            h = _block(h, injections[i] if b == 0 else None, mask, block, num_groups, norm)
         outputs.append(h)
     result = []
     for i, post in enumerate(tensors.post):
-        parts = [_resample(h, tensors.fuse[i][j], j, i, num_groups) for j, h in enumerate(outputs)]
+        parts = [
+            _resample(h, tensors.fuse[i][j], j, i, num_groups, norm) for j, h in enumerate(outputs)
+        ]
         y = parts[0]
         for part in parts[1:]:
             y = y + part
-        y = _conv_norm(F.relu(y), post, num_groups // 2)
+        y = _conv_norm(F.relu(y), post, num_groups // 2, norm)
         result.append(y.to(state[i].dtype))  # under autocast a convolution answers in low precision
     return tuple(result)
 
@@ -164,10 +187,13 @@ class MDEQMap:
     injections: tuple[Tensor | None, ...]
     masks: Masks | None
     num_groups: int
+    norm: Norm = group_norm
 
     def __call__(self, state: State) -> State:
         """Apply the map once to a tuple of (B, C_i, H_i, W_i)."""
-        return mdeq_step(tuple(state), self.injections, self.masks, self.tensors, self.num_groups)
+        return mdeq_step(
+            tuple(state), self.injections, self.masks, self.tensors, self.num_groups, self.norm
+        )
 
     def select(self, selection: Selection) -> MDEQMap:
         """The same map for the rows of the batch that are still being solved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from .layers_mdeq import (
     row_norms,
 )
 from .map_mdeq import CompiledMDEQMap, Masks, MDEQMap, State
+from .native_norm import group_norm, native_group_norm, native_norm_available
 
 
 @dataclass
@@ -114,6 +116,15 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
         """
         self.base_model.map_compiled = enabled
 
+    def use_native_norm(self, enabled: bool = True) -> bool:
+        """Use the compiled group norm of `native_norm` in the map, or no longer.
+
+        Returns:
+            Whether it is in use; it is not where it cannot be compiled.
+        """
+        self.base_model.native_norm = enabled and native_norm_available()
+        return self.base_model.native_norm
+
     def equilibrium_map(
         self, pixel_values: Tensor, dropout_masks: Masks | None = None
     ) -> tuple[MDEQMap, State]:
@@ -167,6 +178,7 @@ class MDEQModel(MDEQPreTrainedModel):
         self.injection = MDEQInjection(config) if config.injection_transform else None
         self.transformation = MDEQTransformation(config)
         self.map_compiled = False
+        self.native_norm = False
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -195,6 +207,7 @@ class MDEQModel(MDEQPreTrainedModel):
             injections=(injection,) + (None,) * (len(state) - 1),
             masks=dropout_masks,
             num_groups=self.config.num_groups,
+            norm=native_group_norm if self.native_norm else group_norm,
         )
         return f, state
 
@@ -236,7 +249,8 @@ class MDEQModel(MDEQPreTrainedModel):
             )
         if output_state:
             output.state = tuple(z.detach() for z in output.features)
-            output.equilibrium_map = f
+            # The compiled norm cannot be differentiated twice, which the Jacobian penalty needs.
+            output.equilibrium_map = dataclasses.replace(f, norm=group_norm)
         return output
 
     def _unroll(self, f: Callable[[State], State], state: State, tol: float) -> MDEQModelOutput:

@@ -1,0 +1,134 @@
+"""What happens beside the training steps of a recipe."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from deqzoo.training.trainer import RecipeTrainer, _flat
+
+
+class AverageCallback(TrainerCallback):
+    """Feeds the moving average of the weights after every optimiser step."""
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.trainer.average is not None:
+            self.trainer.average.update_parameters(self.trainer.model)
+
+
+class CheckpointClock(TrainerCallback):
+    """Checkpoints after so many minutes, and at the end of every stage."""
+
+    def __init__(self, trainer: RecipeTrainer, minutes: float) -> None:
+        self.trainer = trainer
+        self.seconds = 60 * minutes
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        ended = state.global_step in self.trainer.plan.starts[1:]
+        if ended or time.monotonic() - self.trainer.last_save > self.seconds:
+            control.should_save = True
+        return control
+
+
+class EvaluationClock(TrainerCallback):
+    """Evaluates on the validation split every so many epochs, and at the end."""
+
+    def __init__(self, trainer: RecipeTrainer, per_epoch: float) -> None:
+        self.trainer = trainer
+        self.per_epoch = per_epoch
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        plan, step = self.trainer.plan, state.global_step
+        before = int(plan.epoch(step - 1) * self.per_epoch + 1e-6)
+        after = int(plan.epoch(step) * self.per_epoch + 1e-6)
+        if after > before or step == plan.total:
+            control.should_evaluate = True
+        return control
+
+
+class Snapshots(TrainerCallback):
+    """Half-precision copies of the current weights from initialisation to the end."""
+
+    def __init__(self, trainer: RecipeTrainer, count: int) -> None:
+        self.trainer = trainer
+        total = trainer.plan.total
+        self.steps = {round(i * total / max(count - 1, 1)) for i in range(count)}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step == 0:
+            self.take(0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step in self.steps:
+            self.take(state.global_step)
+
+    def take(self, step: int) -> None:
+        if not self.steps or not self.trainer.is_world_process_zero():
+            return
+        folder = self.trainer.out / "snapshots"
+        folder.mkdir(exist_ok=True)
+        half = {
+            name: t.half() if t.is_floating_point() else t
+            for name, t in _flat(self.trainer.model).items()
+        }
+        save_file(half, folder / f"step-{step:07d}.safetensors")
+        self.trainer.model.config.save_pretrained(folder)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log line to metrics.jsonl, with the wall time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            entry = {"step": state.global_step, "time": round(time.time(), 1), **logs}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+class StopFile(TrainerCallback):
+    """Stops cleanly, with a checkpoint, once a file named `stop` lies in the run's folder.
+
+    Args:
+        folder: the run's folder.
+        max_steps: also stop once so many optimiser steps are done.
+    """
+
+    def __init__(self, folder: Path, max_steps: int | None = None) -> None:
+        self.path = folder / "stop"
+        self.max_steps = max_steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        reached = self.max_steps is not None and state.global_step >= self.max_steps
+        if reached or self.path.exists():
+            control.should_save = control.should_training_stop = True
+        return control

@@ -1,0 +1,249 @@
+"""Image classification: the data set stays in memory, whole batches are augmented at once."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deqzoo.data.cifar import load_cifar10
+from deqzoo.data.imagenette import load_imagenette
+from deqzoo.data.images import Pictures
+from deqzoo.errors import UserError
+from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
+from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
+from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
+from deqzoo.training.cost import count_flops
+from deqzoo.training.recipe import Recipe, Stage
+from deqzoo.training.task import Plan
+
+LOADERS = {"cifar10": load_cifar10, "imagenette": load_imagenette}
+
+
+class ImageClassificationTask:
+    """CIFAR-10 and Imagenette with MDEQ."""
+
+    metric = "accuracy"
+    higher_is_better = True
+
+    def __init__(self, recipe: Recipe, data: str | os.PathLike[str] | None) -> None:
+        if recipe.data.name not in LOADERS:
+            raise UserError(
+                f"unknown image data set {recipe.data.name!r}; choose {', '.join(LOADERS)}"
+            )
+        load = LOADERS[recipe.data.name]
+        self.recipe = recipe
+        self.training: Pictures = load("train", data, **recipe.data.options)
+        self.validation: Pictures = load("validation", data, **recipe.data.options)
+        self.config = self._config()
+        self.processor = MDEQImageProcessor.for_config(self.config)
+        self.mean = torch.tensor(self.processor.image_mean).reshape(1, 3, 1, 1)
+        self.std = torch.tensor(self.processor.image_std).reshape(1, 3, 1, 1)
+        self._order: tuple[int, Tensor] | None = None
+
+    def _config(self) -> MDEQConfig:
+        names = self.training.classes
+        return MDEQConfig.from_preset(
+            self.recipe.model.preset,
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            **self.recipe.model.overrides,
+        )
+
+    def model(self) -> PreTrainedModel:
+        model = MDEQForImageClassification(self.config)
+        if self.recipe.whiten:
+            whiten_stem(model, self._normalised(self.training.pixels[:5000]))
+        return model
+
+    def steps_per_epoch(self, stage: Stage) -> int:
+        return len(self.training) // (self.recipe.batch_size * self.recipe.accumulate)
+
+    def batch(self, plan: Plan, micro_step: int, rank: int, world: int) -> dict[str, Any]:
+        """Pictures (b, 3, S, S) float32 and labels (b,), b = batch_size / world."""
+        step, part = divmod(micro_step, plan.accumulate)
+        stage = plan.stage(step)
+        per_epoch = plan.steps_per_epoch[plan.index(step)]
+        epoch = int(plan.epoch(step) + 1e-9)
+        position = round((plan.epoch(step) - epoch) * per_epoch) % per_epoch
+        size = self.recipe.batch_size
+        first = (position * plan.accumulate + part) * size
+        share = size // world
+        rows = self._epoch_order(epoch)[first + rank * share : first + (rank + 1) * share]
+        generator = torch.Generator().manual_seed(_mix(self.recipe.seed, micro_step, rank))
+        pixels = self.training.pixels[rows]
+        pixels = augment(pixels, rows, epoch, self.recipe.augment, generator)
+        return {
+            "pixel_values": resize(self._normalised(pixels), stage.resolution),
+            "labels": self.training.labels[rows],
+        }
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(_mix(self.recipe.seed, epoch, 1 << 20))
+            self._order = (epoch, torch.randperm(len(self.training), generator=generator))
+        return self._order[1]
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+        return F.cross_entropy(
+            outputs.logits.float(), batch["labels"], label_smoothing=self.recipe.label_smoothing
+        )
+
+    def before_forward(self, model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
+
+    def after_forward(self, outputs: Any) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    @torch.no_grad()
+    def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
+        """Accuracy and solver report with the config's own solver, at the stage's resolution."""
+        n = min(samples, len(self.validation))
+        right, loss, residuals, steps = 0, 0.0, [], []
+        for start in range(0, n, 250):
+            rows = slice(start, min(start + 250, n))
+            pixels = resize(self._normalised(self.validation.pixels[rows]), stage.resolution)
+            labels = self.validation.labels[rows]
+            out = model(pixel_values=pixels.to(model.device), shallow=stage.shallow)
+            logits = out.logits.float().cpu()
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            residuals.append(out.residual.float().cpu())
+            steps.append(out.n_steps.float().cpu())
+        residual = torch.cat(residuals)
+        return {
+            "accuracy": right / n,
+            "nll": loss / n,
+            "residual_median": float(residual.median()),
+            "residual_p95": float(residual.quantile(0.95)),
+            "steps_mean": float(torch.cat(steps).mean()),
+        }
+
+    def flops(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
+        side = stage.resolution or self.config.image_size
+        pixels = torch.zeros(1, 3, side, side, device=model.device)
+        was_training = model.training
+        model.eval()
+        f, state = model.equilibrium_map(pixels)
+        per_evaluation = count_flops(lambda: f(state))
+        whole = count_flops(
+            lambda: model(pixels, solver={"name": "fixed_point", "max_steps": 1, "tol": 0.0})
+        )
+        model.train(was_training)
+        return per_evaluation, whole - 2 * per_evaluation
+
+    def describe(self) -> dict[str, Any]:
+        return {"train": self.training.describe(), "validation": self.validation.describe()}
+
+    def save_processor(self, folder: str) -> None:
+        self.processor.save_pretrained(folder)
+
+
+def resize(pixels: Tensor, side: int | None) -> Tensor:
+    """Scale pictures (B, C, H, W) down to side × side by area averaging."""
+    if side is None or side == pixels.shape[-1]:
+        return pixels
+    return F.interpolate(pixels, size=(side, side), mode="area")
+
+
+def augment(
+    pixels: Tensor, rows: Tensor, epoch: int, options: dict[str, Any], generator: torch.Generator
+) -> Tensor:
+    """Augment uint8 pictures (B, 3, H, W).
+
+    Args:
+        pixels: the batch.
+        rows: indices of its pictures in the data set, which decide about alternating flips.
+        epoch: number of the epoch.
+        options: `crop`: pixels of reflected padding around which a crop of the old size is drawn;
+            `flip`: "alternating" (every picture is flipped every other epoch, the first time at
+            random) or "random"; `cutout`: side of a square that is blanked.
+        generator: source of the draws.
+
+    Raises:
+        UserError: unknown option or value.
+    """
+    unknown = set(options) - {"crop", "flip", "cutout"}
+    if unknown:
+        raise UserError(f"unknown augmentation {sorted(unknown)[0]!r}; valid: crop, flip, cutout")
+    n = len(pixels)
+    flip = options.get("flip")
+    if flip == "alternating":
+        # A fixed pseudo-random bit per picture, then every other epoch.
+        chosen = ((rows * 2654435761 >> 7) + epoch) % 2 == 1
+    elif flip == "random":
+        chosen = torch.rand(n, generator=generator) < 0.5
+    elif flip is None:
+        chosen = None
+    else:
+        raise UserError(f"augment.flip must be 'alternating' or 'random', got {flip!r}")
+    if chosen is not None:
+        pixels = torch.where(chosen.reshape(n, 1, 1, 1), pixels.flip(3), pixels)
+    if pad := options.get("crop"):
+        pixels = _random_crop(pixels, pad, generator)
+    if side := options.get("cutout"):
+        pixels = _cutout(pixels, side, generator)
+    return pixels
+
+
+def _random_crop(pixels: Tensor, pad: int, generator: torch.Generator) -> Tensor:
+    n, channels, height, width = pixels.shape
+    padded = F.pad(pixels.float(), (pad,) * 4, mode="reflect").to(pixels.dtype)
+    tops = torch.randint(2 * pad + 1, (n,), generator=generator)
+    lefts = torch.randint(2 * pad + 1, (n,), generator=generator)
+    rows = (tops[:, None] + torch.arange(height))[:, None, :, None]
+    columns = (lefts[:, None] + torch.arange(width))[:, None, None, :]
+    index = torch.arange(n)[:, None, None, None]
+    return padded[index, torch.arange(channels)[None, :, None, None], rows, columns]
+
+
+def _cutout(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    n, _, height, width = pixels.shape
+    y = torch.randint(height, (n, 1), generator=generator)
+    x = torch.randint(width, (n, 1), generator=generator)
+    rows = (torch.arange(height) - y).abs() <= side // 2
+    columns = (torch.arange(width) - x).abs() <= side // 2
+    return pixels.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 128)
+
+
+@torch.no_grad()
+def whiten_stem(model: MDEQForImageClassification, pixels: Tensor) -> None:
+    """Initialise the first convolution with whitening filters of 3 × 3 patches.
+
+    Filters are ± the eigenvectors of the patch covariance over the square root of their
+    eigenvalues, as many as the convolution has channels (Page 2019; Jordan 2024).
+
+    Args:
+        model: a model with a 3 × 3 first convolution.
+        pixels: normalised pictures (N, 3, H, W).
+    """
+    weight = model.mdeq.stem.convolutions[0].weight
+    size = weight.shape[-1]
+    patches = F.unfold(pixels[:2000], size).transpose(1, 2).reshape(-1, 3 * size * size)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    filters = (vectors / (values + 1e-2).sqrt()).T.flip(0)
+    filters = torch.cat((filters, -filters))
+    filters = filters.repeat(math.ceil(len(weight) / len(filters)), 1)[: len(weight)]
+    weight.copy_(filters.reshape(weight.shape) / filters.norm(dim=1).mean())
+
+
+def _mix(*numbers: int) -> int:
+    """A seed from several numbers, equal on every platform."""
+    seed = 0x9E3779B97F4A7C15
+    for number in numbers:
+        seed = ((seed ^ number) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
+    return seed

@@ -1,0 +1,234 @@
+"""Recipes: a YAML file that says how a checkpoint is trained, validated before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from deqzoo.equilibrium import make_gradient, make_solver
+from deqzoo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set; splits are fixed by the data modules of the package."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A preset of the family's config class, and what differs from it."""
+
+    family: Literal["mdeq", "deq_transformer", "ignn"]
+    preset: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Optimiser settings.
+
+    "muon" orthogonalises the momentum of hidden matrices and convolutions and gives everything
+    else to AdamW with `other_lr`; "sgd" and "adamw" treat all parameters alike. Weight decay never
+    touches gains, biases and norms.
+    """
+
+    name: Literal["muon", "sgd", "adamw", "adam"]
+    lr: float
+    other_lr: float = 3e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.95
+    betas: tuple[float, float] = (0.9, 0.99)
+    nesterov: bool = True
+    clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up over a share of all steps, then decay to `final` times the peak."""
+
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.1
+    final: float = 0.0
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """Jacobian regularisation: weight γ, every n-th step, probes per sample."""
+
+    weight: float = 1.0
+    every: int = 4
+    probes: int = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run.
+
+    `resolution` is the side of the pictures, or the number of tokens of a segment; None keeps
+    the data's own. `shallow` trains the unrolled network instead of the equilibrium.
+    """
+
+    epochs: float
+    solver: dict[str, Any] = field(default_factory=dict)
+    gradient: dict[str, Any] = field(default_factory=dict)
+    resolution: int | None = None
+    jacobian: Jacobian | None = None
+    shallow: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Validation during the run: how often, on how much; `snapshots` half-precision copies."""
+
+    per_epoch: float = 1.0
+    samples: int = 1000
+    snapshots: int = 10
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run; see recipes/README.md for the meaning of each key."""
+
+    name: str
+    task: Literal["image-classification", "language-modeling"]
+    data: Data
+    model: Model
+    optimizer: Optimizer
+    stages: tuple[Stage, ...]
+    batch_size: int
+    schedule: Schedule = Schedule()
+    evaluation: Evaluation = Evaluation()
+    accumulate: int = 1
+    seed: int = 0
+    precision: Literal["float32", "bf16", "auto"] = "auto"
+    compile: bool = False
+    channels_last: bool = True
+    gradient_checkpointing: bool = False
+    average: float = 0.0
+    label_smoothing: float = 0.0
+    augment: dict[str, Any] = field(default_factory=dict)
+    whiten: bool = False
+    checkpoint_minutes: float = 5.0
+    budget_pflop: float | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data, for the record beside a result."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        UserError: no such file, no YAML, unknown or missing keys, values of a wrong type, or
+            solver and gradient settings that do not exist; the message names the place.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} must be a mapping of keys to values")
+    try:
+        recipe = _build(Recipe, content, "")
+        _check(recipe)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"recipe {path}: {error}") from error
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    if not recipe.stages:
+        raise ValueError("stages: at least one is needed")
+    for number, stage in enumerate(recipe.stages):
+        place = f"stages[{number}]"
+        if stage.epochs <= 0:
+            raise ValueError(f"{place}.epochs must be positive, got {stage.epochs}")
+        for key, make in (("solver", make_solver), ("gradient", make_gradient)):
+            settings = getattr(stage, key)
+            if "name" not in settings and settings:
+                raise ValueError(f"{place}.{key} needs a name")
+            if settings:
+                try:
+                    make(settings)
+                except ValueError as error:
+                    raise ValueError(f"{place}.{key}: {error}") from error
+    for key in ("batch_size", "accumulate"):
+        if getattr(recipe, key) < 1:
+            raise ValueError(f"{key} must be at least 1, got {getattr(recipe, key)}")
+    if not 0 <= recipe.average < 1:
+        raise ValueError(f"average is the decay of a moving average in [0, 1), got {recipe.average}")
+
+
+def _build(kind: Any, value: Any, place: str) -> Any:
+    """Turn plain data into a dataclass, checking names and types."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{place or 'the recipe'} must be a mapping, got {value!r}")
+        hints = get_type_hints(kind)
+        known = {f.name: f for f in dataclasses.fields(kind)}
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown key {_join(place, unknown[0])}; valid keys are {', '.join(known)}"
+            )
+        missing = [
+            name
+            for name, f in known.items()
+            if f.default is f.default_factory is dataclasses.MISSING and name not in value
+        ]
+        if missing:
+            raise ValueError(f"missing key {_join(place, missing[0])}")
+        return kind(
+            **{key: _build(hints[key], item, _join(place, key)) for key, item in value.items()}
+        )
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value, place)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{place} must be one of {', '.join(arguments)}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{place} must be a list, got {value!r}")
+        inner = arguments if arguments[-1] is not ... else (arguments[0],) * len(value)
+        if len(inner) != len(value):
+            raise ValueError(f"{place} must have {len(inner)} entries, got {value!r}")
+        return tuple(
+            _build(t, item, f"{place}[{i}]") for i, (t, item) in enumerate(zip(inner, value, strict=True))
+        )
+    return _scalar(origin or kind, value, place)
+
+
+def _scalar(kind: type, value: Any, place: str) -> Any:
+    if kind is float and isinstance(value, str):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-3 as a string
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{place} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _join(place: str, key: str) -> str:
+    return f"{place}.{key}" if place else str(key)

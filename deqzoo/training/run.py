@@ -1,0 +1,288 @@
+"""From a recipe to a folder with weights, log and record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+from deqzoo.errors import UserError
+from deqzoo.training.callbacks import (
+    AverageCallback,
+    CheckpointClock,
+    EvaluationClock,
+    MetricsFile,
+    Snapshots,
+    StopFile,
+)
+from deqzoo.training.cost import gradient_cost
+from deqzoo.training.images import ImageClassificationTask
+from deqzoo.training.optimizers import build_optimizer, build_schedule
+from deqzoo.training.recipe import Recipe
+from deqzoo.training.task import Plan, Task
+from deqzoo.training.trainer import RecipeTrainer, latest_checkpoint
+
+
+def build_task(recipe: Recipe, data: str | os.PathLike[str] | None) -> Task:
+    """The task of a recipe, with its data loaded."""
+    if recipe.task == "image-classification":
+        return ImageClassificationTask(recipe, data)
+    from deqzoo.training.text import LanguageModelingTask
+
+    return LanguageModelingTask(recipe, data)
+
+
+def run_recipe(
+    recipe: Recipe,
+    data: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    max_steps: int | None = None,
+) -> Path:
+    """Train a recipe; a run that was cut off at any moment goes on with `resume`.
+
+    The folder receives `checkpoints/` (to resume), `metrics.jsonl` (every log line), `snapshots/`
+    (half-precision weights along the way), `model/` (the result so far: weights in half precision,
+    config, processor) and `record.json` (recipe, versions, seed, data fingerprints, wall time,
+    FLOPs, peak memory).
+
+    Args:
+        recipe: what to do.
+        data: local folder of the data set; None fetches it from the Hub.
+        out: folder of the run.
+        resume: go on from the last complete checkpoint, or start if there is none.
+        progress: show a progress bar.
+        max_steps: stop early after so many optimiser steps, with a checkpoint.
+
+    Returns:
+        The folder with the model.
+
+    Raises:
+        UserError: the folder holds another run, or data or settings do not fit.
+    """
+    out = Path(out)
+    last = latest_checkpoint(out / "checkpoints") if resume else None
+    _claim(out, recipe, resume)
+    set_seed(recipe.seed)
+    torch.set_flush_denormal(True)
+    task = build_task(recipe, data)
+    set_seed(recipe.seed)
+    model = task.model()
+    if recipe.channels_last and recipe.task == "image-classification":
+        model = model.to(memory_format=torch.channels_last)
+    plan = Plan.of(recipe, task)
+    trainer = _trainer(recipe, task, plan, model, out, progress, max_steps)
+    if last is not None:
+        trainer.restore(last)
+    started, spent = time.time(), _past_seconds(out)
+    trainer.train(resume_from_checkpoint=last)
+    seconds = spent + time.time() - started
+    if trainer.is_world_process_zero():
+        folder = save_result(trainer, recipe, task, out)
+        _record(out, recipe, task, plan, trainer, seconds)
+        return folder
+    return out / "model"
+
+
+def _trainer(
+    recipe: Recipe,
+    task: Task,
+    plan: Plan,
+    model: PreTrainedModel,
+    out: Path,
+    progress: bool,
+    max_steps: int | None,
+) -> RecipeTrainer:
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=plan.total,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=recipe.accumulate,
+        max_grad_norm=recipe.optimizer.clip,
+        seed=recipe.seed,
+        bf16=use_bf16(recipe),
+        use_cpu=not cuda,
+        logging_steps=20,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        save_total_limit=2,
+        eval_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=not progress,
+        dataloader_num_workers=0,
+        ddp_find_unused_parameters=False,
+    )
+    optimizer = build_optimizer(model, recipe.optimizer)
+    schedule = build_schedule(optimizer, recipe.schedule, plan.total)
+    trainer = RecipeTrainer(
+        task=task,
+        plan=plan,
+        recipe=recipe,
+        out=out,
+        model=model,
+        args=arguments,
+        train_dataset=range(plan.total),
+        optimizers=(optimizer, schedule),
+    )
+    if recipe.compile:
+        model.compile_map(True)
+    elif recipe.model.family == "mdeq" and not cuda:
+        model.use_native_norm()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    for callback in (
+        AverageCallback(trainer),
+        CheckpointClock(trainer, recipe.checkpoint_minutes),
+        EvaluationClock(trainer, recipe.evaluation.per_epoch),
+        Snapshots(trainer, recipe.evaluation.snapshots),
+        MetricsFile(out / "metrics.jsonl"),
+        StopFile(out, max_steps),
+    ):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def use_bf16(recipe: Recipe) -> bool:
+    """Whether to compute in bf16: where asked for, or ("auto") where the hardware has it."""
+    if recipe.precision != "auto":
+        return recipe.precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def save_result(trainer: RecipeTrainer, recipe: Recipe, task: Task, out: Path) -> Path:
+    """Write the weights of a run so far, in half precision, as a `from_pretrained` folder."""
+    folder = out / "model"
+    fresh = out / "model.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    export(trainer.averaged(), fresh)
+    task.save_processor(str(fresh))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    return folder
+
+
+def export(model: PreTrainedModel, folder: Path) -> None:
+    """Save half-precision weights in shards of at most 16 MB whose config says float32."""
+    state = {
+        name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=state, max_shard_size="16MB")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the run's folder, or refuse one that holds another run."""
+    path = out / "recipe.json"
+    mine = json.loads(json.dumps(recipe.to_dict()))
+    if path.exists():
+        if not resume:
+            raise UserError(f"{out} already holds a run; add --resume to go on, or remove it")
+        if json.loads(path.read_text()) != mine:
+            raise UserError(
+                f"{out} holds a run of another recipe (see recipe.json); choose another --output"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "stop").unlink(missing_ok=True)
+    path.write_text(json.dumps(mine, indent=2) + "\n")
+
+
+def _past_seconds(out: Path) -> float:
+    try:
+        return float(json.loads((out / "record.json").read_text())["seconds"])
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
+def _record(
+    out: Path, recipe: Recipe, task: Task, plan: Plan, trainer: RecipeTrainer, seconds: float
+) -> None:
+    """What a reader needs to judge or repeat the run."""
+    steps = trainer.state.global_step
+    record = {
+        "recipe": recipe.to_dict(),
+        "data": task.describe(),
+        "finished": steps >= plan.total,
+        "steps": steps,
+        "total_steps": plan.total,
+        "epochs": round(plan.epoch(steps), 4),
+        "seconds": round(seconds, 1),
+        "pflop": round(trainer.spent / 1e15, 6),
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "precision": "bf16" if trainer.args.bf16 else "float32",
+        "processes": trainer.args.world_size,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    (out / "record.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result."""
+    found = {"python": platform.python_version()}
+    for name in ("deqzoo", "torch", "transformers", "pytorch-optimizer", "torch_geometric"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """Parameters, memory and FLOPs of a recipe, without training."""
+    model = task.model()
+    plan = Plan.of(recipe, task)
+    stages = []
+    total = 0.0
+    for i, stage in enumerate(plan.stages):
+        per_evaluation, rest = task.flops(model, stage)
+        solver = stage.solver or model.config.solver
+        gradient = stage.gradient or model.config.gradient
+        if stage.shallow:
+            evaluations = 3.0 * model.config.unroll_layers
+        else:
+            evaluations = solver["max_steps"] + 1 + gradient_cost(gradient, 20.0)
+        if stage.jacobian is not None:
+            evaluations += 6.0 / stage.jacobian.every
+        steps = (plan.starts[i + 1] if i + 1 < len(plan.starts) else plan.total) - plan.starts[i]
+        samples = steps * recipe.batch_size * recipe.accumulate
+        flops = samples * (evaluations * per_evaluation + 3 * rest)
+        total += flops
+        stages.append(
+            {
+                "steps": steps,
+                "resolution": stage.resolution,
+                "evaluations": round(evaluations, 2),
+                "pflop": round(flops / 1e15, 4),
+            }
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    copies = 4 + (recipe.average > 0)  # weights, gradients, two moments, average
+    return {
+        "parameters": parameters,
+        "steps": plan.total,
+        "pflop": round(total / 1e15, 4),
+        "training_state_mib": round(copies * 4 * parameters / 2**20),
+        "stages": stages,
+    }

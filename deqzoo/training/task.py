@@ -1,0 +1,113 @@
+"""What a training run needs to know about a kind of data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deqzoo.training.recipe import Recipe, Stage
+
+
+class Task(Protocol):
+    """Data, model and metrics of a recipe. One object serves one run."""
+
+    metric: str
+    """Name of the validation figure that says which weights are better, e.g. "accuracy"."""
+    higher_is_better: bool
+
+    def model(self) -> PreTrainedModel:
+        """A new model, initialised from the global random state."""
+        ...
+
+    def steps_per_epoch(self, stage: Stage) -> int:
+        """Optimiser steps of one epoch."""
+        ...
+
+    def batch(self, plan: Plan, micro_step: int, rank: int, world: int) -> dict[str, Any]:
+        """The keyword arguments of the model for one micro-batch of one process.
+
+        A function of its arguments and the recipe's seed alone, so that a resumed run sees the
+        same batches.
+        """
+        ...
+
+    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+        """The training loss of a forward pass."""
+        ...
+
+    def before_forward(self, model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+        """Add to a batch what earlier steps left behind (a language model's memory)."""
+        ...
+
+    def after_forward(self, outputs: Any) -> None:
+        """Keep what the next step needs."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors that a checkpoint must hold beside the Trainer's own."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
+        """Validation figures, the metric and the solver's report among them."""
+        ...
+
+    def flops(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
+        """FLOPs per sample of one evaluation of the map, and of all that surrounds it (forward)."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Data set, splits and fingerprints, for the record."""
+        ...
+
+    def save_processor(self, folder: str) -> None:
+        """Write the image processor or tokenizer beside the weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each stage of a run begins and ends, in optimiser steps."""
+
+    stages: tuple[Stage, ...]
+    starts: tuple[int, ...]
+    steps_per_epoch: tuple[int, ...]
+    accumulate: int
+    total: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, task: Task) -> Plan:
+        per_epoch = tuple(task.steps_per_epoch(stage) for stage in recipe.stages)
+        lengths = [
+            max(1, round(stage.epochs * n)) for stage, n in zip(recipe.stages, per_epoch, strict=True)
+        ]
+        starts = _running_sum(lengths)
+        return cls(recipe.stages, starts[:-1], per_epoch, recipe.accumulate, starts[-1])
+
+    def index(self, step: int) -> int:
+        """Number of the stage that an optimiser step belongs to; the last one beyond the end."""
+        return max(i for i, start in enumerate(self.starts) if start <= max(step, 0))
+
+    def stage(self, step: int) -> Stage:
+        return self.stages[self.index(step)]
+
+    def epoch(self, step: int) -> float:
+        """Epochs trained before an optimiser step, over all stages."""
+        done = 0.0
+        for i, start in enumerate(self.starts):
+            end = self.starts[i + 1] if i + 1 < len(self.starts) else self.total
+            done += max(0, min(step, end) - start) / self.steps_per_epoch[i]
+        return done
+
+
+def _running_sum(lengths: Sequence[int]) -> tuple[int, ...]:
+    total, sums = 0, [0]
+    for length in lengths:
+        total += length
+        sums.append(total)
+    return tuple(sums)

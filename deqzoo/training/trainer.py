@@ -1,0 +1,292 @@
+"""`transformers.Trainer` for equilibrium models: solver report, stages, penalties, exact resume."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+
+from deqzoo.equilibrium import jacobian_penalty
+from deqzoo.training.cost import gradient_cost
+from deqzoo.training.recipe import Jacobian, Stage
+from deqzoo.training.task import Plan, Task
+
+COMPLETE = "complete"
+"""Written into a checkpoint last: a folder without it was cut off and is passed over."""
+
+
+class SolverStatistics:
+    """Solver reports between two log lines."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+        self.converged: list[Tensor] = []
+        self.solver_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, outputs: Any) -> None:
+        if getattr(outputs, "n_steps", None) is None:
+            return
+        self.steps.append(outputs.n_steps.detach())
+        self.residuals.append(outputs.residual.detach())
+        self.converged.append(outputs.converged.detach())
+
+    def summary(self) -> dict[str, float]:
+        """Mean and 95th percentile of the steps, residual, converged share, time in the solver."""
+        if not self.steps:
+            return {}
+        steps = torch.cat([s.flatten() for s in self.steps]).float().cpu()
+        residual = torch.cat([r.flatten() for r in self.residuals]).float().cpu()
+        converged = torch.cat([c.flatten() for c in self.converged]).float().cpu()
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        return {
+            "solver_steps": round(float(steps.mean()), 3),
+            "solver_steps_p95": float(steps.quantile(0.95)),
+            "solver_residual": float(residual.median()),
+            "solver_residual_p95": float(residual.quantile(0.95)),
+            "solver_converged": round(float(converged.mean()), 4),
+            "solver_time_share": round(min(1.0, self.solver_seconds / elapsed), 4),
+        }
+
+
+class DEQTrainer(Trainer):
+    """Trainer that logs the solver's report and can add Jacobian regularisation.
+
+    Works as `Trainer` does for any model of the zoo; solver and gradient come from the model's
+    config unless given here.
+
+    Args:
+        solver: settings for training steps, over the config's.
+        gradient: likewise.
+        jacobian: Jacobian regularisation.
+        arguments: everything else goes to `Trainer`.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        solver: dict[str, Any] | None = None,
+        gradient: dict[str, Any] | None = None,
+        jacobian: Jacobian | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.solver_settings = solver
+        self.gradient_settings = gradient
+        self.jacobian = jacobian
+        self.statistics = SolverStatistics()
+        self.penalties: list[Tensor] = []
+        self.micro_step = 0
+
+    def stage_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model that the training step adds to the batch."""
+        extra = {"solver": self.solver_settings, "gradient": self.gradient_settings}
+        return {key: value for key, value in extra.items() if value}
+
+    def wants_penalty(self) -> bool:
+        """Whether this step adds the Jacobian penalty."""
+        return self.jacobian is not None and self.micro_step % self.jacobian.every == 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        penalised = self.wants_penalty()
+        inputs = {**inputs, **self.stage_inputs()}
+        if penalised:
+            inputs["output_state"] = True
+        before = solver_seconds(model)
+        loss, outputs = self.training_loss(model, inputs, num_items_in_batch)
+        self.statistics.solver_seconds += solver_seconds(model) - before
+        self.statistics.add(outputs)
+        if penalised and outputs.state is not None:
+            assert self.jacobian is not None
+            with self.accelerator.autocast():  # the map's weights are in the forward's precision
+                penalty = jacobian_penalty(
+                    outputs.equilibrium_map, outputs.state, n_probes=self.jacobian.probes
+                )
+            self.penalties.append(penalty.detach())
+            loss = loss + self.jacobian.weight * penalty / self.current_gradient_accumulation_steps
+        self.micro_step += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def training_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """The loss without penalties, and the model's output."""
+        return super().compute_loss(model, inputs, True, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.statistics.summary())
+            if self.penalties:
+                logs["jacobian_penalty"] = round(float(torch.stack(self.penalties).mean()), 5)
+            self.penalties.clear()
+            self.statistics.reset()
+        super().log(logs, start_time)
+
+
+def solver_seconds(model: nn.Module) -> float:
+    """Wall time that a model's solvers have taken so far."""
+    return sum(getattr(module, "solver_seconds", 0.0) for module in model.modules())
+
+
+class RecipeTrainer(DEQTrainer):
+    """Runs the stages of a recipe as one Trainer run, so that one checkpoint holds all of it."""
+
+    def __init__(self, task: Task, plan: Plan, recipe: Any, out: Path, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.task = task
+        self.plan = plan
+        self.recipe = recipe
+        self.out = out
+        self.average: AveragedModel | None = None
+        if recipe.average:
+            decay = get_ema_multi_avg_fn(recipe.average)
+            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+        self.flop_table = [task.flops(self.model, stage) for stage in plan.stages]
+        self.spent = 0.0
+        self.last_save = time.monotonic()
+
+    @property
+    def stage(self) -> Stage:
+        return self.plan.stage(self.state.global_step)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item per micro-batch; its number alone decides what it holds."""
+        rank, world = self.args.process_index, self.args.world_size
+
+        def collate(numbers: list[int]) -> dict[str, Any]:
+            return self.task.batch(self.plan, numbers[0], rank, world)
+
+        return DataLoader(range(self.plan.total * self.plan.accumulate), 1, collate_fn=collate)
+
+    def stage_inputs(self) -> dict[str, Any]:
+        stage = self.stage
+        extra: dict[str, Any] = {"solver": stage.solver or None, "gradient": stage.gradient or None}
+        if stage.shallow:
+            extra["shallow"] = True
+        return extra
+
+    def wants_penalty(self) -> bool:
+        self.jacobian = self.stage.jacobian
+        return self.jacobian is not None and self.state.global_step % self.jacobian.every == 0
+
+    def training_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        labels = inputs.get("labels")
+        inputs = self.task.before_forward(model, inputs)
+        outputs = model(**inputs)
+        self.task.after_forward(outputs)
+        self.count(outputs, inputs)
+        return self.task.loss(outputs, {**inputs, "labels": labels}), outputs
+
+    def count(self, outputs: Any, inputs: dict[str, Any]) -> None:
+        """Add the FLOPs of a step on all processes."""
+        per_evaluation, rest = self.flop_table[self.plan.index(self.state.global_step)]
+        stage = self.stage
+        samples = len(inputs["labels"]) * self.args.world_size
+        if stage.shallow:
+            evaluations = 3.0 * self.model.config.unroll_layers
+        else:
+            evaluations = float(outputs.n_steps.float().max()) + 1
+            evaluations += gradient_cost(stage.gradient or self.model.config.gradient, 20.0)
+        if self.wants_penalty():
+            evaluations += 6.0  # graph, first backward with its own graph, double backward
+        self.spent += samples * (evaluations * per_evaluation + 3 * rest)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.average is not None:
+            save_file(_flat(self.average.module), folder / "average.safetensors")
+            (folder / "average.txt").write_text(str(int(self.average.n_averaged)))
+        torch.save(
+            {"task": self.task.state_dict(), "spent": self.spent}, folder / "deqzoo_state.pt"
+        )
+        super()._save_checkpoint(model, trial)
+        (folder / COMPLETE).touch()
+        self.last_save = time.monotonic()
+
+    def restore(self, folder: str) -> None:
+        """Read back what `_save_checkpoint` added to the Trainer's own files."""
+        extra = torch.load(Path(folder) / "deqzoo_state.pt", weights_only=True)
+        self.task.load_state_dict(extra["task"])
+        self.spent = extra["spent"]
+        if self.average is not None:
+            state = load_file(Path(folder) / "average.safetensors")
+            _load_flat(self.average.module, state)
+            count = int((Path(folder) / "average.txt").read_text())
+            self.average.n_averaged.fill_(count)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["pflop"] = round(self.spent / 1e15, 6)
+            logs["stage"] = self.plan.index(self.state.global_step - 1)
+        super().log(logs, start_time)
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """Validation figures of the averaged weights where there are any, else of the current."""
+        model = self.averaged()
+        was_training = model.training
+        model.eval()
+        stage = self.plan.stage(self.state.global_step - 1)
+        with torch.no_grad():
+            figures = self.task.evaluate(model, stage, self.recipe.evaluation.samples)
+        model.train(was_training)
+        metrics = {f"eval_{key}": value for key, value in figures.items()}
+        self.log({**metrics, "pflop": round(self.spent / 1e15, 6)})
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def averaged(self) -> PreTrainedModel:
+        """The weights that are evaluated and kept."""
+        return self.model if self.average is None else self.average.module
+
+
+def _flat(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each storage once."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach().contiguous()
+    return tensors
+
+
+@torch.no_grad()
+def _load_flat(model: nn.Module, state: dict[str, Tensor]) -> None:
+    own = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, tensor in state.items():
+        own[name].copy_(tensor)
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a run that was written to its end, or None."""
+    complete = [
+        (int(path.name.split("-")[1]), str(path))
+        for path in Path(folder).glob("checkpoint-*")
+        if (path / COMPLETE).exists()
+    ]
+    return max(complete)[1] if complete else None
