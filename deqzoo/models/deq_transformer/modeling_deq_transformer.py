@@ -92,7 +92,11 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, mean=0.0, std=std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, Injection) and self.config.dropword > 0:
+                # A dropped word must not inject zero: zero would be an equilibrium at which the
+                # layer norms have an enormous slope.
+                init.normal_(module.bias, mean=0.0, std=std)
+            elif getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
 
     def compile_map(self, enabled: bool = True) -> None:
@@ -124,6 +128,10 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         return spectral_radius(f, state.detach(), **settings)
 
 
+class Injection(nn.Linear):
+    """Map from an embedded word to what it adds to its query, key and value."""
+
+
 class DEQTransformerModel(DEQTransformerPreTrainedModel):
     """Word indices to equilibrium states."""
 
@@ -132,7 +140,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self.embedding = AdaptiveEmbedding(
             config.vocab_size, config.d_model, config.d_embed, config.cutoffs, config.div_val
         )
-        self.injection = nn.Linear(config.d_model, 3 * config.d_model)
+        self.injection = Injection(config.d_model, 3 * config.d_model)
         self.layers = nn.ModuleList(
             SubLayer(
                 config.d_model,

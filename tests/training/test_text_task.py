@@ -1,0 +1,116 @@
+"""Language-modelling runs: streams, memory, exact resume, exported folder."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from deqzoo import DEQModel
+from deqzoo.data import text
+from deqzoo.errors import UserError
+from deqzoo.training.recipe import Recipe, _build
+from deqzoo.training.run import estimate, run_recipe
+from deqzoo.training.task import Plan
+from deqzoo.training.text import LanguageModelingTask
+
+ROW = "the dog saw the cat and the cat saw a <unk> dog"
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in text.SPLITS:
+        pq.write_table(pa.table({"text": [ROW] * 30}), folder / f"{split}-0.parquet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    return folder
+
+
+def recipe(**changes: object) -> Recipe:
+    small = {"d_model": 16, "d_embed": 16, "n_head": 2, "d_inner": 16, "cutoffs": [4]}
+    content = {
+        "name": "tiny",
+        "task": "language-modeling",
+        "data": {"name": "wikitext-2"},
+        "model": {
+            "family": "deq_transformer",
+            "preset": "deq-transformer-wikitext2",
+            "overrides": {**small, "local_size": 8, "mem_len": 7, "tgt_len": 5},
+        },
+        "batch_size": 4,
+        "accumulate": 2,
+        "optimizer": {"name": "adamw", "lr": 0.01},
+        "evaluation": {"per_epoch": 1, "samples": 100, "snapshots": 0},
+        "stages": [{"epochs": 1, "gradient": {"name": "jfb"}, "jacobian": {"every": 2}}],
+    }
+    return _build(Recipe, content | changes, "")
+
+
+def test_batches_follow_the_text(data: Path) -> None:
+    task = LanguageModelingTask(recipe(), data)
+    plan = Plan.of(task.recipe, task)
+    stream = task.corpus.stream("train")
+    length = len(stream) // 8
+    read = {row: [] for row in range(8)}
+    for micro in range(plan.total * 2):
+        halves = [task.batch(plan, micro, rank, 2) for rank in range(2)]
+        whole = task.batch(plan, micro, 0, 1)
+        assert torch.equal(torch.cat([h["input_ids"] for h in halves]), whole["input_ids"])
+        assert whole["fresh"] == (micro < 2)
+        for row in range(4):
+            read[4 * (micro % 2) + row] += whole["input_ids"][row].tolist()
+            assert whole["labels"][row, :-1].tolist() == whole["input_ids"][row, 1:].tolist()
+    for row, words in read.items():
+        assert words == stream[row * length : row * length + len(words)].tolist()
+
+
+def test_memory_belongs_to_its_part(data: Path) -> None:
+    task = LanguageModelingTask(recipe(), data)
+    plan, model = Plan.of(task.recipe, task), task.model()
+    for micro in range(3):
+        inputs = task.before_forward(model, task.batch(plan, micro, 0, 1))
+        assert (inputs["memory"] is None) == (micro < 2)
+        task.after_forward(model(**inputs))
+    saved = {k: [t.clone() for t in v] for k, v in task.state_dict().items()}
+    other = LanguageModelingTask(recipe(), data)
+    other.load_state_dict(saved)
+    assert torch.equal(other.memory[1][0], task.memory[1][0])
+
+
+def test_run_stop_resume_and_result(data: Path, tmp_path: Path) -> None:
+    whole = run_recipe(recipe(), data, tmp_path / "whole", progress=False)
+    run_recipe(recipe(), data, tmp_path / "cut", progress=False, max_steps=3)
+    cut = run_recipe(recipe(), data, tmp_path / "cut", progress=False, resume=True)
+    one, other = DEQModel.from_pretrained(whole), DEQModel.from_pretrained(cut)
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert one.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    assert tokenizer("the dog")["input_ids"] == [1, 2]
+    record = json.loads((tmp_path / "whole" / "record.json").read_text())
+    assert record["finished"] and record["epochs"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
+    assert any("eval_perplexity" in line for line in lines)
+
+
+def test_estimate(data: Path) -> None:
+    task = LanguageModelingTask(recipe(), data)
+    figures = estimate(task.recipe, task)
+    assert figures["pflop"] >= 0 and figures["steps"] == task.steps_per_epoch(recipe().stages[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"data": {"name": "wikitext-4"}}, "the corpora are"),
+        ({"batch_size": 400}, "too few"),
+    ],
+)
+def test_impossible_recipes(data: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LanguageModelingTask(recipe(**changes), data)
