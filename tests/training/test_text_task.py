@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from deqzoo import DEQModel
 from deqzoo.data import text
 from deqzoo.errors import UserError
-from deqzoo.training.recipe import Recipe, _build
+from deqzoo.models.deq_transformer import DEQTransformerConfig
+from deqzoo.training.recipe import Recipe, _build, load_recipe
 from deqzoo.training.run import estimate, run_recipe
 from deqzoo.training.task import Plan
 from deqzoo.training.text import LanguageModelingTask
@@ -114,3 +115,32 @@ def test_estimate(data: Path) -> None:
 def test_impossible_recipes(data: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         LanguageModelingTask(recipe(**changes), data)
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RECIPES.glob("deq-transformer-*.yaml")), ids=lambda p: p.stem
+)
+def test_recipes_of_the_zoo(path: Path) -> None:
+    loaded = load_recipe(path)
+    assert loaded.name == path.stem
+    config = DEQTransformerConfig.from_preset(loaded.model.preset, **loaded.model.overrides)
+    assert config.gradient["name"] == loaded.stages[-1].gradient["name"]
+    if "wikitext103" not in path.stem:
+        # What a token gets must not depend on how text is cut.
+        assert config.mem_len == config.window - 1
+
+
+@pytest.mark.parametrize("prefix", ["", "jr-"])
+def test_pairs_differ_in_the_gradient_alone(prefix: str) -> None:
+    pair = []
+    for kind in ("implicit", "upg"):
+        content = load_recipe(RECIPES / f"deq-transformer-wikitext2-{prefix}{kind}.yaml").to_dict()
+        content.pop("name")
+        content["model"]["overrides"].pop("gradient")
+        for stage in content["stages"]:
+            stage.pop("gradient")
+        pair.append(content)
+    assert pair[0] == pair[1]
