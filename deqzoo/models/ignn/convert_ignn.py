@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -168,7 +169,7 @@ def build_model(
     architecture = structure.pop("architecture")
     try:
         config = IGNNConfig(**{**settings, **structure})
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise UserError(f"the configuration does not fit: {_one_line(error)}") from error
     names = {key: deqzoo_name(key, architecture, len(config.hidden_sizes)) for key in state_dict}
     dtype = next(iter(state_dict.values())).dtype

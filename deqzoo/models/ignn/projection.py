@@ -45,4 +45,5 @@ def project_rows_and_columns(weight: Tensor, bound: float) -> Tensor:
 
 def row_norm(weight: Tensor) -> float:
     """Return the infinity norm: the largest absolute row sum."""
+    weight = weight.detach()
     return float(weight.abs().sum(dim=1).max()) if weight.numel() else 0.0

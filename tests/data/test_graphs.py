@@ -1,0 +1,174 @@
+"""Graph data: reading local folders, folds, and figures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from deqzoo.data.graphs import (
+    collate_graphs,
+    honest_folds,
+    load_graph_set,
+    load_localization,
+    load_ppi,
+    load_twitch,
+    micro_f1,
+    published_folds,
+)
+from deqzoo.errors import UserError
+from deqzoo.evaluation.graph_nodes import area_under_curve, node_figures
+
+
+def write_graph_set(folder, name="TINY", count=30, node_labels=True):
+    """A set in TUDataset's format: paths (class 0) and cycles (class 1) of 3 to 7 nodes."""
+    folder.mkdir(parents=True)
+    edges, indicator, labels, nodes, first = [], [], [], [], 1
+    for i in range(count):
+        size, kind = 3 + i % 5, i % 2
+        pairs = [(first + j, first + j + 1) for j in range(size - 1)]
+        pairs += [(first + size - 1, first)] if kind else []
+        edges += pairs + [(b, a) for a, b in pairs]
+        indicator += [i + 1] * size
+        nodes += [j % 3 for j in range(size)]
+        labels.append(2 * kind - 1)
+        first += size
+    texts = {
+        "A": "\n".join(f"{a}, {b}" for a, b in sorted(edges)),
+        "graph_indicator": "\n".join(map(str, indicator)),
+        "graph_labels": "\n".join(map(str, labels)),
+    }
+    if node_labels:
+        texts["node_labels"] = "\n".join(map(str, nodes))
+    for part, text in texts.items():
+        (folder / f"{name}_{part}.txt").write_text(text + "\n")
+
+
+@pytest.mark.parametrize("place", ["TINY", "TINY/raw"])
+def test_graph_set(tmp_path, place):
+    write_graph_set(tmp_path / place)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    data = load_graph_set("TINY", tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before, "the data folder was written to"
+    assert (len(data.graphs), data.num_features, data.num_classes) == (30, 3, 2)
+    assert data.labels.tolist() == [0, 1] * 15
+    batch = data.batch([1, 4])
+    assert batch.num_graphs == 2 and batch.num_nodes == 4 + 7
+
+
+def test_degrees_stand_in_for_missing_features(tmp_path):
+    write_graph_set(tmp_path / "TINY", node_labels=False)
+    data = load_graph_set("TINY", tmp_path)
+    assert data.graphs[0].x.tolist() == [[1.0], [2.0], [1.0]]
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(UserError, match="no TINY_A.txt"):
+        load_graph_set("TINY", tmp_path)
+    write_graph_set(tmp_path / "TINY")
+    (tmp_path / "TINY" / "TINY_graph_labels.txt").unlink()
+    with pytest.raises(UserError, match="lacks TINY_graph_labels.txt"):
+        load_graph_set("TINY", tmp_path)
+    with pytest.raises(UserError, match="no graph file"):
+        load_twitch("EN", tmp_path)
+
+
+def test_honest_folds_are_stratified_and_disjoint():
+    labels = (torch.arange(200) % 5 == 0).long()  # 40 of 200
+    folds = honest_folds(labels)
+    assert sorted(i for fold in folds for i in fold.test) == list(range(200))
+    for fold in folds:
+        everything = fold.train + fold.validation + fold.test
+        assert sorted(everything) == list(range(200))
+        assert int(labels[fold.test].sum()) == int(labels[fold.validation].sum()) == 4
+
+
+def test_published_folds_repeat_the_mistake():
+    """Stratified by stored order, applied to the shuffled set: not balanced in fact."""
+    labels = (torch.arange(200) >= 160).long()
+    folds = published_folds(labels)
+    assert sorted(i for fold in folds for i in fold.test) == list(range(200))
+    assert all(not fold.validation and len(fold.train) == 180 for fold in folds)
+    counts = [int(labels[fold.test].sum()) for fold in folds]
+    assert sum(counts) == 40 and max(counts) - min(counts) > 2
+    torch.manual_seed(42)
+    order = torch.randperm(200)
+    in_order = [sorted((order == i).nonzero().item() for i in fold.test) for fold in folds]
+    stored = [int((labels[positions] == 1).sum()) for positions in in_order]
+    assert stored == [4] * 10
+
+
+def test_collate(tmp_path):
+    write_graph_set(tmp_path / "TINY")
+    data = load_graph_set("TINY", tmp_path)
+    fields = collate_graphs(data.graphs[:3])
+    assert set(fields) == {"x", "edge_index", "batch", "labels"}
+    assert fields["batch"].bincount().tolist() == [3, 4, 5]
+
+
+def test_node_sets(tmp_path):
+    twitch = tmp_path / "Twitch" / "EN" / "raw"
+    twitch.mkdir(parents=True)
+    np.savez(
+        twitch / "EN.npz",
+        features=np.eye(4, dtype=np.uint8),
+        target=np.array([0, 1, 1, 0], dtype=np.int8),
+        edges=np.array([[0, 1], [1, 0], [1, 2], [3, 3]], dtype=np.int32),
+    )
+    graph = load_twitch("EN", tmp_path)
+    assert graph.x.is_sparse and graph.x._nnz() == 4
+    assert graph.edge_index.tolist() == [[0, 1, 1, 2], [1, 0, 2, 1]]
+    (tmp_path / "HumLoc").mkdir()
+    np.savez(
+        tmp_path / "HumLoc" / "humloc.npz",
+        x=np.ones((4, 2), dtype=np.float32),
+        y=np.ones((4, 3), dtype=np.uint8),
+        edge_index=np.array([[0, 1, 0], [1, 2, 1]], dtype=np.int32),
+        train_idx=np.array([0, 1], dtype=np.int32),
+        val_idx=np.array([2], dtype=np.int32),
+        test_idx=np.array([3], dtype=np.int32),
+    )
+    graph = load_localization("HumLoc", tmp_path)
+    assert graph.edge_index.tolist() == [[0, 1, 1, 2], [1, 0, 2, 1]]
+    assert graph.train_mask.tolist() == [True, True, False, False]
+    assert graph.y.shape == (4, 3) and graph.y.is_floating_point()
+
+
+def write_ppi(folder, splits=("train", "valid", "test")):
+    """Two graphs of four and three nodes per split, in GraphSAGE's layout."""
+    folder.mkdir(parents=True)
+    for seed, split in enumerate(splits):
+        generator = np.random.default_rng(seed)
+        links = [(0, 1), (1, 2), (2, 3), (4, 5), (5, 6)]
+        content = {
+            "directed": False,
+            "multigraph": False,
+            "graph": {},
+            "nodes": [{"id": i} for i in range(7)],
+            "links": [{"source": a, "target": b} for a, b in links],
+        }
+        (folder / f"{split}_graph.json").write_text(json.dumps(content))
+        np.save(folder / f"{split}_feats.npy", generator.random((7, 5)))
+        np.save(folder / f"{split}_labels.npy", generator.integers(0, 2, (7, 4)))
+        np.save(folder / f"{split}_graph_id.npy", np.array([1, 1, 1, 1, 2, 2, 2]))
+
+
+def test_ppi_layout(tmp_path):
+    pytest.importorskip("networkx")
+    write_ppi(tmp_path / "PPI" / "raw")
+    graphs = load_ppi(tmp_path, "val")
+    assert [g.num_nodes for g in graphs] == [4, 3]
+    assert graphs[0].x.shape == (4, 5) and graphs[0].y.shape == (4, 4)
+    with pytest.raises(UserError, match="lacks train_feats.npy"):
+        load_ppi(tmp_path / "nowhere", "train")
+
+
+def test_figures():
+    predicted = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    labels = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    assert micro_f1(predicted, labels) == pytest.approx(4 / 6)
+    assert micro_f1(torch.zeros(2, 3), torch.zeros(2, 3)) == 0.0
+    logits = torch.tensor([[0.0, 2.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.5]])
+    figures = node_figures(logits, torch.tensor([1, 0, 0, 1]))
+    assert figures["accuracy"] == 0.75 and figures["auc"] == pytest.approx(0.75)
+    assert area_under_curve(torch.zeros(4), torch.tensor([0, 1, 0, 1])) == 0.5

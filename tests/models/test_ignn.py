@@ -1,0 +1,442 @@
+"""IGNN's models: inputs, batches of graphs, constraint, gradients, official switch, bad graphs."""
+
+import math
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch_geometric.data import Batch, Data
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
+
+import deqzoo  # noqa: F401  (registers the family)
+from deqzoo.data.graphs import collate_graphs
+from deqzoo.errors import UserError
+from deqzoo.models.ignn.configuration_ignn import IGNNConfig
+from deqzoo.models.ignn.dense import times_transposed
+from deqzoo.models.ignn.inputs import GraphBatch
+from deqzoo.models.ignn.modeling_ignn import (
+    IGNNForGraphClassification,
+    IGNNForNodeClassification,
+    IGNNModel,
+)
+from deqzoo.models.ignn.projection import project_rows, row_norm
+from deqzoo.models.ignn.sparse import Adjacency
+from deqzoo.training.graphs import NormBoundCallback
+
+
+def config(**changes):
+    return IGNNConfig(**{"num_features": 3, "hidden_sizes": [8, 6], **changes})
+
+
+def graph(n, seed, extra=4, p=3):
+    """A connected undirected graph; the features of odd seeds are larger, and so is their class."""
+    generator = torch.Generator().manual_seed(seed)
+    path = torch.stack([torch.arange(n - 1), torch.arange(1, n)])
+    more = torch.randint(0, n, (2, extra), generator=generator)
+    edges = torch.cat([path, more[:, more[0] != more[1]]], dim=1)
+    edges = torch.unique(torch.cat([edges, edges.flip(0)], dim=1), dim=1)
+    x = torch.rand(n, p, generator=generator)
+    x = x + seed % 2
+    return Data(x=x, edge_index=edges, y=torch.tensor([seed % 2]))
+
+
+@pytest.fixture
+def graphs():
+    return [graph(n, seed) for seed, n in enumerate((5, 9, 3, 12))]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return IGNNForGraphClassification(config()).eval()
+
+
+def test_published_parameter_counts():
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+
+    for features, expected in ((35, 37_634), (3, 33_538)):
+        official = IGNNConfig(num_features=features, official=True)
+        assert count(IGNNForGraphClassification(official)) == expected
+    ppi = IGNNConfig(
+        num_features=50,
+        hidden_sizes=[1024, 512, 512, 256],
+        skip_connections=True,
+        implicit_head=True,
+        num_labels=121,
+        normalization="none",
+        official=True,
+    )
+    assert count(IGNNForNodeClassification(ppi)) == 4_656_931
+    used = IGNNForGraphClassification(IGNNConfig(num_features=35))
+    assert count(used) == 37_634 - 10_624
+
+
+def test_inputs_are_equivalent(model, graphs):
+    batch = Batch.from_data_list(graphs)
+    expected = model(batch).logits
+    plain = model(batch.x, batch.edge_index, batch=batch.batch).logits
+    weighted = model(
+        x=batch.x,
+        edge_index=batch.edge_index,
+        edge_weight=torch.ones(batch.num_edges),
+        batch=batch.batch,
+    ).logits
+    built = GraphBatch.build(model.config, batch.x, batch.edge_index, batch=batch.batch)
+    for other in (plain, weighted, model(built).logits):
+        torch.testing.assert_close(other, expected, rtol=0, atol=1e-6)
+    assert expected.shape == (4, 2)
+    heavier = model(batch.x, batch.edge_index, torch.full((batch.num_edges,), 3.0), batch.batch)
+    assert not torch.allclose(heavier.logits, expected, atol=1e-4)
+
+
+def test_graphs_of_a_batch_are_solved_independently(model, graphs):
+    """Each graph stops by itself and gets the result that it has alone."""
+    together = model(Batch.from_data_list(graphs), solver={"tol": 1e-6})
+    alone = [model(g, solver={"tol": 1e-6}) for g in graphs]
+    torch.testing.assert_close(
+        together.logits, torch.cat([o.logits for o in alone]), rtol=0, atol=1e-5
+    )
+    steps = torch.cat([o.n_steps for o in alone])
+    assert together.n_steps.tolist() == steps.tolist()
+    assert together.residual.shape == together.converged.shape == (4,)
+    assert bool(together.converged.all()) and float(together.residual.max()) <= 1e-6
+
+
+def test_solved_graphs_stop_and_leave_the_batch(model, graphs):
+    """A graph that starts at its equilibrium stops at once, while the others go on."""
+    batch = Batch.from_data_list(graphs)
+    settings = {"solver": {"tol": 1e-6}}
+    solved = model(batch, output_hidden_states=True, **settings)
+    known = (batch.batch % 2 == 1)[:, None]
+    starts = [torch.where(known, state, 0) for state in solved.hidden_states]
+    for compact in (False, True):
+        with torch.set_grad_enabled(not compact):
+            output = model(batch, initial_states=starts, **settings)
+        assert output.n_steps[1::2].tolist() == [2, 2] and int(output.n_steps[::2].min()) > 10
+        torch.testing.assert_close(output.logits, solved.logits, rtol=0, atol=1e-5)
+
+
+def test_a_non_finite_graph_does_not_touch_others(model, graphs):
+    batch = Batch.from_data_list(graphs)
+    built = GraphBatch.build(model.config, batch.x, batch.edge_index, batch=batch.batch)
+    expected = model(built).logits
+    built.features = built.features.clone()
+    built.features[batch.batch == 1] = math.nan
+    output = model(built)
+    others = [0, 2, 3]
+    torch.testing.assert_close(output.logits[others], expected[others], rtol=0, atol=1e-6)
+    assert output.converged.tolist() == [True, False, True, True]
+
+
+def test_warm_start_saves_steps_and_changes_nothing(model, graphs):
+    batch = Batch.from_data_list(graphs)
+    cold = model(batch, output_hidden_states=True, solver={"tol": 1e-6})
+    assert [h.shape[1] for h in cold.hidden_states] == [8, 6]
+    warm = model(batch, initial_states=cold.hidden_states, solver={"tol": 1e-6})
+    assert int(warm.n_steps.sum()) < int(cold.n_steps.sum()) / 2
+    torch.testing.assert_close(warm.logits, cold.logits, rtol=0, atol=1e-5)
+
+
+def gradients(model, batch, **options):
+    model.zero_grad()
+    model(batch, labels=batch.y, **options).loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_gradients_by_name(graphs):
+    """More phantom steps come closer to the exact gradient; UPG equals NPG at the equilibrium."""
+    torch.manual_seed(0)
+    model = IGNNForGraphClassification(config(dropout=0.0)).double()
+    batch = Batch.from_data_list(graphs)
+    batch.x = batch.x.double()
+    tight = {"solver": {"tol": 1e-13, "max_steps": 2000}}
+    adjoint = {"name": "fixed_point", "max_steps": 2000, "tol": 1e-13}
+    exact = gradients(model, batch, gradient={"name": "implicit", "solver": adjoint}, **tight)
+    errors = []
+    for steps in (1, 5, 20):
+        settings = {"steps": steps, "damping": 0.5}
+        upg = gradients(model, batch, gradient={"name": "upg", **settings}, **tight)
+        npg = gradients(model, batch, gradient={"name": "npg", **settings}, **tight)
+        torch.testing.assert_close(upg, npg, rtol=1e-8, atol=1e-10)
+        errors.append(float((upg - exact).norm() / exact.norm()))
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-2
+
+
+def test_gradient_matches_finite_differences(graphs):
+    torch.manual_seed(0)
+    model = IGNNForGraphClassification(config(dropout=0.0)).double()
+    batch = Batch.from_data_list(graphs)
+    batch.x = batch.x.double()
+    tight = {"solver": {"tol": 1e-13, "max_steps": 2000}}
+    adjoint = {"name": "fixed_point", "max_steps": 2000, "tol": 1e-13}
+    layer = model.ignn.layers[0]
+    gradients(model, batch, gradient={"name": "implicit", "solver": adjoint}, **tight)
+    entry = (0, int(layer.state_weight[0].abs().argmax()))
+    exact, losses = float(layer.state_weight.grad[entry]), []
+    for shift in (-1e-6, 1e-6):
+        with torch.no_grad():
+            layer.state_weight[entry] += shift
+            scaled = layer.kappa
+            layer.kappa = None  # free: the bound must not hide the shift
+            losses.append(float(model(batch, labels=batch.y, **tight).loss))
+            layer.kappa = scaled
+            layer.state_weight[entry] -= shift
+    assert exact == pytest.approx((losses[1] - losses[0]) / 2e-6, rel=1e-4, abs=1e-9)
+
+
+def test_second_backward_gives_the_same_gradient(model, graphs):
+    batch = Batch.from_data_list(graphs)
+    for name in ("implicit", "npg", "upg"):
+        loss = model(batch, labels=batch.y, gradient=name).loss
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        first = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        loss.backward()
+        for a, p in zip(first, model.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_gradient_checkpointing_changes_nothing(graphs):
+    torch.manual_seed(0)
+    model = IGNNForGraphClassification(config(dropout=0.0)).train()
+    batch = Batch.from_data_list(graphs)
+    plain = gradients(model, batch)
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(model, batch), plain, rtol=1e-6, atol=1e-8)
+
+
+def test_save_and_load(model, graphs, tmp_path):
+    batch = Batch.from_data_list(graphs)
+    expected = model(batch).logits
+    model.save_pretrained(tmp_path)
+    again = IGNNForGraphClassification.from_pretrained(tmp_path)
+    assert torch.equal(again(batch).logits, expected)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), IGNNConfig)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(base, IGNNModel)
+    torch.testing.assert_close(
+        base(batch).last_hidden_state, model.ignn(batch).last_hidden_state, rtol=0, atol=1e-6
+    )
+    loaded = deqzoo.DEQModel.from_pretrained(str(tmp_path))
+    assert isinstance(loaded, IGNNForGraphClassification)
+
+
+def test_loading_mends_weights_outside_the_bound(model, graphs, tmp_path, caplog):
+    with torch.no_grad():
+        model.ignn.layers[1].state_weight.mul_(3)
+    model.save_pretrained(tmp_path)
+    again = IGNNForGraphClassification.from_pretrained(tmp_path)
+    assert row_norm(again.ignn.layers[1].state_weight) <= 0.9 * (1 + 1e-5)
+    assert again.enforce_constraint() == 0.0
+
+
+def test_weights_outside_the_bound_are_projected_for_the_solve_only(model, graphs):
+    batch = Batch.from_data_list(graphs)
+    layer = model.ignn.layers[0]
+    with torch.no_grad():
+        layer.state_weight.mul_(5)
+    stored = layer.state_weight.detach().clone()
+    expected = model(batch).logits
+    assert torch.equal(layer.state_weight, stored)
+    model.project_()
+    assert row_norm(layer.state_weight) == pytest.approx(0.9, abs=1e-5)
+    torch.testing.assert_close(model(batch).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_official_evaluation_changes_weights(graphs):
+    """The published code projects the stored weights in every forward, evaluation included."""
+    torch.manual_seed(0)
+    model = IGNNForGraphClassification(config(official=True)).eval()
+    before = model.ignn.layers[0].state_weight.detach().clone()
+    assert row_norm(before) > 0.9
+    model(Batch.from_data_list(graphs))
+    after = model.ignn.layers[0].state_weight.detach()
+    torch.testing.assert_close(after, project_rows(before, 0.9))
+
+
+def test_new_models_are_well_posed():
+    assert IGNNModel(config()).enforce_constraint() == 0.0
+    with pytest.raises(StrictDataclassError, match="kappa=0 "):
+        config(kappa=0)
+    assert config(kappa=0, official=True).kappa == 0
+
+
+def test_measured_radius(graphs):
+    """Without normalisation the bound depends on the graph: the solve stays a contraction."""
+    torch.manual_seed(0)
+    model = IGNNModel(config(normalization="none", kappa=0.9)).eval()
+    batch = Batch.from_data_list(graphs)
+    output = model(batch, solver={"tol": 1e-5, "max_steps": 500})
+    assert bool(output.converged.all())
+    adjacency = Adjacency.from_edges(batch.edge_index, batch.num_nodes, None, "none")
+    dense = adjacency.csr.to_dense().double()
+    radius = float(torch.linalg.eigvalsh(dense).abs().max())
+    assert adjacency.spectral_radius == pytest.approx(radius, abs=1e-6)
+    assert model.largest_radius == 0.0
+    model.train()(batch)
+    assert model.largest_radius == pytest.approx(radius + 1e-5, abs=1e-6)
+    model.project_()
+    assert row_norm(model.layers[0].state_weight) <= 0.9 / radius + 1e-5
+
+
+@pytest.mark.parametrize("directed", [False, True])
+def test_spectral_radius_of_large_graphs(directed):
+    generator = torch.Generator().manual_seed(1)
+    edges = torch.randint(0, 700, (2, 3000), generator=generator)
+    if not directed:
+        edges = torch.cat([edges, edges.flip(0)], dim=1)
+    adjacency = Adjacency.from_edges(edges, 700, None, "none")
+    dense = adjacency.csr.to_dense().double()
+    radius = float(torch.linalg.eigvals(dense).abs().max())
+    assert adjacency.spectral_radius >= radius - 1e-6
+    assert adjacency.spectral_radius == pytest.approx(radius, rel=1e-3)
+
+
+def test_sparse_features_equal_dense_ones(graphs):
+    torch.manual_seed(0)
+    model = IGNNForNodeClassification(config(skip_connections=True, local_injection=True)).eval()
+    g = graphs[3]
+    dense = model(g.x, g.edge_index).logits
+    torch.testing.assert_close(model(g.x.to_sparse(), g.edge_index).logits, dense)
+
+
+def test_multi_label_nodes_with_a_mask(graphs):
+    torch.manual_seed(0)
+    kind = {"problem_type": "multi_label_classification", "num_labels": 4}
+    model = IGNNForNodeClassification(config(implicit_head=True, **kind)).eval()
+    g = graphs[3]
+    labels = torch.randint(0, 2, (12, 4)).float()
+    mask = torch.arange(12) < 5
+    output = model(g, labels=labels, mask=mask, output_hidden_states=True)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits[:5], labels[:5])
+    assert float(output.loss) == pytest.approx(float(expected))
+    assert [h.shape[1] for h in output.hidden_states] == [8, 6, 4]
+    with pytest.raises(UserError, match="multi-label"):
+        model(g, labels=torch.zeros(12, dtype=torch.int64))
+
+
+def test_settings_of_a_call_and_of_the_model(model, graphs):
+    batch = Batch.from_data_list(graphs)
+    loose = model(batch, solver={"tol": 1e-1}).n_steps.sum()
+    tight = model(batch, solver={"tol": 1e-6}).n_steps.sum()
+    assert int(loose) < int(tight)
+    anderson = model(batch, solver={"name": "anderson", "tol": 1e-6})
+    torch.testing.assert_close(
+        anderson.logits, model(batch, solver={"tol": 1e-6}).logits, rtol=0, atol=1e-4
+    )
+    model.set_solver(max_steps=1)
+    assert model(batch).n_steps.tolist() == [2] * 4  # one in each of two layers
+    with pytest.raises(ValueError, match="unknown solver"):
+        model(batch, solver="newton")
+
+
+def test_half_precision(model, graphs):
+    batch = Batch.from_data_list(graphs)
+    expected = model(batch).logits
+    half = model.to(torch.bfloat16)(batch, solver={"tol": 1e-2})
+    assert half.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(half.logits.float(), expected, rtol=0, atol=5e-2)
+
+
+def test_products_agree_with_plain_ones():
+    x, weight, plus = torch.randn(50, 7), torch.randn(5, 7), torch.randn(50, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(times_transposed(x, weight), x @ weight.T)
+        torch.testing.assert_close(times_transposed(x, weight, plus), x @ weight.T + plus)
+        torch.testing.assert_close(times_transposed(x.T, plus.T), x.T @ plus)
+
+
+def test_trainer(tmp_path):
+    """A dict from the collator trains under Trainer; the callback keeps the bound."""
+    torch.manual_seed(0)
+    data = [graph(6 + seed % 4, seed) for seed in range(24)]
+    model = IGNNForGraphClassification(config(dropout=0.0))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        num_train_epochs=15,
+        learning_rate=2e-2,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate_graphs,
+        callbacks=[NormBoundCallback()],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert all(layer.excess(1.0) == 0 for layer in model.implicit_layers)
+    assert trainer.evaluate()["eval_loss"] < losses[0]
+
+
+def bad_graphs():
+    g = graph(5, 0)
+    x, e = g.x, g.edge_index
+    one = torch.zeros(5, dtype=torch.int64)
+    return {
+        "no nodes": ({"x": torch.zeros(0, 3), "edge_index": e[:, :0]}, "no nodes"),
+        "an empty graph": ({"x": x, "edge_index": e, "batch": one + 1}, "graph 0 .* no nodes"),
+        "NaN": ({"x": x.where(x != x[0, 0], math.nan), "edge_index": e}, "NaN"),
+        "width": ({"x": x[:, :2], "edge_index": e}, r"reads \(nodes, 3\)"),
+        "integers": ({"x": x.long(), "edge_index": e}, "floating point"),
+        "range": ({"x": x, "edge_index": e + 1}, "nodes 0 to 4"),
+        "negative": ({"x": x, "edge_index": e - 1}, "nodes 0 to 4"),
+        "edge shape": ({"x": x, "edge_index": e.T}, r"shape \(2, edges\)"),
+        "no edges given": ({"x": x}, "edge_index is missing"),
+        "directed": ({"x": x, "edge_index": e[:, :-1]}, "no equal reverse edge"),
+        "weights": ({"x": x, "edge_index": e, "edge_weight": -torch.ones(e.shape[1])}, "negative"),
+        "batch length": ({"x": x, "edge_index": e, "batch": one[:3]}, "one entry per node"),
+        "edge between graphs": (
+            {"x": x, "edge_index": e, "batch": torch.tensor([0, 0, 0, 1, 1])},
+            "different graphs",
+        ),
+    }
+
+
+@pytest.mark.parametrize("what", bad_graphs())
+def test_bad_graphs(model, what):
+    arguments, message = bad_graphs()[what]
+    with pytest.raises(UserError, match=message):
+        model(**arguments)
+
+
+def test_object_without_features(model):
+    with pytest.raises(UserError, match="no x"):
+        model(Data(edge_index=torch.zeros(2, 0, dtype=torch.int64), num_nodes=3))
+
+
+def test_isolated_nodes_and_graphs_without_edges(model):
+    """They are right: such a node's state solves z = relu(W z + Omega x) by itself."""
+    x = torch.rand(3, 3)
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    whole = model(x, none).logits
+    assert bool(whole.isfinite().all())
+    base = model.ignn
+    states = base(x, none, solver={"tol": 1e-6}).last_hidden_state
+    alone = [base(x[i : i + 1], none, solver={"tol": 1e-6}).last_hidden_state for i in range(3)]
+    torch.testing.assert_close(states, torch.cat(alone), rtol=0, atol=1e-5)
+    raw = IGNNModel(config(normalization="none")).eval()
+    assert torch.equal(raw(x, none).last_hidden_state, torch.zeros(3, 6))
+
+
+def test_directed_graphs_where_they_are_allowed():
+    torch.manual_seed(0)
+    chain = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    x = torch.zeros(4, 3)
+    x[0, 0] = 1
+    forward = IGNNModel(config(directed=True)).eval()
+    states = forward(x, chain, solver={"tol": 1e-7}).last_hidden_state
+    backward = forward(x, chain.flip(0), solver={"tol": 1e-7}).last_hidden_state
+    assert bool((states[1:].abs().sum(1) > 0).any()), "information must flow along the edges"
+    assert torch.equal(backward[1:], torch.zeros(3, 6))

@@ -1,0 +1,165 @@
+"""Graph training: single folds, the resumable table, node recipes, and their commands."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from deqzoo.cli import run
+from deqzoo.data.graphs import honest_folds, load_graph_set
+from deqzoo.errors import UserError
+from deqzoo.evaluation.graph_table import cell, render
+from deqzoo.training.graph_nodes import NodeRecipe, train_nodes
+from deqzoo.training.graph_table import Job, all_jobs, collect, run_table
+from deqzoo.training.graphs import FoldRun, FoldSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from test_graphs import write_graph_set, write_ppi  # noqa: E402
+
+FAST = FoldSettings(epochs=3, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graphs")
+    write_graph_set(folder / "TINY")
+    return folder
+
+
+def test_a_fold_learns_and_records(root):
+    data = load_graph_set("TINY", root)
+    fold = honest_folds(data.labels)[0]
+    job = FoldRun(data, fold, "upg-5-0.5", FoldSettings(epochs=40, batch_size=8, lr=1e-2), 0)
+    record = job.run()
+    assert record.train_loss[-1] < 0.5 * record.train_loss[0]
+    assert len(record.test_accuracy) == len(record.validation_loss) == 40
+    assert job.best_weights is not None and record.parameters > 0
+    best = max(record.validation_accuracy)
+    assert record.validation_accuracy[record.chosen_epoch] == best
+    assert all(layer.excess(1.0) == 0 for layer in job.model.implicit_layers)
+
+
+def test_warm_start_changes_only_the_steps(root):
+    data = load_graph_set("TINY", root)
+    fold = honest_folds(data.labels)[0]
+    records = [
+        FoldRun(data, fold, "implicit", FoldSettings(epochs=4, tol=1e-5, warm_start=w), 0).run()
+        for w in (True, False)
+    ]
+    assert records[0].train_loss == pytest.approx(records[1].train_loss, abs=1e-4)
+    assert sum(records[0].steps[1:]) < sum(records[1].steps[1:])
+
+
+def test_table_resumes(root, tmp_path):
+    jobs = [Job("published", "TINY", "npg-5-0.5", f) for f in (0, 1)]
+    jobs.append(Job("honest", "TINY", "upg-5-0.5", 0))
+    first = dict(run_table(root, tmp_path, jobs[:1], FAST))
+    assert list(first) == jobs[:1]
+    second = dict(run_table(root, tmp_path, jobs, FAST, processes=2))
+    assert set(second) == set(jobs[1:]), "a finished fold was trained again"
+    folds = collect(tmp_path)
+    assert set(folds) == {job.key for job in jobs}
+    result = folds[jobs[0].key]
+    best = max(result["curves"]["test_accuracy"])
+    assert result["best_test_accuracy"] == pytest.approx(best, abs=1e-5)
+    checkpoint = tmp_path / "checkpoints" / jobs[2].key
+    fold = json.loads((checkpoint / "fold.json").read_text())
+    assert fold["test"] == honest_folds(load_graph_set("TINY", root).labels)[0].test
+    text = render(folds)
+    assert "(2/10)" in text and "| COX2 | Implicit | 84.1 ± 2.9 |" in text
+
+
+def test_jobs():
+    jobs = all_jobs()
+    assert len(jobs) == len(set(jobs)) == 160
+    first = [job.key for job in jobs[:2]]
+    assert first == ["COX2-upg-5-0.5-honest-0", "PROTEINS-upg-5-0.5-honest-0"]
+    with pytest.raises(UserError, match="unknown method 'sgd'"):
+        all_jobs(methods=["sgd"])
+
+
+def test_cells():
+    assert cell([]) == ""
+    assert cell([0.8, 0.9] * 5) == "85.0 ± 5.0"
+    assert cell([0.8]) == "80.0 ± 0.0 (1/10)"
+
+
+def test_commands(root, tmp_path, capsys):
+    """The table's command, and what can be done with the checkpoint that it leaves."""
+    recipe = tmp_path / "fast.yaml"
+    recipe.write_text("epochs: 2\nbatch_size: 8\n")
+    arguments = ["ignn-table", "--data", str(root), "--sets", "TINY", "--recipe", str(recipe)]
+    arguments += ["--methods", "upg-5-0.5", "--protocols", "honest", "--processes", "2"]
+    arguments += ["--output", str(tmp_path / "folds"), "--results", str(tmp_path / "results")]
+    assert run(arguments) == 0
+    assert "| TINY | UPG k=5 λ=0.5 |" in capsys.readouterr().out
+    # The results file alone is enough to go on from.
+    again = [a if a != str(tmp_path / "folds") else str(tmp_path / "fresh") for a in arguments]
+    assert run(again) == 0
+    assert not list((tmp_path / "fresh").glob("*.json"))
+    capsys.readouterr()
+    checkpoint = str(tmp_path / "folds" / "checkpoints" / "TINY-upg-5-0.5-honest-0")
+    assert run(["predict-graphs", checkpoint, "--data", str(root), "--json"]) == 0
+    predictions = json.loads(capsys.readouterr().out)
+    stored = json.loads((Path(checkpoint) / "fold.json").read_text())
+    assert [p["number"] for p in predictions] == stored["test"]
+    right = sum(p["label"] == p["target"] for p in predictions) / len(predictions)
+    assert right == pytest.approx(stored["test_accuracy"])
+    assert run(["predict-graphs", checkpoint, "--data", str(root), "--split", "all"]) == 0
+    assert "of 30 as stored" in capsys.readouterr().out
+    target = tmp_path / "evaluation.json"
+    assert run(["evaluate", checkpoint, "--data", str(root), "--output", str(target)]) == 0
+    content = json.loads(target.read_text())
+    assert content["results"]["accuracy"] == pytest.approx(stored["test_accuracy"])
+    assert run(["evaluate", checkpoint, "--output", str(target)]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_node_recipe_on_ppi_layout(tmp_path):
+    """The PPI recipe trains on a small file in PPI's layout, and its checkpoint evaluates."""
+    pytest.importorskip("networkx")
+    write_ppi(tmp_path / "PPI" / "raw")
+    recipe = NodeRecipe(
+        name="ppi-test",
+        data="PPI",
+        model={
+            "hidden_sizes": [8, 4],
+            "skip_connections": True,
+            "implicit_head": True,
+            "normalization": "none",
+            "kappa": 0.98,
+        },
+        epochs=3,
+        evaluate_every=2,
+    )
+    lines = []
+    record = train_nodes(recipe, tmp_path, tmp_path / "model", lines.append)
+    assert len(lines) == 2 and "micro_f1" in record["test"]
+    target = tmp_path / "evaluation.json"
+    arguments = ["evaluate", str(tmp_path / "model"), "--data", str(tmp_path)]
+    assert run([*arguments, "--output", str(target)]) == 0
+    results = json.loads(target.read_text())["results"]
+    assert results["micro_f1"] == pytest.approx(record["test"]["micro_f1"])
+
+
+def test_bad_recipes(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    for text, message in (
+        ("name: a\ndata: PPI\nepoch: 3\n", "unknown epoch"),
+        ("name: a\ndata: Reddit\n", "set data to one of"),
+        ("- 1\n", "no mapping"),
+        ("data: PPI\n", "name"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            NodeRecipe.read(file)
+    with pytest.raises(UserError, match="cannot read"):
+        FoldSettings.read(tmp_path / "missing.yaml")
+
+
+def test_shipped_recipes_are_valid():
+    folder = Path(__file__).parents[2] / "recipes"
+    assert FoldSettings.read(folder / "ignn-table.yaml") == FoldSettings()
+    names = [NodeRecipe.read(p).name for p in folder.glob("ignn-*.yaml") if "table" not in p.name]
+    assert "ignn-ppi-upg" in names
