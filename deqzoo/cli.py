@@ -146,14 +146,14 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a model on its data set and write the evaluation file."""
+    from deqzoo.evaluation.dispatch import evaluate_model
     from deqzoo.evaluation.files import write_evaluation
     from deqzoo.hub.catalogue import main_figure
 
     if limit is not None and output is None:
         raise UserError("--limit makes no full evaluation: say with --output where to write it")
     model = deqzoo.DEQModel.from_pretrained(name)
-    evaluator = _evaluator(model.config.model_type)
-    content = evaluator(
+    content = evaluate_model(
         model, deqzoo.zoo.bare_name(Path(name).name), split=split, data=data,
         batch_size=batch_size, limit=limit,
     )  # fmt: skip
@@ -188,20 +188,6 @@ _COMMAND_MODULES = (
     "deqzoo.evaluation.cli",
     "deqzoo.hub.cli",
 )
-
-#: model_type -> module with `evaluate_...(model, name, *, split, data, batch_size, limit)`.
-_EVALUATORS = {
-    "mdeq": ("deqzoo.evaluation.images", "evaluate_images"),
-    "deq_transformer": ("deqzoo.evaluation.text", "evaluate_text"),
-    "ignn": ("deqzoo.evaluation.graphs", "evaluate_graphs"),
-}
-
-
-def _evaluator(model_type: str) -> Any:
-    if model_type not in _EVALUATORS:
-        raise UserError(f"models of type {model_type!r} have no evaluation here")
-    module, function = _EVALUATORS[model_type]
-    return getattr(importlib.import_module(module), function)
 
 
 def _default_image_model() -> str:

@@ -19,10 +19,8 @@ DEFAULT_IMAGE_MODELS = ("mdeq-cifar-upg", "mdeq-tiny-cifar-upg")
 
 def checkpoints_root() -> Path:
     """The folder of bundled checkpoints: of a source checkout, else of the installed package."""
-    checkout = _PACKAGE.parent / "hub_configs"
-    if (_PACKAGE.parent / "pyproject.toml").is_file() and checkout.is_dir():
-        return checkout
-    return _PACKAGE / "hub_configs"
+    checkout = _PACKAGE.parent
+    return (checkout if (checkout / "hatch_build.py").is_file() else _PACKAGE) / "hub_configs"
 
 
 def list_models() -> list[str]:

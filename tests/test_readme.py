@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import deqzoo.zoo
+from deqzoo.hub.cards import rendered_files
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,6 +32,12 @@ def test_there_are_three_examples() -> None:
 def test_examples_run(index: int, examples_zoo: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     exec(compile(EXAMPLES[index], f"README example {index + 1}", "exec"), {})
+
+
+def test_cards_and_table_are_up_to_date() -> None:
+    files = rendered_files(ROOT)
+    stale = [path.name for path, text in files.items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, "run `deqzoo cards`"
 
 
 def test_first_command_names_a_bundled_picture() -> None:

@@ -116,7 +116,7 @@ DATA_TEXTS = {
         "The published validation split serves as test split; 950 training pictures are kept to "
         "choose by.",
     ),
-    "wikitext2": DataText(
+    "wikitext-2": DataText(
         "Salesforce/wikitext",
         "WikiText-2",
         "The word-level corpus with its published splits and vocabulary (CC BY-SA 3.0).",
@@ -125,6 +125,11 @@ DATA_TEXTS = {
         "ptb-text-only/ptb_text_only",
         "Penn Treebank (words)",
         "The usual preparation with 10,000 words; the underlying text is licensed by the LDC.",
+    ),
+    "twitch": DataText(
+        "graphs-datasets/twitch",
+        "Twitch social networks",
+        "Networks of users in several languages, one graph each: trained on some, tested on another.",
     ),
     "proteins": DataText(
         "graphs-datasets/PROTEINS", "PROTEINS", "1,113 graphs in two classes (TU collection)."

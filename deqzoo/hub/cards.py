@@ -18,7 +18,8 @@ from deqzoo.zoo import checkpoints_root, read_json
 _METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
     "perplexity": ("perplexity", "Perplexity"),
-    "f1_micro": ("f1", "Micro-averaged F1"),
+    "micro_f1": ("f1", "Micro-averaged F1"),
+    "auc": ("roc_auc", "Area under the ROC curve"),
 }
 _TABLE_BEGIN, _TABLE_END = "<!-- models:begin -->", "<!-- models:end -->"
 
@@ -86,7 +87,8 @@ def budget_plot(entry: Entry) -> str | None:
     """Accuracy against solver steps of the test evaluation as SVG; None without that curve."""
     for evaluation in entry.evaluations.values():
         steps = (evaluation.get("budget") or {}).get("steps") or []
-        if len(steps) > 1 and evaluation["data"].get("split") == "test":
+        shown = len(steps) > 1 and "accuracy" in steps[0]
+        if shown and evaluation["data"].get("split") == "test":
             points = [(row["max_steps"], round(100 * row["accuracy"], 1)) for row in steps]
             return line_plot(
                 points,
@@ -247,25 +249,34 @@ def _results(entry: Entry) -> list[str]:
 
 
 def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
+    """Quality against effort, for evaluations that measured it."""
     budget = evaluation.get("budget")
-    if not budget or "accuracy" not in budget["steps"][0]:
+    if not budget:
         return []
+    metric = next(key for key in ("accuracy", "perplexity") if key in budget["steps"][0])
     rows = [
-        (str(row["max_steps"]), _number(row["accuracy"]), _number(row["residual_median"]))
+        (str(row["max_steps"]), _number(row[metric]), _number(row["residual_median"]))
         for row in budget["steps"]
     ]
-    default = _number(budget["default_accuracy"])
-    return [
-        "Effort is a dial: accuracy after a fixed number of solver steps, on "
-        f"{budget['pictures']:,} pictures of this split (default solver there: {default}).",
-        _table(("solver steps", "accuracy", "median relative residual"), rows),
-        f"![accuracy against solver steps]({entry.name}-budget.svg)",
+    samples, unit = next(
+        (budget[key], key) for key in ("pictures", "tokens", "samples") if key in budget
+    )
+    default = _number(budget[f"default_{metric}"])
+    parts = [
+        f"Effort is a dial: {metric} after a fixed number of solver steps, on the first "
+        f"{samples:,} {unit} of this split (default solver there: {default}).",
+        _table(("solver steps", metric, "median relative residual"), rows),
     ]
+    if metric == "accuracy":
+        parts.append(f"![{metric} against solver steps]({entry.name}-budget.svg)")
+    return parts
 
 
 def _training(entry: Entry) -> str:
-    record = entry.folder / "training.json"
-    if not record.is_file():
+    """Figures of the training record and the recipe as it was run."""
+    names = ("training.json", "run.json")
+    record = next((entry.folder / n for n in names if (entry.folder / n).is_file()), None)
+    if record is None:
         return "No training record is stored beside these weights."
     content = read_json(record)
     rows = [
@@ -273,8 +284,14 @@ def _training(entry: Entry) -> str:
         for name, value in content.items()
         if isinstance(value, (int, float, str))
     ]
-    recipe = f"Recipe: `recipes/{entry.name}.yaml`, run by `deqzoo train`."
-    return f"{recipe}\n\n{_table(('', ''), rows)}"
+    parts = [_table(("", ""), rows)] if rows else []
+    if isinstance(content.get("recipe"), dict):
+        text = yaml.safe_dump(content["recipe"], sort_keys=False, default_flow_style=None)
+        parts += [
+            "The recipe as it was run; `deqzoo train` takes it from `recipes/`:",
+            f"```yaml\n{text}```",
+        ]
+    return "\n\n".join(parts)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,7 +1,8 @@
-"""Commands of the hub room: seal, cards, verify and publish."""
+"""Commands of the hub room: store, seal, cards, verify and publish."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,8 +12,22 @@ from deqzoo.errors import UserError
 
 def add_commands(app: typer.Typer) -> None:
     """Add this room's commands."""
-    for command in (seal, cards, verify, publish):
+    for command in (store, seal, cards, verify, publish):
         app.command()(command)
+
+
+def store(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.")],
+    data: Annotated[Path | None, typer.Option(help="Local copy of the data set.")] = None,
+    name: Annotated[str | None, typer.Option(help="Zoo name; the recipe's by default.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace, and store what is no stable equilibrium.")
+    ] = False,
+) -> None:
+    """Measure a finished run and take it into hub_configs, sealed."""
+    from deqzoo.hub.store import store_run
+
+    typer.echo(f"stored in {store_run(run, data, name=name, force=force)}; now run `deqzoo cards`")
 
 
 def seal(

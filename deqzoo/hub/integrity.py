@@ -34,9 +34,17 @@ def published_files(folder: Path) -> list[Path]:
     )
 
 
+def sealed_files(folder: Path) -> list[Path]:
+    """The published files that checksums cover: all but the evaluations.
+
+    Evaluations may be measured again; each names its weights by their own hash.
+    """
+    return [path for path in published_files(folder) if path.parts[0] != "evaluation"]
+
+
 def write_checksums(folder: Path) -> Path:
-    """Record the SHA-256 of every published file, in the format of `sha256sum`."""
-    lines = [f"{file_digest(folder / path)}  {path.as_posix()}" for path in published_files(folder)]
+    """Record the SHA-256 of every sealed file, in the format of `sha256sum`."""
+    lines = [f"{file_digest(folder / path)}  {path.as_posix()}" for path in sealed_files(folder)]
     target = folder / CHECKSUMS
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
@@ -55,7 +63,7 @@ def check_checksums(folder: Path) -> list[str]:
         raise UserError(f"{folder} has no {CHECKSUMS}; `deqzoo seal` writes it") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder / CHECKSUMS}: {error}") from error
-    present = {path.as_posix() for path in published_files(folder)}
+    present = {path.as_posix() for path in sealed_files(folder)}
     faults = [f"{name} is missing" for name in sorted(recorded.keys() - present)]
     faults += [f"{name} is not in {CHECKSUMS}" for name in sorted(present - recorded.keys())]
     for name in sorted(recorded.keys() & present):

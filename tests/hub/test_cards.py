@@ -100,6 +100,8 @@ def test_verify_is_green_and_sees_faults(
     content = json.loads(evaluation.read_text())
     content["model"]["weights_sha256"] = "0" * 64
     evaluation.write_text(json.dumps(content))
+    config = folder / "preprocessor_config.json"
+    config.write_text(config.read_text() + " ")
     faults = verify_model("mdeq-test")
     assert any("has changed" in fault for fault in faults)
     assert any("other weights" in fault for fault in faults)

@@ -1,0 +1,92 @@
+"""Taking a finished run into the zoo: measured, checked to be an equilibrium, and sealed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from deqzoo.errors import UserError
+from deqzoo.evaluation.dispatch import evaluate_model
+from deqzoo.evaluation.files import write_evaluation
+from deqzoo.hub.integrity import write_checksums, write_golden
+from deqzoo.models.auto import DEQModel
+from deqzoo.zoo import checkpoints_root, read_json
+
+MAX_RESIDUAL = 5e-3
+MAX_ACCURACY_GAP = 0.003
+
+
+def store_run(
+    run: Path,
+    data: str | os.PathLike[str] | None,
+    *,
+    name: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Copy a run's model into `hub_configs`, with record, evaluation files, golden and checksums.
+
+    The validation split decides whether it is an equilibrium model (`instabilities`); only then is
+    the test split measured.
+
+    Args:
+        run: folder of `deqzoo train`, or a model folder.
+        data: local copy of the data set; its own repository if None.
+        name: zoo name; the recipe's by default.
+        force: replace a checkpoint of that name, and store a model that is no stable equilibrium.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        UserError: no model in the run, a name that is taken, or an unstable equilibrium.
+    """
+    model_folder = run / "model" if (run / "model").is_dir() else run
+    record = read_json(run / "record.json") if (run / "record.json").is_file() else {}
+    name = name or record.get("recipe", {}).get("name") or run.name
+    target = checkpoints_root() / name
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; add --force to replace it")
+    model = DEQModel.from_pretrained(model_folder)
+    files = {}
+    for split in ("validation", "test"):
+        content = evaluate_model(model, name, split=split, data=data)
+        faults = instabilities(content)
+        if faults and not force:
+            raise UserError(f"{run} is no stable equilibrium model: {'; '.join(faults)}")
+        files[f"{content['data']['name']}-{split}.json"] = content
+    fresh = target.with_name(f".{name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.parent.mkdir(exist_ok=True)
+    shutil.copytree(model_folder, fresh)
+    for file, content in files.items():
+        write_evaluation(fresh / "evaluation" / file, content)
+    if record:
+        shutil.copyfile(run / "record.json", fresh / "training.json")
+    write_golden(fresh, model)
+    write_checksums(fresh)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+    return target
+
+
+def instabilities(evaluation: dict[str, Any]) -> list[str]:
+    """Why an evaluated model is no stable equilibrium model, one line each.
+
+    The median relative residual within the default budget must be small, and more steps must not
+    change the accuracy.
+    """
+    faults = []
+    residual = evaluation["results"].get("residual_median")
+    if residual is not None and not residual <= MAX_RESIDUAL:
+        faults.append(f"median relative residual {residual:.1e} is above {MAX_RESIDUAL:.0e}")
+    budget = evaluation.get("budget")
+    if budget and "default_accuracy" in budget:
+        last = budget["steps"][-1]
+        gap = abs(last["accuracy"] - budget["default_accuracy"])
+        if gap > MAX_ACCURACY_GAP:
+            faults.append(
+                f"accuracy after {last['max_steps']} steps differs by {gap:.2%} from the default's"
+            )
+    return faults

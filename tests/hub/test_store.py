@@ -1,0 +1,80 @@
+"""Taking a run into the zoo."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deqzoo import UserError
+from deqzoo.cli import run
+from deqzoo.hub import store
+from deqzoo.hub.verify import verify_model
+
+
+@pytest.fixture
+def finished(tiny_mdeq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder, and an empty zoo to store it in."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_mdeq, folder / "model")
+    (folder / "record.json").write_text(
+        json.dumps({"recipe": {"name": "mdeq-new"}, "pflop": 0.5, "seconds": 7200.0})
+    )
+    (tmp_path / "hub_configs").mkdir()
+    for module in ("deqzoo.zoo", "deqzoo.hub.store"):
+        monkeypatch.setattr(f"{module}.checkpoints_root", lambda: tmp_path / "hub_configs")
+    return folder
+
+
+def test_a_stored_run_verifies(
+    finished: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The stand-in is untrained and need not be stable.
+    assert run(["store", str(finished), "--data", str(cifar_folder), "--force"]) == 0
+    folder = finished.parent / "hub_configs" / "mdeq-new"
+    stored = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {
+        "evaluation/cifar10-test.json",
+        "evaluation/cifar10-validation.json",
+        "training.json",
+        "golden.json",
+        "SHA256SUMS",
+    } <= stored
+    assert verify_model("mdeq-new") == []
+    assert "0.5" in (folder / "training.json").read_text()
+    with pytest.raises(UserError, match="--force"):
+        store.store_run(finished, cifar_folder)
+
+
+def test_unstable_models_are_refused_before_the_test_split(
+    finished: Path, cifar_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def evaluate(model, name, *, split, data):
+        measured.append(split)
+        return evaluation(residual=0.5)
+
+    monkeypatch.setattr("deqzoo.hub.store.evaluate_model", evaluate)
+    with pytest.raises(UserError, match="no stable equilibrium"):
+        store.store_run(finished, cifar_folder)
+    assert measured == ["validation"]
+    assert not list((finished.parent / "hub_configs").iterdir())
+
+
+def evaluation(residual: float = 1e-3, last: float = 0.85) -> dict:
+    return {
+        "data": {"name": "cifar10"},
+        "results": {"residual_median": residual},
+        "budget": {"default_accuracy": 0.85, "steps": [{"max_steps": 30, "accuracy": last}]},
+    }
+
+
+def test_instabilities() -> None:
+    assert store.instabilities(evaluation()) == []
+    assert "above 5e-03" in store.instabilities(evaluation(residual=6e-3))[0]
+    assert "above" in store.instabilities(evaluation(residual=float("nan")))[0]
+    assert "after 30 steps" in store.instabilities(evaluation(last=0.84))[0]
+    assert store.instabilities(evaluation(last=0.852)) == []
