@@ -126,7 +126,7 @@ def test_golden_prediction_sees_other_weights(checkout: Path) -> None:
     model = DEQModel.from_pretrained(folder)
     assert check_golden(folder, model) == []
     model.classifier.bias.data += 1
-    assert "golden logits differs" in check_golden(folder, model)[0]
+    assert "golden logits differ" in check_golden(folder, model)[0]
 
 
 def test_broken_snippet_is_a_fault(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
