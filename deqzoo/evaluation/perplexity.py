@@ -172,6 +172,7 @@ def perplexity(
     segment_length: int | None = None,
     solver: dict[str, Any] | None = None,
     on_line: Callable[[str], None] | None = None,
+    on_segment: Callable[[Tensor, Any], None] | None = None,
 ) -> PerplexityReport:
     """Score a text.
 
@@ -186,6 +187,7 @@ def perplexity(
         segment_length: tokens per forward; by default the model's own.
         solver: settings over the model's.
         on_line: called with each line once it has been taken, for progress.
+        on_segment: called after each segment with its tokens (T,) and the model's outputs.
 
     Raises:
         UserError: the text holds no word.
@@ -200,7 +202,13 @@ def perplexity(
         words = (words_of_index[index] for index in targets.tolist())
         kept.extend(zip(words, values, strict=True))
 
-    scorer = Scorer(model, segment_length, solver, keep if keep_surprisal else None)
+    def take(targets: Tensor, outputs: Any) -> None:
+        if keep_surprisal:
+            keep(targets, outputs)
+        if on_segment is not None:
+            on_segment(targets, outputs)
+
+    scorer = Scorer(model, segment_length, solver, take)
     characters = n_unknown = n_words = 0
     for line in lines:
         text = line if pretokenized else prepare_text(line.rstrip("\r\n"), vocabulary, style).text
