@@ -35,7 +35,7 @@ TINY = {
         "local_size": 8,
         "mem_len": 8,
     },
-    "IGNN": {"num_features": 3, "hidden_sizes": [8, 8], "num_labels": 2},
+    "IGNN": {"num_features": 3, "hidden_sizes": [16, 16], "num_labels": 2},
 }
 MODELS = [name for name in CLASSES if not name.endswith(("Config", "Processor"))]
 
