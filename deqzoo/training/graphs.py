@@ -19,6 +19,7 @@ from deqzoo.errors import UserError
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification, IGNNPreTrainedModel
+from deqzoo.models.ignn.symmetry import merge_equal_nodes
 
 ADJOINT = {"name": "fixed_point", "max_steps": 300, "tol": 1e-3}
 
@@ -193,7 +194,7 @@ class FoldRun:
         batch = data.batch(index)
         fields = graph_fields(batch)
         graphs = GraphBatch.build(self.model.config, **fields, symmetrize=symmetrize)
-        return _Part(graphs, batch.y)
+        return _Part(merge_equal_nodes(graphs), batch.y)
 
     def run(self) -> FoldRecord:
         """Train all epochs."""

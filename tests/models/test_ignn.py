@@ -21,6 +21,7 @@ from deqzoo.models.ignn.modeling_ignn import (
 )
 from deqzoo.models.ignn.projection import project_rows, row_norm
 from deqzoo.models.ignn.sparse import Adjacency
+from deqzoo.models.ignn.symmetry import merge_equal_nodes, refine
 from deqzoo.training.graphs import NormBoundCallback
 
 
@@ -136,6 +137,57 @@ def test_warm_start_saves_steps_and_changes_nothing(model, graphs):
     warm = model(batch, initial_states=cold.hidden_states, solver={"tol": 1e-6})
     assert int(warm.n_steps.sum()) < int(cold.n_steps.sum()) / 2
     torch.testing.assert_close(warm.logits, cold.logits, rtol=0, atol=1e-5)
+
+
+def star_and_ring():
+    """Graphs with equal nodes: a star with two kinds of leaves, and a ring."""
+    star = torch.tensor([[0, 0, 0, 0, 0], [1, 2, 3, 4, 5]])
+    ring = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+    leaves = torch.eye(3)[[0, 1, 1, 1, 2, 2]]
+    return [
+        Data(x=leaves, edge_index=torch.cat([star, star.flip(0)], 1), y=torch.tensor([0])),
+        Data(
+            x=torch.ones(4, 3), edge_index=torch.cat([ring, ring.flip(0)], 1), y=torch.tensor([1])
+        ),
+    ]
+
+
+def test_equal_nodes_merge_without_changing_results(graphs):
+    torch.manual_seed(0)
+    model = IGNNForGraphClassification(config(dropout=0.0)).double()
+    batch = Batch.from_data_list([*star_and_ring(), *graphs])
+    batch.x = batch.x.double()
+    whole = GraphBatch.build(model.config, batch.x, batch.edge_index, batch=batch.batch)
+    merged = merge_equal_nodes(whole)
+    assert merged.counts[merged.index == 0].sort().values.tolist() == [1, 2, 3]
+    assert merged.counts[merged.index == 1].tolist() == [4]
+    assert int(merged.counts.sum()) == batch.num_nodes
+    again = merge_equal_nodes(merged)
+    assert torch.equal(again.counts.sort().values, merged.counts.sort().values)
+    tight = {"solver": {"tol": 1e-13, "max_steps": 2000}, "labels": batch.y}
+    adjoint = {"name": "fixed_point", "max_steps": 2000, "tol": 1e-13}
+    for gradient in ({"name": "implicit", "solver": adjoint}, "upg", "npg"):
+        found = []
+        for inputs in (whole, merged):
+            model.zero_grad()
+            output = model(inputs, gradient=gradient, **tight)
+            output.loss.backward()
+            found.append((output.logits, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=1e-9)
+
+
+def test_weights_and_features_keep_nodes_apart():
+    path = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+
+    def kinds(x, weight):
+        settings = config(normalization="none")
+        return refine(GraphBatch.build(settings, x, path, weight)).unique().numel()
+
+    equal = torch.ones(3, 3)
+    assert kinds(equal, torch.ones(4)) == 2  # the ends of the path are alike
+    assert kinds(equal, torch.tensor([1.0, 1.0, 2.0, 2.0])) == 3
+    assert kinds(torch.eye(3), torch.ones(4)) == 3
 
 
 def gradients(model, batch, **options):

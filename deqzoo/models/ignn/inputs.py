@@ -22,18 +22,21 @@ class GraphBatch:
         adjacency: of all n nodes, block-diagonal.
         index: (n,) int64, the graph of each node.
         n_graphs: number of graphs.
+        counts: (n,), how many equal nodes a row stands for; None is one each.
     """
 
     features: Tensor
     adjacency: Adjacency
     index: Tensor
     n_graphs: int
+    counts: Tensor | None = None
 
     def to(self, like: Tensor) -> GraphBatch:
         """Return the batch on the device and in the dtype of a tensor."""
         features = self.features.to(like)
         index = self.index.to(like.device)
-        return GraphBatch(features, self.adjacency.to(like), index, self.n_graphs)
+        counts = None if self.counts is None else self.counts.to(like)
+        return GraphBatch(features, self.adjacency.to(like), index, self.n_graphs, counts)
 
     @classmethod
     def build(

@@ -293,6 +293,8 @@ class IGNNForGraphClassification(IGNNPreTrainedModel):
             return_dict=True,
         )
         nodes = base.last_hidden_state
+        if graphs.counts is not None:
+            nodes = nodes * graphs.counts[:, None]
         pooled = nodes.new_zeros(graphs.n_graphs, nodes.shape[1])
         pooled = pooled.index_add(0, graphs.index, nodes)
         logits = self.classifier(self.dropout(self.dense(pooled).relu()))
