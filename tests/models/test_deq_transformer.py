@@ -55,7 +55,7 @@ def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("placement", ["post", "pre"])
-@pytest.mark.parametrize("solver", ["anderson", "fixed_point"])
+@pytest.mark.parametrize("solver", ["anderson", "fixed_point", "broyden"])
 @pytest.mark.parametrize(("tol", "max_steps"), [(0.3, 30), (1e-2, 7), (1e-4, 60), (1e-9, 12)])
 @pytest.mark.parametrize("gain", [0.7, 2.0])
 @torch.no_grad()
@@ -210,6 +210,10 @@ def test_no_cache_without_equilibrium(changes: dict) -> None:
     ids = random_ids(2, 6)
     with pytest.raises(UserError, match="no equilibrium"):
         model(ids, use_cache=True)
+    options = {"max_new_tokens": 2, "attention_mask": torch.ones_like(ids)}
+    assert model.generate(ids, **options).shape == (2, 8)
+    with pytest.raises(UserError, match="no equilibrium"):
+        model.generate(ids, use_cache=True, **options)
     output = model(ids)
     assert output.n_steps.tolist() == [12, 12]
     with pytest.raises(UserError, match="no equilibrium"):

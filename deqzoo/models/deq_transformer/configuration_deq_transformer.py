@@ -79,7 +79,7 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
     solver: dict | None = None
     gradient: dict | None = None
     initializer_range: float | int = 0.01
-    use_cache: bool = True
+    use_cache: bool | None = None
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = 0
@@ -92,6 +92,8 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
         self.tie_projections = [bool(t) for t in self.tie_projections] or default
         if self.fixed_iterations is None and self._lacks_equilibrium():
             self.fixed_iterations = 12
+        if self.use_cache is None:  # only equilibria can be cached
+            self.use_cache = self.fixed_iterations is None
         self.complete_equilibrium()
         super().__post_init__(**kwargs)
 
