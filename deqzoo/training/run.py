@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import resource
 import shutil
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from deqzoo.errors import UserError
 from deqzoo.training.callbacks import (
@@ -29,16 +39,23 @@ from deqzoo.training.images import ImageClassificationTask
 from deqzoo.training.optimizers import build_optimizer, build_schedule
 from deqzoo.training.recipe import Recipe
 from deqzoo.training.task import Plan, Task
+from deqzoo.training.text import LanguageModelingTask
 from deqzoo.training.trainer import RecipeTrainer, latest_checkpoint
 
 
-def build_task(recipe: Recipe, data: str | os.PathLike[str] | None) -> Task:
-    """The task of a recipe, with its data loaded."""
-    if recipe.task == "image-classification":
-        return ImageClassificationTask(recipe, data)
-    from deqzoo.training.text import LanguageModelingTask
+def build_task(
+    recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
+) -> Task:
+    """The task of a recipe, with its data loaded.
 
-    return LanguageModelingTask(recipe, data)
+    Args:
+        recipe: what is to be trained.
+        data: local folder of the data set; None fetches it from the Hub.
+        stand_in: take random data of the right shape and published size where no folder is
+            given; enough to build the model and estimate the cost.
+    """
+    kind = ImageClassificationTask if recipe.task == "image-classification" else LanguageModelingTask
+    return kind(recipe, data, stand_in=stand_in and data is None)
 
 
 def run_recipe(
@@ -72,8 +89,20 @@ def run_recipe(
         UserError: the folder holds another run, or data or settings do not fit.
     """
     out = Path(out)
-    last = latest_checkpoint(out / "checkpoints") if resume else None
     _claim(out, recipe, resume)
+    with _lock(out):
+        return _run(recipe, data, out, resume, progress, max_steps)
+
+
+def _run(
+    recipe: Recipe,
+    data: str | os.PathLike[str] | None,
+    out: Path,
+    resume: bool,
+    progress: bool,
+    max_steps: int | None,
+) -> Path:
+    last = latest_checkpoint(out / "checkpoints") if resume else None
     set_seed(recipe.seed)
     torch.set_flush_denormal(True)
     task = build_task(recipe, data)
@@ -83,16 +112,69 @@ def run_recipe(
         model = model.to(memory_format=torch.channels_last)
     plan = Plan.of(recipe, task)
     trainer = _trainer(recipe, task, plan, model, out, progress, max_steps)
+    keeper = Keeper(trainer, recipe, out)
+    trainer.add_callback(keeper)
     if last is not None:
         trainer.restore(last)
-    started, spent = time.time(), _past_seconds(out)
+    _cut_metrics(out / "metrics.jsonl", 0 if last is None else int(last.rsplit("-", 1)[1]))
     trainer.train(resume_from_checkpoint=last)
-    seconds = spent + time.time() - started
-    if trainer.is_world_process_zero():
-        folder = save_result(trainer, recipe, task, out)
-        _record(out, recipe, task, plan, trainer, seconds)
-        return folder
+    keeper.keep()
     return out / "model"
+
+
+class Keeper(TrainerCallback):
+    """Leaves usable weights and an up-to-date record whenever a checkpoint is written."""
+
+    def __init__(self, trainer: RecipeTrainer, recipe: Recipe, out: Path) -> None:
+        self.trainer = trainer
+        self.recipe = recipe
+        self.out = out
+        self.past = _past_seconds(out)
+        self.started = time.time()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.keep()
+
+    def keep(self) -> None:
+        if self.trainer.is_world_process_zero():
+            save_result(self.trainer, self.out)
+            seconds = self.past + time.time() - self.started
+            _record(self.out, self.recipe, self.trainer, seconds)
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop log lines after the checkpoint that a run goes on from."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Hold the run's folder, so that no second process (of another launch) writes to it."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    with (out / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{out} is being trained by another process") from error
+        yield
+
+
+def is_locked(out: Path) -> bool:
+    """Whether a process is training in this folder."""
+    try:
+        with (out / "lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _trainer(
@@ -167,13 +249,13 @@ def use_bf16(recipe: Recipe) -> bool:
         return False
 
 
-def save_result(trainer: RecipeTrainer, recipe: Recipe, task: Task, out: Path) -> Path:
+def save_result(trainer: RecipeTrainer, out: Path) -> Path:
     """Write the weights of a run so far, in half precision, as a `from_pretrained` folder."""
     folder = out / "model"
     fresh = out / "model.new"
     shutil.rmtree(fresh, ignore_errors=True)
     export(trainer.averaged(), fresh)
-    task.save_processor(str(fresh))
+    trainer.task.save_processor(str(fresh))
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     return folder
@@ -214,14 +296,13 @@ def _past_seconds(out: Path) -> float:
         return 0.0
 
 
-def _record(
-    out: Path, recipe: Recipe, task: Task, plan: Plan, trainer: RecipeTrainer, seconds: float
-) -> None:
+def _record(out: Path, recipe: Recipe, trainer: RecipeTrainer, seconds: float) -> None:
     """What a reader needs to judge or repeat the run."""
+    plan = trainer.plan
     steps = trainer.state.global_step
     record = {
         "recipe": recipe.to_dict(),
-        "data": task.describe(),
+        "data": trainer.task.describe(),
         "finished": steps >= plan.total,
         "steps": steps,
         "total_steps": plan.total,
@@ -274,7 +355,7 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
                 "steps": steps,
                 "resolution": stage.resolution,
                 "evaluations": round(evaluations, 2),
-                "pflop": round(flops / 1e15, 4),
+                "pflop": float(f"{flops / 1e15:.4g}"),
             }
         )
     parameters = sum(p.numel() for p in model.parameters())
@@ -282,7 +363,7 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "steps": plan.total,
-        "pflop": round(total / 1e15, 4),
+        "pflop": float(f"{total / 1e15:.4g}"),
         "training_state_mib": round(copies * 4 * parameters / 2**20),
         "stages": stages,
     }

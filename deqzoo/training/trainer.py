@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
@@ -159,8 +160,8 @@ class RecipeTrainer(DEQTrainer):
         self.out = out
         self.average: AveragedModel | None = None
         if recipe.average:
-            decay = get_ema_multi_avg_fn(recipe.average)
-            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+            rule = warmed_average(recipe.average)
+            self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
         self.flop_table = [task.flops(self.model, stage) for stage in plan.stages]
         self.spent = 0.0
         self.last_save = time.monotonic()
@@ -216,19 +217,20 @@ class RecipeTrainer(DEQTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        if self.average is not None:
+        if self.average is not None and self.is_world_process_zero():
             save_file(_flat(self.average.module), folder / "average.safetensors")
             (folder / "average.txt").write_text(str(int(self.average.n_averaged)))
-        torch.save(
-            {"task": self.task.state_dict(), "spent": self.spent}, folder / "deqzoo_state.pt"
-        )
+        own = {"task": self.task.state_dict(), "spent": self.spent}
+        torch.save(own, folder / f"deqzoo_state_{self.args.process_index}.pt")
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
         (folder / COMPLETE).touch()
         self.last_save = time.monotonic()
 
     def restore(self, folder: str) -> None:
         """Read back what `_save_checkpoint` added to the Trainer's own files."""
-        extra = torch.load(Path(folder) / "deqzoo_state.pt", weights_only=True)
+        name = f"deqzoo_state_{self.args.process_index}.pt"
+        extra = torch.load(Path(folder) / name, weights_only=True)
         self.task.load_state_dict(extra["task"])
         self.spent = extra["spent"]
         if self.average is not None:
@@ -262,6 +264,22 @@ class RecipeTrainer(DEQTrainer):
     def averaged(self) -> PreTrainedModel:
         """The weights that are evaluated and kept."""
         return self.model if self.average is None else self.average.module
+
+
+def warmed_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """Exponential moving average whose memory grows to `decay`, so that it forgets the start."""
+
+    @torch.no_grad()
+    def update(average: list[Tensor], current: list[Tensor], n_averaged: Tensor | int) -> None:
+        n = int(n_averaged)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        if average[0].is_floating_point():
+            torch._foreach_lerp_(average, current, weight)
+        else:
+            for mine, theirs in zip(average, current, strict=True):
+                mine.copy_(theirs)
+
+    return update
 
 
 def _flat(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,139 @@
+"""A list of recipes worked through in order, for days if need be, resumable at any kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deqzoo.errors import UserError
+from deqzoo.training.recipe import load_recipe
+from deqzoo.training.run import is_locked
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a queue.
+
+    Attributes:
+        recipe: path of the recipe.
+        data: folder of its data set below the data root.
+        target: what the run is meant to reach, for people to read.
+        name: the recipe's name, which names the run's folder.
+        budget: PFLOP that the recipe may spend, or None.
+    """
+
+    recipe: Path
+    data: str | None
+    target: str
+    name: str
+    budget: float | None
+
+
+def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
+    """Read a queue: a list of mappings with `recipe` and, as one likes, `data` and `target`.
+
+    Raises:
+        UserError: the file or one of its recipes is missing or wrong.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read queue {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"queue {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
+        raise UserError(f"queue {path} must be a list of mappings with the key recipe")
+    entries = []
+    for item in content:
+        unknown = set(item) - {"recipe", "data", "target"}
+        if unknown or "recipe" not in item:
+            raise UserError(f"queue {path}: entries have the keys recipe, data, target; got {item}")
+        recipe_path = path.parent / item["recipe"]
+        recipe = load_recipe(recipe_path)
+        entries.append(
+            Entry(
+                recipe_path,
+                item.get("data"),
+                str(item.get("target", "")),
+                recipe.name,
+                recipe.budget_pflop,
+            )
+        )
+    return entries
+
+
+def status(entry: Entry, runs: Path) -> dict[str, Any]:
+    """State of an entry: done, running, begun or waiting; PFLOP spent and hours left."""
+    folder = runs / entry.name
+    try:
+        record = json.loads((folder / "record.json").read_text())
+    except (OSError, ValueError):
+        record = {}
+    spent, seconds = record.get("pflop", 0.0), record.get("seconds", 0.0)
+    total = spent / max(record.get("steps", 0) / record["total_steps"], 1e-9) if record else None
+    left = None
+    if record and spent:
+        left = (total - spent) * seconds / spent / 3600
+    if record.get("finished"):
+        state = "done"
+    elif is_locked(folder):
+        state = "running"
+    else:
+        state = "begun" if record else "waiting"
+    return {
+        "name": entry.name,
+        "state": state,
+        "pflop": round(spent, 4),
+        "pflop_total": None if total is None else round(total, 3),
+        "hours_left": None if left is None else round(left, 2),
+        "budget_pflop": entry.budget,
+        "target": entry.target,
+    }
+
+
+def render(entries: list[Entry], runs: Path) -> str:
+    """The queue as a table."""
+    lines = [f"{'':<9}{'recipe':<36}{'PFLOP':>16}{'hours left':>12}  target"]
+    for entry in entries:
+        row = status(entry, runs)
+        total = "?" if row["pflop_total"] is None else f"{row['pflop_total']:.2f}"
+        hours = "?" if row["hours_left"] is None else f"{row['hours_left']:.1f}"
+        lines.append(
+            f"{row['state']:<9}{row['name']:<36}{row['pflop']:>8.3f} / {total:<5}{hours:>12}  "
+            f"{row['target']}"
+        )
+    return "\n".join(lines)
+
+
+def work(entries: list[Entry], runs: Path, data: Path | None, threads: int) -> None:
+    """Train what is left, one recipe after another, each in a process of its own.
+
+    Raises:
+        UserError: a run failed; the others that follow are not started, since order is value.
+    """
+    for entry in entries:
+        if status(entry, runs)["state"] in ("done", "running"):
+            continue
+        command = [
+            *(sys.executable, "-m", "deqzoo", "train", str(entry.recipe), "--resume"),
+            *("--output", str(runs / entry.name)),
+        ]
+        if data is not None and entry.data is not None:
+            command += ["--data", str(data / entry.data)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        print(f"{entry.name}: {' '.join(command[1:])}", flush=True)
+        code = subprocess.run(command, env=environment, preexec_fn=_lowest_priority).returncode
+        if code:
+            raise UserError(f"{entry.name} ended with exit code {code}; see its output above")
+
+
+def _lowest_priority() -> None:
+    os.nice(19)

@@ -1,0 +1,198 @@
+"""Training runs on a few random pictures: resumable, recorded, equal in two processes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from deqzoo import DEQModel
+from deqzoo.errors import UserError
+from deqzoo.training import images
+from deqzoo.training.recipe import load_recipe
+from deqzoo.training.run import build_task, estimate, run_recipe
+from deqzoo.training.task import Plan
+from deqzoo.training.trainer import latest_checkpoint
+
+RECIPE = {
+    "name": "tiny",
+    "task": "image-classification",
+    "data": {"name": "cifar10"},
+    "model": {
+        "family": "mdeq",
+        "preset": "mdeq-phantom-cifar-small",
+        "overrides": {"dropout": 0.25, "solver": {"max_steps": 4}},
+    },
+    "precision": "float32",
+    "optimizer": {"name": "muon", "lr": 0.02},
+    "batch_size": 8,
+    "average": 0.9,
+    "augment": {"crop": 2, "flip": "alternating"},
+    "evaluation": {"per_epoch": 0.5, "samples": 4, "snapshots": 3},
+    "stages": [
+        {
+            "epochs": 1,
+            "resolution": 8,
+            "solver": {"name": "anderson", "max_steps": 2, "tol": 0},
+            "gradient": {"name": "upg", "steps": 1},
+            "jacobian": {"weight": 0.1, "every": 2},
+        },
+        {"epochs": 1, "resolution": 16, "gradient": {"name": "npg", "steps": 2}},
+    ],
+}
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """24 training and 8 validation pictures in place of CIFAR-10."""
+
+    def load(split, data=None, **options):
+        n = 24 if split == "train" else 8
+        generator = torch.Generator().manual_seed(n)
+        pixels = torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        labels = torch.arange(n) % 10
+        names = images.CIFAR10.classes
+        return images.Pictures(pixels, labels, names, split, "made", False, "cifar10")
+
+    monkeypatch.setitem(images.LOADERS, "cifar10", load)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return load_recipe(path)
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return {e["step"]: e["eval_nll"] for e in map(json.loads, lines) if "eval_nll" in e}
+
+
+def test_run_leaves_weights_log_and_record(pictures, recipe, tmp_path):
+    out = tmp_path / "run"
+    folder = run_recipe(recipe, None, out, progress=False)
+    record = json.loads((out / "record.json").read_text())
+    assert record["finished"] and record["steps"] == 6 and record["pflop"] > 0
+    assert record["data"]["train"]["fingerprint"] == "made"
+    assert len(list((out / "snapshots").glob("*.safetensors"))) == 3
+    model = DEQModel.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    stored = load_file(folder / "model.safetensors")
+    assert stored["classifier.weight"].dtype == torch.float16
+    assert sorted(losses(out)) == [6]
+
+
+def test_resumed_run_ends_bit_for_bit_alike(pictures, recipe, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_recipe(recipe, None, whole, progress=False)
+    for stop in (1, 4, None):
+        run_recipe(recipe, None, parts, resume=True, progress=False, max_steps=stop)
+    a = load_file(whole / "model" / "model.safetensors")
+    b = load_file(parts / "model" / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert losses(whole) == losses(parts)
+
+
+def test_cut_off_checkpoint_is_passed_over(pictures, recipe, tmp_path):
+    out = tmp_path / "run"
+    run_recipe(recipe, None, out, progress=False, max_steps=3)
+    broken = out / "checkpoints" / "checkpoint-5"
+    broken.mkdir()
+    run_recipe(recipe, None, out, resume=True, progress=False)
+    assert json.loads((out / "record.json").read_text())["finished"]
+
+
+def test_folder_of_another_run_is_refused(pictures, recipe, tmp_path):
+    out = tmp_path / "run"
+    run_recipe(recipe, None, out, progress=False, max_steps=1)
+    with pytest.raises(UserError, match="already holds a run"):
+        run_recipe(recipe, None, out, progress=False)
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "seed": 1}))
+    with pytest.raises(UserError, match="another recipe"):
+        run_recipe(load_recipe(path), None, out, resume=True, progress=False)
+
+
+def test_alternating_flip_shows_each_side_in_turn():
+    pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+    rows = torch.tensor([0, 5])
+    generator = torch.Generator()
+    first, second, third = (
+        images.augment(pixels, rows, epoch, {"flip": "alternating"}, generator)
+        for epoch in range(3)
+    )
+    assert torch.equal(first.flip(3), second)
+    assert torch.equal(first, third)
+
+
+def test_every_picture_once_per_epoch_and_ranks_share_a_batch(pictures, recipe):
+    task = build_task(recipe, None)
+    plan = Plan.of(recipe, task)
+    assert (plan.total, plan.starts) == (6, (0, 3))
+    labels = torch.cat([task.batch(plan, m, 0, 1)["labels"] for m in range(3)])
+    assert torch.equal(labels.sort().values, task.training.labels.sort().values)
+    whole = task.batch(plan, 4, 0, 1)
+    assert whole["pixel_values"].shape == (8, 3, 16, 16)
+    halves = [task.batch(plan, 4, rank, 2)["labels"] for rank in range(2)]
+    assert torch.equal(whole["labels"], torch.cat(halves))
+
+
+def test_estimate_grows_with_the_solver_budget(pictures, recipe, tmp_path):
+    small = estimate(recipe, build_task(recipe, None))
+    content = json.loads(json.dumps(RECIPE))
+    content["stages"][0]["solver"]["max_steps"] = 12
+    path = tmp_path / "larger.yaml"
+    path.write_text(yaml.safe_dump(content))
+    large = estimate(load_recipe(path), build_task(load_recipe(path), None))
+    assert small["parameters"] == 158_986
+    assert large["pflop"] > small["pflop"]
+
+
+KILLABLE = """
+import sys, torch
+from deqzoo.training import images
+
+def load(split, data=None):
+    n = 24 if split == "train" else 8
+    pixels = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
+    names = images.CIFAR10.classes
+    return images.Pictures(pixels, torch.arange(n) % 10, names, split, "made", False, "cifar10")
+
+images.LOADERS["cifar10"] = load
+from deqzoo.cli import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_killed_process_goes_on(tmp_path):
+    """SIGKILL in the middle of a run from the command line, then --resume."""
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["checkpoint_minutes"] = 0.0
+    recipe["evaluation"] = {"per_epoch": 0.01, "samples": 4, "snapshots": 0}
+    recipe["stages"][0]["epochs"] = 4
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "run"
+    command = [
+        *(sys.executable, "-c", KILLABLE, "train", str(path)),
+        *("--output", str(out), "--resume", "--quiet"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(out.glob("checkpoints/*/complete")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert int(latest_checkpoint(out / "checkpoints").rsplit("-", 1)[1]) < 15
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads((out / "record.json").read_text())["finished"]
