@@ -18,7 +18,9 @@ def count_flops(function: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def gradient_cost(gradient: dict[str, Any], adjoint_evals: float = 0.0, detached: bool = False) -> float:
+def gradient_cost(
+    gradient: dict[str, Any], adjoint_evals: float = 0.0, detached: bool = False
+) -> float:
     """Cost of the graph and the backward pass in forward evaluations of the map.
 
     Forward counts 1, a product with the transposed Jacobian 1, weight gradients 1 more.

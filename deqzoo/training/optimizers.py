@@ -79,9 +79,7 @@ def _input_and_output(model: nn.Module) -> set[int]:
     return ends
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, schedule: Schedule, total: int
-) -> LambdaLR:
+def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, total: int) -> LambdaLR:
     """Learning-rate factors for `total` steps: linear warm-up, then the decay."""
     warmup = round(schedule.warmup * total)
 

@@ -171,7 +171,9 @@ def _check(recipe: Recipe) -> None:
         if getattr(recipe, key) < 1:
             raise ValueError(f"{key} must be at least 1, got {getattr(recipe, key)}")
     if not 0 <= recipe.average < 1:
-        raise ValueError(f"average is the decay of a moving average in [0, 1), got {recipe.average}")
+        raise ValueError(
+            f"average is the decay of a moving average in [0, 1), got {recipe.average}"
+        )
 
 
 def _build(kind: Any, value: Any, place: str) -> Any:
@@ -212,7 +214,8 @@ def _build(kind: Any, value: Any, place: str) -> Any:
         if len(inner) != len(value):
             raise ValueError(f"{place} must have {len(inner)} entries, got {value!r}")
         return tuple(
-            _build(t, item, f"{place}[{i}]") for i, (t, item) in enumerate(zip(inner, value, strict=True))
+            _build(t, item, f"{place}[{i}]")
+            for i, (t, item) in enumerate(zip(inner, value, strict=True))
         )
     return _scalar(origin or kind, value, place)
 

@@ -43,9 +43,7 @@ from deqzoo.training.text import LanguageModelingTask
 from deqzoo.training.trainer import RecipeTrainer, latest_checkpoint
 
 
-def build_task(
-    recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
-) -> Task:
+def build_task(recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False) -> Task:
     """The task of a recipe, with its data loaded.
 
     Args:
@@ -54,7 +52,9 @@ def build_task(
         stand_in: take random data of the right shape and published size where no folder is
             given; enough to build the model and estimate the cost.
     """
-    kind = ImageClassificationTask if recipe.task == "image-classification" else LanguageModelingTask
+    kind = (
+        ImageClassificationTask if recipe.task == "image-classification" else LanguageModelingTask
+    )
     return kind(recipe, data, stand_in=stand_in and data is None)
 
 

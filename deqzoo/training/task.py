@@ -84,7 +84,8 @@ class Plan:
     def of(cls, recipe: Recipe, task: Task) -> Plan:
         per_epoch = tuple(task.steps_per_epoch(stage) for stage in recipe.stages)
         lengths = [
-            max(1, round(stage.epochs * n)) for stage, n in zip(recipe.stages, per_epoch, strict=True)
+            max(1, round(stage.epochs * n))
+            for stage, n in zip(recipe.stages, per_epoch, strict=True)
         ]
         starts = _running_sum(lengths)
         return cls(recipe.stages, starts[:-1], per_epoch, recipe.accumulate, starts[-1])
