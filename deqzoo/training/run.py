@@ -315,8 +315,22 @@ def _record(out: Path, recipe: Recipe, trainer: RecipeTrainer, seconds: float) -
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "validation": _validation_curve(out / "metrics.jsonl"),
     }
     (out / "record.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def _validation_curve(path: Path) -> list[dict[str, float]]:
+    """Validation figures of the run with the PFLOP spent until then."""
+    if not path.exists():
+        return []
+    entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    kept = ("step", "pflop")
+    return [
+        {k.removeprefix("eval_"): v for k, v in e.items() if k in kept or k.startswith("eval_")}
+        for e in entries
+        if any(key.startswith("eval_") for key in e)
+    ]
 
 
 def versions() -> dict[str, str]:
