@@ -1,0 +1,116 @@
+"""The page as a whole: tabs, API endpoints, limits, and how it is served."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# Before gradio is imported, which reads it then.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+
+from . import graphs_tab, images_tab, look, text_tab
+from .guard import MAX_FILE
+from .shelf import Shelf
+
+TITLE = "deqzoo: networks that solve for their answer"
+_HEAD = """
+# Networks that solve for their answer
+
+A deep equilibrium model has no stack of layers. It applies one map until the result no longer
+changes, and that *equilibrium* is its answer. So it can spend more steps on harder inputs, and you
+can stop it early. Watch it here.
+"""
+_ABOUT = """
+### What am I looking at?
+
+- **Residual**: how much one more application of the map would still change the state, relative to
+  its size. The solve has *converged* when it is below the **tolerance**.
+- **Budget**: the largest number of steps. Lower it, and see what the model would have said earlier.
+- **Method**: how the next step is chosen. All methods look for the same equilibrium; Anderson and
+  Broyden learn from earlier steps and usually need fewer.
+
+Everything runs on this server's processor. What you upload stays in its temporary folder until the
+page's server stops, and is used for nothing else.
+
+### Use it from a program
+
+```python
+from gradio_client import Client, handle_file
+client = Client("http://127.0.0.1:7860")
+label, report = client.predict(handle_file("cat.png"), api_name="/classify")
+figures = client.predict("The river rises in the hills .", api_name="/perplexity")
+text, report = client.predict("The river", 40, api_name="/generate")
+```
+
+The link *Use via API* at the bottom lists all arguments.
+"""
+
+
+def build_demo(examples: Path | None = None, graph_data: Path | None = None) -> gr.Blocks:
+    """The page over the bundled checkpoints.
+
+    Args:
+        examples: folder of example pictures.
+        graph_data: local folder with TUDataset's sets COX2 and PROTEINS.
+    """
+    shelf = Shelf()
+    pictures = _pictures(examples)
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as demo:
+        gr.Markdown(_HEAD, elem_id="dz-head")
+        with gr.Tabs():
+            with gr.Tab("Image", id="image"):
+                images_tab.single_tab(shelf, pictures)
+            with gr.Tab("Several images", id="batch"):
+                images_tab.batch_tab(shelf, pictures)
+            with gr.Tab("Text", id="text"):
+                text_tab.text_tab(shelf)
+            with gr.Tab("Graph", id="graph"):
+                graphs_tab.graphs_tab(shelf, graph_data)
+            with gr.Tab("About", id="about"):
+                gr.Markdown(_ABOUT)
+        images_tab.endpoint(shelf)
+        text_tab.endpoints(shelf)
+        graphs_tab.endpoint(shelf, graph_data)
+    return demo.queue(max_size=64, default_concurrency_limit=2)
+
+
+def launch(
+    demo: gr.Blocks,
+    host: str = "127.0.0.1",
+    port: int | None = 7860,
+    share: bool = False,
+    examples: Path | None = None,
+    block: bool = True,
+) -> Any:
+    """Serve the page.
+
+    Args:
+        host: address to listen on; 0.0.0.0 for all.
+        port: None for a free one.
+        share: also make a public link, through Gradio's servers.
+        examples: folder of example pictures, which the page may read.
+        block: wait until the server is stopped.
+    """
+    return demo.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        show_error=True,
+        max_file_size=MAX_FILE,
+        allowed_paths=[str(p.parent) for p in _pictures(examples)[:1]],
+        theme=look.theme(),
+        css=look.CSS,
+        ssr_mode=False,
+        quiet=not block,
+        footer_links=["api", "settings"],
+        prevent_thread_lock=not block,
+    )
+
+
+def _pictures(folder: Path | None) -> list[Path]:
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted(p for p in folder.resolve().iterdir() if p.suffix in (".png", ".jpg"))

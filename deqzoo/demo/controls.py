@@ -1,0 +1,127 @@
+"""Inputs that several tabs have: checkpoint, solver, budget and tolerance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from deqzoo.errors import UserError
+
+from .guard import MAX_STEPS
+from .shelf import TOLERANCES, TRAINING, Shelf, solver_settings
+
+SOLVER_NAMES = [
+    ("Anderson: mixes the last few steps", "anderson"),
+    ("Broyden: quasi-Newton steps", "broyden"),
+    ("Plain: applies the network again and again", "fixed_point"),
+]
+
+
+class PictureInput(gr.Image):
+    """A picture whose file is opened by the demo's own code, which explains what is wrong."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> str | None:
+        """The uploaded file's path."""
+        return None if payload is None else payload.path
+
+
+@dataclass(frozen=True)
+class SolverControls:
+    """Components of one tab; `inputs` is their order in event functions."""
+
+    checkpoint: gr.Dropdown
+    solver: gr.Radio
+    budget: gr.Slider
+    exponent: gr.Slider
+    chosen: Any  # the event of another checkpoint's settings being filled in
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [self.checkpoint, self.solver, self.budget, self.exponent]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A checkpoint's own solver settings within the limits of the page."""
+
+    solver: str
+    max_steps: int
+    tolerance: float
+
+    @property
+    def exponent(self) -> float:
+        """Of ten, to half a unit."""
+        return round(2 * math.log10(self.tolerance)) / 2
+
+
+def defaults(shelf: Shelf, name: str, task: str) -> Defaults:
+    """Solver settings stored in a checkpoint's configuration."""
+    stored: dict[str, Any] = {}
+    for found in shelf.entries(task):
+        if found.name == name:
+            stored = found.config.get("solver") or {}
+    low, high = TOLERANCES
+    return Defaults(
+        stored.get("name", "anderson"),
+        min(int(stored.get("max_steps", 30)), MAX_STEPS),
+        min(max(float(stored.get("tol", 1e-3)), low), high),
+    )
+
+
+def solver_controls(shelf: Shelf, task: str, prefix: str) -> SolverControls:
+    """Lay out the components; choosing a checkpoint resets the others to its own settings."""
+    names = shelf.names(task)
+    own = defaults(shelf, names[0], task)
+    checkpoint = gr.Dropdown(
+        names, value=names[0], label="Checkpoint", elem_id=f"{prefix}-checkpoint"
+    )
+    with gr.Accordion("Solver", open=task == "image classification"):
+        budget = gr.Slider(
+            1, MAX_STEPS, own.max_steps, step=1, label="Budget: at most so many steps",
+            elem_id=f"{prefix}-budget",
+        )  # fmt: skip
+        exponent = gr.Slider(
+            math.log10(TOLERANCES[0]), math.log10(TOLERANCES[1]), own.exponent, step=0.5,
+            label="Tolerance, as a power of ten",
+            info="−3: stop when another step changes the state by less than 0.1 %",
+            elem_id=f"{prefix}-tolerance",
+        )  # fmt: skip
+        solver = gr.Radio(
+            SOLVER_NAMES, value=own.solver, label="Method", elem_id=f"{prefix}-solver"
+        )
+
+    def reset(name: str) -> tuple[Any, Any, Any]:
+        chosen = defaults(shelf, name, task)
+        return chosen.solver, chosen.max_steps, chosen.exponent
+
+    chosen = checkpoint.input(
+        reset, [checkpoint], [solver, budget, exponent], api_visibility="private", queue=False
+    )
+    return SolverControls(checkpoint, solver, budget, exponent, chosen)
+
+
+def settings_from(name: Any, budget: Any, exponent: Any) -> dict[str, Any]:
+    """Per-call solver settings from the components' values.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    try:
+        tolerance = 10.0 ** float(exponent)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"the tolerance must be a power of ten, got {exponent!r}") from error
+    return solver_settings(name, budget, tolerance)
+
+
+def missing_checkpoint(task: str) -> None:
+    """What a tab shows where its family has no checkpoint."""
+    gr.Markdown(
+        f"### No checkpoint for {task} is here yet\n\nTrain one on your machine, store it in the "
+        f"zoo, and start this page again:\n\n```\n{TRAINING[task]}\n```",
+        elem_classes="dz-missing",
+    )

@@ -1,0 +1,253 @@
+"""What the demo finds out about graphs, and how it draws them."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deqzoo.data.graphs import load_graph_set
+from deqzoo.errors import UserError
+from deqzoo.zoo import read_json
+
+from .guard import MAX_GRAPH_FILE_BYTES, whole_number
+from .shelf import Loaded
+
+MADE_UP = "made-up examples"
+UPLOADED = "uploaded files"
+KNOWN_SETS = ("COX2", "PROTEINS")
+N_MADE_UP = 12
+MAX_NODES = 1000
+SIDE = 420.0
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Node features (n, p), edges (2, e), and the stored class where there is one."""
+
+    x: Tensor
+    edge_index: Tensor
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model says about a graph.
+
+    Attributes:
+        probabilities: class name -> probability, best first.
+        norms: norm of every node's equilibrium (n,).
+        n_steps, residual, converged: the solver's report.
+    """
+
+    probabilities: dict[str, float]
+    norms: Tensor
+    n_steps: int
+    residual: float
+    converged: bool
+
+
+def data_of(loaded: Loaded) -> str | None:
+    """The data set that a checkpoint was trained on, if its files say so."""
+    fold = loaded.entry.folder / "fold.json"
+    if fold.is_file():
+        return read_json(fold).get("data")
+    for evaluation in loaded.entry.evaluations.values():
+        return evaluation.get("data", {}).get("name")
+    return None
+
+
+def available_sets(root: Path | None) -> list[str]:
+    """Names of the graph sources on this machine; the made-up examples always work."""
+    found = []
+    if root is not None and importlib.util.find_spec("torch_geometric"):
+        for name in KNOWN_SETS:
+            folders = (root / name, root / name / "raw")
+            if any((folder / f"{name}_A.txt").is_file() for folder in folders):
+                found.append(name)
+    return [*found, MADE_UP]
+
+
+@lru_cache(maxsize=4)
+def stored_graphs(name: str, root: Path) -> tuple[Graph, ...]:
+    """A data set from a local folder, read once."""
+    found = load_graph_set(name, root)
+    return tuple(
+        Graph(graph.x.float(), graph.edge_index, int(label))
+        for graph, label in zip(found.graphs, found.labels, strict=True)
+    )
+
+
+def uploaded_graphs(paths: Sequence[Any]) -> tuple[Graph, ...]:
+    """Graphs from uploaded files in TUDataset's format (NAME_A.txt and so on).
+
+    Raises:
+        UserError: too large, or files that do not belong together.
+    """
+    files = [Path(path) for path in paths]
+    if sum(file.stat().st_size for file in files) > MAX_GRAPH_FILE_BYTES:
+        raise UserError(f"graph files may have {MAX_GRAPH_FILE_BYTES / 1e6:.0f} MB together")
+    names = [f.name.removesuffix("_A.txt") for f in files if f.name.endswith("_A.txt")]
+    if len(names) != 1:
+        raise UserError(
+            "upload the files of one data set: NAME_A.txt, NAME_graph_indicator.txt, "
+            "NAME_graph_labels.txt and NAME_node_labels.txt"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / names[0]
+        folder.mkdir()
+        for file in files:
+            shutil.copy(file, folder / file.name)
+        try:
+            return stored_graphs.__wrapped__(names[0], Path(scratch))
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), "the upload")) from error
+        except Exception as error:  # whatever a broken file makes the reader stumble over
+            raise UserError(f"the files do not describe graphs: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def made_up_graphs(n_features: int) -> tuple[Graph, ...]:
+    """Graphs like small molecules, always the same: rings, chains and branches of random kinds."""
+    generator = np.random.default_rng(7)
+    graphs = []
+    for _ in range(N_MADE_UP):
+        edges: list[tuple[int, int]] = []
+        n = 1
+        for _ in range(int(generator.integers(3, 7))):
+            anchor, size = int(generator.integers(0, n)), int(generator.integers(2, 7))
+            chain = [anchor, *range(n, n + size)]
+            edges += list(zip(chain[:-1], chain[1:], strict=True))
+            if size >= 4:  # close the chain to a ring
+                edges.append((chain[-1], chain[1]))
+            n += size
+        pairs = torch.tensor(edges, dtype=torch.int64).T
+        kinds = torch.from_numpy(generator.zipf(1.8, n)).sub(1).clamp_max(n_features - 1)
+        x = torch.nn.functional.one_hot(kinds, n_features).float()
+        graphs.append(Graph(x, torch.cat([pairs, pairs.flip(0)], dim=1), None))
+    return tuple(graphs)
+
+
+def pick(
+    loaded: Loaded, source: Any, number: Any, root: Path | None, files: Sequence[Any] | None
+) -> Graph:
+    """The graph that a user asked for.
+
+    Raises:
+        UserError: unknown source, number out of range, or features that do not fit the model.
+    """
+    width = loaded.model.config.num_features
+    if files:
+        source, graphs = UPLOADED, uploaded_graphs(files)
+    elif source == MADE_UP:
+        graphs = made_up_graphs(width)
+    elif source in available_sets(root) and root is not None:
+        graphs = stored_graphs(source, root)
+    else:
+        known = ", ".join(available_sets(root))
+        raise UserError(f"unknown graphs {str(source)[:80]!r}; available here: {known}")
+    graph = graphs[whole_number(number, "the graph number", 0, len(graphs) - 1)]
+    if graph.x.shape[1] != width:
+        raise UserError(
+            f"graphs of {source} have {graph.x.shape[1]} node features, but {loaded.entry.name} "
+            f"reads {width}; choose another checkpoint or other graphs"
+        )
+    if len(graph.x) > MAX_NODES:
+        raise UserError(f"this graph has {len(graph.x)} nodes; up to {MAX_NODES} are drawn here")
+    return graph
+
+
+@torch.inference_mode()
+def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = None) -> Reading:
+    """Classify one graph and measure the equilibrium at every node."""
+    output = loaded.model(graph.x, graph.edge_index, output_hidden_states=True, solver=solver)
+    found = output.logits[0].float().softmax(-1)
+    names = [class_name(loaded, i) for i in range(len(found))]
+    order = found.argsort(descending=True).tolist()
+    return Reading(
+        probabilities={names[i]: float(found[i]) for i in order},
+        norms=output.hidden_states[-1].norm(dim=1),
+        n_steps=int(output.n_steps[0]),
+        residual=float(output.residual[0]),
+        converged=bool(output.converged[0]),
+    )
+
+
+def class_name(loaded: Loaded, index: int) -> str:
+    """A class's name, "class 0" where the checkpoint has none."""
+    name = loaded.model.config.id2label.get(index, "")
+    return f"class {index}" if not name or name.startswith("LABEL_") else name
+
+
+def positions(n: int, edges: np.ndarray, rounds: int = 200) -> np.ndarray:
+    """Where to draw the nodes, (n, 2) in [0, 1]: springs along edges, repulsion between all."""
+    angle = np.arange(n) * 2.399963  # the golden angle spreads the start evenly
+    radius = np.sqrt((np.arange(n) + 0.5) / n) / 2
+    place = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    ideal = 1 / np.sqrt(max(n, 1))
+    source, target = edges
+    for step in range(rounds):
+        difference = place[:, None] - place[None]
+        squared = (difference**2).sum(-1) + 1e-6
+        force = (difference * (ideal**2 / squared)[..., None]).sum(1)
+        pull = place[source] - place[target]
+        pull = pull * np.linalg.norm(pull, axis=1, keepdims=True) / ideal
+        np.add.at(force, source, -pull / 2)
+        np.add.at(force, target, pull / 2)
+        force -= 0.3 * place  # parts without an edge between them stay together
+        length = np.linalg.norm(force, axis=1, keepdims=True) + 1e-9
+        place = place + force / length * np.minimum(length, 0.12 * (1 - step / rounds) + 1e-3)
+    place = place - place.min(0)
+    return place / max(float(place.max()), 1e-9)
+
+
+def graph_html(graph: Graph, reading: Reading) -> str:
+    """The graph, its nodes coloured by the norm of their equilibrium."""
+    n = len(graph.x)
+    edges = graph.edge_index.numpy()
+    place = positions(n, edges) * (SIDE - 40) + 20
+    low, high = float(reading.norms.min()), float(reading.norms.max())
+    radius = max(3.0, min(9.0, 70 / np.sqrt(n)))
+    lines = "".join(
+        f'<line x1="{place[a, 0]:.1f}" y1="{place[a, 1]:.1f}" '
+        f'x2="{place[b, 0]:.1f}" y2="{place[b, 1]:.1f}"/>'
+        for a, b in edges.T
+        if a < b
+    )
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" '
+        f'style="--s:{(norm - low) / max(high - low, 1e-9):.2f}">'
+        f"<title>node {i}, kind {kind}: norm {norm:.3g}</title></circle>"
+        for i, ((x, y), norm, kind) in enumerate(
+            zip(place, reading.norms.tolist(), graph.x.argmax(1).tolist(), strict=True)
+        )
+    )
+    label = f"graph with {n} nodes and {edges.shape[1] // 2} edges"
+    return (
+        f'<figure class="dz-graph"><svg viewBox="0 0 {SIDE:.0f} {SIDE:.0f}" role="img" '
+        f'aria-label="{label}"><g class="dz-edges">{lines}</g><g class="dz-nodes">{dots}</g></svg>'
+        f'<figcaption>Norm of the equilibrium at each node: <span class="dz-scale"><i></i></span> '
+        f"{low:.3g} to {high:.3g}</figcaption></figure>"
+    )
+
+
+def verdict_html(graph: Graph, reading: Reading, stored: str | None) -> str:
+    """Steps, convergence, and the stored class."""
+    mood, badge = ("good", "Equilibrium found") if reading.converged else ("late", "Stopped early")
+    truth = "" if stored is None else f" The data set says: <b>{escape(stored)}</b>."
+    return (
+        f'<div class="dz-verdict dz-{mood}"><div><span class="dz-badge">{badge}</span> after '
+        f"<b>{reading.n_steps}</b> steps, residual {reading.residual:.1e}."
+        f'<div class="dz-note">{len(graph.x)} nodes, {graph.edge_index.shape[1] // 2} edges.'
+        f"{truth}</div></div></div>"
+    )

@@ -1,0 +1,125 @@
+"""Theme and style sheet; system fonts only, so that nothing is fetched from elsewhere."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+
+def theme() -> gr.themes.Base:
+    """Calm colours, light and dark, without fonts from the network."""
+    return gr.themes.Soft(
+        primary_hue="teal",
+        secondary_hue="teal",
+        neutral_hue="slate",
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    )
+
+
+CSS = """
+:root {
+  --dz-0: #0072b2; --dz-1: #c8500a; --dz-2: #00795b; --dz-3: #a6428a; --dz-4: #8a6d00;
+  --dz-5: #555f6d; --dz-hot: #f2542d; --dz-cool: #0f8b8d; --dz-good: #0b7a53; --dz-late: #b4540a;
+  --dz-faint: #5b6675; --dz-rule: #d8dee6;
+}
+.dark {
+  --dz-0: #56b4e9; --dz-1: #ff8d4d; --dz-2: #2fcf9f; --dz-3: #e58ac9; --dz-4: #e6c229;
+  --dz-5: #a8b3c1; --dz-hot: #f2643d; --dz-cool: #14b8b8; --dz-good: #34d399; --dz-late: #fbab60;
+  --dz-faint: #a3afbf; --dz-rule: #3b4657;
+}
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+#dz-head h1 { font-size: 1.7rem; margin: .4rem 0 .2rem; letter-spacing: -.01em; }
+#dz-head p { font-size: 1.02rem; color: var(--dz-faint); max-width: 52rem; margin: 0; }
+.dz-waiting, .dz-note { color: var(--dz-faint); }
+.dz-waiting { padding: 1.2rem; border: 1px dashed var(--dz-rule); border-radius: 12px;
+  line-height: 1.5; }
+.dz-note { font-size: .88rem; }
+.dz-verdict { display: flex; gap: .9rem; align-items: center; padding: .3rem 0 .6rem;
+  line-height: 1.55; }
+.dz-badge { color: #fff; border-radius: 999px; padding: .12rem .65rem; font-weight: 600;
+  font-size: .88rem; white-space: nowrap; margin-right: .3rem; }
+.dz-good .dz-badge { background: #0b7a53; }
+.dz-late .dz-badge { background: #b4540a; }
+.dz-seen { width: 72px; height: 72px; image-rendering: pixelated; border-radius: 8px; flex: none;
+  margin: 0 !important; }
+.dz-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr));
+  gap: 1rem; }
+.dz-chart { margin: 0; min-width: 0; }
+.dz-chart figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .3rem; }
+.dz-chart svg { width: 100%; height: auto; display: block; overflow: visible; }
+.dz-chart text { fill: var(--dz-faint); font-size: 13px; }
+.dz-grid { stroke: var(--dz-rule); stroke-width: 1; }
+.dz-line { fill: none; stroke-width: 2.4; stroke-linejoin: round; stroke-linecap: round; }
+.dz-tolerance { stroke: var(--dz-good); stroke-width: 1.8; stroke-dasharray: 6 5; }
+.dz-chart .dz-tolerance-label { fill: var(--dz-good); font-weight: 600; }
+.dz-stroke-0 { stroke: var(--dz-0); } .dz-stroke-1 { stroke: var(--dz-1); }
+.dz-stroke-2 { stroke: var(--dz-2); stroke-dasharray: 9 4; } .dz-stroke-3 { stroke: var(--dz-3); }
+.dz-stroke-4 { stroke: var(--dz-4); stroke-dasharray: 3 5; } .dz-stroke-5 { stroke: var(--dz-5); }
+.dz-fill-0 { fill: var(--dz-0); background: var(--dz-0); }
+.dz-fill-1 { fill: var(--dz-1); background: var(--dz-1); }
+.dz-fill-2 { fill: var(--dz-2); background: var(--dz-2); }
+.dz-fill-3 { fill: var(--dz-3); background: var(--dz-3); }
+.dz-fill-4 { fill: var(--dz-4); background: var(--dz-4); }
+.dz-fill-5 { fill: var(--dz-5); background: var(--dz-5); }
+.dz-legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .88rem;
+  padding-left: 11%; }
+.dz-key { display: inline-flex; align-items: center; gap: .35rem; }
+.dz-chip { width: .75rem; height: .75rem; border-radius: 3px; display: inline-block; }
+.dz-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr));
+  gap: .7rem; }
+.dz-card { display: flex; gap: .7rem; padding: .6rem; border: 1px solid var(--dz-rule);
+  border-radius: 12px; align-items: center; min-width: 0; }
+.dz-card > div { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+.dz-card img { width: 72px; height: 72px; object-fit: cover; border-radius: 8px; flex: none;
+  margin: 0 !important; }
+.dz-bar { background: var(--dz-rule); border-radius: 99px; height: .5rem; overflow: hidden;
+  margin: .25rem 0; }
+.dz-bar i { display: block; height: 100%; background: var(--dz-cool); border-radius: 99px; }
+.dz-bar i.dz-open { background: var(--dz-late); }
+.dz-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr));
+  gap: .7rem; }
+.dz-figure { display: flex; flex-direction: column; padding: .7rem .9rem; border-radius: 12px;
+  border: 1px solid var(--dz-rule); }
+.dz-figure b { font-size: 1.55rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.dz-figure small { color: var(--dz-faint); }
+.dz-switch { border: 0; padding: 0; margin: .6rem 0 .2rem; display: flex; flex-wrap: wrap;
+  gap: .2rem 1rem; align-items: center; font-size: .9rem; }
+.dz-switch legend { float: left; margin-right: 1rem; color: var(--dz-faint); }
+.dz-switch label { display: inline-flex; gap: .35rem; align-items: center; cursor: pointer;
+  padding: .25rem 0; }
+.dz-scale { display: inline-block; width: 6rem; height: .7rem; vertical-align: middle; }
+.dz-scale i { display: block; height: 100%; border-radius: 99px; border: 1px solid var(--dz-rule);
+  background: linear-gradient(90deg, transparent, var(--dz-hot)); }
+.dz-ends { color: var(--dz-faint); font-size: .85rem; }
+.dz-on-steps { display: none; }
+.dz-tokens:has(.dz-by-steps:checked) .dz-on-steps { display: inline; }
+.dz-tokens:has(.dz-by-steps:checked) .dz-on-surprise { display: none; }
+.dz-tokens:has(.dz-by-steps:checked) .dz-switch .dz-scale i {
+  background: linear-gradient(90deg, transparent, var(--dz-cool)); }
+.dz-text { line-height: 2; font-size: 1.02rem; margin: .3rem 0; overflow-wrap: anywhere; }
+.dz-token { padding: .12rem .22rem; border-radius: 5px; cursor: help;
+  background: color-mix(in srgb, var(--dz-hot) calc(var(--s) * 75%), transparent); }
+.dz-tokens:has(.dz-by-steps:checked) .dz-token {
+  background: color-mix(in srgb, var(--dz-cool) calc(var(--e) * 75%), transparent); }
+.dz-unknown { text-decoration: underline wavy var(--dz-late) 1.5px; text-underline-offset: 4px; }
+.dz-token:hover, .dz-token:focus { outline: 2px solid var(--dz-0); }
+.dz-token:hover::after, .dz-token:focus::after { content: attr(data-tip); position: fixed;
+  left: 50%; bottom: 1.2rem; transform: translateX(-50%); z-index: 1000; background: #17202b;
+  color: #fff; padding: .5rem .9rem; border-radius: 10px; font-size: .95rem; line-height: 1.4;
+  max-width: 92vw; box-shadow: 0 4px 18px #0006; pointer-events: none; }
+.dz-h { margin: .8rem 0 .3rem; font-size: 1rem; }
+.dz-next { width: 100%; max-width: 26rem; border-collapse: collapse; }
+.dz-next th, .dz-next td { border: 0; padding: .15rem .4rem; text-align: left; }
+.dz-next th { font-weight: 500; white-space: nowrap; }
+.dz-next td:nth-child(2) { width: 60%; }
+.dz-next td:last-child { text-align: right; color: var(--dz-faint); }
+.dz-next tr { border: 0; background: none !important; }
+.dz-written { line-height: 1.7; font-size: 1.04rem; white-space: pre-wrap; min-height: 2rem; }
+.dz-writing { padding: .2rem; }
+.dz-graph { margin: 0; max-width: 460px; }
+.dz-graph svg { width: 100%; height: auto; }
+.dz-graph figcaption { font-size: .9rem; color: var(--dz-faint); }
+.dz-edges line { stroke: var(--dz-faint); stroke-width: 1.4; opacity: .65; }
+.dz-nodes circle { stroke: var(--dz-faint); stroke-width: 1;
+  fill: color-mix(in srgb, var(--dz-hot) calc(var(--s) * 100%), var(--background-fill-primary)); }
+"""

@@ -1,0 +1,117 @@
+"""The bundled checkpoints by task; each is loaded when it is first used, and once."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+import deqzoo.zoo
+from deqzoo.equilibrium import SOLVERS
+from deqzoo.errors import UserError
+from deqzoo.evaluation.classify import load_processor
+from deqzoo.evaluation.text import load_tokenizer
+from deqzoo.hub.catalogue import Entry, entry
+from deqzoo.models.auto import DEQModel
+
+from .guard import MAX_STEPS, real_number, whole_number
+
+IMAGES = "image classification"
+TEXT = "language modelling"
+GRAPHS = "graph classification"
+
+#: What a tab says where the family has no checkpoint: the command that trains one.
+TRAINING = {
+    IMAGES: "deqzoo train recipes/mdeq-tiny-cifar-upg.yaml",
+    TEXT: "deqzoo train recipes/deq-transformer-wikitext2-upg.yaml",
+    GRAPHS: "deqzoo graph-table recipes/ignn-table.yaml",
+}
+TOLERANCES = (1e-6, 1e-1)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what reads its input: an image processor, a tokenizer, or nothing."""
+
+    entry: Entry
+    model: PreTrainedModel
+    reader: Any
+
+
+class Shelf:
+    """Checkpoints of this process, shared by all users."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._loaded: dict[str, Loaded] = {}
+
+    def entries(self, task: str) -> list[Entry]:
+        """Sound checkpoints of a task, the best first."""
+        found = []
+        for name in deqzoo.zoo.list_models():
+            try:
+                found.append(entry(name))
+            except UserError:  # a damaged folder must not take the page down
+                continue
+        return sorted((e for e in found if e.task == task), key=_rank)
+
+    def names(self, task: str) -> list[str]:
+        """Names of a task's checkpoints, the best first."""
+        return [e.name for e in self.entries(task)]
+
+    def get(self, name: Any, task: str) -> Loaded:
+        """A checkpoint of a task by its name; the best one where the name is empty.
+
+        Raises:
+            UserError: no such checkpoint, or its files are damaged.
+        """
+        known = self.names(task)
+        if not known:
+            raise UserError(f"no checkpoint for {task} is bundled; train one: {TRAINING[task]}")
+        name = name or known[0]
+        if name not in known:
+            raise UserError(f"unknown checkpoint {str(name)[:80]!r}; choose {' or '.join(known)}")
+        with self._lock:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            if name not in self._loaded:
+                self._loaded[name] = _load(entry(name), task)
+        return self._loaded[name]
+
+
+def _load(found: Entry, task: str) -> Loaded:
+    model = DEQModel.from_pretrained(found.folder).eval()
+    readers = {IMAGES: load_processor, TEXT: load_tokenizer}
+    return Loaded(found, model, readers[task](model) if task in readers else None)
+
+
+def _rank(found: Entry) -> tuple[float, str]:
+    """Best test figure first; what has none comes last."""
+    for evaluation in found.evaluations.values():
+        results, data = evaluation.get("results", {}), evaluation.get("data", {})
+        if data.get("split") == "test":
+            if results.get("accuracy") is not None:
+                return -float(results["accuracy"]), found.name
+            if results.get("perplexity") is not None:
+                # The text style of WikiText fits what people write; Penn Treebank's does not.
+                own = "ptb" in found.name
+                return float(results["perplexity"]) + (1e6 if own else 0.0), found.name
+    return float("inf"), found.name
+
+
+def solver_settings(name: Any, max_steps: Any, tolerance: Any) -> dict[str, Any]:
+    """Per-call settings from what a user chose.
+
+    Raises:
+        UserError: a value is unknown or out of range.
+    """
+    if name not in SOLVERS:
+        raise UserError(f"unknown solver {str(name)[:80]!r}; choose {', '.join(SOLVERS)}")
+    return {
+        "name": name,
+        "max_steps": whole_number(max_steps, "the budget", 1, MAX_STEPS),
+        "tol": real_number(tolerance, "the tolerance", *TOLERANCES),
+    }

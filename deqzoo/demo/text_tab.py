@@ -1,0 +1,193 @@
+"""The text tab: how well a text is predicted, and how it would go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from deqzoo.evaluation.files import finite
+
+from . import text as texts
+from .controls import missing_checkpoint, settings_from, solver_controls
+from .guard import MAX_NEW_WORDS, MAX_TEXT_CHARACTERS, guarded
+from .shelf import TEXT, Shelf
+
+#: Written for this page, in the manner of the encyclopaedia that the models have read.
+EXAMPLES = [
+    "The river rises in the hills north of the city and flows south for about 40 miles before it "
+    "reaches the sea. In the nineteenth century a canal was built along its western bank, and the "
+    "town became an important port for the trade in coal and wool.",
+    "The album was released in October and received mixed reviews from critics. The second single "
+    "reached number four on the chart, but the band refused to perform it on television because a "
+    "hippopotamus had eaten the drummer's sandwiches.",
+]
+
+
+def text_tab(shelf: Shelf) -> None:
+    """Lay out the tab."""
+    if not shelf.names(TEXT):
+        return missing_checkpoint(TEXT)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            text = gr.Textbox(
+                label="Text", lines=8, max_lines=16, elem_id="text-input",
+                placeholder=f"English text, up to {MAX_TEXT_CHARACTERS:,} characters",
+            )  # fmt: skip
+            button = gr.Button("Measure", variant="primary", elem_id="text-run")
+            gr.Examples([[t] for t in EXAMPLES], [text], label="Examples", elem_id="text-examples",
+                        example_labels=["A river", "An album"])  # fmt: skip
+            upload = gr.UploadButton(
+                "Upload a text file", file_types=[".txt", ".md", ".text"], elem_id="text-upload"
+            )
+            controls = solver_controls(shelf, TEXT, "text")
+        with gr.Column(scale=3, min_width=320):
+            figures = gr.HTML(
+                '<div class="dz-waiting">Write, paste or upload a text. Every word is an '
+                "equilibrium of its own: you will see which words surprise the model, and how many "
+                "steps each one took.</div>",
+                elem_id="text-figures",
+            )
+            tokens = gr.HTML(elem_id="text-tokens")
+            suggestions = gr.HTML(elem_id="text-next")
+    writing = _writing()
+    inputs, outputs = [text, *controls.inputs], [figures, tokens, suggestions]
+    options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "text"}
+
+    @guarded
+    def measure(
+        written: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any
+    ) -> tuple[str, str, str]:
+        checked, settings = texts.check_text(written), settings_from(solver, budget, exponent)
+        loaded = shelf.get(checkpoint, TEXT)
+        scored = texts.score(loaded, checked, settings)
+        following = texts.next_words(loaded, checked, solver=settings)
+        return (
+            texts.figures_html(scored),
+            texts.tokens_html(scored),
+            texts.next_words_html(following),
+        )
+
+    @guarded
+    def go_on(
+        written: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any,
+        length: Any, temperature: Any,
+    ) -> Iterator[tuple[str, str]]:  # fmt: skip
+        checked, settings = texts.check_text(written), settings_from(solver, budget, exponent)
+        words, heat = texts.check_writing(length, temperature)
+        loaded = shelf.get(checkpoint, TEXT)
+        for state in texts.write(loaded, checked, words, heat, solver=settings):
+            yield _continued(checked, state.text), _effort(state)
+
+    button.click(measure, inputs, outputs, **options)
+    upload.upload(guarded(texts.read_text_file), upload, text, api_visibility="private").success(
+        measure, inputs, outputs, **options
+    )
+    running = writing["run"].click(
+        go_on,
+        [*inputs, writing["length"], writing["temperature"]],
+        [writing["output"], writing["effort"]],
+        show_progress="minimal",
+        **options,
+    )
+    writing["stop"].click(None, None, None, cancels=[running], api_visibility="private")
+
+
+def _writing() -> dict[str, Any]:
+    """Components for continuing the text."""
+    with gr.Group(elem_classes="dz-writing"):
+        gr.Markdown("### Let it write on", container=True)
+        with gr.Row():
+            length = gr.Slider(1, MAX_NEW_WORDS, 40, step=1, label="Words", elem_id="write-length")
+            temperature = gr.Slider(
+                0, 1.5, 0.8, step=0.1, label="Temperature",
+                info="0 always takes the likeliest word", elem_id="write-temperature",
+            )  # fmt: skip
+        with gr.Row():
+            run = gr.Button("Continue the text", variant="primary", elem_id="write-run")
+            stop = gr.Button("Stop", elem_id="write-stop")
+        output = gr.HTML(elem_id="write-output", padding=True)
+        effort = gr.HTML(elem_id="write-effort", padding=True)
+    return {"length": length, "temperature": temperature, "run": run, "stop": stop,
+            "output": output, "effort": effort}  # fmt: skip
+
+
+def _continued(prompt: str, added: str) -> str:
+    tail = prompt.strip()[-200:]
+    start = "…" if len(prompt.strip()) > len(tail) else ""
+    return (
+        f'<p class="dz-written" aria-live="polite"><span class="dz-note">{start}{escape(tail)}'
+        f"</span> {escape(added)}</p>"
+    )
+
+
+def _effort(state: texts.Written) -> str:
+    mean = sum(state.steps) / len(state.steps)
+    late = f", {state.unconverged} not converged" if state.unconverged else ""
+    return (
+        f'<p class="dz-note">{len(state.steps)} words, {mean:.1f} solver steps each on average '
+        f"(the last one {state.steps[-1]}){late}</p>"
+    )
+
+
+def endpoints(shelf: Shelf) -> None:
+    """The API's /perplexity and /generate."""
+    names = shelf.names(TEXT)
+    first = names[0] if names else ""
+
+    @guarded
+    def perplexity(text: Any, checkpoint: Any) -> dict[str, Any]:
+        """Say how well a text is predicted.
+
+        Args:
+            text: up to 20,000 characters.
+            checkpoint: name of a language model.
+
+        Returns:
+            A dictionary with perplexity, tokens, unknown_share and more; `surprisal` lists every
+            token with its negative log-likelihood in nats.
+        """
+        scored = texts.score(shelf.get(checkpoint, TEXT), texts.check_text(text))
+        return finite(scored.report.to_dict())
+
+    @guarded
+    def generate(
+        text: Any, length: Any, temperature: Any, checkpoint: Any, seed: Any
+    ) -> tuple[str, dict[str, Any]]:
+        """Continue a text.
+
+        Args:
+            text: the beginning.
+            length: words to add, 1 to 200.
+            temperature: 0 takes the likeliest word each time.
+            checkpoint: name of a language model.
+            seed: of the drawing; -1 for a new one each time.
+
+        Returns:
+            What comes after the text; then the solver steps of each added word.
+        """
+        checked = texts.check_text(text)
+        words, heat = texts.check_writing(length, temperature)
+        loaded = shelf.get(checkpoint, TEXT)
+        number = None if seed is None or seed < 0 else int(seed)
+        *_, state = texts.write(loaded, checked, words, heat, number)
+        return state.text, {"n_steps": state.steps, "unconverged": state.unconverged}
+
+    def hidden(value: Any, label: str) -> Any:
+        kind = gr.Textbox if isinstance(value, str) else gr.Number
+        return kind(value, label=label, visible=False)
+
+    options: dict[str, Any] = {"concurrency_id": "text"}
+    gr.Button(visible=False).click(
+        perplexity, [gr.Textbox(label="text", visible=False), hidden(first, "checkpoint")],
+        gr.JSON(visible=False), api_name="perplexity", **options,
+    )  # fmt: skip
+    gr.Button(visible=False).click(
+        generate,
+        [gr.Textbox(label="text", visible=False), hidden(40, "length"), hidden(0.8, "temperature"),
+         hidden(first, "checkpoint"), hidden(-1, "seed")],
+        [gr.Textbox(visible=False), gr.JSON(visible=False)],
+        api_name="generate", **options,
+    )  # fmt: skip
