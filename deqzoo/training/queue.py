@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -130,10 +131,24 @@ def work(entries: list[Entry], runs: Path, data: Path | None, threads: int) -> N
             command += ["--data", str(data / entry.data)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         print(f"{entry.name}: {' '.join(command[1:])}", flush=True)
-        code = subprocess.run(command, env=environment, preexec_fn=_lowest_priority).returncode
+        process = subprocess.Popen(command, env=environment, preexec_fn=_lowest_priority)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
         if code:
             raise UserError(f"{entry.name} ended with exit code {code}; see its output above")
 
 
 def _lowest_priority() -> None:
+    """Run in the child: give way to everything else on the machine.
+
+    Linux shares the CPU among sessions first (autogroups), so that niceness alone would not make
+    a run in the background give way to work in another terminal.
+    """
+    os.setsid()
     os.nice(19)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text("19")
