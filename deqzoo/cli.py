@@ -144,6 +144,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first samples; needs --output.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure a model on its data set and write the evaluation file."""
     from deqzoo.evaluation.dispatch import evaluate_model
@@ -152,7 +153,7 @@ def evaluate(
 
     if limit is not None and output is None:
         raise UserError("--limit makes no full evaluation: say with --output where to write it")
-    model = deqzoo.DEQModel.from_pretrained(name)
+    model = _on_device(deqzoo.DEQModel.from_pretrained(name), device)
     content = evaluate_model(
         model, deqzoo.zoo.bare_name(Path(name).name), split=split, data=data,
         batch_size=batch_size, limit=limit,
@@ -188,6 +189,13 @@ _COMMAND_MODULES = (
     "deqzoo.evaluation.cli",
     "deqzoo.hub.cli",
 )
+
+
+def _on_device(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
 
 
 def _default_image_model() -> str:

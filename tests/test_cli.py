@@ -165,4 +165,6 @@ def test_evaluate_without_the_data(zoo: Path, tmp_path: Path, capsys) -> None:
     message = fails(capsys, "evaluate", "mdeq-test", "--data", tmp_path)
     assert "does not hold CIFAR-10" in message
     assert "no split" in fails(capsys, "evaluate", "mdeq-test", "--split", "dev")
+    message = fails(capsys, "evaluate", "mdeq-test", "--device", "abacus")
+    assert "cannot use device 'abacus'" in message
     assert "not at hand" in fails(capsys, "evaluate", "mdeq-test")

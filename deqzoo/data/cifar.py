@@ -10,6 +10,7 @@ CIFAR10 = ImageSource(
     name="cifar10",
     title="CIFAR-10",
     repository="uoft-cs/cifar10",
+    config="plain_text",
     classes=(
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
     ),

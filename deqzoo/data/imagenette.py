@@ -12,6 +12,7 @@ IMAGENETTE = ImageSource(
     name="imagenette",
     title="Imagenette",
     repository="frgfm/imagenette",
+    config="160px",
     classes=(
         "tench", "English springer", "cassette player", "chain saw", "church", "French horn",
         "garbage truck", "gas pump", "golf ball", "parachute",

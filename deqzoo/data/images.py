@@ -38,13 +38,15 @@ SPLIT_SEED = 0
 class ImageSource:
     """What is known about a data set.
 
-    `parts` maps each split to the stored split and, where a stored split is divided, to
-    "train" or "validation"; `fingerprints` are those of the stored splits when complete.
+    `config` is the folder of the repository that holds the wanted variant. `parts` maps each split
+    to the stored split and, where a stored split is divided, to "train" or "validation";
+    `fingerprints` are those of the stored splits when complete.
     """
 
     name: str
     title: str
     repository: str
+    config: str
     classes: tuple[str, ...]
     parts: Mapping[str, tuple[str, str | None]]
     rows: Mapping[str, int]
@@ -146,11 +148,11 @@ def data_folder(source: ImageSource, data: str | os.PathLike[str] | None) -> Pat
         raise UserError(f"data folder {data} does not exist or is no folder")
     repository = source.repository if data is None else str(data)
     try:
-        return Path(
-            snapshot_download(
-                repository, repo_type="dataset", allow_patterns="*.parquet", etag_timeout=5
-            )
-        )
+        folder = _fetch(source, repository, None)
+        if any(folder.rglob("*.parquet")):
+            return folder
+        # Repositories of other file formats have a converted copy there.
+        return _fetch(source, repository, "refs/convert/parquet")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
@@ -159,15 +161,26 @@ def data_folder(source: ImageSource, data: str | os.PathLike[str] | None) -> Pat
         ) from error
 
 
-def _split_files(source: ImageSource, folder: Path, stored: str) -> list[Path]:
-    files = sorted(folder.rglob(f"{stored}-*.parquet")) or sorted(
-        folder.rglob(f"{stored}/*.parquet")
-    )
-    if not files:
-        raise UserError(
-            f"folder {folder} does not hold {source.title}: it has no {stored}-*.parquet"
+def _fetch(source: ImageSource, repository: str, revision: str | None) -> Path:
+    return Path(
+        snapshot_download(
+            repository,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=[f"{source.config}/*.parquet", f"{source.config}/**/*.parquet"],
+            etag_timeout=5,
         )
-    return files
+    )
+
+
+def _split_files(source: ImageSource, folder: Path, stored: str) -> list[Path]:
+    """Parquet files of a stored split, of the wanted variant where the folder holds several."""
+    inside = folder / source.config if (folder / source.config).is_dir() else folder
+    for pattern in (f"{stored}-*.parquet", f"{stored}/*.parquet"):
+        files = sorted(inside.rglob(pattern))
+        if files:
+            return files
+    raise UserError(f"folder {folder} does not hold {source.title}: it has no {stored}-*.parquet")
 
 
 def _decode(

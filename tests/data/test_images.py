@@ -116,6 +116,12 @@ def test_imagenette_is_scaled_and_cropped(tmp_path: Path) -> None:
     assert pictures.classes[9] == "parachute"
 
 
+def test_variants_and_converted_layouts_are_told_apart(tmp_path: Path) -> None:
+    write_photographs(tmp_path / "160px" / "validation" / "0000.parquet", [(40, 60)], [3])
+    write_photographs(tmp_path / "320px" / "validation" / "0000.parquet", [(80, 120)], [4])
+    assert load_imagenette("test", tmp_path, size=16).labels.tolist() == [3]
+
+
 def test_wrong_pictures_and_labels_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "test-00000-of-00001.parquet"
     write_photographs(file, [(40, 60), (50, 20)], [0, 9])
