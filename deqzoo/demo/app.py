@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+from transformers.utils import logging as transformers_logging
 
 from . import graphs_tab, images_tab, look, text_tab
 from .guard import MAX_FILE
@@ -94,6 +96,9 @@ def launch(
         examples: folder of example pictures, which the page may read.
         block: wait until the server is stopped.
     """
+    transformers_logging.disable_progress_bar()
+    # The page itself says what has not converged.
+    logging.getLogger("deqzoo.models").setLevel(logging.ERROR)
     return demo.launch(
         server_name=host,
         server_port=port,

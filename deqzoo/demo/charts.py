@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 14, 42
+WIDTH, HEIGHT = 370, 240
+LEFT, RIGHT, TOP, BOTTOM = 48, 10, 12, 42
 N_COLOURS = 6
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -43,7 +43,7 @@ def residual_chart(residuals: Sequence[float], tolerance: float) -> str:
     level = math.log10(max(tolerance, 1e-12))
     values = [y for _, y in points] + [level]
     low, high = math.floor(min(values) - 0.05), math.ceil(max(values) + 0.05)
-    stride = max(1, math.ceil((high - low) / 6))
+    stride = max(1, math.ceil((high - low) / 5))
     ticks = [(float(t), power_of_ten(t)) for t in range(low, high + 1, stride)]
     y = Axis(low, high, HEIGHT - BOTTOM, TOP, ticks)
     x = _step_axis(len(residuals))

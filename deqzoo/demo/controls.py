@@ -20,14 +20,18 @@ SOLVER_NAMES = [
 ]
 
 
-class PictureInput(gr.Image):
-    """A picture whose file is opened by the demo's own code, which explains what is wrong."""
+def picture_input(elem_id: str) -> gr.Image:
+    """A picture's component that hands over the uploaded file as it is.
 
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The uploaded file's path."""
-        return None if payload is None else payload.path
+    The demo's own code opens it then, and explains what is wrong with it. (A subclass would make
+    Gradio write a stub file into this package.)
+    """
+    component = gr.Image(
+        type="filepath", sources=["upload", "webcam", "clipboard"], label="Picture", height=260,
+        elem_id=elem_id,
+    )  # fmt: skip
+    component.preprocess = lambda payload: None if payload is None else payload.path
+    return component
 
 
 @dataclass(frozen=True)

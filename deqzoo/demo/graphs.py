@@ -232,9 +232,11 @@ def graph_html(graph: Graph, reading: Reading) -> str:
             zip(place, reading.norms.tolist(), graph.x.argmax(1).tolist(), strict=True)
         )
     )
+    top = float(place[:, 1].max()) + 20
+    wide = float(place[:, 0].max()) + 20
     label = f"graph with {n} nodes and {edges.shape[1] // 2} edges"
     return (
-        f'<figure class="dz-graph"><svg viewBox="0 0 {SIDE:.0f} {SIDE:.0f}" role="img" '
+        f'<figure class="dz-graph"><svg viewBox="0 0 {wide:.0f} {top:.0f}" role="img" '
         f'aria-label="{label}"><g class="dz-edges">{lines}</g><g class="dz-nodes">{dots}</g></svg>'
         f'<figcaption>Norm of the equilibrium at each node: <span class="dz-scale"><i></i></span> '
         f"{low:.3g} to {high:.3g}</figcaption></figure>"
@@ -247,7 +249,7 @@ def verdict_html(graph: Graph, reading: Reading, stored: str | None) -> str:
     truth = "" if stored is None else f" The data set says: <b>{escape(stored)}</b>."
     return (
         f'<div class="dz-verdict dz-{mood}"><div><span class="dz-badge">{badge}</span> after '
-        f"<b>{reading.n_steps}</b> steps, residual {reading.residual:.1e}."
+        f"<b>{reading.n_steps}</b> steps, residual {reading.residual:.2g}."
         f'<div class="dz-note">{len(graph.x)} nodes, {graph.edge_index.shape[1] // 2} edges.'
         f"{truth}</div></div></div>"
     )

@@ -19,8 +19,8 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
     if not shelf.names(GRAPHS):
         return missing_checkpoint(GRAPHS)
     sources = graphs.available_sets(root)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
+    with gr.Row(elem_classes="dz-layout"):
+        with gr.Column(min_width=280):
             with gr.Row():
                 source = gr.Dropdown(
                     sources, value=_first_source(shelf, sources), label="Graphs", min_width=150,
@@ -36,8 +36,7 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
                     file_count="multiple", file_types=[".txt"], height=140, elem_id="graph-files",
                     interactive=importlib.util.find_spec("torch_geometric") is not None,
                 )  # fmt: skip
-            controls = solver_controls(shelf, GRAPHS, "graph")
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(min_width=280):
             label = gr.Label(label="Class", elem_id="graph-answer")
             verdict = gr.HTML(
                 '<div class="dz-waiting">Nodes exchange messages until nothing changes any more: '
@@ -45,6 +44,8 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
                 elem_id="graph-verdict",
             )
             drawing = gr.HTML(elem_id="graph-drawing")
+        with gr.Column(min_width=280):
+            controls = solver_controls(shelf, GRAPHS, "graph")
     inputs = [source, number, files, *controls.inputs]
 
     @guarded

@@ -138,8 +138,11 @@ def solve_html(solve: Solve) -> str:
         text = f"after <b>{solve.n_steps}</b> of at most {limit} steps"
     else:
         badge, mood = "Stopped early", "late"
-        text = f"the budget of <b>{limit}</b> steps was over before the tolerance was reached"
-    facts = f"residual {solve.residual:.1e}, {solve.seconds * 1000:.0f} ms"
+        if solve.n_steps < limit:
+            text = f"after <b>{solve.n_steps}</b> steps, which no longer came closer"
+        else:
+            text = f"the budget of <b>{limit}</b> steps ended before the tolerance was reached"
+    facts = f"residual {solve.residual:.2g}, {solve.seconds * 1000:.0f} ms"
     side = solve.seen.size[0]
     return (
         f'<div class="dz-verdict dz-{mood}"><img class="dz-seen" alt="the picture as the model '

@@ -11,9 +11,9 @@ from deqzoo.evaluation.classify import classify
 
 from . import images
 from .controls import (
-    PictureInput,
     defaults,
     missing_checkpoint,
+    picture_input,
     settings_from,
     solver_controls,
 )
@@ -31,22 +31,20 @@ def single_tab(shelf: Shelf, examples: list[Path]) -> None:
     """Lay out the tab for one picture."""
     if not shelf.names(IMAGES):
         return missing_checkpoint(IMAGES)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            picture = PictureInput(
-                type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
-                label="Picture", height=260, elem_id="image-picture",
-            )  # fmt: skip
+    with gr.Row(elem_classes="dz-layout"):
+        with gr.Column(min_width=280):
+            picture = picture_input("image-picture")
             if examples:
                 shown = gr.Examples(
                     [[str(p)] for p in examples], [picture], label="Examples",
                     elem_id="image-examples",
                 )  # fmt: skip
             button = gr.Button("Find the equilibrium", variant="primary", elem_id="image-run")
-            controls = solver_controls(shelf, IMAGES, "image")
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(min_width=280):
             label = gr.Label(label="Answer", num_top_classes=5, elem_id="image-answer")
             details = gr.HTML(WAITING, elem_id="image-details")
+        with gr.Column(min_width=280):
+            controls = solver_controls(shelf, IMAGES, "image")
     inputs, outputs = [picture, *controls.inputs], [label, details]
 
     @guarded
@@ -78,8 +76,8 @@ def batch_tab(shelf: Shelf, examples: list[Path]) -> None:
     """Lay out the tab for several pictures."""
     if not shelf.names(IMAGES):
         return missing_checkpoint(IMAGES)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
+    with gr.Row(elem_classes="dz-layout"):
+        with gr.Column(min_width=280):
             files = gr.File(
                 label=f"Pictures, up to {MAX_PICTURES}", file_count="multiple",
                 file_types=["image"], height=180, elem_id="batch-files",
@@ -87,13 +85,14 @@ def batch_tab(shelf: Shelf, examples: list[Path]) -> None:
             if examples:
                 fill = gr.Button("Use the examples", elem_id="batch-examples")
             button = gr.Button("Find the equilibria", variant="primary", elem_id="batch-run")
-            controls = solver_controls(shelf, IMAGES, "batch")
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(min_width=280):
             answers = gr.HTML(
                 '<div class="dz-waiting">Several pictures are solved together, yet each one takes '
                 "its own number of steps.</div>",
                 elem_id="batch-answers",
             )
+        with gr.Column(min_width=280):
+            controls = solver_controls(shelf, IMAGES, "batch")
 
     @guarded
     def run(paths: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any) -> str:

@@ -28,6 +28,18 @@ CSS = """
   --dz-faint: #a3afbf; --dz-rule: #3b4657;
 }
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+@media (min-width: 820px) {
+  .dz-layout { display: grid !important; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr);
+    grid-template-rows: auto 1fr; align-items: start; column-gap: 1.4rem; }
+  .dz-layout > :nth-child(2) { grid-column: 2; grid-row: 1 / span 2; }
+  .dz-layout > :nth-child(3) { grid-column: 1; grid-row: 2; }
+}
+@media (max-width: 640px) {
+  .gradio-container .fillable { padding: 12px !important; }
+  .tab-wrapper, .tab-container { height: auto !important; min-width: 0; }
+  .tab-container { flex-wrap: wrap; overflow: visible !important; }
+  .tab-container button { padding: .45rem .55rem !important; }
+}
 #dz-head h1 { font-size: 1.7rem; margin: .4rem 0 .2rem; letter-spacing: -.01em; }
 #dz-head p { font-size: 1.02rem; color: var(--dz-faint); max-width: 52rem; margin: 0; }
 .dz-waiting, .dz-note { color: var(--dz-faint); }
@@ -42,7 +54,7 @@ CSS = """
 .dz-late .dz-badge { background: #b4540a; }
 .dz-seen { width: 72px; height: 72px; image-rendering: pixelated; border-radius: 8px; flex: none;
   margin: 0 !important; }
-.dz-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr));
+.dz-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr));
   gap: 1rem; }
 .dz-chart { margin: 0; min-width: 0; }
 .dz-chart figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .3rem; }
@@ -65,7 +77,7 @@ CSS = """
   padding-left: 11%; }
 .dz-key { display: inline-flex; align-items: center; gap: .35rem; }
 .dz-chip { width: .75rem; height: .75rem; border-radius: 3px; display: inline-block; }
-.dz-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr));
+.dz-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(230px, 100%), 1fr));
   gap: .7rem; }
 .dz-card { display: flex; gap: .7rem; padding: .6rem; border: 1px solid var(--dz-rule);
   border-radius: 12px; align-items: center; min-width: 0; }
@@ -108,14 +120,15 @@ CSS = """
   color: #fff; padding: .5rem .9rem; border-radius: 10px; font-size: .95rem; line-height: 1.4;
   max-width: 92vw; box-shadow: 0 4px 18px #0006; pointer-events: none; }
 .dz-h { margin: .8rem 0 .3rem; font-size: 1rem; }
-.dz-next { width: 100%; max-width: 26rem; border-collapse: collapse; }
-.dz-next th, .dz-next td { border: 0; padding: .15rem .4rem; text-align: left; }
+.dz-next { width: 100%; max-width: 26rem; border-collapse: collapse; border: 0 !important;
+  margin: 0 !important; }
+.dz-next th, .dz-next td { border: 0 !important; padding: .15rem .4rem; text-align: left; }
 .dz-next th { font-weight: 500; white-space: nowrap; }
 .dz-next td:nth-child(2) { width: 60%; }
 .dz-next td:last-child { text-align: right; color: var(--dz-faint); }
 .dz-next tr { border: 0; background: none !important; }
 .dz-written { line-height: 1.7; font-size: 1.04rem; white-space: pre-wrap; min-height: 2rem; }
-.dz-writing { padding: .2rem; }
+.dz-writing { margin-top: .6rem; border-top: 1px solid var(--dz-rule); padding-top: .8rem; }
 .dz-graph { margin: 0; max-width: 460px; }
 .dz-graph svg { width: 100%; height: auto; }
 .dz-graph figcaption { font-size: .9rem; color: var(--dz-faint); }

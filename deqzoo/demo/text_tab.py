@@ -30,8 +30,8 @@ def text_tab(shelf: Shelf) -> None:
     """Lay out the tab."""
     if not shelf.names(TEXT):
         return missing_checkpoint(TEXT)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
+    with gr.Row(elem_classes="dz-layout"):
+        with gr.Column(min_width=280):
             text = gr.Textbox(
                 label="Text", lines=8, max_lines=16, elem_id="text-input",
                 placeholder=f"English text, up to {MAX_TEXT_CHARACTERS:,} characters",
@@ -42,8 +42,7 @@ def text_tab(shelf: Shelf) -> None:
             upload = gr.UploadButton(
                 "Upload a text file", file_types=[".txt", ".md", ".text"], elem_id="text-upload"
             )
-            controls = solver_controls(shelf, TEXT, "text")
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(min_width=280):
             figures = gr.HTML(
                 '<div class="dz-waiting">Write, paste or upload a text. Every word is an '
                 "equilibrium of its own: you will see which words surprise the model, and how many "
@@ -52,6 +51,8 @@ def text_tab(shelf: Shelf) -> None:
             )
             tokens = gr.HTML(elem_id="text-tokens")
             suggestions = gr.HTML(elem_id="text-next")
+        with gr.Column(min_width=280):
+            controls = solver_controls(shelf, TEXT, "text")
     writing = _writing()
     inputs, outputs = [text, *controls.inputs], [figures, tokens, suggestions]
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "text"}
@@ -97,8 +98,8 @@ def text_tab(shelf: Shelf) -> None:
 
 def _writing() -> dict[str, Any]:
     """Components for continuing the text."""
-    with gr.Group(elem_classes="dz-writing"):
-        gr.Markdown("### Let it write on", container=True)
+    with gr.Column(elem_classes="dz-writing"):
+        gr.Markdown("### Let it write on")
         with gr.Row():
             length = gr.Slider(1, MAX_NEW_WORDS, 40, step=1, label="Words", elem_id="write-length")
             temperature = gr.Slider(
@@ -108,8 +109,8 @@ def _writing() -> dict[str, Any]:
         with gr.Row():
             run = gr.Button("Continue the text", variant="primary", elem_id="write-run")
             stop = gr.Button("Stop", elem_id="write-stop")
-        output = gr.HTML(elem_id="write-output", padding=True)
-        effort = gr.HTML(elem_id="write-effort", padding=True)
+        output = gr.HTML(elem_id="write-output")
+        effort = gr.HTML(elem_id="write-effort")
     return {"length": length, "temperature": temperature, "run": run, "stop": stop,
             "output": output, "effort": effort}  # fmt: skip
 
