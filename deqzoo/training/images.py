@@ -31,26 +31,29 @@ class ImageClassificationTask:
 
     metric = "accuracy"
     higher_is_better = True
+    validation_chunk = 250
 
     def __init__(
         self, recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
     ) -> None:
-        if recipe.data.name not in LOADERS:
-            raise UserError(
-                f"unknown image data set {recipe.data.name!r}; choose {', '.join(LOADERS)}"
-            )
-        load = LOADERS[recipe.data.name]
         self.recipe = recipe
-        if stand_in:
-            self.training, self.validation = stand_in_pictures(SOURCES[recipe.data.name])
-        else:
-            self.training = load("train", data, **recipe.data.options)
-            self.validation = load("validation", data, **recipe.data.options)
+        self.training, self.validation = self._load(data, stand_in)
         self.config = self._config()
         self.processor = MDEQImageProcessor.for_config(self.config)
         self.mean = torch.tensor(self.processor.image_mean).reshape(1, 3, 1, 1)
         self.std = torch.tensor(self.processor.image_std).reshape(1, 3, 1, 1)
         self._order: tuple[int, Tensor] | None = None
+
+    def _load(
+        self, data: str | os.PathLike[str] | None, stand_in: bool
+    ) -> tuple[Pictures, Pictures]:
+        """Training and validation part."""
+        name, options = self.recipe.data.name, self.recipe.data.options
+        if name not in LOADERS:
+            raise UserError(f"unknown image data set {name!r}; choose {', '.join(LOADERS)}")
+        if stand_in:
+            return stand_in_pictures(SOURCES[name], options.get("size"))
+        return LOADERS[name]("train", data, **options), LOADERS[name]("validation", data, **options)
 
     def _config(self) -> MDEQConfig:
         names = self.training.classes
@@ -64,23 +67,20 @@ class ImageClassificationTask:
     def model(self) -> PreTrainedModel:
         model = MDEQForImageClassification(self.config)
         if self.recipe.whiten:
-            whiten_stem(model, self._normalised(self.training.pixels[:5000]))
+            whiten_stem(model, self._normalised(self._first_pictures()))
         return model
+
+    def _first_pictures(self) -> Tensor:
+        """Some training pictures (N, 3, H, W) uint8, to initialise from."""
+        return self.training.pixels[:5000]
 
     def steps_per_epoch(self, stage: Stage) -> int:
         return len(self.training) // (self.recipe.batch_size * self.recipe.accumulate)
 
     def batch(self, plan: Plan, micro_step: int, rank: int, world: int) -> dict[str, Any]:
         """Pictures (b, 3, S, S) float32 and labels (b,), b = batch_size / world."""
-        step, part = divmod(micro_step, plan.accumulate)
-        stage = plan.stage(step)
-        per_epoch = plan.steps_per_epoch[plan.index(step)]
-        epoch = int(plan.epoch(step) + 1e-9)
-        position = round((plan.epoch(step) - epoch) * per_epoch) % per_epoch
-        size = self.recipe.batch_size
-        first = (position * plan.accumulate + part) * size
-        share = size // world
-        rows = self._epoch_order(epoch)[first + rank * share : first + (rank + 1) * share]
+        rows, epoch = self._rows(plan, micro_step, rank, world)
+        stage = plan.stage(micro_step // plan.accumulate)
         generator = torch.Generator().manual_seed(_mix(self.recipe.seed, micro_step, rank))
         pixels = self.training.pixels[rows]
         pixels = augment(pixels, rows, epoch, self.recipe.augment, generator)
@@ -88,6 +88,17 @@ class ImageClassificationTask:
             "pixel_values": resize(self._normalised(pixels), stage.resolution),
             "labels": self.training.labels[rows],
         }
+
+    def _rows(self, plan: Plan, micro_step: int, rank: int, world: int) -> tuple[Tensor, int]:
+        """Which pictures (b,) a process gets, and the number of the epoch."""
+        step, part = divmod(micro_step, plan.accumulate)
+        per_epoch = plan.steps_per_epoch[plan.index(step)]
+        epoch = int(plan.epoch(step) + 1e-9)
+        position = round((plan.epoch(step) - epoch) * per_epoch) % per_epoch
+        size = self.recipe.batch_size
+        share = size // world
+        first = (position * plan.accumulate + part) * size + rank * share
+        return self._epoch_order(epoch)[first : first + share], epoch
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
@@ -120,10 +131,9 @@ class ImageClassificationTask:
         """Accuracy and solver report with the config's own solver, at the stage's resolution."""
         n = min(samples, len(self.validation))
         right, loss, residuals, steps = 0, 0.0, [], []
-        for start in range(0, n, 250):
-            rows = slice(start, min(start + 250, n))
-            pixels = resize(self._normalised(self.validation.pixels[rows]), stage.resolution)
-            labels = self.validation.labels[rows]
+        for start in range(0, n, self.validation_chunk):
+            end = min(start + self.validation_chunk, n)
+            pixels, labels = self._validation_batch(start, end, stage.resolution)
             out = model(pixel_values=pixels.to(model.device), shallow=stage.shallow)
             logits = out.logits.float().cpu()
             right += int((logits.argmax(1) == labels).sum())
@@ -138,6 +148,11 @@ class ImageClassificationTask:
             "residual_p95": float(residual.quantile(0.95)),
             "steps_mean": float(torch.cat(steps).mean()),
         }
+
+    def _validation_batch(self, start: int, end: int, side: int | None) -> tuple[Tensor, Tensor]:
+        """Normalised pictures (b, 3, S, S) and labels (b,) of a range of the validation part."""
+        pixels = self._normalised(self.validation.pixels[start:end])
+        return resize(pixels, side), self.validation.labels[start:end]
 
     def flops(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
         side = stage.resolution or self.config.image_size
@@ -159,10 +174,10 @@ class ImageClassificationTask:
         self.processor.save_pretrained(folder)
 
 
-def stand_in_pictures(source: ImageSource) -> tuple[Pictures, Pictures]:
+def stand_in_pictures(source: ImageSource, side: int | None = None) -> tuple[Pictures, Pictures]:
     """Blank pictures in the numbers of a data set's training and validation part."""
     n_validation = source.validation_per_class * len(source.classes)
-    side = source.side or 64
+    side = source.side or side or 64
 
     def blank(n: int, split: str) -> Pictures:
         pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8).expand(n, -1, -1, -1)

@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from deqzoo.data.imagenet import IMAGENET
 from deqzoo.errors import UserError
 from deqzoo.training.callbacks import (
     AverageCallback,
@@ -37,6 +38,7 @@ from deqzoo.training.callbacks import (
 from deqzoo.training.cost import gradient_cost
 from deqzoo.training.images import ImageClassificationTask
 from deqzoo.training.optimizers import build_optimizer, build_schedule
+from deqzoo.training.photographs import LazyImageClassificationTask
 from deqzoo.training.recipe import Recipe
 from deqzoo.training.task import Plan, Task
 from deqzoo.training.text import LanguageModelingTask
@@ -52,9 +54,11 @@ def build_task(recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bo
         stand_in: take random data of the right shape and published size where no folder is
             given; enough to build the model and estimate the cost.
     """
-    kind = (
-        ImageClassificationTask if recipe.task == "image-classification" else LanguageModelingTask
-    )
+    if recipe.task == "language-modeling":
+        kind: type = LanguageModelingTask
+    else:
+        lazy = recipe.data.name == IMAGENET.name
+        kind = LazyImageClassificationTask if lazy else ImageClassificationTask
     return kind(recipe, data, stand_in=stand_in and data is None)
 
 

@@ -1,0 +1,163 @@
+"""Image classification with more pictures than fit into memory: decoded batch by batch."""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deqzoo.data.imagenet import IMAGENET, BlankPictures, LazyPictures, load_imagenet
+from deqzoo.errors import UserError
+from deqzoo.training.images import ImageClassificationTask, _mix
+from deqzoo.training.recipe import Recipe
+from deqzoo.training.task import Plan
+
+AREA = (0.08, 1.0)
+ASPECT = (3 / 4, 4 / 3)
+
+
+class LazyImageClassificationTask(ImageClassificationTask):
+    """ImageNet-1k with MDEQ.
+
+    Training pictures are random resized crops (`augment.area`: share of the picture, `.aspect`:
+    width / height), flipped at random; validation pictures are what the image processor makes.
+    Threads decode, a batch ahead of the one that is trained on.
+    """
+
+    validation_chunk = 64
+    training: LazyPictures
+    validation: LazyPictures
+
+    def __init__(
+        self, recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
+    ) -> None:
+        unknown = set(recipe.augment) - {"area", "aspect", "flip"}
+        if unknown:
+            raise UserError(
+                f"unknown augmentation {sorted(unknown)[0]!r}; {recipe.data.name} knows area, "
+                "aspect, flip"
+            )
+        if recipe.augment.get("flip") not in (None, "random"):
+            raise UserError(
+                f"augment.flip must be 'random' for {recipe.data.name}, "
+                f"got {recipe.augment['flip']!r}"
+            )
+        super().__init__(recipe, data, stand_in)
+        self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self._ahead: tuple[tuple[int, int, int], list[Future[Tensor]]] | None = None
+
+    def _load(
+        self, data: str | os.PathLike[str] | None, stand_in: bool
+    ) -> tuple[LazyPictures, LazyPictures]:
+        if stand_in:
+            n = IMAGENET.validation_per_class * len(IMAGENET.classes)
+            return (
+                BlankPictures(IMAGENET.rows["train"] - n, IMAGENET.classes),
+                BlankPictures(n, IMAGENET.classes),
+            )
+        options = self.recipe.data.options
+        return (
+            load_imagenet("train", data, **options),
+            load_imagenet("validation", data, **options),
+        )
+
+    def _first_pictures(self) -> Tensor:
+        rows = torch.arange(min(500, len(self.training)))
+        side = self.recipe.stages[0].resolution or self.config.image_size
+        return torch.stack([self._crop(int(row), 0, side) for row in rows])
+
+    def batch(self, plan: Plan, micro_step: int, rank: int, world: int) -> dict[str, Any]:
+        """Pictures (b, 3, S, S) float32 and labels (b,), b = batch_size / world."""
+        key = (micro_step, rank, world)
+        if self._ahead is None or self._ahead[0] != key:
+            self._ahead = (key, self._submit(plan, *key))
+        pictures = self._ahead[1]
+        if micro_step + 1 < plan.total * plan.accumulate:
+            following = (micro_step + 1, rank, world)
+            self._ahead = (following, self._submit(plan, *following))
+        rows, _ = self._rows(plan, micro_step, rank, world)
+        pixels = torch.stack([picture.result() for picture in pictures])
+        return {"pixel_values": self._normalised(pixels), "labels": self.training.labels[rows]}
+
+    def _submit(self, plan: Plan, micro_step: int, rank: int, world: int) -> list[Future[Tensor]]:
+        rows, epoch = self._rows(plan, micro_step, rank, world)
+        side = plan.stage(micro_step // plan.accumulate).resolution or self.config.image_size
+        return [self._threads.submit(self._crop, int(row), epoch, side) for row in rows]
+
+    def _crop(self, row: int, epoch: int, side: int) -> Tensor:
+        """A training picture, uint8 (3, side, side); the draw depends on row and epoch alone."""
+        options = self.recipe.augment
+        generator = np.random.default_rng(_mix(self.recipe.seed, epoch, row))
+        return random_resized_crop(
+            self.training.picture(row),
+            side,
+            tuple(options.get("area", AREA)),
+            tuple(options.get("aspect", ASPECT)),
+            options.get("flip") == "random",
+            generator,
+        )
+
+    def _validation_batch(self, start: int, end: int, side: int | None) -> tuple[Tensor, Tensor]:
+        side = side or self.config.image_size
+        shortest = round(side * self.processor.size["shortest_edge"] / self.config.image_size)
+        pixels = self.processor(
+            [self.validation.picture(row) for row in range(start, end)],
+            size={"shortest_edge": shortest},
+            crop_size={"height": side, "width": side},
+            return_tensors="pt",
+        )["pixel_values"]
+        return pixels, self.validation.labels[start:end]
+
+
+def random_resized_crop(
+    picture: Image.Image,
+    side: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    flip: bool,
+    generator: np.random.Generator,
+) -> Tensor:
+    """A random part of a picture, scaled to a square: uint8 (3, side, side).
+
+    Args:
+        picture: RGB.
+        side: of the result, in pixels.
+        area: smallest and largest share of the picture's area.
+        aspect: smallest and largest width / height; drawn uniformly in the logarithm.
+        flip: mirror every other picture.
+        generator: source of the draws.
+    """
+    left, top, width, height = _box(*picture.size, area, aspect, generator)
+    part = picture.resize(
+        (side, side), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+    )
+    pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+    if flip and generator.random() < 0.5:
+        pixels = pixels.flip(2)
+    return pixels.contiguous()
+
+
+def _box(
+    width: int,
+    height: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    generator: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """Left, top, width and height; the largest central box of an allowed shape if none fits."""
+    for _ in range(10):
+        target = width * height * generator.uniform(*area)
+        ratio = math.exp(generator.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(generator.integers(width - w + 1))
+            return left, int(generator.integers(height - h + 1)), w, h
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (width - w) // 2, (height - h) // 2, w, h
