@@ -70,7 +70,6 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     training, held_out, classes = load_pictures(arguments.pictures)
     model = DEQModel.from_pretrained(
         arguments.model,
-        num_labels=len(classes),
         id2label=dict(enumerate(classes)),
         label2id={name: index for index, name in enumerate(classes)},
         ignore_mismatched_sizes=True,  # the classifier is new

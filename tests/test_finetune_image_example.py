@@ -33,7 +33,7 @@ def test_finetuning_to_new_labels(
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     arguments = [str(tmp_path / "pictures"), "--model", str(tiny_mdeq)]
     output = tmp_path / "out"
-    arguments += ["--output", str(output), "--epochs", "8", "--lr", "0.01"]
+    arguments += ["--output", str(output), "--epochs", "12", "--lr", "0.01"]
     before, after = example.main(arguments)
     assert after > max(before, 0.6)
     model = DEQModel.from_pretrained(output)
