@@ -93,7 +93,8 @@ def run_recipe(
         UserError: the folder holds another run, or data or settings do not fit.
     """
     out = Path(out)
-    _claim(out, recipe, resume)
+    if _is_first_process():
+        _claim(out, recipe, resume)
     with _lock(out):
         return _run(recipe, data, out, resume, progress, max_steps)
 
@@ -148,9 +149,14 @@ class Keeper(TrainerCallback):
             _record(self.out, self.recipe, self.trainer, seconds)
 
 
+def _is_first_process() -> bool:
+    """Whether this is the only process of a launch, or torchrun's rank 0."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _cut_metrics(path: Path, step: int) -> None:
     """Drop log lines after the checkpoint that a run goes on from."""
-    if path.exists():
+    if _is_first_process() and path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
@@ -158,7 +164,7 @@ def _cut_metrics(path: Path, step: int) -> None:
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
     """Hold the run's folder, so that no second process (of another launch) writes to it."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not _is_first_process():
         yield
         return
     with (out / "lock").open("w") as file:
