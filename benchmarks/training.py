@@ -1,0 +1,124 @@
+"""Speed of the training path on the CPU: `python benchmarks/training.py`.
+
+For MDEQ's CIFAR sizes and the resolutions of the recipes: the map forward, forward and backward,
+and a whole training step (solver, gradient, loss, Muon), in floating-point operations per second of
+process CPU time on one thread. The variants add up: memory layout, precision, compiled norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import markdown_table, stable_minima, write_results
+
+from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
+from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
+from deqzoo.training.cost import count_flops, gradient_cost
+from deqzoo.training.optimizers import build_optimizer
+from deqzoo.training.recipe import Optimizer
+
+SIZES = {"TINY": "mdeq-phantom-cifar-small", "LARGE": "mdeq-phantom-cifar-large"}
+SOLVER = {"name": "anderson", "max_steps": 5, "tol": 0.0}
+GRADIENTS = {
+    "UPG(3)": {"name": "upg", "steps": 3, "damping": 0.8},
+    "NPG(3)": {"name": "npg", "steps": 3, "damping": 0.8},
+}
+VARIANTS: dict[str, dict[str, bool]] = {
+    "float32": {},
+    "float32, channels-last": {"channels_last": True},
+    "bf16, channels-last": {"channels_last": True, "bf16": True},
+    "bf16, channels-last, compiled norm": {"channels_last": True, "bf16": True, "norm": True},
+}
+
+
+def measure(size: str, side: int, batch: int, variant: dict[str, bool], seconds: float) -> dict:
+    """GFLOP/s of the map and of whole steps, and pictures per second."""
+    torch.manual_seed(0)
+    model = MDEQForImageClassification(MDEQConfig.from_preset(SIZES[size])).train()
+    if variant.get("channels_last"):
+        model = model.to(memory_format=torch.channels_last)
+    if variant.get("norm") and not model.use_native_norm():
+        return {}
+    optimizer = build_optimizer(model, Optimizer(name="muon", lr=1e-4))
+    pixels = torch.randn(batch, 3, side, side)
+    labels = torch.randint(10, (batch,))
+    per_picture = _map_flops(model, side)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=variant.get("bf16", False))
+
+    def forward() -> Any:
+        with autocast(), torch.no_grad():
+            f, state = model.equilibrium_map(pixels)
+            return f(state)
+
+    def forward_backward() -> None:
+        with autocast():
+            f, state = model.equilibrium_map(pixels)
+            out = f(tuple(z.requires_grad_() for z in state))
+        sum(z.float().sum() for z in out).backward()
+        model.zero_grad()
+
+    def step(gradient: dict[str, Any]) -> Callable[[], None]:
+        def run() -> None:
+            with autocast():
+                loss = model(pixels, labels=labels, solver=SOLVER, gradient=gradient).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    runs = {"forward": forward, "forward + backward": forward_backward}
+    runs |= {name: step(gradient) for name, gradient in GRADIENTS.items()}
+    for run in runs.values():
+        run()
+    least = stable_minima(runs, seconds)
+    evaluations = {"forward": 1.0, "forward + backward": 3.0}
+    evaluations |= {
+        name: SOLVER["max_steps"] + 1 + gradient_cost(gradient)
+        for name, gradient in GRADIENTS.items()
+    }
+    row = {
+        f"{name}, GFLOP/s": evaluations[name] * per_picture * batch / least[name] / 1e9
+        for name in runs
+    }
+    return row | {f"{name}, pictures/s": batch / least[name] for name in GRADIENTS}
+
+
+def _map_flops(model: MDEQForImageClassification, side: int) -> float:
+    f, state = model.eval().equilibrium_map(torch.zeros(1, 3, side, side))
+    model.train()
+    return count_flops(lambda: f(state))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sides", nargs="+", type=int, default=[16, 24, 32])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=8.0, help="per variant")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    rows = []
+    for size in arguments.sizes:
+        for side in arguments.sides:
+            for name, variant in VARIANTS.items():
+                found = measure(size, side, arguments.batch, variant, arguments.seconds)
+                if found:
+                    rows.append({"size": size, "side": side, "variant": name, **found})
+                    print(size, side, name, flush=True)
+    columns = list(rows[0])
+    table = markdown_table(columns, [[row[c] for c in columns] for row in rows])
+    text = f"Batch {arguments.batch}, one thread, process CPU time.\n\n{table}"
+    write_results(arguments.output, "training", {"batch": arguments.batch, "rows": rows}, text)
+
+
+if __name__ == "__main__":
+    main()
