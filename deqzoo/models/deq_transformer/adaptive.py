@@ -105,39 +105,43 @@ class AdaptiveSoftmax(nn.Module):
         )
         self.clusters = nn.Linear(d_embed, n_tails) if n_tails else None
 
-    def _table(self, index: int) -> tuple[Tensor, Tensor]:
+    def _cluster_tables(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows and biases of every cluster."""
         if len(self.tables) == len(self.bounds):
-            return self.tables[index].weight, self.tables[index].bias
-        start, end = self.bounds[index]
-        return self.tables[0].weight[start:end], self.tables[0].bias[start:end]
+            return [(table.weight, table.bias) for table in self.tables]
+        # One split: its backward joins the parts' gradients, slices would each fill a whole table.
+        sizes = [end - start for start, end in self.bounds]
+        table = self.tables[0]
+        return list(zip(table.weight.split(sizes), table.bias.split(sizes), strict=True))
 
     def _project(self, hidden: Tensor, index: int) -> Tensor:
         return hidden @ self.projections[index].weight if self.projections else hidden
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def _head(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """Log-probabilities of the first cluster's words, then of the tails: (..., c_1 + n)."""
         projected = self._project(hidden, 0)
-        scores = F.linear(projected, *self._table(0))
+        scores = F.linear(projected, *table)
         if self.clusters is not None:
             scores = torch.cat([scores, self.clusters(projected)], dim=-1)
         return torch.log_softmax(scores, dim=-1)
 
-    def _tail(self, hidden: Tensor, index: int) -> Tensor:
-        return torch.log_softmax(F.linear(self._project(hidden, index), *self._table(index)), -1)
+    def _tail(self, hidden: Tensor, index: int, table: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.log_softmax(F.linear(self._project(hidden, index), *table), dim=-1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., vocab_size): raw scores without cutoffs, else log-probabilities.
 
         Either way their log-softmax is the model's log-probability.
         """
+        tables = self._cluster_tables()
         if self.clusters is None:
-            return F.linear(self._project(hidden, 0), *self._table(0))
-        head = self._head(hidden)
+            return F.linear(self._project(hidden, 0), *tables[0])
+        head = self._head(hidden, tables[0])
         first = self.bounds[0][1]
         parts = [head[..., :first]]
         for index in range(1, len(self.bounds)):
             gate = head[..., first + len(self.bounds) - 1 - index].unsqueeze(-1)
-            parts.append(gate + self._tail(hidden, index))
+            parts.append(gate + self._tail(hidden, index, tables[index]))
         return torch.cat(parts, dim=-1)
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -156,8 +160,9 @@ class AdaptiveSoftmax(nn.Module):
         return losses.view(targets.shape)
 
     def _flat_nll(self, hidden: Tensor, words: Tensor) -> Tensor:
+        tables = self._cluster_tables()
         if self.clusters is None:
-            scores = F.linear(self._project(hidden, 0), *self._table(0))
+            scores = F.linear(self._project(hidden, 0), *tables[0])
             return F.cross_entropy(scores, words, reduction="none")
         first, n_tails = self.bounds[0][1], len(self.bounds) - 1
         column, parts, places = words, [], []
@@ -166,10 +171,10 @@ class AdaptiveSoftmax(nn.Module):
             column = torch.where(inside, first + n_tails - index, column)
             place = inside.nonzero().squeeze(1)
             if place.numel():
-                tail = self._tail(hidden[place], index)
+                tail = self._tail(hidden[place], index, tables[index])
                 parts.append(tail.gather(1, (words[place] - start).unsqueeze(1)).squeeze(1))
                 places.append(place)
-        likelihood = self._head(hidden).gather(1, column.unsqueeze(1)).squeeze(1)
+        likelihood = self._head(hidden, tables[0]).gather(1, column.unsqueeze(1)).squeeze(1)
         if parts:
             likelihood = likelihood.index_add(0, torch.cat(places), torch.cat(parts))
         return -likelihood

@@ -40,6 +40,17 @@ class NormalizedLinear(nn.Module):
         length = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True)
         return self.direction * (self.gain / length)
 
+    def bound_weight(self) -> Tensor:
+        """The effective weight in the dtype in which maps compute.
+
+        Autocast would cast it anew at every application of the map.
+        """
+        weight = self.effective_weight()
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            return weight.to(torch.get_autocast_dtype(device))
+        return weight
+
 
 class RelativeAttention(nn.Module):
     """Parameters of relative multi-head attention (Dai et al. 2019)."""
@@ -141,14 +152,14 @@ class SubLayer(nn.Module):
         norms = [attention.input_norm, attention.output_norm, network.norm]
         affine = tuple(p for n in norms if n is not None for p in (n.weight, n.bias))
         return LayerTensors(
-            qkv=attention.qkv.effective_weight(),
-            output=attention.output.effective_weight(),
+            qkv=attention.qkv.bound_weight(),
+            output=attention.output.bound_weight(),
             output_bias=attention.output.bias,
             content_bias=attention.content_bias.view(attention.n_head, -1),
             position_bias=attention.position_bias.view(attention.n_head, -1),
-            up=network.up.effective_weight(),
+            up=network.up.bound_weight(),
             up_bias=network.up.bias,
-            down=network.down.effective_weight(),
+            down=network.down.bound_weight(),
             down_bias=network.down.bias,
             relative=relative,
             past_key=None,
