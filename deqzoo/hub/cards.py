@@ -15,6 +15,9 @@ from deqzoo.hub.catalogue import Entry, entries, main_figure
 from deqzoo.hub.plot import line_plot
 from deqzoo.zoo import checkpoints_root, read_json
 
+#: A checkpoint's own part of its card, written by the command that made its figures.
+NOTES = "notes.md"
+
 _METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
     "perplexity": ("perplexity", "Perplexity"),
@@ -215,8 +218,8 @@ def _model_table(entry: Entry) -> str:
         ("class", f"`{entry.architecture}`"),
         ("parameters", f"{tested.get('parameters', entry.parameters):,}"),
         ("weights", f"{entry.size / 2**20:.1f} MiB in {len(entry.weight_files)} file(s)"),
-        ("solver", f"`{json.dumps(entry.config.get('solver'))}`"),
-        ("gradient", f"`{json.dumps(entry.config.get('gradient'))}`"),
+        ("solver", _settings(entry.config.get("solver"))),
+        ("gradient", _settings(entry.config.get("gradient"))),
         ("weights SHA-256", f"`{tested['weights_sha256']}`" if tested else "not recorded"),
     ]
     return _table(("", ""), rows)
@@ -233,6 +236,10 @@ def _results(entry: Entry) -> list[str]:
         parts.append(f"### {title}, {data.get('split', '?')} split")
         if text:
             parts.append(text.note)
+        known = ((k.replace("_", " "), v) for k, v in data.items() if k not in ("name", "split"))
+        facts = "; ".join(f"{key}: {_number(value)}" for key, value in known)
+        if facts:
+            parts.append(f"Data evaluated: {facts}.")
         rows = [
             (name.replace("_", " "), _number(value))
             for name, value in evaluation.get("results", {}).items()
@@ -245,7 +252,8 @@ def _results(entry: Entry) -> list[str]:
             rows = [(name, _number(value)) for name, value in per_class.items()]
             parts.append(_table(("class", "accuracy"), rows))
         parts += _budget(entry, evaluation)
-    return parts
+    notes = entry.folder / NOTES
+    return [*parts, notes.read_text(encoding="utf-8").strip()] if notes.is_file() else parts
 
 
 def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
@@ -274,7 +282,7 @@ def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
 
 def _training(entry: Entry) -> str:
     """Figures of the training record and the recipe as it was run."""
-    names = ("training.json", "run.json")
+    names = ("training.json", "run.json", "fold.json")
     record = next((entry.folder / n for n in names if (entry.folder / n).is_file()), None)
     if record is None:
         return "No training record is stored beside these weights."
@@ -285,18 +293,21 @@ def _training(entry: Entry) -> str:
         if isinstance(value, (int, float, str))
     ]
     parts = [_table(("", ""), rows)] if rows else []
-    if isinstance(content.get("recipe"), dict):
-        text = yaml.safe_dump(content["recipe"], sort_keys=False, default_flow_style=None)
-        parts += [
-            "The recipe as it was run; `deqzoo train` takes it from `recipes/`:",
-            f"```yaml\n{text}```",
-        ]
+    settings = content.get("recipe", content.get("settings"))
+    if isinstance(settings, dict):
+        text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)
+        parts += ["The recipe as it was run:", f"```yaml\n{text}```"]
     return "\n\n".join(parts)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _settings(settings: dict[str, Any] | None) -> str:
+    """Solver or gradient settings without those left to their defaults."""
+    return f"`{json.dumps({k: v for k, v in (settings or {}).items() if v is not None})}`"
 
 
 def _number(value: Any) -> str:

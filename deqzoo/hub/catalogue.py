@@ -77,10 +77,14 @@ def main_figure(evaluation: dict[str, Any]) -> str | None:
     """ "85.2 % on cifar10 test" or "71.3 perplexity on wikitext2 test"; None for other files."""
     results, data = evaluation.get("results", {}), evaluation.get("data", {})
     where = f"{data.get('name', '?')} {data.get('split', '?')}"
+    if "fold" in data:
+        where += f", fold {data['fold']}"
     if "accuracy" in results:
         return f"{results['accuracy']:.2%}".replace("%", " %") + f" on {where}"
     if "perplexity" in results:
         return f"perplexity {results['perplexity']:.2f} on {where}"
+    if "micro_f1" in results:
+        return f"micro-F1 {results['micro_f1']:.4f} on {where}"
     return None
 
 

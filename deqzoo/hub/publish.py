@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -77,7 +78,7 @@ def publish(
         CommitOperationAdd(path, io.BytesIO(source) if isinstance(source, bytes) else str(source))
         for path, source in contents.items()
     ]
-    commit = _upload(HfApi(token=token), repo_id, operations, branch, private, tag)
+    commit = upload(HfApi(token=token), repo_id, operations, branch, private, tag)
     return Report(repo_id, branch, files, tag, commit)
 
 
@@ -96,26 +97,34 @@ def _contents(found: Entry) -> dict[str, Path | bytes]:
     return contents
 
 
-def _upload(
+def upload(
     api: HfApi,
     repo_id: str,
     operations: list[CommitOperationAdd],
-    branch: str,
-    private: bool,
-    tag: str,
+    branch: str = "main",
+    private: bool = False,
+    tag: str | None = None,
+    kind: Literal["model", "space"] = "model",
 ) -> str:
-    """Create, commit and tag; the commit's id."""
+    """Create the repository, commit and tag; the commit's id.
+
+    Raises:
+        UserError: the Hub refused, or could not be reached.
+    """
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        sdk = "gradio" if kind == "space" else None
+        api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
         if branch != "main":
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
+            api.create_branch(repo_id, branch=branch, exist_ok=True, repo_type=kind)
         commit = api.create_commit(
             repo_id,
             operations,
             commit_message=f"Publish with deqzoo {deqzoo.__version__}",
             revision=branch,
+            repo_type=kind,
         )
-        api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+        if tag is not None:
+            api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True, repo_type=kind)
     except HFValidationError as error:
         raise UserError(f"{repo_id!r} is no repository name; write ORG/NAME") from error
     except HfHubHTTPError as error:
