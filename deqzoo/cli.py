@@ -188,6 +188,7 @@ _COMMAND_MODULES = (
     "deqzoo.training.graph_cli",
     "deqzoo.evaluation.cli",
     "deqzoo.hub.cli",
+    "deqzoo.demo.cli",
 )
 
 

@@ -100,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.batch(json.loads(sent))
         _, _, kind, organisation, name, action, *rest = path.split("/")
         repository = f"{organisation}/{name}"
-        if kind != "models" or repository not in self.server.refs:
+        if kind not in ("models", "spaces") or repository not in self.server.refs:
             return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         revision = "/".join(rest)
         if action == "preupload":
