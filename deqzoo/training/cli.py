@@ -50,12 +50,15 @@ def train(
         _queue(queue, data, output or Path("runs"), show, threads)
         return
     from deqzoo.training.recipe import load_recipe
-    from deqzoo.training.run import build_task, estimate, run_recipe
+    from deqzoo.training.run import build_task, run_recipe
 
     assert recipe is not None
     loaded = load_recipe(recipe)
     if dry_run:
-        typer.echo(json.dumps(estimate(loaded, build_task(loaded, data, stand_in=True)), indent=2))
+        from deqzoo.training.estimate import commands, estimate
+
+        figures = estimate(loaded, build_task(loaded, data, stand_in=True))
+        typer.echo(json.dumps({**figures, "commands": commands(str(recipe))}, indent=2))
         return
     folder = run_recipe(
         loaded,

@@ -1,14 +1,22 @@
-"""FLOPs of a training step, counted in evaluations of the map."""
+"""FLOPs and memory of a training step, counted in evaluations of the map."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from deqzoo.equilibrium import JFB, NPG, UPG, Implicit, Unrolled, make_gradient
+from deqzoo.models.base import DEQPreTrainedModel
+from deqzoo.training.recipe import Stage
+from deqzoo.training.task import Probe
+
+ONE_STEP = {"name": "fixed_point", "max_steps": 1, "tol": 0.0}
 
 
 def count_flops(function: Callable[[], Any]) -> float:
@@ -16,6 +24,50 @@ def count_flops(function: Callable[[], Any]) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function()
     return float(counter.get_total_flops())
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, in which nothing is said about solves that end early."""
+    was_training = model.training
+    warned = {m: m._warned_unsolved for m in model.modules() if isinstance(m, DEQPreTrainedModel)}
+    model.eval()
+    for module in warned:
+        module._warned_unsolved = True
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for module, value in warned.items():
+            module._warned_unsolved = value
+
+
+def sample_flops(
+    probe: Callable[[PreTrainedModel, Stage], Probe], model: PreTrainedModel, stage: Stage
+) -> tuple[float, float]:
+    """FLOPs per sample of one evaluation of the map, and of all that surrounds it (forward)."""
+    with evaluation_mode(model):
+        sample = probe(model, stage)
+        per_evaluation = count_flops(lambda: sample.f(sample.state))
+        whole = count_flops(lambda: sample.forward(solver=ONE_STEP))
+    return per_evaluation, whole - 2 * per_evaluation
+
+
+def saved_bytes(function: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass of a call, the model's weights left out."""
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()  # alive until the end, so that no storage is counted under two names
+    del result
+    return sum(kept.values())
 
 
 def gradient_cost(

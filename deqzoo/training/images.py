@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,8 @@ from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
-from deqzoo.training.cost import count_flops
 from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan
+from deqzoo.training.task import Plan, Probe
 
 LOADERS = {"cifar10": load_cifar10, "imagenette": load_imagenette}
 SOURCES = {"cifar10": CIFAR10, "imagenette": IMAGENETTE}
@@ -154,18 +154,11 @@ class ImageClassificationTask:
         pixels = self._normalised(self.validation.pixels[start:end])
         return resize(pixels, side), self.validation.labels[start:end]
 
-    def flops(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
+    def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:
         side = stage.resolution or self.config.image_size
-        pixels = torch.zeros(1, 3, side, side, device=model.device)
-        was_training = model.training
-        model.eval()
+        pixels = torch.zeros(n, 3, side, side, device=model.device)
         f, state = model.equilibrium_map(pixels)
-        per_evaluation = count_flops(lambda: f(state))
-        whole = count_flops(
-            lambda: model(pixels, solver={"name": "fixed_point", "max_steps": 1, "tol": 0.0})
-        )
-        model.train(was_training)
-        return per_evaluation, whole - 2 * per_evaluation
+        return Probe(f, state, partial(model, pixels))
 
     def describe(self) -> dict[str, Any]:
         return {"train": self.training.describe(), "validation": self.validation.describe()}

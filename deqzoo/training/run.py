@@ -35,7 +35,6 @@ from deqzoo.training.callbacks import (
     Snapshots,
     StopFile,
 )
-from deqzoo.training.cost import gradient_cost
 from deqzoo.training.images import ImageClassificationTask
 from deqzoo.training.optimizers import build_optimizer, build_schedule
 from deqzoo.training.photographs import LazyImageClassificationTask
@@ -273,8 +272,12 @@ def save_result(trainer: RecipeTrainer, out: Path) -> Path:
 
 def export(model: PreTrainedModel, folder: Path) -> None:
     """Save half-precision weights in shards of at most 16 MB whose config says float32."""
+    # Halves of tied weights would no longer share memory, and be stored twice.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {
-        name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()
+        name: t.half() if t.is_floating_point() else t
+        for name, t in model.state_dict().items()
+        if name not in tied
     }
     model.save_pretrained(folder, state_dict=state, max_shard_size="16MB")
     path = folder / "config.json"
@@ -352,42 +355,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """Parameters, memory and FLOPs of a recipe, without training."""
-    model = task.model()
-    plan = Plan.of(recipe, task)
-    stages = []
-    total = 0.0
-    for i, stage in enumerate(plan.stages):
-        per_evaluation, rest = task.flops(model, stage)
-        solver = stage.solver or model.config.solver
-        gradient = stage.gradient or model.config.gradient
-        if stage.shallow:
-            evaluations = 3.0 * model.config.unroll_layers
-        else:
-            evaluations = solver["max_steps"] + 1 + gradient_cost(gradient, 20.0)
-        if stage.jacobian is not None:
-            evaluations += 6.0 / stage.jacobian.every
-        steps = (plan.starts[i + 1] if i + 1 < len(plan.starts) else plan.total) - plan.starts[i]
-        samples = steps * recipe.batch_size * recipe.accumulate
-        flops = samples * (evaluations * per_evaluation + 3 * rest)
-        total += flops
-        stages.append(
-            {
-                "steps": steps,
-                "resolution": stage.resolution,
-                "evaluations": round(evaluations, 2),
-                "pflop": float(f"{flops / 1e15:.4g}"),
-            }
-        )
-    parameters = sum(p.numel() for p in model.parameters())
-    copies = 4 + (recipe.average > 0)  # weights, gradients, two moments, average
-    return {
-        "parameters": parameters,
-        "steps": plan.total,
-        "pflop": float(f"{total / 1e15:.4g}"),
-        "training_state_mib": round(copies * 4 * parameters / 2**20),
-        "stages": stages,
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,8 +57,8 @@ class Task(Protocol):
         """Validation figures, the metric and the solver's report among them."""
         ...
 
-    def flops(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
-        """FLOPs per sample of one evaluation of the map, and of all that surrounds it (forward)."""
+    def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:
+        """A few samples of a stage, to count what a training step costs."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -68,6 +68,18 @@ class Task(Protocol):
     def save_processor(self, folder: str) -> None:
         """Write the image processor or tokenizer beside the weights."""
         ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The map of some samples, the state it starts from, and a forward of the whole model.
+
+    `forward` takes `solver` and `gradient`, as the model does.
+    """
+
+    f: Callable[[Any], Any]
+    state: Any
+    forward: Callable[..., Any]
 
 
 @dataclass(frozen=True)

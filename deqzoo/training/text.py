@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,8 @@ from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 from deqzoo.models.deq_transformer.modeling_deq_transformer import DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
-from deqzoo.training.cost import count_flops
 from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan
+from deqzoo.training.task import Plan, Probe
 
 VALIDATION_STREAMS = 10
 
@@ -142,27 +142,21 @@ class LanguageModelingTask:
             "steps_mean": float(torch.cat(steps).mean()),
         }
 
-    def flops(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
+    def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:
         length, config = self._segment_length(stage), self.config
         words = self.streams[:1, :length].to(model.device)
         if words.shape[1] < length:
             words = words.repeat(1, -(-length // words.shape[1]))[:, :length]
+        words = words.expand(n, -1)
         memory = (
-            torch.zeros(1, config.mem_len, config.d_model, device=model.device),
-            torch.zeros(1, config.mem_len, 3 * config.d_model, device=model.device),
+            torch.zeros(n, config.mem_len, config.d_model, device=model.device),
+            torch.zeros(n, config.mem_len, 3 * config.d_model, device=model.device),
         )
-        was_training = model.training
-        model.eval()
         f, state = model.base_model.equilibrium_map(words, memory)
-        per_evaluation = count_flops(lambda: f(state))
-        solver = {"name": "fixed_point", "max_steps": 1, "tol": 0.0}
-        whole = count_flops(
-            lambda: model(
-                words, labels=words, shift=False, memory=memory, return_logits=False, solver=solver
-            )
+        forward = partial(
+            model, words, labels=words, shift=False, memory=memory, return_logits=False
         )
-        model.train(was_training)
-        return per_evaluation, whole - 2 * per_evaluation
+        return Probe(f, state, forward)
 
     def describe(self) -> dict[str, Any]:
         return {split: self.corpus.describe(split) for split in ("train", "validation")}

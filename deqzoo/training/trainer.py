@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from deqzoo.equilibrium import jacobian_penalty
-from deqzoo.training.cost import gradient_cost
+from deqzoo.training.cost import gradient_cost, sample_flops
 from deqzoo.training.recipe import Jacobian, Stage
 from deqzoo.training.task import Plan, Task
 
@@ -162,7 +162,7 @@ class RecipeTrainer(DEQTrainer):
         if recipe.average:
             rule = warmed_average(recipe.average)
             self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
-        self.flop_table = [task.flops(self.model, stage) for stage in plan.stages]
+        self.flop_table = [sample_flops(task.probe, self.model, stage) for stage in plan.stages]
         self.spent = 0.0
         self.last_save = time.monotonic()
 

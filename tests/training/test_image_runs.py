@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from deqzoo import DEQModel
 from deqzoo.errors import UserError
 from deqzoo.training import images
+from deqzoo.training.estimate import estimate
 from deqzoo.training.recipe import load_recipe
-from deqzoo.training.run import build_task, estimate, run_recipe
+from deqzoo.training.run import build_task, run_recipe
 from deqzoo.training.task import Plan
 from deqzoo.training.trainer import latest_checkpoint
 

@@ -1,11 +1,13 @@
 """Recipes are checked before anything runs, and every bundled one builds its model."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from deqzoo.cli import run
 from deqzoo.errors import UserError
 from deqzoo.training.queue import load_queue, status
 from deqzoo.training.recipe import load_recipe
@@ -89,6 +91,22 @@ def test_bundled_recipes_are_valid(path):
         assert len({entry.name for entry in entries}) == len(entries)
     elif "task" in content:
         assert load_recipe(path).name == path.stem
+
+
+TASKS = [path for path in sorted(RECIPES.glob("*.yaml")) if "\ntask:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_bundled_recipes_pass_a_dry_run(path, capsys):
+    """The model is built in full; cost and memory are printed, with the commands."""
+    assert run(["train", str(path), "--dry-run"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    recipe = load_recipe(path)
+    budget = recipe.budget_pflop or float("inf")
+    assert figures["parameters"] > 1e5 and 0 < figures["pflop"] <= budget
+    memory = figures["memory_mib"]
+    assert memory["total"] > memory["weights_and_optimizer"] > 0
+    assert "torchrun" in figures["commands"]["several"]
 
 
 def test_queue_knows_what_is_left(tmp_path):

@@ -7,14 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from deqzoo import DEQModel
 from deqzoo.data import text
 from deqzoo.errors import UserError
-from deqzoo.models.deq_transformer import DEQTransformerConfig
+from deqzoo.models.deq_transformer import DEQTransformerConfig, DEQTransformerForCausalLM
+from deqzoo.training.estimate import estimate
 from deqzoo.training.recipe import Recipe, _build, load_recipe
-from deqzoo.training.run import estimate, run_recipe
+from deqzoo.training.run import export, run_recipe
 from deqzoo.training.task import Plan
 from deqzoo.training.text import LanguageModelingTask
 
@@ -144,3 +146,14 @@ def test_pairs_differ_in_the_gradient_alone(prefix: str) -> None:
             stage.pop("gradient")
         pair.append(content)
     assert pair[0] == pair[1]
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    config = DEQTransformerConfig(vocab_size=9, d_model=8, d_embed=8, n_head=2, d_inner=8)
+    model = DEQTransformerForCausalLM(config)
+    export(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "transformer.embedding.tables.0.weight" in stored
+    assert "lm_head.tables.0.weight" not in stored
+    loaded = DEQModel.from_pretrained(tmp_path)
+    assert loaded.lm_head.tables[0].weight is loaded.transformer.embedding.tables[0].weight

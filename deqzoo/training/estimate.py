@@ -1,0 +1,168 @@
+"""What a recipe will cost: parameters, FLOPs, memory and time, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from deqzoo.equilibrium import UPG, Anderson, Broyden, Unrolled, make_gradient, make_solver
+from deqzoo.training.cost import (
+    ONE_STEP,
+    evaluation_mode,
+    gradient_cost,
+    sample_flops,
+    saved_bytes,
+)
+from deqzoo.training.recipe import Recipe, Stage
+from deqzoo.training.task import Plan, Probe, Task
+
+ADJOINT_EVALUATIONS = 20.0
+"""Products that an implicit gradient is assumed to spend, fewer if its solver allows fewer."""
+PENALTY_EVALUATIONS = 6.0
+"""Graph, first backward with a graph of its own, and double backward of the Jacobian penalty."""
+SPEEDS = {"50 GFLOP/s (two CPU cores)": 5e10, "20 TFLOP/s (a GPU)": 2e13}
+
+
+def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """Parameters, steps, PFLOP, hours and memory of a recipe in one process.
+
+    FLOPs assume that every solve takes all its steps. Memory is that of the largest stage with the
+    whole batch in one process and float32 activations; n processes need about 1/n of the parts
+    that grow with the batch.
+    """
+    model = task.model()
+    plan = Plan.of(recipe, task)
+    ends = (*plan.starts[1:], plan.total)
+    measured: dict[int | None, _Sample] = {}
+    for stage in plan.stages:
+        if stage.resolution not in measured:
+            measured[stage.resolution] = _measure(task, model, stage)
+    stages = [
+        _stage(recipe, model, stage, measured[stage.resolution], end - start)
+        for stage, start, end in zip(plan.stages, plan.starts, ends, strict=True)
+    ]
+    flops = sum(stage.pop("flops") for stage in stages)
+    parameters = sum(p.numel() for p in model.parameters())
+    moments = {"sgd": 1, "muon": 2}.get(recipe.optimizer.name, 2)
+    copies = 2 + moments + (recipe.average > 0)  # weights, gradients, moments, average
+    state = round(copies * 4 * parameters / 2**20)
+    return {
+        "name": recipe.name,
+        "parameters": parameters,
+        "steps": plan.total,
+        "pflop": _short(flops / 1e15),
+        "hours": {name: _short(flops / speed / 3600) for name, speed in SPEEDS.items()},
+        "memory_mib": {
+            "weights_and_optimizer": state,
+            "activations": max(stage["activations_mib"] for stage in stages),
+            "solver": max(stage["solver_mib"] for stage in stages),
+            "total": state + max(s["activations_mib"] + s["solver_mib"] for s in stages),
+        },
+        "stages": stages,
+    }
+
+
+def commands(path: str, processes: int = 8) -> dict[str, str]:
+    """Command lines that train a recipe on one device, and on the GPUs of one machine."""
+    return {
+        "one": f"deqzoo train {path} --resume",
+        "several": f"torchrun --nproc_per_node {processes} -m deqzoo train {path} --resume",
+    }
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """FLOPs and bytes of one sample."""
+
+    per_evaluation: float
+    rest: float
+    map_bytes: int
+    rest_bytes: int
+    once_bytes: int
+    state_bytes: int
+
+
+def _measure(task: Task, model: PreTrainedModel, stage: Stage) -> _Sample:
+    per_evaluation, rest = sample_flops(task.probe, model, stage)
+    settings = {"solver": ONE_STEP, "gradient": {"name": "jfb"}}
+    with evaluation_mode(model):
+        of_map, _ = _kept(task, model, stage, lambda probe: probe.f(probe.state))
+        of_all, once = _kept(task, model, stage, lambda probe: probe.forward(**settings))
+        leaves = tree_leaves(task.probe(model, stage).state)
+    state = sum(t.numel() * 4 for t in leaves if isinstance(t, torch.Tensor))
+    return _Sample(per_evaluation, rest, of_map, max(of_all - of_map, 0), once, state)
+
+
+def _stage(
+    recipe: Recipe, model: PreTrainedModel, stage: Stage, sample: _Sample, steps: int
+) -> dict[str, Any]:
+    evaluations = step_evaluations(stage, model)
+    samples = steps * recipe.batch_size * recipe.accumulate
+    flops = samples * (evaluations * sample.per_evaluation + 3 * sample.rest)
+    graphs = 1 if recipe.gradient_checkpointing else _graphs(stage, model)
+    graphs += 3 * (stage.jacobian is not None)
+    per_sample = sample.rest_bytes + graphs * sample.map_bytes
+    activations = sample.once_bytes + recipe.batch_size * per_sample
+    solver = recipe.batch_size * sample.state_bytes * _history(stage, model)
+    return {
+        "steps": steps,
+        "resolution": stage.resolution,
+        "evaluations": round(evaluations, 2),
+        "flops": flops,
+        "pflop": _short(flops / 1e15),
+        "activations_mib": round(activations / 2**20),
+        "solver_mib": round(solver / 2**20),
+    }
+
+
+def step_evaluations(stage: Stage, model: PreTrainedModel) -> float:
+    """Evaluations of the map that a training step costs at most, backward passes included."""
+    if stage.shallow:
+        evaluations = 3.0 * model.config.unroll_layers
+    else:
+        gradient = stage.gradient or model.config.gradient
+        solver = make_solver(stage.solver or model.config.solver)
+        adjoint = gradient.get("solver", {}).get("max_steps", ADJOINT_EVALUATIONS)
+        evaluations = solver.max_steps + 1
+        evaluations += gradient_cost(gradient, min(adjoint, ADJOINT_EVALUATIONS))
+    if stage.jacobian is not None:
+        evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
+    return evaluations
+
+
+def _graphs(stage: Stage, model: PreTrainedModel) -> int:
+    """How many evaluations of the map a step keeps for its backward pass."""
+    if stage.shallow:
+        return model.config.unroll_layers
+    chosen = make_gradient(stage.gradient or model.config.gradient)
+    return chosen.steps if isinstance(chosen, (UPG, Unrolled)) and chosen.steps else 1
+
+
+def _kept(
+    task: Task, model: PreTrainedModel, stage: Stage, call: Callable[[Probe], Any]
+) -> tuple[int, int]:
+    """Bytes kept per sample, and once per batch (normalised weights), from one and two samples."""
+    one, two = (saved_bytes(partial(call, task.probe(model, stage, n)), model) for n in (1, 2))
+    return two - one, max(2 * one - two, 0)
+
+
+def _history(stage: Stage, model: PreTrainedModel) -> int:
+    """How many copies of the state a solve keeps."""
+    if stage.shallow:
+        return 1
+    solver = make_solver(stage.solver or model.config.solver)
+    if isinstance(solver, Anderson):
+        return 2 * min(solver.window, solver.max_steps) + 3
+    if isinstance(solver, Broyden):
+        return 2 * min(solver.memory or solver.max_steps, solver.max_steps) + 5
+    return 3
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
