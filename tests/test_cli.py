@@ -126,7 +126,7 @@ def test_bad_models(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "config.json" in fails(capsys, "classify", CAT, "--model", tmp_path)
     base = tmp_path / "features"
     deqzoo.MDEQModel(deqzoo.MDEQConfig()).save_pretrained(base)
-    assert "does not classify" in fails(capsys, "classify", CAT, "--model", base)
+    assert "classify pictures" in fails(capsys, "classify", CAT, "--model", base)
 
 
 @pytest.mark.parametrize(

@@ -244,8 +244,8 @@ def _row_groups(source: ImageSource, files: list[Path]) -> Iterator[tuple[list[b
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> list[str] | None:
     """Class names as the Hub stores them in a parquet file, if they are there."""
     stored = (metadata or {}).get(b"huggingface")
-    features = json.loads(stored)["info"]["features"] if stored else {}
-    return features.get("label", {}).get("names")
+    info = json.loads(stored).get("info", {}) if stored else {}
+    return info.get("features", {}).get("label", {}).get("names")
 
 
 def picture_digests(pixels: Tensor, labels: Tensor) -> list[bytes]:

@@ -84,8 +84,8 @@ def require_image_classifier(model: PreTrainedModel) -> None:
     """
     if not type(model).__name__.endswith("ForImageClassification"):
         raise UserError(
-            f"{Path(model.config._name_or_path).name} is a {type(model).__name__}, which does not "
-            "classify pictures; name an image model"
+            f"{Path(model.config._name_or_path).name} is of class {type(model).__name__}, which "
+            "cannot classify pictures; name an image model"
         )
 
 

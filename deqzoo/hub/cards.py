@@ -88,10 +88,9 @@ def render_converted_card(name: str) -> str:
 
 def budget_plot(entry: Entry) -> str | None:
     """Accuracy against solver steps of the test evaluation as SVG; None without that curve."""
-    for evaluation in entry.evaluations.values():
+    for evaluation in entry.tests():
         steps = (evaluation.get("budget") or {}).get("steps") or []
-        shown = len(steps) > 1 and "accuracy" in steps[0]
-        if shown and evaluation["data"].get("split") == "test":
+        if len(steps) > 1 and "accuracy" in steps[0]:
             points = [(row["max_steps"], round(100 * row["accuracy"], 1)) for row in steps]
             return line_plot(
                 points,
@@ -124,7 +123,7 @@ def render_table() -> str:
         "|---|---|---|---|---|",
     ]
     for entry in entries():
-        tested = [e for e in entry.evaluations.values() if e["data"].get("split") == "test"]
+        tested = entry.tests()
         parameters = tested[0]["model"]["parameters"] if tested else entry.parameters
         command = f"`{tested[0]['command']}`" if tested else ""
         lines.append(
@@ -177,9 +176,9 @@ def _test_figures(entry: Entry) -> list[tuple[dict[str, Any], dict[str, Any], st
     """(evaluation, data, metric, value) of every figure measured on a test split."""
     return [
         (evaluation, evaluation["data"], key, evaluation["results"][key])
-        for evaluation in entry.evaluations.values()
+        for evaluation in entry.tests()
         for key in _METRICS
-        if evaluation["data"].get("split") == "test" and key in evaluation["results"]
+        if key in evaluation["results"]
     ]
 
 
@@ -230,7 +229,7 @@ def _results(entry: Entry) -> list[str]:
         return ["Not evaluated yet."]
     parts = []
     for evaluation in entry.evaluations.values():
-        data = evaluation["data"]
+        data = evaluation.get("data", {})
         text = DATA_TEXTS.get(data.get("name", ""))
         title = text.title if text else data.get("name", "?")
         parts.append(f"### {title}, {data.get('split', '?')} split")

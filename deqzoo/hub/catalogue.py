@@ -66,11 +66,12 @@ class Entry:
 
     def headline(self) -> str:
         """The main figure of the test evaluation with its data, or what is missing."""
-        for evaluation in self.evaluations.values():
-            figure = main_figure(evaluation)
-            if figure and evaluation["data"].get("split") == "test":
-                return figure
-        return "not evaluated yet"
+        figures = (main_figure(evaluation) for evaluation in self.tests())
+        return next((figure for figure in figures if figure), "not evaluated yet")
+
+    def tests(self) -> list[dict[str, Any]]:
+        """The evaluations of test splits."""
+        return [e for e in self.evaluations.values() if e.get("data", {}).get("split") == "test"]
 
 
 def main_figure(evaluation: dict[str, Any]) -> str | None:

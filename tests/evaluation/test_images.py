@@ -105,7 +105,7 @@ def test_unknown_labels_and_other_models_are_refused(tiny_mdeq: Path) -> None:
     model.config.id2label = {i: str(i) for i in range(10)}
     with pytest.raises(UserError, match="no known data set"):
         evaluate_images(model, "x")
-    with pytest.raises(UserError, match="does not classify"):
+    with pytest.raises(UserError, match="classify pictures"):
         classify(model.mdeq, [])
 
 
