@@ -13,8 +13,8 @@ from deqzoo.equilibrium.gradients import Gradient, Unrolled, make_gradient
 from deqzoo.equilibrium.gradients.base import Problem
 from deqzoo.equilibrium.layout import Layout, Rows, Selection
 from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, make_solver
-from deqzoo.equilibrium.solvers.base import StepCallback, _Matrices
 from deqzoo.equilibrium.solvers.fixed_point import FixedPointIteration
+from deqzoo.equilibrium.solvers.loop import Matrices, StepCallback
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
 SolverSpec = Solver | str | Mapping[str, Any]
@@ -112,9 +112,9 @@ def fixed_point(
 
 
 def _problem(bound: Callable[[State], State], layout: Layout, checkpoint: bool) -> Problem:
-    on_matrices = products = _Matrices(bound, layout)
+    on_matrices = products = Matrices(bound, layout)
     if hasattr(bound, "detached"):
-        products = _Matrices(bound.detached(), layout)
+        products = Matrices(bound.detached(), layout)
     return Problem(on_matrices, products, layout, checkpoint, BackwardReport())
 
 
@@ -127,15 +127,16 @@ def _unroll(
     checkpoint: bool,
 ) -> Solution:
     """Run the recorded iteration, then measure its result with one more evaluation of F."""
-    gradient = replace(gradient, steps=gradient.steps or solver.max_steps)
+    steps = gradient.steps or solver.max_steps
+    gradient = replace(gradient, steps=steps)
     matrix = layout.to_matrix(z0)
     result = layout.to_state(gradient.attach(_problem(bound, layout, checkpoint), matrix))
     start = rebuild(result, [t.detach() for t in leaves(result)])
     probe = FixedPointIteration(max_steps=1, tol=solver.tol, stop_mode=solver.stop_mode)
     solution = probe.solve(bound, start, layout)
     solution.state = result
-    solution.n_steps = torch.full_like(solution.n_steps, gradient.steps)
-    solution.n_evals = gradient.steps + 1
+    solution.n_steps = torch.full_like(solution.n_steps, steps)
+    solution.n_evals = steps + 1
     solution.row_evals = solution.n_evals * matrix.shape[0]
     return solution
 

@@ -22,8 +22,15 @@ from deqzoo.equilibrium.state import State, StatePacker
 class Selection(Protocol):
     """Which part of a batch goes on after converged cells have left it."""
 
-    rows: Tensor  # (r,) int64, kept rows of the matrix
-    cell_index: Tensor  # (c,) int64, kept cells
+    @property
+    def rows(self) -> Tensor:
+        """(r,) int64, kept rows of the matrix."""
+        ...
+
+    @property
+    def cell_index(self) -> Tensor:
+        """(c,) int64, kept cells."""
+        ...
 
     def state(self, tensor: Tensor) -> Tensor:
         """Keep the selected part of a tensor whose leading dimensions are the state's."""

@@ -50,7 +50,8 @@ def jacobian_penalty(
             products = torch.autograd.grad(
                 outputs, points, leaves(probe), retain_graph=True, create_graph=True
             )
-            terms.append(sum(p.square().sum() for p in products) / size)
+            squares = torch.stack([p.square().sum() for p in products])
+            terms.append(squares.sum() / size)
         return torch.stack(terms).mean()
 
 

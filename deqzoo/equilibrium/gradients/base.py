@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint as recompute
 
 from deqzoo.equilibrium.layout import Layout
-from deqzoo.equilibrium.solvers.base import BackwardReport
+from deqzoo.equilibrium.solvers.solution import BackwardReport
 
 Map = Callable[[Tensor], Tensor]
 
@@ -102,7 +101,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         value: Tensor,
         state: Tensor,
         recorded: Tensor,
@@ -115,7 +114,7 @@ class _Adjoint(torch.autograd.Function):
         return state.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "second derivatives through the implicit and npg gradients are not defined here; "

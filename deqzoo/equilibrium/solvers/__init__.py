@@ -7,9 +7,10 @@ from typing import Any
 
 from deqzoo.equilibrium.options import build
 from deqzoo.equilibrium.solvers.anderson import Anderson
-from deqzoo.equilibrium.solvers.base import BackwardReport, Solution, Solver, Status
+from deqzoo.equilibrium.solvers.base import Solver
 from deqzoo.equilibrium.solvers.broyden import Broyden
 from deqzoo.equilibrium.solvers.fixed_point import FixedPointIteration
+from deqzoo.equilibrium.solvers.solution import BackwardReport, Solution, Status
 
 SOLVERS: dict[str, type[Solver]] = {
     cls.name: cls for cls in (FixedPointIteration, Anderson, Broyden)

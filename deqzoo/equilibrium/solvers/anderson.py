@@ -60,30 +60,40 @@ class _Mixing(StepRule):
         self.gram = matrix.new_zeros(n_rows, self.window, self.window, dtype=self.work_dtype)
         self.valid: Tensor | None = None  # (C, window) bool, only after a restart
 
+    def residual(self, z: Tensor, fz: Tensor) -> Tensor:
+        if self.window == 1:
+            return fz - z
+        return torch.sub(fz, z, out=self.residuals[:, self.step % self.window])
+
     def propose(
-        self, z: Tensor, fz: Tensor, residual: Tensor, active: Tensor, stalled: Tensor | None
+        self,
+        z: Tensor,
+        fz: Tensor,
+        residual: Tensor,
+        active: Tensor,
+        stalled: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
         if self.window == 1:
-            return damped_step(z, fz, self.damping)
+            return damped_step(z, fz, self.damping, scale, self.layout)
         slot = self.step % self.window
         self.step += 1
         filled = min(self.step, self.window)
-        residual = residual.to(self.work_dtype)
         self.maps[:, slot] = fz
-        self.residuals[:, slot] = residual
         if self.valid is not None:
             self.valid[:, slot] = True
-        products = row_products(self.residuals[:, :filled], residual)
+        products = row_products(self.residuals[:, :filled], self.residuals[:, slot])
         self.gram[:, slot, :filled] = products
         self.gram[:, :filled, slot] = products
         if filled == 1:
-            return damped_step(z, fz, self.damping)
+            return damped_step(z, fz, self.damping, scale, self.layout)
         weights = self.layout.spread(self.weights(slot, filled, active, stalled))
         weights = weights.unsqueeze(1)  # (R, 1, n)
         mixed = torch.bmm(weights.to(z.dtype), self.maps[:, :filled]).squeeze(1)
-        if self.damping != 1:
-            mixed_residual = torch.bmm(weights, self.residuals[:, :filled]).squeeze(1)
-            mixed = mixed - ((1 - self.damping) * mixed_residual).to(z.dtype)
+        if self.damping != 1 or scale is not None:
+            rest = 1 - self.damping * (1 if scale is None else self.layout.spread(scale))
+            shares = weights * (rest.reshape(-1, 1, 1) if isinstance(rest, Tensor) else rest)
+            mixed -= torch.bmm(shares, self.residuals[:, :filled]).squeeze(1).to(z.dtype)
         return mixed
 
     def weights(self, slot: int, filled: int, active: Tensor, stalled: Tensor | None) -> Tensor:
@@ -99,9 +109,10 @@ class _Mixing(StepRule):
         scale = _mean_diagonal(gram)
         system = gram / scale.unsqueeze(2).clamp_min(torch.finfo(gram.dtype).tiny)
         system.diagonal(dim1=1, dim2=2).add_(self.ridge)
-        solution = torch.linalg.solve_ex(system, ones).result
+        # LAPACK's column order would make the batched mix fall back to a loop over the batch.
+        solution = torch.linalg.solve_ex(system, ones).result.contiguous()
         weights = solution / solution.sum(1, keepdim=True)
-        plain = ~torch.isfinite(weights).all(1)
+        plain = ~torch.isfinite(weights.sum(1))
         if stalled is not None:
             plain = plain | stalled
         latest = torch.zeros_like(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout, Selection
-from deqzoo.equilibrium.solvers.anderson import row_products
 from deqzoo.equilibrium.solvers.base import Solver, StepRule, _is_int, _require
 from deqzoo.equilibrium.solvers.fixed_point import damped_step
 
@@ -18,13 +18,13 @@ from deqzoo.equilibrium.solvers.fixed_point import damped_step
 class Broyden(Solver):
     """Quasi-Newton root finding of r(h) = F(h) − h, without line search (Broyden 1965).
 
-    The inverse Jacobian of r is approximated by H = −I + U Vᵀ, which starts as −I (so that the
-    first step is a fixed-point step) and gains one pair per step. When `memory` pairs are stored
-    all are dropped: overwriting single ones would leave pairs that were computed relative to the
+    The inverse Jacobian of r is approximated by H, which starts as −I (so that the first step is a
+    fixed-point step) and gains one rank per step. When `memory` steps have been learned from, all
+    are forgotten: overwriting single ones would leave pairs that were computed relative to the
     lost one, and diverges.
 
     Args:
-        memory: pairs kept before a restart.
+        memory: steps learned from before a restart.
     """
 
     memory: int = 12
@@ -40,97 +40,101 @@ class Broyden(Solver):
 
 
 class _QuasiNewton(StepRule):
-    """Pairs U, V (R, L, D) and what the last step left behind."""
+    """The steps since the last restart, which are all that H needs.
+
+    With s_j = β p_j, p_j = −H_j r_j, the good Broyden update is H_{j+1} = (I + w_j s_jᵀ) H_j with
+    w_j = κ_j (s_{j+1} − (1−β) s_j) and κ_j = 1 / ‖s_j‖² (C. T. Kelley, Iterative Methods for Linear
+    and Nonlinear Equations, chapter 7, extended by damping). Hence −H_n r = r + Σ_j w_j c_j, where
+    c solves the unit lower triangular system c_j = s_jᵀ r + Σ_{i<j} s_jᵀ w_i c_i: one pass over the
+    steps for all inner products, one for the sum, and half the storage of the form −I + U Vᵀ.
+    """
 
     def __init__(self, solver: Broyden, matrix: Tensor, layout: Layout) -> None:
-        self.damping = solver.damping
+        self.damping = float(solver.damping)
         self.memory = min(solver.memory, solver.max_steps)
         self.layout = layout
-        self.dtype = torch.promote_types(matrix.dtype, torch.float32)
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
         n_rows, size = matrix.shape
-        self.left = matrix.new_empty(n_rows, self.memory, size, dtype=self.dtype)
-        self.right = torch.empty_like(self.left)
+        n_cells = math.prod(layout.cell_shape())
+        # The residual is written behind the last step, where the next step will take its place.
+        self.steps = matrix.new_empty(n_rows, self.memory + 1, size, dtype=dtype)
+        self.inverse = self.steps.new_zeros(n_cells, self.memory, self.memory)
+        self.kappa = self.steps.new_zeros(n_cells, self.memory)
         self.rank = 0
-        self.last_z: Tensor | None = None
-        self.last_residual: Tensor | None = None
-        self.last_products: Tensor | None = None  # Vᵀ r of the last step, (C, rank)
-        self.fresh: Tensor | None = None  # (C,) cells whose last step must not be learned from
+
+    def residual(self, z: Tensor, fz: Tensor) -> Tensor:
+        if self.rank > self.memory:
+            self.rank = 0
+        return torch.sub(fz, z, out=self.steps[:, self.rank])
 
     def propose(
-        self, z: Tensor, fz: Tensor, residual: Tensor, active: Tensor, stalled: Tensor | None
+        self,
+        z: Tensor,
+        fz: Tensor,
+        residual: Tensor,
+        active: Tensor,
+        stalled: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
-        r = residual.to(self.dtype)
-        if self.rank == self.memory:
-            self.rank, self.last_products = 0, None
-        products = self.products(self.right, r)  # Vᵀ r, (C, rank)
-        step = r
-        if self.last_residual is None:
-            self.last_products = products
-        else:
-            step, products = self.learn(z, r, products)
-            self.last_products = products
-        self.last_z, self.last_residual = z, r
+        n = self.rank
+        self.rank += 1
+        if n == 0:
+            proposed = damped_step(z, fz, self.damping, scale, self.layout)
+            if proposed is not fz:
+                torch.sub(proposed, z, out=self.steps[:, 0])
+            return proposed
+        damping = self.damping if scale is None else self.damping * scale.unsqueeze(1)
+        known = self.steps[:, : n + 1]
+        shares = self.layout.spread(self.learn(n, damping, stalled))
+        step = torch.bmm(shares.unsqueeze(1), known).squeeze(1)
+        self.steps[:, n] = step
+        return step.add_(z) if step.dtype == z.dtype else (z + step).to(z.dtype)
+
+    def learn(self, n: int, damping: float | Tensor, stalled: Tensor | None) -> Tensor:
+        """Add the pair of the last step; return the shares (C, n + 1) of steps and r in the next.
+
+        `damping` is a number, or one per cell (C, 1).
+        """
+        # Inner products of the last step and of r, which lie side by side, with everything.
+        known = self.steps[:, : n + 1]
+        dots = self.layout.total(torch.bmm(known[:, n - 1 :], known.transpose(1, 2)))
+        last, current = dots[:, 0, :n], dots[:, 1, :n]
+        kappa, inverse = self.kappa[:, :n], self.inverse[:, :n, :n]
+        inverse[:, n - 1] = 0
+        inverse[:, n - 1, n - 1] = 1
+        if n > 1:
+            row = last[:, 1:]
+            if not isinstance(damping, float) or damping != 1:
+                row = row - (1 - damping) * last[:, :-1]
+            row = (row * kappa[:, :-1]).unsqueeze(1)
+            inverse[:, n - 1, :-1] = torch.bmm(row, inverse[:, :-1, :-1]).squeeze(1)
+        c = torch.bmm(inverse, current.unsqueeze(2)).squeeze(2)
+        square = last[:, n - 1]
+        kappa[:, n - 1] = 1 / square
+        shrink = damping * (kappa[:, n - 1 :] * c[:, n - 1 :])
+        # A step that would be stretched without bound teaches nothing; nor does one of length 0.
+        bad = ~((1 - shrink).abs() > torch.finfo(c.dtype).eps ** 0.5).squeeze(1)
+        bad = bad | (square == 0)
+        kappa[:, n - 1].masked_fill_(bad, 0)
         if stalled is not None:
-            step = torch.where(self.layout.spread(stalled).unsqueeze(1), r, step)
-        return damped_step(z, (z + step).to(z.dtype), self.damping)
-
-    def learn(self, z: Tensor, r: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the pair of the last step; return the next step −H r and Vᵀ r of all pairs."""
-        assert self.last_z is not None and self.last_residual is not None
-        n, total, spread = self.rank, self.layout.total, self.layout.spread
-        dz = (z - self.last_z).to(self.dtype)
-        dr = r - self.last_residual
-        # −H x = x − U Vᵀ x for x = r and x = dr, in one pass over U.
-        minus_h_r, minus_h_dr, v = r, dr, -dz
-        if n:
-            known = self.last_products
-            change = products - known if known is not None else self.products(self.right, dr)
-            both = spread(torch.stack((products, change), dim=1))  # (R, 2, n)
-            corrections = torch.bmm(both, self.left[:, :n])
-            minus_h_r = r - corrections[:, 0]
-            minus_h_dr = dr - corrections[:, 1]
-            weights = spread(self.products(self.left, dz)).unsqueeze(1)
-            v = torch.bmm(weights, self.right[:, :n]).squeeze(1) - dz
-        denominator = total((v * dr).sum(1))
-        size = (total(v.square().sum(1)) * total(dr.square().sum(1))).sqrt()
-        ok = denominator.abs() > torch.finfo(self.dtype).eps * size
-        if self.fresh is not None:
-            ok = ok & ~self.fresh
-            self.fresh = None
-        ok_rows = spread(ok).unsqueeze(1)
-        u = (dz + minus_h_dr) / spread(denominator).unsqueeze(1)
-        # Skipped pairs are zero: a guard on the quotient alone would let infinities through.
-        u = torch.where(ok_rows, u, 0)
-        v = torch.where(ok_rows, v, 0)
-        self.left[:, n], self.right[:, n] = u, v
-        self.rank = n + 1
-        newest = total((v * r).sum(1))
-        step = minus_h_r - u * spread(newest).unsqueeze(1)
-        return step, torch.cat((products, newest.unsqueeze(1)), dim=1)
-
-    def products(self, factors: Tensor, x: Tensor) -> Tensor:
-        """Inner products (C, rank) of x with the stored vectors."""
-        return self.layout.total(row_products(factors[:, : self.rank], x))
+            kappa.masked_fill_(stalled.unsqueeze(1), 0)
+        shares = torch.zeros_like(dots[:, 1])
+        weighted = torch.where(kappa == 0, 0, kappa * c)
+        shares[:, n] = 1
+        shares[:, 1:n] = weighted[:, :-1]
+        if not isinstance(damping, float) or damping != 1:
+            shares[:, :n] -= (1 - damping) * weighted
+        return shares * (damping / (1 - damping * weighted[:, n - 1 :]))
 
     def restart(self, cells: Tensor) -> None:
-        rows = self.layout.spread(cells).reshape(-1, 1)
-        for factors in (self.left, self.right):
-            factors.masked_fill_(rows.unsqueeze(2), 0)
-        if self.last_z is not None and self.last_residual is not None:
-            self.last_z = self.last_z.masked_fill(rows, 0)
-            self.last_residual = self.last_residual.masked_fill(rows, 0)
-        if self.last_products is not None:
-            self.last_products = self.last_products.masked_fill(cells.unsqueeze(1), 0)
-        self.fresh = cells if self.fresh is None else self.fresh | cells
+        # Zeros in the steps too: a share of zero would not silence what is not finite.
+        rows = self.layout.spread(cells)
+        self.steps.masked_fill_(rows.reshape(-1, 1, 1), 0)
+        self.kappa.masked_fill_(cells.unsqueeze(1), 0)
+        self.inverse.masked_fill_(cells.reshape(-1, 1, 1), 0)
 
     def select(self, layout: Layout, selection: Selection) -> None:
         self.layout = layout
-        rows, cells = selection.rows, selection.cell_index
-        self.left, self.right = self.left.index_select(0, rows), self.right.index_select(0, rows)
-        if self.last_z is not None and self.last_residual is not None:
-            self.last_z = self.last_z.index_select(0, rows)
-            self.last_residual = self.last_residual.index_select(0, rows)
-        if self.last_products is not None:
-            self.last_products = self.last_products[cells]
-        if self.fresh is not None:
-            self.fresh = self.fresh[cells]
+        self.steps = self.steps.index_select(0, selection.rows)
+        self.kappa = self.kappa[selection.cell_index]
+        self.inverse = self.inverse[selection.cell_index]

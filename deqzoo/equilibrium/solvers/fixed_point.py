@@ -19,25 +19,36 @@ class FixedPointIteration(Solver):
     name: ClassVar[str] = "fixed_point"
 
     def start(self, matrix: Tensor, layout: Layout) -> StepRule:
-        return _Damped(self.damping)
+        return _Damped(self.damping, layout)
 
 
 class _Damped(StepRule):
-    def __init__(self, damping: float) -> None:
+    def __init__(self, damping: float, layout: Layout) -> None:
         self.damping = damping
+        self.layout = layout
 
     def propose(
-        self, z: Tensor, fz: Tensor, residual: Tensor, active: Tensor, stalled: Tensor | None
+        self,
+        z: Tensor,
+        fz: Tensor,
+        residual: Tensor,
+        active: Tensor,
+        stalled: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
-        return damped_step(z, fz, self.damping)
+        return damped_step(z, fz, self.damping, scale, self.layout)
 
     def restart(self, cells: Tensor) -> None:
         pass
 
     def select(self, layout: Layout, selection: Selection) -> None:
-        pass
+        self.layout = layout
 
 
-def damped_step(z: Tensor, fz: Tensor, damping: float) -> Tensor:
-    """Return z + damping · (fz − z); `fz` itself when there is no damping."""
+def damped_step(
+    z: Tensor, fz: Tensor, damping: float, scale: Tensor | None, layout: Layout
+) -> Tensor:
+    """Return z + damping · scale · (fz − z); `fz` itself when there is no damping."""
+    if scale is not None:
+        return torch.lerp(z, fz, layout.spread(damping * scale).unsqueeze(1).to(z.dtype))
     return fz if damping == 1 else torch.lerp(z, fz, damping)
