@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import deqzoo.zoo
 from deqzoo.hub.cards import rendered_files
@@ -45,3 +47,15 @@ def test_cards_and_table_are_up_to_date() -> None:
 def test_first_command_names_a_bundled_picture() -> None:
     (command,) = re.findall(r"deqzoo classify (\S+)", README)
     assert (ROOT / command).is_file()
+
+
+def test_showcase_draws_a_row_per_picture(tiny_mdeq: Path, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("showcase", ROOT / "examples" / "showcase.py")
+    showcase = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(showcase)
+    pictures = [str(path) for path in sorted((ROOT / "examples" / "pictures").iterdir())]
+    output = tmp_path / "docs" / "showcase.png"
+    showcase.main([*pictures, "--model", str(tiny_mdeq), "--output", str(output)])
+    with Image.open(output) as image:
+        assert image.size == (showcase.WIDTH, 48 + 3 * showcase.ROW)
+        assert len(image.getcolors(maxcolors=1_000_000)) > 1000  # the pictures are there
