@@ -41,8 +41,10 @@ def residual_chart(residuals: Sequence[float], tolerance: float) -> str:
         if math.isfinite(value)
     ]
     level = math.log10(max(tolerance, 1e-12))
-    values = [y for _, y in points] + [level]
-    low, high = math.floor(min(values) - 0.05), math.ceil(max(values) + 0.05)
+    heights = [y for _, y in points]
+    # The tolerance's own line should not lie on the frame.
+    low = math.floor(min([level - 0.05, *heights]))
+    high = math.ceil(max([level + 0.05, *heights]))
     stride = max(1, math.ceil((high - low) / 5))
     ticks = [(float(t), power_of_ten(t)) for t in range(low, high + 1, stride)]
     y = Axis(low, high, HEIGHT - BOTTOM, TOP, ticks)

@@ -82,7 +82,8 @@ def _message(error: Exception) -> gr.Error:
         return error
     if isinstance(error, UserError):
         text = str(error)
-        text = text[:1].upper() + text[1:]
+        if text.split(" ")[0].isalpha():  # else it starts with the name of a file
+            text = text[:1].upper() + text[1:]
         return gr.Error(
             html.escape(text, quote=False), title="That did not work", print_exception=False
         )

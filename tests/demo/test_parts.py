@@ -1,0 +1,199 @@
+"""Parts of the demo without a server: charts, empty zoo, uploads, limits, and the Space."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+import deqzoo.zoo
+from deqzoo import DEQModel
+from deqzoo.cli import run
+from deqzoo.demo import charts, graphs, images, text
+from deqzoo.demo.app import build_demo
+from deqzoo.demo.guard import Deadline, guarded
+from deqzoo.demo.shelf import IMAGES, TEXT, Loaded, Shelf, solver_settings
+from deqzoo.errors import UserError
+from deqzoo.evaluation.classify import load_processor
+from deqzoo.evaluation.text import load_tokenizer
+from deqzoo.hub.catalogue import Entry
+
+
+def loaded(folder: Path, read) -> Loaded:
+    model = DEQModel.from_pretrained(folder)
+    entry = Entry(folder.name, folder, model.config.to_dict(), {})
+    return Loaded(entry, model, read(model))
+
+
+def test_page_without_checkpoints(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(deqzoo.zoo, "checkpoints_root", lambda: tmp_path)
+    page = json.dumps(build_demo().get_config_file())
+    assert page.count("No checkpoint for") == 4
+    for command in ("mdeq-tiny-cifar-upg.yaml", "deq-transformer-wikitext2-upg.yaml", "ignn-table"):
+        assert command in page
+    with pytest.raises(UserError, match="train one"):
+        Shelf().get(None, TEXT)
+
+
+def test_shelf_loads_once_and_skips_damage(zoo, monkeypatch) -> None:
+    damaged = zoo / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{")
+    shelf = Shelf()
+    try:
+        assert shelf.names(IMAGES) == ["mdeq-test"]
+        first = shelf.get("mdeq-test", IMAGES)
+        assert shelf.get(None, IMAGES) is first
+    finally:
+        (damaged / "config.json").unlink()
+        damaged.rmdir()
+
+
+def test_residual_chart() -> None:
+    svg = charts.residual_chart([1.0, 0.1, float("inf"), 1e-4], 1e-3)
+    assert svg.count("<circle") == 3
+    assert "tolerance 0.001" in svg and ">10⁻⁴<" in svg
+    heights = [float(part.split('"')[0]) for part in svg.split('cy="')[1:]]
+    assert heights[0] < heights[1] < heights[2]
+    assert charts.residual_chart([], 1e-3).count("<circle") == 0
+    assert "&lt;b&gt;" in charts.probability_chart({"<b>": [0.5, 0.7]})
+
+
+def test_steps_of_a_solve_lead_to_its_answer(tiny_mdeq) -> None:
+    model = loaded(tiny_mdeq, load_processor)
+    picture = Image.new("RGB", (50, 40), "orange")
+    settings = {"name": "anderson", "max_steps": 40, "tol": 1e-6}
+    solve = images.solve_picture(model, picture, settings)
+    name, probability = solve.labels[0]
+    assert solve.probabilities[name][-1] == pytest.approx(probability, abs=1e-3)
+    assert len(solve.residuals) == len(solve.probabilities[name]) == solve.n_steps
+    assert solve.seen.size == (32, 32)
+    assert max(abs(a - b) for a, b in zip(solve.seen.getpixel((9, 9)), (255, 165, 0))) <= 1  # noqa: B905
+    assert ("Equilibrium found" in images.solve_html(solve)) == solve.converged
+
+
+def test_time_limit(text_folder, monkeypatch) -> None:
+    monkeypatch.setattr(text, "Deadline", lambda: Deadline(0.0))
+    time.sleep(0.01)
+    with pytest.raises(UserError, match="took more than"):
+        text.score(loaded(text_folder, load_tokenizer), "the river")
+
+
+def test_tokens_are_escaped_and_counted(text_folder) -> None:
+    model = loaded(text_folder, load_tokenizer)
+    scored = text.score(model, 'the <script> "river"\n\nof & .\n')
+    words = [token.word for token in scored.tokens]
+    assert len(words) == scored.report.tokens and words.count("<eos>") == 3
+    page = text.tokens_html(scored)
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert page.count("data-tip=") == len(words)
+    assert sum(not token.known for token in scored.tokens) == scored.report.unknown
+
+
+def test_suggestions_are_the_next_probabilities(text_folder) -> None:
+    model = loaded(text_folder, load_tokenizer)
+    found = text.next_words(model, "the river", count=5)
+    assert [p for _, p in found] == sorted((p for _, p in found), reverse=True)
+    assert "<unk>" not in dict(found)
+    written = list(text.write(model, "the river", 3, temperature=0))
+    first = written[0].text or "<eos>"
+    assert found[0][0] in (first, "<eos>")
+    assert [len(w.steps) for w in written] == [1, 2, 3]
+
+
+def test_large_pictures_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    Image.new("L", (11, 10)).save(tmp_path / "big.png")
+    with pytest.raises(UserError, match="11 × 10"):
+        images.open_picture(tmp_path / "big.png")
+    with pytest.raises(UserError, match="too many"):
+        images.check_count(["x"] * 25)
+
+
+def test_uploaded_graphs(graph_folder, graph_data, tmp_path) -> None:
+    pytest.importorskip("torch_geometric")
+    model = loaded(graph_folder, lambda _: None)
+    files = sorted((graph_data / "PROTEINS").iterdir())
+    graph = graphs.pick(model, graphs.MADE_UP, 0, None, files)
+    assert len(graph.x) == 3 and graph.label == 0
+    reading = graphs.read_graph(model, graph)
+    drawing = graphs.graph_html(graph, reading)
+    assert drawing.count("<circle") == 3 and drawing.count("<line") == 3
+    assert reading.norms.shape == (3,) and bool((reading.norms > 0).all())
+    with pytest.raises(UserError, match="from 0 to 1"):
+        graphs.pick(model, graphs.MADE_UP, 2, None, files)
+    with pytest.raises(UserError, match="upload the files of one data set"):
+        graphs.pick(model, graphs.MADE_UP, 0, None, files[1:])
+    (tmp_path / "X_A.txt").write_text("a, b\n")
+    with pytest.raises(UserError):
+        graphs.pick(model, graphs.MADE_UP, 0, None, [tmp_path / "X_A.txt"])
+    assert graphs.pick(model, "PROTEINS", 1, graph_data, None).edge_index.shape == (2, 2)
+
+
+def test_errors_become_messages(caplog) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(gr.Error) as caught:
+        guarded(fail)(UserError("no <b> here"))
+    assert caught.value.message == "No &lt;b&gt; here"
+    with pytest.raises(gr.Error) as caught:
+        guarded(fail)(RuntimeError("secret path"))
+    assert "secret" not in caught.value.message and "secret path" in caplog.text
+    with pytest.raises(UserError, match="the tolerance"):
+        solver_settings("anderson", 5, float("nan"))
+
+
+def test_space_is_uploaded(tmp_path) -> None:
+    path = Path(__file__).resolve().parents[1] / "hub" / "hub_double.py"
+    spec = importlib.util.spec_from_file_location("hub_double_of_demo", path)
+    hub_double = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hub_double)
+    server = hub_double.HubDouble()
+    environment = {
+        "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": hub_double.TOKEN, "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "deqzoo", "publish-space", "--repo-id", "org/demo"],
+            capture_output=True, text=True, env=os.environ | environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        files = server.files("org/demo")
+    finally:
+        server.shutdown()
+        server.server_close()
+    source = Path(deqzoo.__file__).parent
+    assert files["app.py"] == (source.parent / "app.py").read_bytes()
+    assert files["deqzoo/cli.py"] == (source / "cli.py").read_bytes()
+    assert files["README.md"].startswith(b"---\ntitle:")
+    assert not any("__pycache__" in name for name in files)
+
+
+def test_space_runs_from_its_own_folder(tmp_path, capsys) -> None:
+    folder = tmp_path / "space"
+    assert run(["publish-space", "--repo-id", "org/demo", "--dry-run", str(folder)]) == 0
+    assert "org/demo" in capsys.readouterr().out
+    head = (folder / "README.md").read_text().split("---")[1]
+    assert f"sdk_version: {gr.__version__}" in head and "app_file: app.py" in head
+    assert any(line.startswith("torch>=") for line in (folder / "requirements.txt").open())
+    listed = {path.name for path in (folder / "deqzoo" / "hub_configs").glob("*")}
+    assert listed == set(deqzoo.list_models())
+    script = "import app, deqzoo; from deqzoo.demo.app import build_demo; build_demo(app.PICTURES)"
+    script += "; print(deqzoo.__file__, deqzoo.list_models())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    assert str(folder) in done.stdout and str(deqzoo.list_models()) in done.stdout
+    assert run(["publish-space", "--repo-id", "org/demo", "--dry-run", str(folder)]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
