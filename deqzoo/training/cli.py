@@ -34,6 +34,9 @@ def train(
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Stop, resumably, after so many steps in all.")
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Instead of the recipe's; the run is then called NAME-sSEED.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     queue: Annotated[
         Path | None, typer.Option(help="Work through a list of recipes (YAML) instead.")
@@ -49,11 +52,13 @@ def train(
     if queue is not None:
         _queue(queue, data, output or Path("runs"), show, threads)
         return
-    from deqzoo.training.recipe import load_recipe
+    from deqzoo.training.recipe import load_recipe, with_seed
     from deqzoo.training.run import build_task, run_recipe
 
     assert recipe is not None
     loaded = load_recipe(recipe)
+    if seed is not None:
+        loaded = with_seed(loaded, seed)
     if dry_run:
         from deqzoo.training.estimate import commands, estimate
 

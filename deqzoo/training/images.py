@@ -23,6 +23,8 @@ from deqzoo.training.recipe import Recipe, Stage
 from deqzoo.training.task import Plan, Probe
 
 LOADERS = {"cifar10": load_cifar10, "imagenette": load_imagenette}
+PATCHES = 2000 * 32 * 32
+"""About how many patches the whitening filters are computed from."""
 SOURCES = {"cifar10": CIFAR10, "imagenette": IMAGENETTE}
 
 
@@ -72,7 +74,7 @@ class ImageClassificationTask:
 
     def _first_pictures(self) -> Tensor:
         """Some training pictures (N, 3, H, W) uint8, to initialise from."""
-        return self.training.pixels[:5000]
+        return self.training.pixels[:2000]
 
     def steps_per_epoch(self, stage: Stage) -> int:
         return len(self.training) // (self.recipe.batch_size * self.recipe.accumulate)
@@ -263,7 +265,8 @@ def whiten_stem(model: MDEQForImageClassification, pixels: Tensor) -> None:
     """
     weight = model.mdeq.stem.convolutions[0].weight
     size = weight.shape[-1]
-    patches = F.unfold(pixels[:2000], size).transpose(1, 2).reshape(-1, 3 * size * size)
+    n = max(1, PATCHES // (pixels.shape[-1] * pixels.shape[-2]))
+    patches = F.unfold(pixels[:n], size).transpose(1, 2).reshape(-1, 3 * size * size)
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     filters = (vectors / (values + 1e-2).sqrt()).T.flip(0)
     filters = torch.cat((filters, -filters))

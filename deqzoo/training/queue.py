@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from deqzoo.errors import UserError
-from deqzoo.training.recipe import load_recipe
+from deqzoo.training.recipe import load_recipe, with_seed
 from deqzoo.training.run import is_locked
 
 
@@ -26,8 +26,9 @@ class Entry:
         recipe: path of the recipe.
         data: folder of its data set below the data root.
         target: what the run is meant to reach, for people to read.
-        name: the recipe's name, which names the run's folder.
+        name: the recipe's name, and the seed where one is given; it names the run's folder.
         budget: PFLOP that the recipe may spend, or None.
+        seed: in place of the recipe's, or None.
     """
 
     recipe: Path
@@ -35,10 +36,11 @@ class Entry:
     target: str
     name: str
     budget: float | None
+    seed: int | None = None
 
 
 def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
-    """Read a queue: a list of mappings with `recipe` and, as one likes, `data` and `target`.
+    """Read a queue: a list of mappings with `recipe` and, as one likes, `data`, `seed`, `target`.
 
     Raises:
         UserError: the file or one of its recipes is missing or wrong.
@@ -54,11 +56,17 @@ def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
         raise UserError(f"queue {path} must be a list of mappings with the key recipe")
     entries = []
     for item in content:
-        unknown = set(item) - {"recipe", "data", "target"}
-        if unknown or "recipe" not in item:
-            raise UserError(f"queue {path}: entries have the keys recipe, data, target; got {item}")
+        unknown = set(item) - {"recipe", "data", "seed", "target"}
+        seed = item.get("seed")
+        if unknown or "recipe" not in item or not (seed is None or isinstance(seed, int)):
+            raise UserError(
+                f"queue {path}: entries have the keys recipe, data, seed (a whole number), "
+                f"target; got {item}"
+            )
         recipe_path = path.parent / item["recipe"]
         recipe = load_recipe(recipe_path)
+        if seed is not None:
+            recipe = with_seed(recipe, seed)
         entries.append(
             Entry(
                 recipe_path,
@@ -66,6 +74,7 @@ def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
                 str(item.get("target", "")),
                 recipe.name,
                 recipe.budget_pflop,
+                seed,
             )
         )
     return entries
@@ -129,6 +138,8 @@ def work(entries: list[Entry], runs: Path, data: Path | None, threads: int) -> N
         ]
         if data is not None and entry.data is not None:
             command += ["--data", str(data / entry.data)]
+        if entry.seed is not None:
+            command += ["--seed", str(entry.seed)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         print(f"{entry.name}: {' '.join(command[1:])}", flush=True)
         process = subprocess.Popen(command, env=environment, preexec_fn=_lowest_priority)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -130,11 +131,27 @@ class Recipe:
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read and check a recipe.
 
+    A recipe with the key `base` is that recipe with other `gradients`.
+
     Raises:
         UserError: no such file, no YAML, unknown or missing keys, values of a wrong type, or
             solver and gradient settings that do not exist; the message names the place.
     """
     path = Path(path)
+    content = _read(path)
+    try:
+        if "base" in content:
+            content = _derive(_read(path.parent / str(content["base"])), content)
+        recipe = _build(Recipe, content, "")
+        _check(recipe)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"recipe {path}: {error}") from error
+    return recipe
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -143,12 +160,42 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
-    try:
-        recipe = _build(Recipe, content, "")
-        _check(recipe)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"recipe {path}: {error}") from error
-    return recipe
+    return content
+
+
+def _derive(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """The base with other gradients: one per stage, the last of them the model's own.
+
+    Everything else but name, budget and note stays, so that the two runs can be compared.
+    """
+    allowed = {"base", "name", "gradients", "budget_pflop", "note"}
+    unknown = sorted(set(change) - allowed)
+    if unknown:
+        raise ValueError(
+            f"key {unknown[0]} beside base; such a recipe has {', '.join(sorted(allowed))} only"
+        )
+    if "name" not in change:
+        raise ValueError("missing key name")
+    if "base" in base:
+        raise ValueError(f"base {change['base']} has a base itself; name that one")
+    content = copy.deepcopy(base)
+    gradients = change.get("gradients")
+    stages = content.get("stages") or []
+    if not isinstance(gradients, list) or len(gradients) != len(stages):
+        raise ValueError(f"gradients must be a list of {len(stages)}, one for each stage of base")
+    for stage, gradient in zip(stages, gradients, strict=True):
+        stage["gradient"] = gradient
+    content["model"].setdefault("overrides", {})["gradient"] = gradients[-1]
+    for key in ("name", "budget_pflop", "note"):
+        content.pop(key, None)
+        if key in change:
+            content[key] = change[key]
+    return content
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The same recipe with another seed, which its name then says."""
+    return dataclasses.replace(recipe, seed=seed, name=f"{recipe.name}-s{seed}")
 
 
 def _check(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ import yaml
 from deqzoo.cli import run
 from deqzoo.errors import UserError
 from deqzoo.training.queue import load_queue, status
-from deqzoo.training.recipe import load_recipe
+from deqzoo.training.recipe import load_recipe, with_seed
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -89,14 +89,19 @@ def test_bundled_recipes_are_valid(path):
     if isinstance(content, list):
         entries = load_queue(path)
         assert len({entry.name for entry in entries}) == len(entries)
-    elif "task" in content:
+    elif "task" in content or "base" in content:
         assert load_recipe(path).name == path.stem
 
 
-TASKS = [path for path in sorted(RECIPES.glob("*.yaml")) if "\ntask:" in path.read_text()]
+TASKS = [
+    # One of the 98M models is enough where time is short.
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * ("wikitext103-p" in path.stem))
+    for path in sorted(RECIPES.glob("*.yaml"))
+    if "\ntask:" in path.read_text() or "\nbase:" in path.read_text()
+]
 
 
-@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TASKS)
 def test_bundled_recipes_pass_a_dry_run(path, capsys):
     """The model is built in full; cost and memory are printed, with the commands."""
     assert run(["train", str(path), "--dry-run"]) == 0
@@ -107,6 +112,68 @@ def test_bundled_recipes_pass_a_dry_run(path, capsys):
     memory = figures["memory_mib"]
     assert memory["total"] > memory["weights_and_optimizer"] > 0
     assert "torchrun" in figures["commands"]["several"]
+
+
+@pytest.mark.parametrize(
+    ("base", "other"),
+    [
+        ("mdeq-cifar-upg", "mdeq-cifar-npg"),
+        ("mdeq-cifar-upg", "mdeq-cifar-implicit"),
+        ("mdeq-tiny-cifar-upg55", "mdeq-tiny-cifar-implicit"),
+        ("mdeq-tiny-cifar-upg55", "mdeq-tiny-cifar-npg"),
+        ("mdeq-tiny-cifar-upg55", "mdeq-tiny-cifar-jfb"),
+        ("mdeq-imagenet-small-upg", "mdeq-imagenet-small-implicit"),
+    ],
+)
+def test_pairs_differ_in_the_gradient_only(base, other):
+    pair = [load_recipe(RECIPES / f"{name}.yaml").to_dict() for name in (base, other)]
+    gradients = []
+    for content in pair:
+        content.pop("budget_pflop")
+        name = content.pop("name")
+        gradients.append([stage.pop("gradient") for stage in content["stages"]])
+        own = content["model"]["overrides"].pop("gradient", None)
+        if own is not None and name == other:
+            assert own == gradients[-1][-1]
+    assert pair[0] == pair[1]
+    assert all(a != b for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 2}, "key batch_size beside base"),
+        ({"gradients": []}, "gradients must be a list of 1"),
+        ({"gradients": [{"name": "ugp"}]}, "unknown gradient 'ugp'"),
+        ({"base": "nowhere.yaml"}, "cannot read recipe"),
+        ({"name": None}, "missing key name"),
+    ],
+)
+def test_wrong_derived_recipes(tmp_path, change, message):
+    write(tmp_path, MINIMAL)
+    content = {"base": "recipe.yaml", "name": "y", "gradients": [{"name": "jfb"}], **change}
+    path = tmp_path / "derived.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+
+
+def test_seeds_of_a_queue_are_runs_of_their_own(tmp_path):
+    write(tmp_path, MINIMAL)
+    queue = tmp_path / "queue.yaml"
+    queue.write_text("- {recipe: recipe.yaml, seed: 0}\n- {recipe: recipe.yaml, seed: 1}\n")
+    assert [(e.name, e.seed) for e in load_queue(queue)] == [("x-s0", 0), ("x-s1", 1)]
+    assert with_seed(load_recipe(tmp_path / "recipe.yaml"), 7).seed == 7
+    queue.write_text("- {recipe: recipe.yaml, seed: two}\n")
+    with pytest.raises(UserError, match="whole number"):
+        load_queue(queue)
+
+
+def test_the_queue_is_in_order():
+    names = [entry.name for entry in load_queue(RECIPES / "QUEUE.yaml")]
+    assert names[:3] == ["mdeq-tiny-cifar-upg", "mdeq-cifar-upg", "mdeq-imagenette-upg"]
+    assert names[-2:] == ["mdeq-cifar-npg", "mdeq-cifar-implicit"]
+    assert sum("-s" in name for name in names) == 12
 
 
 def test_queue_knows_what_is_left(tmp_path):
