@@ -89,7 +89,7 @@ class StatePacker:
             raise ValueError(f"a state must be floating point, got {first.dtype}")
         self._structure = rebuild(state, [t.new_empty(0) for t in tensors])
         self._shapes = [
-            _LeafShape(t.shape[1:], t[:1].numel(), _is_channels_last(t)) for t in tensors
+            _LeafShape(t.shape[1:], t.shape[1:].numel(), _is_channels_last(t)) for t in tensors
         ]
         self._sizes = [leaf.size for leaf in self._shapes]
 

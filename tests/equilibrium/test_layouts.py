@@ -1,0 +1,235 @@
+"""How states become matrices, and what one independent sample is."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from deqzoo.equilibrium import Causal, Segments, Selection, fixed_point, make_solver
+from deqzoo.equilibrium.layout import SuffixSelection
+from deqzoo.equilibrium.state import StatePacker, leaves, rebuild
+
+Pair = namedtuple("Pair", "fine coarse")
+SOLVERS = ["fixed_point", "anderson", "broyden"]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+STATES = {
+    "tensor": lambda: randn(3, 4),
+    "picture": lambda: randn(3, 2, 5, 4),
+    "channels last": lambda: randn(3, 2, 5, 4).contiguous(memory_format=torch.channels_last),
+    "vector": lambda: randn(3),
+    "tuple": lambda: (randn(3, 2, 4, 4), randn(3, 4, 2, 2, seed=1)),
+    "list": lambda: [randn(3, 2), randn(3, seed=1)],
+    "named tuple": lambda: Pair(randn(3, 2, 4, 4), randn(3, 4, 2, 2, seed=1)),
+    "nested": lambda: {
+        "b": (randn(3, 2), [randn(3, 1, 2, seed=1)]),
+        "a": randn(3, 2, 3, 3, seed=2).contiguous(memory_format=torch.channels_last),
+    },
+    "empty batch": lambda: (randn(0, 2), randn(0, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", list(STATES))
+def test_packing_is_lossless(kind: str) -> None:
+    state = STATES[kind]()
+    packer = StatePacker(state)
+    matrix = packer.pack(state)
+    assert matrix.shape == (
+        leaves(state)[0].shape[0],
+        sum(t.shape[1:].numel() for t in leaves(state)),
+    )
+    again = packer.unpack(matrix)
+    assert type(again) is type(state)
+    for a, b in zip(leaves(again), leaves(state), strict=True):
+        assert torch.equal(a, b) and a.shape == b.shape
+        if "last" in kind:
+            assert a.stride() == b.stride()
+    assert torch.equal(packer.pack(again), matrix)
+    if isinstance(state, dict):
+        assert list(again) == list(state)
+
+
+def test_a_channels_last_state_is_packed_without_a_copy() -> None:
+    state = STATES["channels last"]()
+    packer = StatePacker(state)
+    matrix = packer.pack(state)
+    assert matrix.data_ptr() == state.data_ptr()
+    assert packer.unpack(matrix).data_ptr() == state.data_ptr()
+    # A map may answer in another memory format.
+    assert torch.equal(packer.pack(state.contiguous()), matrix)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(3, 3)), "same leading batch dimension"),
+        (torch.tensor(1.0), "same leading batch dimension"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64)), "share dtype"),
+        (torch.zeros(2, 3, dtype=torch.int64), "floating point"),
+        ([], "no tensor"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(state: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StatePacker(state)
+
+
+def test_other_objects_are_refused() -> None:
+    with pytest.raises(TypeError, match="not str"):
+        fixed_point(lambda z: z, "state")
+
+
+def test_a_map_that_changes_shapes_is_refused() -> None:
+    with pytest.raises(ValueError, match="must return a state like its input"):
+        fixed_point(lambda z: z[:, :2], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_empty_batch_is_solved(solver: str) -> None:
+    solution = fixed_point(lambda z: 0.5 * z, torch.zeros(0, 3), solver=solver)
+    assert solution.state.shape == (0, 3) and solution.n_steps.shape == (0,)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", ["tuple", "list", "named tuple", "nested", "channels last"])
+def test_structures_are_solved_in_place_of_a_flat_vector(kind: str, solver: str) -> None:
+    start = STATES[kind]()
+    settings = {"name": solver, "max_steps": 40, "tol": 1e-5}
+    packer = StatePacker(start)
+    shift = packer.pack(start)
+    weight = 0.4 * randn(shift.shape[1], shift.shape[1], seed=5) / shift.shape[1] ** 0.5
+
+    def flat(h: Tensor) -> Tensor:
+        return torch.tanh(h @ weight) + shift
+
+    zero = rebuild(start, [torch.zeros_like(t) for t in leaves(start)])
+    with torch.no_grad():
+        found = fixed_point(
+            lambda z: packer.unpack(flat(packer.pack(z))), zero, solver=settings
+        )
+        expected = fixed_point(flat, torch.zeros_like(shift), solver=settings)
+    assert type(found.state) is type(start)
+    torch.testing.assert_close(packer.pack(found.state), expected.state)
+    assert torch.equal(found.n_steps, expected.n_steps)
+
+
+class CausalMap:
+    """z_t ↦ tanh(mean of z_s W over s ≤ t, and x_t), which may drop a converged prefix."""
+
+    def __init__(self, weight: Tensor, x: Tensor, frozen: Tensor | None = None) -> None:
+        self.weight, self.x = weight, x
+        self.frozen = x[:, :0] if frozen is None else frozen
+        self.lengths: list[int] = []
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.lengths.append(z.shape[1])
+        whole = torch.cat((self.frozen, z), dim=1)
+        count = torch.arange(1, whole.shape[1] + 1, dtype=z.dtype).view(1, -1, 1)
+        context = (whole.cumsum(1) / count)[:, self.frozen.shape[1] :]
+        return torch.tanh((0.5 * z + context) @ self.weight + self.x)
+
+    def select(self, selection: Selection) -> CausalMap:
+        assert isinstance(selection, SuffixSelection)
+        frozen = torch.cat((self.frozen, selection.dropped), dim=1)
+        less = CausalMap(self.weight, selection.state(self.x), frozen)
+        less.lengths = self.lengths
+        return less
+
+
+def causal_map(length: int = 24, easy: int = 0) -> CausalMap:
+    weight = randn(8, 8, seed=3).double()
+    x = randn(2, length, 8, seed=4).double()
+    x[:, :easy] *= 8  # saturated positions settle within a few steps
+    return CausalMap(0.9 * weight / torch.linalg.matrix_norm(weight, 2), x)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-8])
+def test_causal_solves_never_look_ahead(solver: str, tol: float) -> None:
+    f = causal_map()
+    settings = make_solver({"name": solver, "max_steps": 40, "tol": tol})
+    zero = torch.zeros_like(f.x)
+    whole = settings.solve(f, zero, Causal())
+    changed = CausalMap(f.weight, f.x.clone())
+    changed.x[:, 15:] += 5.0
+    other = settings.solve(changed, zero, Causal())
+    short = settings.solve(CausalMap(f.weight, f.x[:, :15]), zero[:, :15], Causal())
+    assert whole.n_steps.shape == (2, 24)
+    for solution in (other, short):
+        torch.testing.assert_close(
+            solution.state[:, :15], whole.state[:, :15], rtol=1e-9, atol=1e-12
+        )
+        assert torch.equal(solution.n_steps[:, :15], whole.n_steps[:, :15])
+        assert torch.equal(solution.status[:, :15], whole.status[:, :15])
+    assert not torch.allclose(other.state[:, 15:], whole.state[:, 15:], atol=1e-2)
+
+
+def test_prefix_rule_of_stopping() -> None:
+    f = causal_map()
+    solution = make_solver("anderson").solve(f, torch.zeros_like(f.x), Causal())
+    assert solution.converged.all()
+    assert (solution.n_steps.diff(dim=1) >= 0).all() and solution.n_steps.unique().numel() > 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_converged_prefixes_leave_without_changing_the_rest(solver: str) -> None:
+    settings = make_solver({"name": solver, "max_steps": 80, "tol": 1e-7})
+    full_map, less_map = causal_map(24, easy=12), causal_map(24, easy=12)
+    zero = torch.zeros_like(full_map.x)
+    full = settings.solve(full_map, zero, Causal())
+    less = settings.solve(less_map, zero, Causal(), compact=True)
+    assert full.converged.all() and set(full_map.lengths) == {24}
+    assert min(less_map.lengths) < 24 and less.row_evals < full.row_evals
+    torch.testing.assert_close(less.state, full.state, rtol=1e-7, atol=1e-9)
+    assert torch.equal(less.n_steps, full.n_steps)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_padding_counts_as_converged_and_weighs_nothing(solver: str) -> None:
+    f = causal_map()
+    valid = torch.ones(2, 24, dtype=torch.bool)
+    valid[1, 16:] = False
+    settings = make_solver({"name": solver, "max_steps": 60, "tol": 1e-6})
+    padded = settings.solve(f, torch.zeros_like(f.x), Causal(valid))
+    alone = settings.solve(CausalMap(f.weight, f.x[1:, :16]), f.x.new_zeros(1, 16, 8), Causal())
+    torch.testing.assert_close(padded.state[1:, :16], alone.state, rtol=1e-9, atol=1e-12)
+    assert torch.equal(padded.n_steps[1:, :16], alone.n_steps)
+    assert padded.converged[valid].all()
+
+
+def test_gradients_of_a_causal_solve_flow_backwards_in_time() -> None:
+    f = causal_map()
+    found = {}
+    for name in ("implicit", "unrolled"):
+        x = f.x.clone().requires_grad_()
+        gradient: dict = {"name": name}
+        if name == "implicit":
+            gradient["solver"] = {"name": "anderson", "max_steps": 80, "tol": 1e-11}
+        solution = fixed_point(
+            CausalMap(f.weight, x),
+            torch.zeros_like(x),
+            solver={"name": "anderson", "max_steps": 150, "tol": 1e-11},
+            gradient=gradient,
+            layout=Causal(),
+        )
+        (found[name],) = torch.autograd.grad(solution.state[:, -1].sum(), x)
+    assert found["implicit"][:, 0].any()
+    torch.testing.assert_close(found["implicit"], found["unrolled"], rtol=1e-6, atol=1e-8)
+
+
+def test_segments_refuse_states_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"shape \(3, d\)"):
+        make_solver("anderson").solve(
+            lambda z: z, torch.zeros(4, 2), Segments(torch.tensor([0, 0, 1]), 2)
+        )
+    with pytest.raises(ValueError, match=r"index must have shape \(N,\)"):
+        Segments(torch.zeros(2, 2, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match=r"shape \(B, T, d\)"):
+        make_solver("anderson").solve(lambda z: z, torch.zeros(4, 2), Causal())
