@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import deqzoo
 from deqzoo.cli import run
@@ -146,6 +147,22 @@ def test_bad_models(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], expected) -> None:
     assert expected in fails(capsys, *arguments).lower()
+
+
+def test_convert_writes_a_folder_that_classifies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = Path(__file__).parent / "golden" / "mdeq"
+    tensors = load_file(golden / "cifar_tiny.safetensors")
+    official = {
+        key.removeprefix("sd."): value for key, value in tensors.items() if key[:3] == "sd."
+    }
+    save_file(official, tmp_path / "official.safetensors")
+    arguments = ["convert", "mdeq", tmp_path / "official.safetensors", "--output", tmp_path / "out"]
+    assert run([*map(str, arguments), "--config", str(golden / "cifar_tiny.json")]) == 0
+    assert run(["classify", str(CAT), "--model", str(tmp_path / "out")]) == 0
+    assert "relative residual" in capsys.readouterr().out
+    assert "resnet" in fails(capsys, *arguments, "--config", "resnet")
 
 
 def test_evaluate_writes_the_file(
