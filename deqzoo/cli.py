@@ -187,6 +187,7 @@ _COMMAND_MODULES = (
     "deqzoo.training.cli",
     "deqzoo.training.graph_cli",
     "deqzoo.evaluation.cli",
+    "deqzoo.evaluation.gradients_cli",
     "deqzoo.hub.cli",
     "deqzoo.demo.cli",
 )

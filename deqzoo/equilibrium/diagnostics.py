@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,7 +127,9 @@ def gradient_fidelity(
     for spec in gradients:
         gradient = make_gradient(spec)
         found, seconds, saved = _gradients(model, batch, chosen, gradient)
-        cosine, error, ratio = _compare(found, reference, group_of)
+        cosine, error, ratio = compare_gradients(
+            found, reference, lambda name: ("all", group_of(name))
+        )
         results.append(Fidelity(gradient.to_dict(), cosine, error, ratio, seconds, saved))
     return results
 
@@ -137,17 +139,10 @@ def _gradients(
 ) -> tuple[dict[str, Tensor], float, int]:
     """Gradient by parameter name, seconds, and bytes saved for the backward pass."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    storages: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         started = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with SavedTensors() as saved:
             loss = model(**batch, solver=solver, gradient=gradient.to_dict()).loss
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         seconds = time.perf_counter() - started
@@ -155,18 +150,62 @@ def _gradients(
         name: torch.zeros_like(p) if g is None else g.detach()
         for (name, p), g in zip(parameters.items(), found, strict=True)
     }
-    return named, seconds, sum(storages.values())
+    return named, seconds, saved.bytes
 
 
-def _compare(
-    found: Mapping[str, Tensor], exact: Mapping[str, Tensor], group_of: Callable[[str], str]
+class SavedTensors:
+    """Counts the distinct storage that graphs recorded inside the context keep for backward.
+
+    Args:
+        beside: tensors whose storage does not count, such as the weights.
+    """
+
+    def __init__(self, beside: Iterable[Tensor] = ()) -> None:
+        self._beside = {tensor.untyped_storage().data_ptr() for tensor in beside}
+        self._storages: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_sparse:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._beside:
+                self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """What was saved so far."""
+        return sum(self._storages.values())
+
+    def __enter__(self) -> SavedTensors:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+
+def compare_gradients(
+    found: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    groups_of: Callable[[str], Sequence[str]],
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Cosine, relative error and norm ratio by group; "all" is every parameter together."""
+    """Hold gradients against exact ones, by parameter name.
+
+    Args:
+        found: gradients; names that `exact` lacks are an error.
+        exact: what they should be.
+        groups_of: the groups that a parameter counts in.
+
+    Returns:
+        Cosine, relative error ‖g − exact‖ / ‖exact‖ and ‖g‖ / ‖exact‖, each by group; NaN where
+        a norm is zero.
+    """
     sums: dict[str, Tensor] = {}
     for name, g in found.items():
         a, b = g.double().flatten(), exact[name].double().flatten()
         entry = torch.stack((a @ a, b @ b, a @ b, (a - b) @ (a - b)))
-        for group in ("all", group_of(name)):
+        for group in groups_of(name):
             sums[group] = sums.get(group, 0) + entry
     cosine, error, ratio = {}, {}, {}
     for group, entry in sums.items():

@@ -1,0 +1,236 @@
+"""One recorded forward pass, many backward passes: gradients of all modes from the same graph."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deqzoo.equilibrium import Gradient, Layout, Solution, Solver, fixed_point, make_solver
+from deqzoo.equilibrium.gradients.base import Map, Problem, attach_cotangent
+from deqzoo.equilibrium.solvers.base import StepRule
+from deqzoo.models.base import DEQPreTrainedModel
+
+_GROWTH_LIMIT = 1e3  # beyond it, sums of powers of Jᵀ would lose digits in float32
+
+
+@dataclass
+class AdjointSystem:
+    """The linear system (I − Jᵀ) w = g of one equilibrium.
+
+    Attributes:
+        layout: what one independent sample is.
+        product: v ↦ Jᵀv at the equilibrium.
+        powers: g, Jᵀg, Jᵀ²g, … of the last cotangent, as far as they were needed; every Neumann
+            series is a combination of them.
+    """
+
+    layout: Layout
+    product: Map | None = None
+    powers: list[Tensor] = field(default_factory=list)
+
+    def receive(self, product: Map, cotangent: Tensor) -> None:
+        """Take the cotangent of a backward pass; products of an equal one are kept."""
+        self.product = product
+        if not self.powers or not torch.equal(self.powers[0], cotangent):
+            self.powers = [cotangent]
+
+    def power(self, j: int) -> Tensor:
+        """Jᵀʲg."""
+        assert self.product is not None
+        while len(self.powers) <= j:
+            self.powers.append(self.product(self.powers[-1]))
+        return self.powers[j]
+
+    def neumann(self, steps: int, damping: float) -> Tensor:
+        """λ Σ_{t<k} (λJᵀ + (1−λ)I)ᵗ g, as a combination of powers where that is accurate."""
+        last = self.power(steps - 1)
+        if last.norm() > _GROWTH_LIMIT * self.powers[0].norm():
+            return self._recursion(steps, damping)
+        total = torch.zeros_like(last)
+        for j in range(steps):
+            weight = damping * sum(
+                math.comb(t, j) * damping**j * (1 - damping) ** (t - j) for t in range(j, steps)
+            )
+            total.add_(self.powers[j], alpha=weight)
+        return total
+
+    def _recursion(self, steps: int, damping: float) -> Tensor:
+        assert self.product is not None
+        total = cotangent = self.powers[0]
+        for _ in range(steps - 1):
+            total = cotangent + damping * self.product(total) + (1 - damping) * total
+        return damping * total
+
+    def solve(self, solver: Solver) -> Tensor:
+        """w = Jᵀw + g by a solver."""
+        product, cotangent = self.product, self.powers[0]
+        assert product is not None
+        solution = solver.solve(
+            lambda w: product(w) + cotangent, cotangent, layout=self.layout.adjoint()
+        )
+        return solution.state
+
+
+Rule = Callable[[AdjointSystem], Tensor]
+"""What enters F's backward in place of the cotangent."""
+
+
+def no_rule(system: AdjointSystem) -> Tensor:
+    """Nothing passes the equilibrium: what is left is the gradient of the head."""
+    return torch.zeros_like(system.powers[0])
+
+
+def neumann_rule(steps: int, damping: float) -> Rule:
+    """The Neumann phantom gradient."""
+    return lambda system: system.neumann(steps, damping)
+
+
+def solver_rule(spec: Mapping[str, Any] | Solver) -> Rule:
+    """The implicit gradient, its linear system solved as described."""
+    solver = make_solver(spec)
+    return lambda system: system.solve(solver)
+
+
+@dataclass(frozen=True)
+class Switchable(Gradient):
+    """A gradient whose rule is exchanged between backward passes of the same graph."""
+
+    current: list[Rule] = field(default_factory=lambda: [no_rule])
+    systems: list[AdjointSystem] = field(default_factory=list)
+
+    name: ClassVar[str] = "switchable"
+
+    def attach(self, problem: Problem, state: Tensor) -> Tensor:
+        system = AdjointSystem(problem.layout)
+        self.systems.append(system)
+
+        def turn(product: Map, cotangent: Tensor) -> Tensor:
+            system.receive(product, cotangent)
+            return self.current[-1](system)
+
+        return attach_cotangent(problem, state, turn)
+
+
+@dataclass(frozen=True)
+class Held(Solver):
+    """A solver that returns a solution found earlier."""
+
+    solution: Solution | None = None
+
+    name: ClassVar[str] = "held"
+
+    def solve(self, f: Callable, z0: Any, *_: Any, **__: Any) -> Solution:
+        assert self.solution is not None
+        return replace(self.solution)
+
+    def start(self, matrix: Tensor, layout: Layout) -> StepRule:
+        raise AssertionError("a held solution takes no steps")
+
+
+@contextlib.contextmanager
+def intercepted(model: nn.Module, solve: Callable[..., Solution]) -> Iterator[None]:
+    """Let `solve(owner, f, z0, layout, solver, gradient)` answer the equilibria of a model."""
+    owners = [m for m in model.modules() if isinstance(m, DEQPreTrainedModel)]
+
+    def answer(
+        owner: DEQPreTrainedModel,
+        f: Any,
+        z0: Any,
+        layout: Any = None,
+        solver: Any = None,
+        gradient: Any = None,
+        **_: Any,
+    ) -> Solution:
+        return solve(owner, f, z0, layout, solver, gradient)
+
+    for owner in owners:
+        owner.solve = partial(answer, owner)
+    try:
+        yield
+    finally:
+        for owner in owners:
+            del owner.solve
+
+
+class RecordedModel:
+    """A model's forward pass on one batch, ready for backward passes with any adjoint rule.
+
+    Args:
+        model: called as `model(**batch)`, returns an object with `loss`.
+        batch: keyword arguments with labels.
+        solver: settings of the forward solver, over the model's own.
+
+    Attributes:
+        maps: the equilibrium maps, in the order of the forward pass.
+        solutions: their solutions, detached.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Mapping[str, Any], solver: Mapping[str, Any] | None = None
+    ) -> None:
+        self.model, self.batch = model, batch
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.maps: list[Any] = []
+        self.solutions: list[Solution] = []
+        self.layouts: list[Layout | None] = []
+        self._switch = Switchable()
+
+        def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, __: Any) -> Solution:
+            with torch.no_grad():
+                solution = fixed_point(f, z0, solver=owner._solver(solver), layout=layout)
+            self.maps.append(f)
+            self.solutions.append(solution)
+            self.layouts.append(layout)
+            return fixed_point(
+                f, z0, solver=Held(solution=solution), gradient=self._switch, layout=layout
+            )
+
+        with seeded(), intercepted(model, solve):
+            self.loss = model(**batch).loss
+
+    def gradients(self, rule: Rule) -> dict[str, Tensor]:
+        """Gradient of the loss by parameter name."""
+        self._switch.current[-1] = rule
+        found = torch.autograd.grad(
+            self.loss, list(self.parameters.values()), retain_graph=True, allow_unused=True
+        )
+        return named(self.parameters, found)
+
+    def replayed(self, gradient: Mapping[str, Any]) -> Tensor:
+        """The loss of a forward pass with another gradient from the same solutions.
+
+        With several equilibria in a row each one depends on the value that the one before it
+        returned, so they are solved again.
+        """
+        if len(self.solutions) != 1 or gradient["name"] == "unrolled":
+            return self.model(**self.batch, gradient=dict(gradient)).loss
+
+        def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, change: Any) -> Solution:
+            held = Held(solution=self.solutions[0])
+            return fixed_point(f, z0, solver=held, gradient=owner._gradient(change), layout=layout)
+
+        with intercepted(self.model, solve):
+            return self.model(**self.batch, gradient=dict(gradient)).loss
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Draw random masks alike in every pass, with gradients on."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        yield
+
+
+def named(parameters: Mapping[str, Tensor], found: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    """Gradients by parameter name; zero where a parameter plays no part."""
+    return {
+        name: torch.zeros_like(p) if g is None else g.detach()
+        for (name, p), g in zip(parameters.items(), found, strict=True)
+    }

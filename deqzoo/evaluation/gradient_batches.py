@@ -1,0 +1,191 @@
+"""Batches with labels on which gradients of a model are compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deqzoo.errors import UserError
+from deqzoo.zoo import checkpoints_root
+
+
+def make_batch(
+    model: PreTrainedModel,
+    data: Path | None = None,
+    *,
+    split: str = "train",
+    size: int | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, Any], str]:
+    """Keyword arguments with labels for a model of any family, and what they are.
+
+    Args:
+        model: loaded from a folder.
+        data: local copy of the data set the model was made for; stand-ins if None.
+        split: of that data set.
+        size: pictures, sequences or graphs; a size that suits the family if None.
+        seed: chooses them.
+
+    Raises:
+        UserError: the model has no head with a loss, or the data do not fit.
+    """
+    makers = {"mdeq": _pictures, "deq_transformer": _tokens, "ignn": _graphs}
+    if "For" not in type(model).__name__ or model.config.model_type not in makers:
+        raise UserError(f"{type(model).__name__} has no loss whose gradient could be compared")
+    generator = torch.Generator().manual_seed(seed)
+    return makers[model.config.model_type](model, data, split, size, generator)
+
+
+def first_sample(batch: Mapping[str, Any], tokens: int = 8) -> dict[str, Any] | None:
+    """The smallest part of a batch that is a batch; None for graphs made of one piece."""
+    if "pixel_values" in batch:
+        return {name: tensor[:1] for name, tensor in batch.items()}
+    if "input_ids" in batch:
+        return {**batch, **{n: batch[n][:1, :tokens] for n in ("input_ids", "labels")}}
+    return None
+
+
+def _pictures(
+    model: PreTrainedModel,
+    data: Path | None,
+    split: str,
+    size: int | None,
+    generator: torch.Generator,
+) -> tuple[dict[str, Any], str]:
+    size = size or 16
+    if data is not None:
+        from deqzoo.evaluation.classify import load_processor, to_batch
+        from deqzoo.evaluation.images import _pictures_of
+
+        pictures = _pictures_of(model, split, data)
+        rows = torch.randperm(len(pictures), generator=generator)[:size]
+        images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures.pixels[rows]]
+        pixels = to_batch(load_processor(model), images, model)
+        description = f"{len(rows)} pictures of the {split} split"
+        return {"pixel_values": pixels, "labels": pictures.labels[rows]}, description
+    labels = torch.randint(model.config.num_labels, (size,), generator=generator)
+    crops = _example_crops(model, size, generator)
+    if crops is not None:
+        return (
+            {"pixel_values": crops, "labels": labels},
+            f"{size} crops of the example pictures with random labels",
+        )
+    side = model.config.image_size
+    pixels = torch.randn(size, 3, side, side, generator=generator)
+    return (
+        {"pixel_values": pixels, "labels": labels},
+        f"{size} pictures of normalised noise with random labels",
+    )
+
+
+def _example_crops(model: PreTrainedModel, size: int, generator: torch.Generator) -> Tensor | None:
+    """Random square parts of the repository's pictures, where both they and a processor exist."""
+    from deqzoo.evaluation.classify import load_processor, to_batch
+
+    files = sorted((checkpoints_root().parent / "examples" / "pictures").glob("*.*"))
+    files = [f for f in files if f.suffix in (".png", ".jpg")]
+    if not files or not Path(model.config._name_or_path).is_dir():
+        return None
+    crops = []
+    for number in range(size):
+        with Image.open(files[number % len(files)]) as picture:
+            picture = picture.convert("RGB")
+        side = min(picture.size) // 2
+        left, top = (
+            int(torch.randint(extent - side, (1,), generator=generator)) for extent in picture.size
+        )
+        crops.append(picture.crop((left, top, left + side, top + side)))
+    try:
+        return to_batch(load_processor(model), crops, model)
+    except UserError:
+        return None
+
+
+def _tokens(
+    model: PreTrainedModel,
+    data: Path | None,
+    split: str,
+    size: int | None,
+    generator: torch.Generator,
+) -> tuple[dict[str, Any], str]:
+    size, length = size or 4, model.config.tgt_len
+    if data is not None:
+        from deqzoo.evaluation.text import _stream, corpus_of, load_tokenizer
+
+        tokenizer = load_tokenizer(model)
+        stream = _stream(corpus_of(tokenizer), split, data, tokenizer)
+        starts = torch.randint(len(stream) - length - 1, (size,), generator=generator)
+        ids = torch.stack([stream[s : s + length + 1] for s in starts.tolist()])
+        description = f"{size} segments of {length} words of the {split} split"
+    else:
+        # Words by a power law, as in real text.
+        rank = torch.rand(size, length + 1, generator=generator)
+        ids = (model.config.vocab_size**rank - 1).long()
+        description = f"{size} segments of {length} random words"
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "shift": False}
+    return {**batch, "return_logits": False}, description
+
+
+def _graphs(
+    model: PreTrainedModel,
+    data: Path | None,
+    split: str,
+    size: int | None,
+    generator: torch.Generator,
+) -> tuple[dict[str, Any], str]:
+    folder = Path(model.config._name_or_path)
+    nodes = type(model).__name__.endswith("ForNodeClassification")
+    if data is None:
+        return _random_graphs(model, size or 16, nodes, generator)
+    if nodes:
+        from deqzoo.evaluation.graph_nodes import NODE_TASKS, node_parts
+
+        if not (folder / "run.json").is_file():
+            raise UserError(f"{folder} does not say what it was trained on; leave --data out")
+        name = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]["data"]
+        part = node_parts(model.config, NODE_TASKS[name].load(Path(data), split), split)[0]
+        batch = {"x": part.graphs, "labels": part.labels, "mask": part.mask}
+        return batch, f"the {split} nodes of a graph of {name}"
+    from deqzoo.data.graphs import load_graph_set
+    from deqzoo.evaluation.graphs import stored_fold
+
+    fold = stored_fold(model)
+    graphs = load_graph_set(fold["data"], data)
+    chosen = torch.tensor(fold[split])
+    chosen = chosen[torch.randperm(len(chosen), generator=generator)[: size or 16]].tolist()
+    batch = {"x": graphs.batch(chosen), "labels": torch.as_tensor(graphs.labels)[chosen]}
+    return batch, f"{len(chosen)} graphs of {fold['data']}"
+
+
+def _random_graphs(
+    model: PreTrainedModel, size: int, nodes: bool, generator: torch.Generator
+) -> tuple[dict[str, Any], str]:
+    """Rings of twelve nodes with random chords, features and labels."""
+    n = 12
+    ring = torch.arange(n)
+    edges = []
+    for graph in range(size):
+        chords = torch.randint(n, (2, 6), generator=generator)
+        pair = torch.cat([torch.stack([ring, ring.roll(1)]), chords[:, chords[0] != chords[1]]], 1)
+        both = torch.unique(torch.cat([pair, pair.flip(0)], 1), dim=1)
+        edges.append(both + graph * n)
+    config = model.config
+    count = size * n if nodes else size
+    if config.problem_type == "multi_label_classification":
+        labels = torch.randint(2, (count, config.num_labels), generator=generator).float()
+    else:
+        labels = torch.randint(config.num_labels, (count,), generator=generator)
+    batch = {
+        "x": torch.rand(size * n, config.num_features, generator=generator),
+        "edge_index": torch.cat(edges, 1),
+        "batch": torch.arange(size).repeat_interleave(n),
+        "labels": labels,
+    }
+    return batch, f"{size} random graphs with random features and labels"

@@ -1,0 +1,197 @@
+"""The command that holds gradient modes against the exact gradient."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deqzoo.errors import UserError
+
+if TYPE_CHECKING:
+    from deqzoo.evaluation.gradients import Row, Study
+
+_SHOWN_STEPS = (1, 2, 3, 5, 10, 20)
+_SHOWN_DAMPINGS = (0.5, 0.8, 1.0)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add this module's command to the command line."""
+    app.command()(gradients)
+
+
+def gradients(
+    name: Annotated[str, typer.Argument(help="Zoo name, local folder, or repository on the Hub.")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Local copy of its data set; else a stand-in batch."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures, segments or graphs.")
+    ] = None,
+    cosine: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="What the recommended setting must reach.")
+    ] = 0.95,
+    seconds: Annotated[
+        float, typer.Option(min=1.0, help="Leave settings out after this time.")
+    ] = 180.0,
+    seed: Annotated[int, typer.Option(help="Chooses the batch.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for gradients.json and gradients.svg.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how right and how costly each gradient mode is for a model."""
+    from tqdm import tqdm
+
+    import deqzoo
+    from deqzoo.evaluation.files import describe_environment, describe_model, finite
+    from deqzoo.evaluation.gradient_batches import make_batch
+    from deqzoo.evaluation.gradients import study
+
+    model = deqzoo.DEQModel.from_pretrained(name)
+    batch, described = make_batch(model, data, split=split, size=batch_size, seed=seed)
+    bar = tqdm(desc="settings", disable=as_json or not sys.stderr.isatty())
+    found = study(model, batch, seconds=seconds, on_row=lambda _: bar.update())
+    bar.close()
+    best = found.recommendation(cosine)
+    content = finite(
+        {
+            "format": 1,
+            "model": describe_model(model, name),
+            "batch": described,
+            **found.to_dict(),
+            "theorem1": _theorem(model, batch, data),
+            "threshold": cosine,
+            "recommendation": None if best is None else best.gradient,
+            "environment": describe_environment(model),
+        }
+    )
+    if output is not None:
+        _write(output, content, plot(found, Path(name).name))
+    if as_json:
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    typer.echo(report(found, content, cosine))
+    if output is not None:
+        typer.echo(f"written to {output / 'gradients.json'} and {output / 'gradients.svg'}")
+
+
+def _write(folder: Path, content: dict[str, Any], drawing: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (folder / "gradients.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "gradients.svg").write_text(drawing, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def _theorem(model: Any, batch: dict[str, Any], data: Path | None) -> list[dict[str, Any]]:
+    """Theorem 1's condition on one sample, where the map can be differentiated as it asks."""
+    from deqzoo.evaluation.adjoints import RecordedModel
+    from deqzoo.evaluation.gradient_batches import first_sample, make_batch
+    from deqzoo.evaluation.gradients import EXACT_FORWARD
+    from deqzoo.evaluation.theorem import check
+
+    single = first_sample(batch)
+    if single is None and (data is None or "mask" not in batch):
+        single, _ = make_batch(model, data, size=1)
+    if single is None:
+        return []
+    recorded = RecordedModel(model, single, EXACT_FORWARD)
+    settings = [(k, x) for x in (1.0, 0.5) for k in (1, 5, 20)]
+    parameters = list(recorded.parameters.values())
+    state = recorded.solutions[0].state
+    return [asdict(c) for c in check(recorded.maps[0], state, parameters, settings)]
+
+
+def report(found: Study, content: dict[str, Any], threshold: float) -> str:
+    """The table, and what to make of it."""
+    from deqzoo.evaluation.gradients import describe
+    from deqzoo.evaluation.theorem import summary
+
+    radii = found.spectral_radius
+    lines = [
+        f"batch       {content['batch']}",
+        f"solve       {found.solve['steps_mean']:.1f} steps, relative residual at most "
+        f"{found.solve['residual_max']:.1e}, {found.solve['seconds']:.2f} s",
+        f"radius      ρ(∂F/∂h) at the solution: {min(radii):.3f} to {max(radii):.3f}",
+        f"Theorem 1   {summary(content['theorem1'])}",
+        "",
+        *_table(found),
+        "",
+    ]
+    if found.missing:
+        lines.append(f"{found.missing} settings were left out for time (--seconds).")
+    best = found.recommendation(threshold)
+    if best is None:
+        lines.append(f"No timed setting reaches a cosine of {threshold:g}.")
+    else:
+        lines.append(
+            f"Recommended: {describe(best.gradient)}, the cheapest with a cosine of at least "
+            f"{threshold:g} ({best.agreement:.3f} in {best.seconds:.2f} s{_saving(found, best)})."
+        )
+    return "\n".join(lines)
+
+
+def _saving(found: Study, best: Row) -> str:
+    implicit = [r for r in found.rows if r.gradient["name"] == "implicit" and r.agreement > 0.999]
+    cheapest = min((r.seconds for r in implicit if r.seconds), default=None)
+    if cheapest is None or best.gradient["name"] == "implicit":
+        return ""
+    return f", {cheapest / best.seconds:.1f} times as fast as the implicit gradient"
+
+
+def _table(found: Study) -> list[str]:
+    from deqzoo.evaluation.gradients import EQUILIBRIUM, describe
+
+    shown = [row for row in found.rows if _is_shown(row.gradient)]
+    groups = [g for g in shown[0].cosine if g not in ("all", EQUILIBRIUM)] if shown else []
+    head = f"{'gradient':<28}{'cosine':>8}{'error':>8}"
+    head += "".join(f"{g[:14]:>16}" for g in groups)
+    lines = [head + f"{'seconds':>9}{'saved MiB':>11}{'peak MiB':>10}"]
+    for row in shown:
+        error = row.relative_error.get(EQUILIBRIUM, row.relative_error["all"])
+        line = f"{describe(row.gradient):<28}{row.agreement:>8.4f}{error:>8.3f}"
+        line += "".join(f"{row.cosine[g]:>16.4f}" for g in groups)
+        seconds = "" if row.seconds is None else f"{row.seconds:.2f}"
+        sizes = (
+            "" if size is None else f"{size / 2**20:.1f}"
+            for size in (row.saved_bytes, row.peak_bytes)
+        )
+        lines.append(line + "{:>9}{:>11}{:>10}".format(seconds, *sizes))
+    lines.append("cosine and error: over the parameters behind the equilibrium; then by group")
+    return lines
+
+
+def _is_shown(gradient: dict[str, Any]) -> bool:
+    if gradient["name"] not in ("upg", "npg"):
+        return True
+    return gradient["steps"] in _SHOWN_STEPS and gradient["damping"] in _SHOWN_DAMPINGS
+
+
+def plot(found: Study, name: str) -> str:
+    """Cosine against k, a line for each λ."""
+    from deqzoo.evaluation.chart import line_chart
+
+    series: dict[str, list[tuple[float, float]]] = {}
+    for mode in ("npg", "upg"):
+        for row in found.rows:
+            g = row.gradient
+            if g["name"] == mode and (mode == "npg" or g["damping"] in (0.5, 1.0)):
+                key = f"{mode} λ={g['damping']:g}"
+                series.setdefault(key, []).append((g["steps"], row.agreement))
+    lowest = min((y for points in series.values() for _, y in points), default=0.0)
+    return line_chart(
+        series,
+        title=f"Phantom against exact gradient, {name}",
+        x_label="k",
+        y_label="cosine",
+        y_range=(max(-1.0, min(lowest, 0.9)), 1.0),
+    )
