@@ -59,7 +59,7 @@ def residual_chart(residuals: Sequence[float], tolerance: float) -> str:
     ]
     summary = f"Residual per solver step; the last of {len(residuals)} is "
     summary += f"{residuals[-1]:.2g}" if residuals else "missing"
-    title = "How far from the equilibrium (residual)"
+    title = "Distance to the equilibrium"
     return _figure(title, summary, x, y, parts, legend="")
 
 

@@ -129,7 +129,7 @@ CSS = """
 .dz-next tr { border: 0; background: none !important; }
 .dz-written { line-height: 1.7; font-size: 1.04rem; white-space: pre-wrap; min-height: 2rem; }
 .dz-writing { margin-top: .6rem; border-top: 1px solid var(--dz-rule); padding-top: .8rem; }
-.dz-graph { margin: 0; max-width: 460px; }
+.dz-graph { margin: 0; }
 .dz-graph svg { width: 100%; height: auto; }
 .dz-graph figcaption { font-size: .9rem; color: var(--dz-faint); }
 .dz-edges line { stroke: var(--dz-faint); stroke-width: 1.4; opacity: .65; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,15 @@ def test_graph_endpoint(client, served) -> None:
     said = refusal(client, 1000, api_name="/graph")
     assert "graph number" in said and "0 to 11" in said
     assert "available here" in refusal(client, 0, "Karate", api_name="/graph")
+
+
+def test_readme_example_runs(served, monkeypatch) -> None:
+    readme = (PICTURE.parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
+    monkeypatch.chdir(PICTURE.parents[2])
+    names: dict[str, Any] = {}
+    exec(example.replace("http://127.0.0.1:7860", served.url), names)
+    assert names["figures"]["tokens"] == 8 and len(names["report"]["n_steps"]) == 20
 
 
 def test_ten_users_at_once(client, served, tmp_path) -> None:
