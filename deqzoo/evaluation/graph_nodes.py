@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqzoo.data.graphs import load_localization, load_ppi, load_twitch, micro_f1
+from deqzoo.data.graphs import (
+    load_citations,
+    load_localization,
+    load_photo,
+    load_ppi,
+    load_twitch,
+    micro_f1,
+)
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
 from deqzoo.models.ignn.modeling_ignn import IGNNForNodeClassification
@@ -42,6 +49,9 @@ NODE_TASKS = {
     ),
     "HumLoc": NodeTask(lambda root, split: [load_localization("HumLoc", root)], True, "micro_f1"),
     "EukLoc": NodeTask(lambda root, split: [load_localization("EukLoc", root)], True, "micro_f1"),
+    "Cora": NodeTask(lambda root, split: [load_citations("Cora", root)], False, "accuracy"),
+    "CiteSeer": NodeTask(lambda root, split: [load_citations("CiteSeer", root)], False, "accuracy"),
+    "Photo": NodeTask(lambda root, split: [load_photo(root)], False, "accuracy"),
     "PPI": NodeTask(
         lambda root, split: load_ppi(root, {"validation": "val"}.get(split, split)),
         True,

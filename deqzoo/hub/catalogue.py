@@ -80,6 +80,8 @@ def main_figure(evaluation: dict[str, Any]) -> str | None:
     where = f"{data.get('name', '?')} {data.get('split', '?')}"
     if "fold" in data:
         where += f", fold {data['fold']}"
+    if "auc" in results:  # classes of different frequency: accuracy says little
+        return f"AUC {results['auc']:.4f} on {where}"
     if "accuracy" in results:
         return f"{results['accuracy']:.2%}".replace("%", " %") + f" on {where}"
     if "perplexity" in results:

@@ -9,8 +9,10 @@ import torch
 from deqzoo.data.graphs import (
     collate_graphs,
     honest_folds,
+    load_citations,
     load_graph_set,
     load_localization,
+    load_photo,
     load_ppi,
     load_twitch,
     micro_f1,
@@ -172,3 +174,27 @@ def test_figures():
     figures = node_figures(logits, torch.tensor([1, 0, 0, 1]))
     assert figures["accuracy"] == 0.75 and figures["auc"] == pytest.approx(0.75)
     assert area_under_curve(torch.zeros(4), torch.tensor([0, 1, 0, 1])) == 0.5
+
+
+def test_sets_with_public_files(tmp_path):
+    """Photo and Cora go through torch_geometric's readers, from a copy."""
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    raw = tmp_path / "Photo" / "raw"
+    raw.mkdir(parents=True)
+    n = 120
+    adjacency = scipy_sparse.eye(n, k=1, format="csr")
+    features = scipy_sparse.eye(n, 4, format="csr")
+    parts = {"labels": np.arange(n) % 2}
+    for name, matrix in (("adj", adjacency), ("attr", features)):
+        parts[f"{name}_data"] = matrix.data
+        parts[f"{name}_indices"] = matrix.indices
+        parts[f"{name}_indptr"] = matrix.indptr
+        parts[f"{name}_shape"] = matrix.shape
+    np.savez(raw / "amazon_electronics_photo.npz", **parts)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    graph = load_photo(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    masks = torch.stack([graph.train_mask, graph.val_mask, graph.test_mask])
+    assert masks.sum(1).tolist() == [40, 60, 20] and bool((masks.sum(0) == 1).all())
+    with pytest.raises(UserError, match="no ind.cora.x"):
+        load_citations("Cora", tmp_path)
