@@ -238,7 +238,8 @@ def graph_html(graph: Graph, reading: Reading) -> str:
     label = f"graph with {n} nodes and {edges.shape[1] // 2} edges"
     return (
         f'<figure class="dz-graph" style="max-width:{width}px">'
-        f'<svg viewBox="0 0 {wide:.0f} {top:.0f}" role="img" aria-label="{label}"><g class="dz-edges">{lines}</g><g class="dz-nodes">{dots}</g></svg>'
+        f'<svg viewBox="0 0 {wide:.0f} {top:.0f}" role="img" aria-label="{label}">'
+        f'<g class="dz-edges">{lines}</g><g class="dz-nodes">{dots}</g></svg>'
         f'<figcaption>Norm of the equilibrium at each node: <span class="dz-scale"><i></i></span> '
         f"{low:.3g} to {high:.3g}</figcaption></figure>"
     )
