@@ -83,7 +83,8 @@ def test_budgets_bound_the_steps(tiny_mdeq: Path, cifar_folder: Path) -> None:
     model = DEQModel.from_pretrained(tiny_mdeq)
     pictures = load_cifar10("test", cifar_folder)
     processor = load_processor(model)
-    curve = budget_curve(model, processor, pictures, 8, 8, False, budgets=(2, 12))
+    own = run(model, processor, pictures, 40, None, progress=False)
+    curve = budget_curve(model, processor, pictures, own, 8, 8, False, budgets=(2, 12))
     assert curve["pictures"] == 8
     few, many = curve["steps"]
     assert many["residual_median"] < few["residual_median"]
