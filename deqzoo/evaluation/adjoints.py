@@ -29,11 +29,13 @@ class AdjointSystem:
         product: v ↦ Jᵀv at the equilibrium.
         powers: g, Jᵀg, Jᵀ²g, … of the last cotangent, as far as they were needed; every Neumann
             series is a combination of them.
+        residual: largest relative residual of the last solve of the system.
     """
 
     layout: Layout
     product: Map | None = None
     powers: list[Tensor] = field(default_factory=list)
+    residual: float = 0.0
 
     def receive(self, product: Map, cotangent: Tensor) -> None:
         """Take the cotangent of a backward pass; products of an equal one are kept."""
@@ -75,6 +77,7 @@ class AdjointSystem:
         solution = solver.solve(
             lambda w: product(w) + cotangent, cotangent, layout=self.layout.adjoint()
         )
+        self.residual = float(solution.rel_residual.max())
         return solution.state
 
 
@@ -202,6 +205,11 @@ class RecordedModel:
             self.loss, list(self.parameters.values()), retain_graph=True, allow_unused=True
         )
         return named(self.parameters, found)
+
+    def residuals(self) -> tuple[float, float]:
+        """Largest relative residual of the forward solves, and of the last adjoint solves."""
+        forward = max(float(s.rel_residual.max()) for s in self.solutions)
+        return forward, max(system.residual for system in self._switch.systems)
 
     def replayed(self, gradient: Mapping[str, Any]) -> Tensor:
         """The loss of a forward pass with another gradient from the same solutions.

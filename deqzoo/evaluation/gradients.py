@@ -73,6 +73,7 @@ class Study:
         spectral_radius: ρ(∂F/∂h) at h*, per sample (of a graph batch: the largest, one entry).
         solve: seconds and steps of the model's own forward solve.
         own: the model's configured gradient.
+        exact_residuals: how far the forward and the adjoint solve behind the exact gradient came.
         missing: how many settings the time limit left out.
     """
 
@@ -80,6 +81,7 @@ class Study:
     spectral_radius: list[float] = field(default_factory=list)
     solve: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
+    exact_residuals: tuple[float, float] = (0.0, 0.0)
     missing: int = 0
 
     def recommendation(self, threshold: float) -> Row | None:
@@ -113,6 +115,7 @@ class Fidelity:
         self.weights = list(model.parameters()) + list(model.buffers())
         tight = RecordedModel(model, batch, EXACT_FORWARD)
         self.exact = tight.gradients(solver_rule(EXACT_ADJOINT))
+        self.exact_residuals = tight.residuals()
         head = tight.gradients(no_rule)
         self.behind = {
             name for name, g in self.exact.items() if not bool(head[name].any()) and bool(g.any())
@@ -219,7 +222,7 @@ def study(
     started = time.perf_counter()
     fidelity = Fidelity(model, batch)
     own = fidelity.recorded.solutions
-    result = Study(own=dict(model.config.gradient))
+    result = Study(own=dict(model.config.gradient), exact_residuals=fidelity.exact_residuals)
     result.solve = {
         "seconds": sum(s.seconds for s in own),
         "steps_mean": float(own[0].n_steps.double().mean()),

@@ -15,6 +15,7 @@ from deqzoo.errors import UserError
 if TYPE_CHECKING:
     from deqzoo.evaluation.gradients import Row, Study
 
+_DOUBTFUL = 1e-3  # residual above which the exact gradient does not deserve its name
 _SHOWN_STEPS = (1, 2, 3, 5, 10, 20)
 _SHOWN_DAMPINGS = (0.5, 0.8, 1.0)
 
@@ -127,6 +128,12 @@ def report(found: Study, content: dict[str, Any], threshold: float) -> str:
         *_table(found),
         "",
     ]
+    if max(found.exact_residuals) > _DOUBTFUL:
+        forward, adjoint = found.exact_residuals
+        lines.append(
+            f"The exact gradient is itself uncertain: relative residuals {forward:.1e} of the "
+            f"equilibrium, {adjoint:.1e} of the adjoint."
+        )
     if found.missing:
         lines.append(f"{found.missing} settings were left out for time (--seconds).")
     best = found.recommendation(threshold)

@@ -1,0 +1,236 @@
+"""Anytime inference: what a checkpoint scores for a solver budget or tolerance, and at what speed.
+
+    python benchmarks/studies/anytime.py MODEL [...] --data ROOT [--limit 256]
+
+For every model (zoo name or folder): accuracy, perplexity or F1 against the number of solver steps
+(tolerance 0) and against the tolerance (100 steps), with CPU seconds per picture, token or graph;
+how far logits move when a sample is computed alone instead of in its batch; and, for pictures and
+texts, the time that TorchDEQ's Anderson solver takes for the same map and tolerance, with the
+residual that both reach. ROOT holds the data sets in folders of their own (cifar10, imagenette,
+wikitext, ptb_text_only, graphs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import Cells, markdown_table, write_text
+
+import deqzoo
+from deqzoo.equilibrium.layout import Causal
+from deqzoo.equilibrium.solvers import make_solver
+from deqzoo.equilibrium.state import StatePacker
+from deqzoo.evaluation.chart import line_chart
+from deqzoo.evaluation.gradient_batches import make_batch
+
+BUDGETS = (1, 2, 4, 8, 16, 30)
+TOLERANCES = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4)
+
+Measure = Callable[[dict[str, Any] | None], tuple[str, float, int]]
+"""Solver settings (None: the model's own) -> (name of the figure, figure, samples)."""
+
+
+def folder_of(model: Any, root: Path) -> Path:
+    """Where the model's data lie under ROOT."""
+    kind, config = model.config.model_type, model.config
+    if kind == "ignn":
+        return root / "graphs"
+    if kind == "mdeq":
+        cifar = "airplane" in config.id2label.values()
+        return root / ("cifar10" if cifar else "imagenette")
+    return root / ("ptb_text_only" if config.vocab_size == 10000 else "wikitext")
+
+
+def figure_of(model: Any, data: Path, limit: int) -> Measure:
+    """How to score a model of any family."""
+    if model.config.model_type == "mdeq":
+        return _pictures(model, data, limit)
+    if model.config.model_type == "deq_transformer":
+        return _texts(model, data, 20 * limit)
+    return _graphs(model, data, limit)
+
+
+def _pictures(model: Any, data: Path, limit: int) -> Measure:
+    from deqzoo.evaluation import images, metrics
+    from deqzoo.evaluation.classify import load_processor
+
+    pictures = images._first(images._pictures_of(model, "test", data), limit)
+    processor = load_processor(model)
+
+    def score(solver: dict[str, Any] | None) -> tuple[str, float, int]:
+        outputs = images.run(model, processor, pictures, 64, solver, progress=False)
+        return "accuracy", metrics.accuracy(outputs.logits, pictures.labels), len(pictures)
+
+    return score
+
+
+def _texts(model: Any, data: Path, limit: int) -> Measure:
+    from deqzoo.evaluation import text
+
+    tokenizer = text.load_tokenizer(model)
+    stream = text._stream(text.corpus_of(tokenizer), "test", data, tokenizer)[:limit]
+
+    def score(solver: dict[str, Any] | None) -> tuple[str, float, int]:
+        return "perplexity", text.score(model, stream, solver)["perplexity"], len(stream)
+
+    return score
+
+
+def _graphs(model: Any, data: Path, limit: int) -> Measure:
+    from deqzoo.evaluation.dispatch import evaluate_model
+
+    own = dict(model.config.solver)
+
+    def score(solver: dict[str, Any] | None) -> tuple[str, float, int]:
+        model.set_solver(**(own if solver is None else own | solver))
+        results = evaluate_model(model, "", split="test", data=data)["results"]
+        model.set_solver(**own)
+        name = next(n for n in ("accuracy", "micro_f1", "auc") if n in results)
+        return name, results[name], int(results.get("samples", 0))
+
+    return score
+
+
+def measure(key: str, root: Path, limit: int) -> dict[str, Any]:
+    """One cell: "MODEL: steps 4", "MODEL: tol 0.01", "MODEL: own", "… batch" or "… torchdeq"."""
+    name, what = key.split(": ")
+    model = deqzoo.DEQModel.from_pretrained(name)
+    data = folder_of(model, root)
+    if what == "batch":
+        return invariance(model, data)
+    if what == "torchdeq":
+        return against_torchdeq(model, data)
+    solver = None
+    if what.startswith("steps"):
+        solver = {"max_steps": int(what.split()[1]), "tol": 0.0}
+    elif what.startswith("tol"):
+        solver = {"max_steps": 100, "tol": float(what.split()[1])}
+    score = figure_of(model, data, limit)
+    started = time.process_time()
+    figure, value, samples = score(solver)
+    seconds = time.process_time() - started
+    return {"figure": figure, "value": value, "samples": samples, "seconds": seconds}
+
+
+@torch.inference_mode()
+def invariance(model: Any, data: Path) -> dict[str, float]:
+    """Largest difference of a logit between a batch of eight and its first sample alone."""
+    if model.config.model_type == "ignn":
+        return {}
+    batch, _ = make_batch(model, data, split="test", size=8)
+    batch = {**batch, **({"return_logits": True} if "return_logits" in batch else {})}
+    one = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    together, alone = model(**batch), model(**one)
+    scale = together.logits[:1].abs().max()
+    return {
+        "largest_difference": float((together.logits[:1] - alone.logits).abs().max() / scale),
+        "steps_together": float(together.n_steps[0]),
+        "steps_alone": float(alone.n_steps[0]),
+    }
+
+
+@torch.inference_mode()
+def against_torchdeq(model: Any, data: Path, tol: float = 1e-3) -> dict[str, Any]:
+    """CPU seconds and residuals of both Anderson solvers on the same map."""
+    from torchdeq.solver import anderson_solver
+
+    if model.config.model_type == "ignn":
+        return {}
+    batch, _ = make_batch(model, data, split="test", size=32)
+    name = model.main_input_name
+    f, z0 = model.base_model.equilibrium_map(batch[name])
+    packer = StatePacker(z0)
+
+    def flat(z: torch.Tensor) -> torch.Tensor:
+        return packer.pack(f(packer.unpack(z)))
+
+    def residual(z: torch.Tensor) -> list[float]:
+        value = flat(z)
+        return ((value - z).norm(dim=1) / value.norm(dim=1)).tolist()
+
+    layout = Causal() if name == "input_ids" else None
+    ours = make_solver({"name": "anderson", "max_steps": 60, "tol": tol})
+    found: dict[str, Any] = {"samples": len(batch[name]), "tol": tol}
+    for side in ("ours", "TorchDEQ"):
+        times = []
+        for _ in range(3):
+            started = time.process_time()
+            if side == "ours":
+                options = {} if layout is None else {"layout": layout}
+                solution = ours.solve(f, z0, compact=hasattr(f, "select"), **options)
+                z = packer.pack(solution.state)
+            else:
+                z = anderson_solver(
+                    flat, packer.pack(z0), max_iter=60, tol=tol, stop_mode="rel", return_final=False
+                )[0]
+            times.append(time.process_time() - started)
+        residuals = residual(z)
+        found[side] = {
+            "seconds": min(times),
+            "residual_max": max(residuals),
+            "residual_mean": sum(residuals) / len(residuals),
+        }
+    return found
+
+
+def report(cells: dict[str, dict[str, Any]]) -> str:
+    """One row per cell that has a figure, and what the other two kinds say."""
+    rows, others = [], []
+    for key, cell in cells.items():
+        name, what = key.split(": ")
+        if "figure" in cell:
+            per = 1000 * cell["seconds"] / max(cell["samples"], 1)
+            rows.append([name, what, f"{cell['value']:.4g} {cell['figure']}", f"{per:.2f}"])
+        elif "largest_difference" in cell:
+            others.append(
+                f"- {name}: in a batch of eight and alone, logits differ by at most "
+                f"{cell['largest_difference']:.1e} of the largest one; "
+                f"{cell['steps_together']:.0f} and {cell['steps_alone']:.0f} steps."
+            )
+        elif "ours" in cell:
+            sides = [
+                f"{side} {cell['samples'] / cell[side]['seconds']:.1f} samples/s, largest residual "
+                f"{cell[side]['residual_max']:.1e}"
+                for side in ("ours", "TorchDEQ")
+            ]
+            others.append(f"- {name}: Anderson to {cell['tol']:g}: {'; '.join(sides)}.")
+    head = ["model", "solver", "figure", "CPU ms per sample"]
+    return markdown_table(head, rows) + "\n" + "\n".join(others) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", help="names or folders; all bundled ones by default")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--limit", type=int, default=256, help="pictures; words are 20 times that")
+    arguments = parser.parse_args()
+    names = arguments.models or deqzoo.list_models()
+    cells = Cells("anytime")
+    parts = ["own", "batch", "torchdeq"]
+    parts += [f"steps {n}" for n in BUDGETS] + [f"tol {t:g}" for t in TOLERANCES]
+    wanted = [f"{name}: {part}" for name in names for part in parts]
+    missing = cells.fill(wanted, lambda key: measure(key, arguments.data, arguments.limit))
+    print(report(cells.done))
+    print("missing:", ", ".join(missing) or "nothing")
+    write_text("anytime_table.md", report(cells.done))
+    for figure in ("accuracy", "perplexity"):
+        series: dict[str, list[tuple[float, float]]] = {}
+        for key, cell in cells.done.items():
+            name, what = key.split(": ")
+            if cell.get("figure") == figure and what.startswith("steps"):
+                series.setdefault(name, []).append((float(what.split()[1]), cell["value"]))
+        if series:
+            drawing = line_chart(
+                series, title="Anytime inference", x_label="solver steps", y_label=figure,
+                log_x=True, log_y=figure == "perplexity",
+            )  # fmt: skip
+            write_text(f"anytime_{figure}.svg", drawing)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Gradient modes held against the exact gradient: engine, theorem, command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from deqzoo import cli
+from deqzoo.equilibrium.diagnostics import compare_gradients
+from deqzoo.evaluation import theorem
+from deqzoo.evaluation.adjoints import RecordedModel, named, neumann_rule, seeded
+from deqzoo.evaluation.chart import line_chart
+from deqzoo.evaluation.gradient_batches import make_batch
+from deqzoo.evaluation.gradients import EQUILIBRIUM, plan, study
+from deqzoo.models.auto import load_class
+
+
+def graph_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = load_class("IGNNConfig")(num_features=3, hidden_sizes=[6], num_labels=2)
+    return load_class("IGNNForGraphClassification")(config).eval()
+
+
+def picture_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = load_class("MDEQConfig")(
+        channels=[8, 8], head_channels=[2, 4], final_channels=16, num_groups=4, image_size=8,
+        num_labels=3, expansion=1, stem_downsamples=0, solver={"max_steps": 100, "tol": 1e-6},
+    )  # fmt: skip
+    return load_class("MDEQForImageClassification")(config).eval()
+
+
+@pytest.mark.parametrize("make", [graph_model, picture_model])
+@pytest.mark.parametrize("damping", [1.0, 0.4])
+def test_series_from_powers_is_the_npg_gradient(make, damping) -> None:
+    model = make()
+    batch, _ = make_batch(model, size=2)
+    recorded = RecordedModel(model, batch)
+    shared = recorded.gradients(neumann_rule(4, damping))
+    other = recorded.gradients(neumann_rule(5, damping))
+    with seeded():
+        settings = {"name": "npg", "steps": 4, "damping": damping}
+        loss = model(**batch, gradient=settings).loss
+        found = torch.autograd.grad(loss, list(recorded.parameters.values()), allow_unused=True)
+    direct = named(recorded.parameters, found)
+    _, error, _ = compare_gradients(direct, shared, lambda name: ("all",))
+    assert error["all"] < 1e-4
+    _, error, _ = compare_gradients(direct, other, lambda name: ("all",))
+    assert error["all"] > 1e-4
+    assert "solve" not in vars(model)
+
+
+def test_more_terms_come_nearer_and_the_head_does_not_count() -> None:
+    model = graph_model()
+    batch, _ = make_batch(model, size=4)
+    found = study(model, batch, steps=(1, 3, 10), dampings=(0.5, 1.0), seconds=60)
+    assert found.missing == 0
+    npg = {
+        (r.gradient["steps"], r.gradient["damping"]): r
+        for r in found.rows
+        if r.gradient["name"] == "npg"
+    }
+    errors = [npg[k, 1.0].relative_error[EQUILIBRIUM] for k in (1, 3, 10)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.1
+    assert npg[1, 0.5].cosine["classifier"] == pytest.approx(1)
+    assert npg[1, 0.5].agreement < 0.999
+    exact = [r for r in found.rows if r.gradient["name"] == "implicit"]
+    assert min(r.relative_error[EQUILIBRIUM] for r in exact) < 0.02
+    upg = {
+        r.gradient["steps"]: r
+        for r in found.rows
+        if r.gradient["name"] == "upg" and r.gradient["damping"] == 1
+    }
+    assert upg[10].saved_bytes > upg[3].saved_bytes > 0
+    assert npg[10, 1.0].saved_bytes == npg[3, 1.0].saved_bytes
+    best = found.recommendation(0.9)
+    assert best is not None and best.agreement >= 0.9
+    assert found.recommendation(1.1) is None
+
+
+def test_no_setting_is_tried_twice() -> None:
+    settings = [{k: v for k, v in s.items() if k != "timed"} for s in plan((1, 2), (0.5, 1.0), 5)]
+    assert len(settings) == len({str(s) for s in settings})
+    assert sum(s["name"] == "upg" for s in settings) == 4
+
+
+def test_theorem_holds_for_a_contraction_and_fails_for_an_expansion() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4, requires_grad=True)
+    shift = torch.randn(4, requires_grad=True)
+
+    def f(scale: float):
+        def step(z: torch.Tensor) -> torch.Tensor:
+            return scale * z + 0 * (z @ weight) + 3 * shift
+
+        return step
+
+    state = torch.ones(1, 4)
+    for scale, verdict in ((0.0, "holds"), (0.9, "holds"), (1.1, "fails")):
+        (found,) = theorem.check(f(scale), state, [weight, shift], [(1, 1.0)])
+        assert found.exact and found.verdict == verdict
+        assert found.allowed == pytest.approx(1, abs=1e-3)
+        assert found.distance == pytest.approx(scale, abs=1e-3)
+
+
+def test_bounds_refute_what_the_matrices_refute(monkeypatch) -> None:
+    model = picture_model()
+    batch, _ = make_batch(model, size=1)
+    recorded = RecordedModel(model, batch)
+    state = recorded.solutions[0].state
+    parameters = list(recorded.parameters.values())
+    dense = theorem.check(recorded.maps[0], state, parameters, [(1, 1.0)])[0]
+    monkeypatch.setattr(theorem, "_DENSE_ENTRIES", 0)
+    bounded = theorem.check(recorded.maps[0], state, parameters, [(1, 1.0)])[0]
+    assert dense.exact and not bounded.exact
+    assert dense.verdict == bounded.verdict == "fails"
+    assert bounded.distance <= dense.distance * 1.01
+    assert bounded.allowed >= dense.allowed
+
+
+def test_chart_escapes_and_skips_what_is_not_finite() -> None:
+    svg = line_chart(
+        {"a<b": [(1, 0.5), (2, float("nan")), (4, 0.9)]}, title="t", x_label="x", y_label="y"
+    )
+    assert "a&lt;b" in svg
+    assert svg.count("<circle") == 2
+
+
+def test_command_writes_table_plot_and_json(tmp_path, capsys) -> None:
+    folder = tmp_path / "model"
+    graph_model().save_pretrained(folder)
+    command = ["gradients", str(folder), "--seconds", "20", "--batch-size", "2"]
+    assert cli.run([*command, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "Recommended:" in shown and "random graphs" in shown and "Theorem 1" in shown
+    content = json.loads((tmp_path / "out" / "gradients.json").read_text())
+    assert content["rows"] and content["recommendation"]
+    assert (tmp_path / "out" / "gradients.svg").read_text().startswith("<svg")
+
+
+def test_command_refuses_models_without_a_loss(tmp_path, capsys) -> None:
+    config = load_class("IGNNConfig")(num_features=3, hidden_sizes=[6], num_labels=2)
+    load_class("IGNNModel")(config).save_pretrained(tmp_path / "bare")
+    assert cli.run(["gradients", str(tmp_path / "bare")]) == 2
+    assert "no loss" in capsys.readouterr().err
