@@ -10,9 +10,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from deqzoo.errors import UserError
+from deqzoo.evaluation.chart import line_chart
 from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, EQUILIBRIUM, FAMILY_TEXTS, PAPERS
 from deqzoo.hub.catalogue import Entry, entries, main_figure
-from deqzoo.hub.plot import line_plot
 from deqzoo.zoo import checkpoints_root, read_json
 
 #: A checkpoint's own part of its card, written by the command that made its figures.
@@ -91,12 +91,13 @@ def budget_plot(entry: Entry) -> str | None:
     for evaluation in entry.tests():
         steps = (evaluation.get("budget") or {}).get("steps") or []
         if len(steps) > 1 and "accuracy" in steps[0]:
-            points = [(row["max_steps"], round(100 * row["accuracy"], 1)) for row in steps]
-            return line_plot(
-                points,
+            points = [(row["max_steps"], 100 * row["accuracy"]) for row in steps]
+            return line_chart(
+                {"fixed effort": points},
                 title=f"{entry.name}: accuracy against solver steps",
-                x_label="solver steps (log scale)",
+                x_label="solver steps",
                 y_label="accuracy, %",
+                log_x=True,
             )
     return None
 

@@ -17,7 +17,6 @@ from deqzoo.hub import cards
 from deqzoo.hub.card_texts import CONVERTED
 from deqzoo.hub.catalogue import entry
 from deqzoo.hub.integrity import check_checksums, check_golden
-from deqzoo.hub.plot import line_plot
 from deqzoo.hub.verify import verify_model
 
 
@@ -132,10 +131,3 @@ def test_golden_prediction_sees_other_weights(checkout: Path) -> None:
 def test_broken_snippet_is_a_fault(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deqzoo.hub.verify.snippet", lambda found: "raise KeyError('gone')")
     assert verify_model("mdeq-test") == ["the card's example fails: KeyError: 'gone'"]
-
-
-def test_plot_places_points_by_value() -> None:
-    svg = line_plot([(2, 10.0), (8, 30.0)], title="a < b", x_label="x", y_label="y")
-    (points,) = [part for part in svg.split('"') if part.count(",") == 2 and " " in part][:1]
-    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
-    assert x1 > x0 and y1 < y0 and "a &lt; b" in svg
