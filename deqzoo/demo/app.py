@@ -18,6 +18,8 @@ from .guard import MAX_FILE
 from .shelf import Shelf
 
 TITLE = "deqzoo: networks that solve for their answer"
+#: Seconds between clean-ups of uploaded files, and the age at which they go.
+UPLOADS_LAST = (1800, 3600)
 _HEAD = """
 # Networks that solve for their answer
 
@@ -34,8 +36,8 @@ _ABOUT = """
 - **Method**: how the next step is chosen. All methods look for the same equilibrium; Anderson and
   Broyden learn from earlier steps and usually need fewer.
 
-Everything runs on this server's processor. What you upload stays in its temporary folder until the
-page's server stops, and is used for nothing else.
+Everything runs on this server's processor. What you upload is used for nothing else, and is
+deleted within two hours.
 
 ### Use it from a program
 
@@ -60,7 +62,7 @@ def build_demo(examples: Path | None = None, graph_data: Path | None = None) -> 
     """
     shelf = Shelf()
     pictures = _pictures(examples)
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as demo:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=UPLOADS_LAST) as demo:
         gr.Markdown(_HEAD, elem_id="dz-head")
         with gr.Tabs():
             with gr.Tab("Image", id="image"):

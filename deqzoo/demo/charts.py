@@ -53,8 +53,8 @@ def residual_chart(residuals: Sequence[float], tolerance: float) -> str:
     parts = [
         f'<line class="dz-tolerance" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{line_y:.1f}" '
         f'y2="{line_y:.1f}"/>',
-        f'<text class="dz-tolerance-label" x="{WIDTH - RIGHT}" y="{line_y - 6:.1f}" '
-        f'text-anchor="end">tolerance {tolerance:.2g}</text>',
+        f'<text class="dz-tolerance-label" x="{LEFT + 6}" y="{line_y - 6:.1f}">'
+        f"tolerance {tolerance:.2g}</text>",
         _line(points, x, y, 0, "step {x:.0f}: residual 10^{y:.2f}"),
     ]
     summary = f"Residual per solver step; the last of {len(residuals)} is "

@@ -30,7 +30,12 @@ def picture_input(elem_id: str) -> gr.Image:
         type="filepath", sources=["upload", "webcam", "clipboard"], label="Picture", height=260,
         elem_id=elem_id,
     )  # fmt: skip
-    component.preprocess = lambda payload: None if payload is None else payload.path
+    usual = component.preprocess
+
+    def preprocess(payload: Any) -> Any:
+        return payload.path if payload is not None and payload.path else usual(payload)
+
+    component.preprocess = preprocess
     return component
 
 

@@ -144,11 +144,14 @@ def solve_html(solve: Solve) -> str:
             text = f"the budget of <b>{limit}</b> steps ended before the tolerance was reached"
     facts = f"residual {solve.residual:.2g}, {solve.seconds * 1000:.0f} ms"
     side = solve.seen.size[0]
+    classes = sorted(name for name, _ in solve.labels)
+    known = f" It knows {len(classes)} kinds of things"
+    known += f": {', '.join(classes)}." if len(classes) <= 12 else "."
     return (
         f'<div class="dz-verdict dz-{mood}"><img class="dz-seen" alt="the picture as the model '
         f'sees it" src="{data_url(solve.seen)}"/><div><span class="dz-badge">{badge}</span> {text}'
         f'<div class="dz-note">{facts}. The small picture is all the model sees: {side} × {side} '
-        f'pixels.</div></div></div><div class="dz-charts">'
+        f'pixels.{escape(known)}</div></div></div><div class="dz-charts">'
         f"{residual_chart(solve.residuals, solve.settings['tol'])}"
         f"{probability_chart(solve.probabilities)}</div>"
     )

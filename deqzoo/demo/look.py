@@ -28,6 +28,8 @@ CSS = """
   --dz-faint: #a3afbf; --dz-rule: #3b4657;
 }
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container > .main, .gradio-container > .main > .wrap { width: 100%; }
+.gradio-container > .main > .wrap > .contain { width: 100%; }
 @media (min-width: 820px) {
   .dz-layout { display: grid !important; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr);
     grid-template-rows: auto 1fr; align-items: start; column-gap: 1.4rem; }

@@ -144,7 +144,7 @@ def served(
     process.wait(timeout=30)
 
 
-def _wait(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
+def _wait(url: str, process: subprocess.Popen, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         try:
