@@ -96,7 +96,7 @@ def conv(dtype: torch.dtype = torch.float32) -> Problem:
     return Problem("B", Convolutions(w1, w2, injection), torch.zeros_like(injection), 60)
 
 
-def mdeq_block(batch: int = 16) -> Problem:
+def mdeq_block(batch: int = 4) -> Problem:
     """The map of MDEQ's CIFAR tiny preset with random weights and pictures, in float32."""
     from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
     from deqzoo.models.mdeq.modeling_mdeq import MDEQModel
@@ -105,4 +105,4 @@ def mdeq_block(batch: int = 16) -> Problem:
     model = MDEQModel(MDEQConfig.from_preset("mdeq-cifar-tiny")).eval()
     with torch.no_grad():
         f, z0 = model.equilibrium_map(draw(batch, 3, 32, 32, seed=4).float())
-    return Problem("MDEQ", f, z0, 60)
+    return Problem("MDEQ", f, z0, 30)

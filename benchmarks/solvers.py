@@ -53,7 +53,6 @@ ROWS: list[tuple[str, float]] = [
     ("B", 1e-3),
     ("B", 1e-6),
     ("MDEQ", 1e-2),
-    ("MDEQ", 1e-3),
 ]
 
 
@@ -142,11 +141,11 @@ def alone_and_together(problem: Problem, tol: float, name: str) -> dict[str, Any
         return solver.solve(f, z0, compact=True)
 
     together = solve(problem.f, problem.z0)
-    full = solve_full = make_solver({"name": name, "max_steps": 3 * problem.cap, "tol": tol})
+    full = make_solver({"name": name, "max_steps": 3 * problem.cap, "tol": tol})
     times = stable_minima(
         {
             "leaving": lambda: solve(problem.f, problem.z0),
-            "staying": lambda: solve_full.solve(problem.f, problem.z0),
+            "staying": lambda: full.solve(problem.f, problem.z0),
         },
         seconds=5,
     )
@@ -183,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--solvers", nargs="+", default=list(PEERS), help="only these")
     parser.add_argument("--seconds", type=float, default=10.0, help="longest time per row")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", default="solvers", help="of the files written there")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows, heterogeneous = [], []
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     heterogeneous.append(alone_and_together(build(key), tol, name))
                 print(name, key, tol, f"{rows[-1]['ms']:.1f} ms", flush=True)
     results = {"rows": rows, "heterogeneous": heterogeneous}
-    write_results(options.output, "solvers", results, render(results))
+    write_results(options.output, options.name, results, render(results))
 
 
 def render(results: dict[str, Any]) -> str:
