@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,7 +85,24 @@ def ignn_table(
     if not folds:
         raise UserError(f"no finished folds in {output} or {stored}")
     rendering.write_table(folds, results)
+    _write_notes(folds, results)
     typer.echo((results / "table.md").read_text(encoding="utf-8"))
+
+
+def _write_notes(folds: dict[str, Any], results: Path) -> None:
+    """Put the tables where the bundled checkpoints' cards and the reader find them."""
+    from deqzoo.evaluation import graph_table as rendering
+    from deqzoo.zoo import checkpoints_root, read_json
+
+    for name in sorted({fold["data"] for fold in folds.values()}):
+        folder = checkpoints_root() / f"ignn-{name.lower()}-upg"
+        if folder.is_dir():
+            text = rendering.render_notes(folds, name)
+            (folder / "notes.md").write_text(text, encoding="utf-8")
+    runs = sorted(checkpoints_root().glob("ignn-*/run.json"))
+    if runs:
+        text = rendering.render_nodes({run.parent.name: read_json(run) for run in runs})
+        (results / "nodes.md").write_text(text, encoding="utf-8")
 
 
 def ignn_train(
