@@ -130,7 +130,7 @@ def settings_from(name: Any, budget: Any, exponent: Any) -> dict[str, Any]:
 def missing_checkpoint(task: str) -> None:
     """What a tab shows where its family has no checkpoint."""
     gr.Markdown(
-        f"### No checkpoint for {task} is here yet\n\nTrain one on your machine, store it in the "
-        f"zoo, and start this page again:\n\n```\n{TRAINING[task]}\n```",
+        f"### No checkpoint for {task} is here yet\n\nTrain one on your machine, store it "
+        f"in the zoo, and start this page again:\n\n```\n{TRAINING[task]}\n```",
         elem_classes="dz-missing",
     )

@@ -22,11 +22,13 @@ IMAGES = "image classification"
 TEXT = "language modelling"
 GRAPHS = "graph classification"
 
-#: What a tab says where the family has no checkpoint: the command that trains one.
+#: What a tab says where the family has no checkpoint: the commands that train one and store it.
 TRAINING = {
-    IMAGES: "deqzoo train recipes/mdeq-tiny-cifar-upg.yaml",
-    TEXT: "deqzoo train recipes/deq-transformer-wikitext2-upg.yaml",
-    GRAPHS: "deqzoo graph-table recipes/ignn-table.yaml",
+    IMAGES: "deqzoo train recipes/mdeq-tiny-cifar-upg.yaml && "
+    "deqzoo store runs/mdeq-tiny-cifar-upg",
+    TEXT: "deqzoo train recipes/deq-transformer-wikitext2-upg.yaml && "
+    "deqzoo store runs/deq-transformer-wikitext2-upg",
+    GRAPHS: "deqzoo ignn-table --data DIR",
 }
 TOLERANCES = (1e-6, 1e-1)
 
