@@ -1,0 +1,77 @@
+"""Jacobian penalty, spectral radius and the fixed-point correction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deqzoo.equilibrium import (
+    correction_weights,
+    fixed_point,
+    fixed_point_correction,
+    jacobian_penalty,
+    spectral_radius,
+)
+
+from .cases import F64, H_STAR, H_TANH, W_TANH, X_TANH, affine
+
+
+def test_jacobian_penalty_of_the_affine_case() -> None:
+    probes = [row.unsqueeze(0) * 3**0.5 for row in torch.eye(3, dtype=F64)]
+    found = jacobian_penalty(affine, H_STAR.unsqueeze(0), probes=probes)
+    assert found.item() == pytest.approx(0.7 / 3, rel=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    many = jacobian_penalty(affine, H_STAR.repeat(500, 1), 20, generator=generator)
+    assert many.item() == pytest.approx(0.7 / 3, rel=0.05)
+
+
+def test_jacobian_penalty_reaches_the_weights() -> None:
+    weight = W_TANH.clone().requires_grad_()
+    penalty = jacobian_penalty(lambda h: torch.tanh(h @ weight.T), H_TANH.unsqueeze(0))
+    (g,) = torch.autograd.grad(penalty, weight)
+    assert g.any()
+
+
+def test_spectral_radius_of_both_cases() -> None:
+    v0 = torch.ones(1, 3, dtype=F64)
+    found = spectral_radius(affine, H_STAR.unsqueeze(0), n_iter=3000, v0=v0)
+    assert found.item() == pytest.approx(0.522709244048, rel=1e-3)  # a complex pair
+    tanh = lambda h: torch.tanh(h @ W_TANH.T + X_TANH)  # noqa: E731
+    found = spectral_radius(tanh, H_TANH.unsqueeze(0), n_iter=3000, v0=v0[:, :2])
+    assert found.item() == pytest.approx(0.252589735392, rel=1e-3)
+
+
+def test_spectral_radius_by_rayleigh_quotients() -> None:
+    scale = torch.tensor([0.9, 0.5, 0.1], dtype=F64)
+    found = spectral_radius(lambda h: h * scale, torch.ones(2, 3, dtype=F64), 80, "rayleigh")
+    torch.testing.assert_close(found, torch.tensor([0.9, 0.9], dtype=F64))
+    with pytest.raises(ValueError, match="choose growth or rayleigh"):
+        spectral_radius(affine, torch.ones(1, 3, dtype=F64), estimator="power")  # type: ignore
+
+
+def test_correction_weights_end_at_the_equilibrium() -> None:
+    assert correction_weights(3, "exp", 0.8) == pytest.approx([0.64, 0.8, 1])
+    assert correction_weights(4, "linear", 0.8) == pytest.approx([0.4, 0.6, 0.8, 1])
+    assert correction_weights(3, "const", 0.5) == [0.5, 0.5, 1]
+    with pytest.raises(ValueError, match="choose one of exp"):
+        correction_weights(3, "none")  # type: ignore[arg-type]
+
+
+def test_sampled_states_carry_their_own_gradient() -> None:
+    x = X_TANH.clone().requires_grad_()
+    solution = fixed_point(
+        lambda h: torch.tanh(h @ W_TANH.T + x),
+        torch.zeros(1, 2, dtype=F64),
+        solver={"name": "fixed_point", "max_steps": 40, "tol": 1e-12},
+        gradient="jfb",
+        sample_steps=(2, 4),
+    )
+    assert len(solution.samples) == 2
+    early, late = ((z - H_TANH).norm().item() for z in solution.samples)
+    assert early > late > (solution.state - H_TANH).norm().item()
+    states = [*solution.samples, solution.state]
+    loss = fixed_point_correction(lambda z: z.sum(), states, gamma=0.8)
+    expected = 0.64 * states[0].sum() + 0.8 * states[1].sum() + states[2].sum()
+    torch.testing.assert_close(loss, expected)
+    for state in states:
+        assert torch.autograd.grad(state.sum(), x, retain_graph=True)[0].any()
