@@ -39,6 +39,8 @@ def snapshot(run: Path, step: int) -> Any:
     model.tie_weights()
     # Processor and tokenizer lie beside the result.
     model.config._name_or_path = str(run / "model")
+    if hasattr(model, "use_native_norm"):
+        model.use_native_norm()
     return model.eval()
 
 
@@ -94,8 +96,8 @@ def main() -> None:
     files = sorted((arguments.run / "snapshots").glob("step-*.safetensors"))
     steps = [str(int(file.stem.split("-")[1])) for file in files]
     cells = Cells(stem)
-    # Both ends and the middle first: a study that is cut off still shows the course.
-    order = sorted(range(len(steps)), key=lambda i: (i % 3, i))
+    # Every third one first, from the end: a study that is cut off still shows the course.
+    order = sorted(range(len(steps)), key=lambda i: (i % 3, -i))
     missing = cells.fill(
         [steps[i] for i in order],
         lambda step: measure(
