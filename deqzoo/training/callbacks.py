@@ -7,10 +7,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deqzoo.training.trainer import RecipeTrainer, _flat
+
+
+def agreed(decision: bool, args: TrainingArguments) -> bool:
+    """The first process's decision, so that all processes of a launch do the same.
+
+    Clocks and folders look different to each of them, and a checkpoint waits for all.
+    """
+    if args.world_size == 1:
+        return decision
+    flag = torch.tensor([int(decision)], device=args.device)
+    torch.distributed.broadcast(flag, src=0)
+    return bool(flag.item())
 
 
 class AverageCallback(TrainerCallback):
@@ -37,7 +50,7 @@ class CheckpointClock(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         ended = state.global_step in self.trainer.plan.starts[1:]
-        if ended or time.monotonic() - self.trainer.last_save > self.seconds:
+        if agreed(ended or time.monotonic() - self.trainer.last_save > self.seconds, args):
             control.should_save = True
         return control
 
@@ -129,6 +142,6 @@ class StopFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         reached = self.max_steps is not None and state.global_step >= self.max_steps
-        if reached or self.path.exists():
+        if agreed(reached or self.path.exists(), args):
             control.should_save = control.should_training_stop = True
         return control

@@ -61,6 +61,7 @@ class ImageClassificationTask:
         names = self.training.classes
         return MDEQConfig.from_preset(
             self.recipe.model.preset,
+            num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
             **self.recipe.model.overrides,

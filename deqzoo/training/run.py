@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -109,11 +110,16 @@ def _run(
     last = latest_checkpoint(out / "checkpoints") if resume else None
     set_seed(recipe.seed)
     torch.set_flush_denormal(True)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.batch_size % processes:
+        raise UserError(f"batch_size {recipe.batch_size} is no multiple of {processes} processes")
     task = build_task(recipe, data)
     set_seed(recipe.seed)
     model = task.model()
     if recipe.channels_last and recipe.task == "image-classification":
         model = model.to(memory_format=torch.channels_last)
+    if processes > 1 and torch.cuda.is_available():
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     plan = Plan.of(recipe, task)
     trainer = _trainer(recipe, task, plan, model, out, progress, max_steps)
     keeper = Keeper(trainer, recipe, out)
@@ -322,7 +328,7 @@ def _record(out: Path, recipe: Recipe, trainer: RecipeTrainer, seconds: float) -
         "epochs": round(plan.epoch(steps), 4),
         "seconds": round(seconds, 1),
         "pflop": round(trainer.spent / 1e15, 6),
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        **peak_memory(),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "precision": "bf16" if trainer.args.bf16 else "float32",
         "processes": trainer.args.world_size,
@@ -344,6 +350,14 @@ def _validation_curve(path: Path) -> list[dict[str, float]]:
         for e in entries
         if any(key.startswith("eval_") for key in e)
     ]
+
+
+def peak_memory() -> dict[str, int]:
+    """Largest memory of this process so far, and of its GPU where there is one."""
+    peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    if torch.cuda.is_available():
+        peak["gpu_peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return peak
 
 
 def versions() -> dict[str, str]:

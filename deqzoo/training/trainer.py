@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from deqzoo.equilibrium import jacobian_penalty
+from deqzoo.errors import UserError
 from deqzoo.training.cost import gradient_cost, sample_flops
 from deqzoo.training.recipe import Jacobian, Stage
 from deqzoo.training.task import Plan, Task
@@ -230,6 +231,11 @@ class RecipeTrainer(DEQTrainer):
     def restore(self, folder: str) -> None:
         """Read back what `_save_checkpoint` added to the Trainer's own files."""
         name = f"deqzoo_state_{self.args.process_index}.pt"
+        if not (Path(folder) / name).exists():
+            raise UserError(
+                f"{folder} was written by fewer processes than {self.args.world_size}; resume with "
+                "the number that the run was begun with"
+            )
         extra = torch.load(Path(folder) / name, weights_only=True)
         self.task.load_state_dict(extra["task"])
         self.spent = extra["spent"]

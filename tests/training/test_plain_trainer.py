@@ -1,0 +1,136 @@
+"""MDEQ under transformers' own Trainer, DEQTrainer's additions, and options of a recipe's run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
+from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
+from deqzoo.training.norms import freeze_batch_norm
+from deqzoo.training.recipe import Jacobian
+from deqzoo.training.trainer import DEQTrainer
+
+
+def tiny_model(**changes: object) -> MDEQForImageClassification:
+    torch.manual_seed(0)
+    settings = {
+        "channels": [8, 8], "head_channels": [4, 4], "final_channels": 16, "expansion": 1,
+        "num_groups": 2, "image_size": 8, "num_labels": 2,
+        "solver": {"name": "anderson", "max_steps": 15, "tol": 1e-4},
+        "gradient": {"name": "upg", "steps": 2, "damping": 0.8},
+    }  # fmt: skip
+    return MDEQForImageClassification(MDEQConfig(**(settings | changes)))
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Bright and dark pictures."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        generator = torch.Generator().manual_seed(index)
+        pixels = torch.randn(3, 8, 8, generator=generator) + 2 * (index % 2) - 1
+        return {"pixel_values": pixels, "labels": index % 2}
+
+
+def arguments(folder: Path, **changes: object) -> TrainingArguments:
+    settings = {
+        "max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True,
+        "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **(settings | changes))
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trained(folder: Path, model: MDEQForImageClassification, **changes: object) -> Trainer:
+    trainer = Trainer(model, arguments(folder, **changes), train_dataset=Pictures())
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return trained(tmp_path_factory.mktemp("plain"), tiny_model())
+
+
+def test_loss_falls(plain: Trainer) -> None:
+    assert losses(plain)[-1] < 0.7 * losses(plain)[0]
+
+
+def test_bf16_follows(plain: Trainer, tmp_path: Path) -> None:
+    model = tiny_model()
+    rounded = losses(trained(tmp_path, model, bf16=True))
+    assert model.dtype == torch.float32
+    assert rounded != losses(plain)
+    assert rounded == pytest.approx(losses(plain), abs=0.15)
+
+
+def test_compiled_model_gives_the_same_losses(plain: Trainer, tmp_path: Path) -> None:
+    compiled = trained(tmp_path, tiny_model(), torch_compile=True, max_steps=3)
+    assert losses(compiled) == pytest.approx(losses(plain)[:3], abs=2e-3)
+
+
+def test_checkpointing_changes_nothing_but_memory(plain: Trainer, tmp_path: Path) -> None:
+    model = tiny_model()
+    recomputed = trained(tmp_path, model, gradient_checkpointing=True, max_steps=3)
+    assert model.base_model.gradient_checkpointing
+    assert losses(recomputed) == pytest.approx(losses(plain)[:3], abs=1e-4)
+
+
+def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+    states = []
+    for size, parts in ((16, 1), (4, 4)):
+        model = tiny_model()
+        freeze_batch_norm(model)  # its statistics are those of a forward pass
+        trained(
+            tmp_path,
+            model,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            max_steps=2,
+            train_sampling_strategy="sequential",
+            optim="sgd",
+        )
+        states.append(dict(model.named_parameters()))
+    start = dict(tiny_model().named_parameters())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(start[name], value) for name, value in states[0].items())
+
+
+def test_own_trainer_logs_the_solver_and_overrides_it(tmp_path: Path) -> None:
+    def run(**keywords: object) -> dict:
+        trainer = DEQTrainer(
+            tiny_model(), arguments(tmp_path, max_steps=2), train_dataset=Pictures(), **keywords
+        )
+        trainer.train()
+        return next(entry for entry in trainer.state.log_history if "loss" in entry)
+
+    usual = run()
+    for key in ("steps", "steps_p95", "residual", "residual_p95", "converged", "time_share"):
+        assert f"solver_{key}" in usual
+    assert 0 < usual["solver_time_share"] <= 1
+    short = run(solver={"name": "anderson", "max_steps": 2, "tol": 0.0})
+    assert short["solver_steps"] == 2 < usual["solver_steps"]
+    assert short["solver_residual"] > usual["solver_residual"]
+    other = run(gradient={"name": "jfb"})
+    assert other["grad_norm"] != pytest.approx(usual["grad_norm"], rel=1e-3)
+    penalised = run(jacobian=Jacobian(weight=1.0, every=1))
+    assert penalised["jacobian_penalty"] > 0
+    assert penalised["grad_norm"] != pytest.approx(usual["grad_norm"], rel=1e-3)
+
+
+def test_batch_norms_stay_frozen() -> None:
+    model = tiny_model()
+    count = freeze_batch_norm(model)
+    assert count > 0 and freeze_batch_norm(model) == 0
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    model.train()(torch.randn(4, 3, 8, 8), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert model.training
