@@ -146,7 +146,7 @@ class Rows:
 
     def select(self, active: Tensor, matrix: Tensor) -> tuple[Layout, Selection] | None:
         kept = active.nonzero().squeeze(1)
-        if kept.numel() > 0.75 * active.numel():
+        if kept.numel() > 0.9 * active.numel():
             return None
         layout = Rows()
         layout._packer, layout._n = self._packer, kept.numel()
@@ -198,7 +198,7 @@ class Segments:
     def select(self, active: Tensor, matrix: Tensor) -> tuple[Layout, Selection] | None:
         keep_row = self.spread(active)
         rows = keep_row.nonzero().squeeze(1)
-        if rows.numel() > 0.75 * keep_row.numel():
+        if rows.numel() > 0.9 * keep_row.numel():
             return None
         kept = active.nonzero().squeeze(1)
         new_number = torch.cumsum(active, 0) - 1
