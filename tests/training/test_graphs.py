@@ -9,7 +9,7 @@ import pytest
 from deqzoo.cli import run
 from deqzoo.data.graphs import honest_folds, load_graph_set
 from deqzoo.errors import UserError
-from deqzoo.evaluation.graph_table import cell, render
+from deqzoo.evaluation.graph_table import cell, render, render_nodes, render_notes
 from deqzoo.training.graph_nodes import NodeRecipe, train_nodes
 from deqzoo.training.graph_table import Job, all_jobs, collect, run_table
 from deqzoo.training.graphs import FoldRun, FoldSettings
@@ -83,6 +83,22 @@ def test_cells():
     assert cell([]) == ""
     assert cell([0.8, 0.9] * 5) == "85.0 ± 5.0"
     assert cell([0.8]) == "80.0 ± 0.0 (1/10)"
+
+
+def test_tables_of_cards_and_nodes():
+    fold = {"data": "COX2", "method": "implicit", "protocol": "honest", "test_accuracy": 0.75}
+    fold |= {"parameters": 27010, "seconds": 60.0, "peak_memory_mib": 900.0}
+    notes = render_notes({"a": fold}, "COX2")
+    assert "### Ten folds of COX2" in notes and "| 75.0 ± 0.0 (1/10) | 27,010 | 60 | 900 |" in notes
+    assert "PROTEINS" not in notes
+    record = {
+        "recipe": {"data": "HumLoc", "model": {"gradient": {"name": "implicit"}}},
+        "validation": {"micro_f1": 0.5},
+        "test": {"micro_f1": 0.25, "steps": 12.4},
+        "cpu_seconds": 9.6,
+    }
+    line = "| ignn-x | HumLoc | implicit | Micro-F1 | 50.0 | 25.0 | 12 | 10 |"
+    assert line in render_nodes({"ignn-x": record})
 
 
 def test_commands(root, tmp_path, capsys):
