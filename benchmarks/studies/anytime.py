@@ -3,11 +3,11 @@
     python benchmarks/studies/anytime.py MODEL [...] --data ROOT [--limit 256]
 
 For every model (zoo name or folder): accuracy, perplexity or F1 against the number of solver steps
-(tolerance 0) and against the tolerance (100 steps), with CPU seconds per picture, token or graph;
-how far logits move when a sample is computed alone instead of in its batch; and, for pictures and
-texts, the time that TorchDEQ's Anderson solver takes for the same map and tolerance, with the
-residual that both reach. ROOT holds the data sets in folders of their own (cifar10, imagenette,
-wikitext, ptb_text_only, graphs).
+(tolerance 0) and against the tolerance (100 steps), with CPU time per picture, token or graph
+(preparing the data included); how far logits move when a sample is computed alone instead of in its
+batch; and, for pictures and texts, the time that TorchDEQ's Anderson solver takes for the same map
+and tolerance, with the residual that both reach. ROOT holds the data sets in folders of their own
+(cifar10, imagenette, wikitext, ptb_text_only, graphs).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,17 @@ def _graphs(model: Any, data: Path, limit: int) -> Measure:
     return score
 
 
+@cache
+def loaded(name: str, root: Path, limit: int) -> tuple[Any, Measure]:
+    """A model and how to score it, read once."""
+    model = deqzoo.DEQModel.from_pretrained(name)
+    return model, figure_of(model, folder_of(model, root), limit)
+
+
 def measure(key: str, root: Path, limit: int) -> dict[str, Any]:
     """One cell: "MODEL: steps 4", "MODEL: tol 0.01", "MODEL: own", "… batch" or "… torchdeq"."""
     name, what = key.split(": ")
-    model = deqzoo.DEQModel.from_pretrained(name)
+    model, score = loaded(name, root, limit)
     data = folder_of(model, root)
     if what == "batch":
         return invariance(model, data)
@@ -110,7 +118,6 @@ def measure(key: str, root: Path, limit: int) -> dict[str, Any]:
         solver = {"max_steps": int(what.split()[1]), "tol": 0.0}
     elif what.startswith("tol"):
         solver = {"max_steps": 100, "tol": float(what.split()[1])}
-    score = figure_of(model, data, limit)
     started = time.process_time()
     figure, value, samples = score(solver)
     seconds = time.process_time() - started

@@ -5,8 +5,9 @@
 Maps F(h) = tanh(W h + x + b) with a random W scaled to a chosen spectral norm: below 1, F is a
 contraction with at most that factor. The loss is ½‖h* − y‖². For each factor the parameter gradient
 of NPG (equal to UPG at the exact equilibrium) is compared with the exact one over k and λ, in
-float64: h* is iterated to 1e-13 and the adjoint is solved densely. Three kinds of W: Gaussian (its spectrum fills a disc), positive semidefinite (slow modes that the
-series reaches last) and negative semidefinite (modes in which undamped iterations swing).
+float64: h* is iterated to 1e-13 and the adjoint is solved densely. Three kinds of W: Gaussian (its
+spectrum fills a disc), positive semidefinite (slow modes that the series reaches last) and negative
+semidefinite (modes in which undamped iterations swing).
 """
 
 from __future__ import annotations
