@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-import deqzoo.zoo
 from deqzoo.hub.cards import rendered_files
 
 ROOT = Path(__file__).parents[1]
@@ -18,20 +16,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.fixture
-def examples_zoo(tiny_mdeq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundled checkpoints; where an example's one is not built yet, an untrained one."""
-    if "mdeq-tiny-cifar-upg" not in deqzoo.zoo.list_models():
-        shutil.copytree(tiny_mdeq, tmp_path / "mdeq-tiny-cifar-upg")
-        monkeypatch.setattr("deqzoo.zoo.checkpoints_root", lambda: tmp_path)
-
-
 def test_there_are_three_examples() -> None:
     assert len(EXAMPLES) == 3
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_examples_run(index: int, examples_zoo: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     exec(compile(EXAMPLES[index], f"README example {index + 1}", "exec"), {})
 
