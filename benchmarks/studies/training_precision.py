@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from cells import Cells, markdown_table, write_text
 from safetensors.torch import load_file
 
@@ -44,12 +46,23 @@ def snapshot(run: Path, step: int) -> Any:
     return model.eval()
 
 
+@cache
+def samples(run: Path, data: Path, count: int) -> dict[str, Any]:
+    """The same training samples for every snapshot, read once."""
+    step = int(min((run / "snapshots").glob("step-*")).stem.split("-")[1])
+    return make_batch(snapshot(run, step), data, size=count)[0]
+
+
 def measure(run: Path, step: int, data: Path, batches: int, size: int) -> dict[str, Any]:
     """Cosines and relative errors (one per batch) by setting, and the spectral radii."""
     model = snapshot(run, step)
     found: dict[str, Any] = {"radius": [], "residual": [], "cosine": {}, "error": {}}
-    for seed in range(batches):
-        batch, _ = make_batch(model, data, size=size, seed=seed)
+    whole = samples(run, data, batches * size)
+    for start in range(0, batches * size, size):
+        batch = {
+            name: value[start : start + size] if isinstance(value, torch.Tensor) else value
+            for name, value in whole.items()
+        }
         fidelity = Fidelity(model, batch)
         found["radius"] += fidelity.radius(25)
         found["residual"].append(float(fidelity.recorded.solutions[0].rel_residual.max()))

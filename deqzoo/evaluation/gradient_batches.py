@@ -59,7 +59,7 @@ def _pictures(
     size: int | None,
     generator: torch.Generator,
 ) -> tuple[dict[str, Any], str]:
-    size = size or 16
+    size = size or 8
     if data is not None:
         from deqzoo.evaluation.classify import load_processor, to_batch
         from deqzoo.evaluation.images import _pictures_of

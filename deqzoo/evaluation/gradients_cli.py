@@ -40,7 +40,7 @@ def gradients(
     ] = 0.95,
     seconds: Annotated[
         float, typer.Option(min=1.0, help="Leave settings out after this time.")
-    ] = 180.0,
+    ] = 150.0,
     seed: Annotated[int, typer.Option(help="Chooses the batch.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Folder for gradients.json and gradients.svg.")
