@@ -153,7 +153,7 @@ def summarize(job: Job, record: FoldRecord, settings: FoldSettings) -> dict[str,
         epoch = record.chosen_epoch
         result["chosen_epoch"] = epoch + 1
         result["validation_accuracy"] = record.validation_accuracy[epoch]
-        result["test_accuracy"] = record.test_accuracy[epoch]
+        result["test_accuracy"] = record.chosen_test_accuracy
     return result
 
 
@@ -161,9 +161,7 @@ def save_checkpoint(
     run: FoldRun, data: GraphSet, job: Job, result: dict[str, Any], folder: Path
 ) -> None:
     """Write the weights of the chosen epoch, and beside them the fold's indices and figures."""
-    assert run.best_weights is not None
-    run.model.load_state_dict(run.best_weights)
-    run.model.eval().save_pretrained(folder)
+    run.model.eval().save_pretrained(folder)  # holds the chosen epoch since the run's end
     fold = fold_of(data, job)
     content = {
         "data": data.name,

@@ -38,6 +38,7 @@ def test_a_fold_learns_and_records(root):
     best = max(record.validation_accuracy)
     assert record.validation_accuracy[record.chosen_epoch] == best
     assert all(layer.excess(1.0) == 0 for layer in job.model.implicit_layers)
+    assert record.chosen_test_accuracy is not None and job.model.config.solver["tol"] == 1e-5
 
 
 def test_warm_start_changes_only_the_steps(root):
