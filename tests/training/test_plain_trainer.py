@@ -71,6 +71,8 @@ def test_bf16_follows(plain: Trainer, tmp_path: Path) -> None:
     assert rounded == pytest.approx(losses(plain), abs=0.15)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_model_gives_the_same_losses(plain: Trainer, tmp_path: Path) -> None:
     compiled = trained(tmp_path, tiny_model(), torch_compile=True, max_steps=3)
     assert losses(compiled) == pytest.approx(losses(plain)[:3], abs=2e-3)
