@@ -1,4 +1,4 @@
-"""What the families share: solver and gradient settings, per call, per model and from the config."""
+"""What the families share: solver and gradient settings, from config, model and call."""
 
 from __future__ import annotations
 
