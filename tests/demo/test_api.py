@@ -117,6 +117,7 @@ def test_generate_is_the_library(client, served) -> None:
     expected = model.generate(
         ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=True,
         suppress_tokens=[vocabulary[UNKNOWN]], eos_token_id=None,
+        attention_mask=torch.ones_like(ids),  # else the first <eos> is taken for padding
     )  # fmt: skip
     new = tokenizer.convert_ids_to_tokens(expected[0, ids.shape[1] :].tolist())
     assert text == detokenize(" ".join(new))

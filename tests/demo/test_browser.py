@@ -62,13 +62,11 @@ class Page:
             found = self.page.locator(".overflow-dropdown").get_by_text(name, exact=True)
         found.click()
 
-    def message(self) -> str:
-        """The text of the newest message, which is then closed."""
-        toast = self.page.locator(".toast-body").first
+    def message(self, words: str) -> str:
+        """The message that holds these words; earlier ones may still fade out beside it."""
+        toast = self.page.locator(".toast-body", has_text=words).first
         toast.wait_for()
-        text = toast.inner_text()
-        self.page.locator(".toast-close").first.click()
-        return text
+        return toast.inner_text()
 
     def shot(self, name: str) -> None:
         SHOTS.mkdir(parents=True, exist_ok=True)
@@ -113,12 +111,11 @@ def test_image_tab(page, served) -> None:
 
 def test_image_mistakes(page, tmp_path) -> None:
     page.page.click("#image-run")
-    assert "There is no picture yet" in page.message()
+    page.message("There is no picture yet")
     file = tmp_path / "words.png"
     file.write_text("not a picture")
     page.page.set_input_files("#image-picture input[type=file]", file)
-    said = page.message()
-    assert "no picture that can be read" in said and "Traceback" not in said
+    assert "Traceback" not in page.message("no picture that can be read")
 
 
 def test_batch_tab(page, served) -> None:
@@ -166,19 +163,19 @@ def test_text_tab(page, served) -> None:
 def test_text_mistakes(page, tmp_path) -> None:
     page.tab("Text")
     page.page.click("#text-run")
-    assert "The text is empty" in page.message()
+    page.message("The text is empty")
     large = tmp_path / "large.txt"
     large.write_bytes(b"word " * 2_000_000)
     with page.page.expect_file_chooser() as chooser:
         page.page.click("#text-upload")
     chooser.value.set_files(large)
-    assert "10.0 MB" in page.message()
+    page.message("10.0 MB")
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\x00\x01\x02" * 10)
     with page.page.expect_file_chooser() as chooser:
         page.page.click("#text-upload")
     chooser.value.set_files(binary)
-    assert "binary file" in page.message()
+    page.message("binary file")
     page.page.fill("#text-input textarea", "<img src=x onerror=alert(1)> the river")
     page.page.click("#text-run")
     page.page.wait_for_selector(".dz-token")
@@ -195,7 +192,7 @@ def test_graph_tab(page) -> None:
     assert "norm" in nodes.first.locator("title").inner_html()
     page.page.locator("#graph-number input").fill("9999")
     page.page.click("#graph-run")
-    assert "graph number" in page.message()
+    page.message("graph number")
 
 
 def test_phone_in_the_dark(browser, served) -> None:

@@ -74,10 +74,10 @@ def test_bf16_follows(plain: Trainer, tmp_path: Path) -> None:
 
 
 def test_compiled_model_gives_the_same_losses(plain: Trainer, tmp_path: Path) -> None:
-    """Everything of torch.compile but the generation of machine code, which takes minutes."""
+    """The tracing of torch.compile; generating machine code would take minutes."""
     torch._dynamo.reset()
     compiled = trained(
-        tmp_path, tiny_model(), torch_compile=True, torch_compile_backend="aot_eager", max_steps=3
+        tmp_path, tiny_model(), torch_compile=True, torch_compile_backend="eager", max_steps=3
     )
     torch._dynamo.reset()
     assert losses(compiled) == pytest.approx(losses(plain)[:3], abs=2e-3)
