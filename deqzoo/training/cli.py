@@ -53,7 +53,7 @@ def train(
         _queue(queue, data, output or Path("runs"), show, threads)
         return
     from deqzoo.training.recipe import load_recipe, with_seed
-    from deqzoo.training.run import build_task, run_recipe
+    from deqzoo.training.run import build_task, leave_process_group, run_recipe
 
     assert recipe is not None
     loaded = load_recipe(recipe)
@@ -73,6 +73,7 @@ def train(
         progress=not quiet,
         max_steps=max_steps,
     )
+    leave_process_group()
     typer.echo(f"weights in {folder}")
 
 

@@ -252,6 +252,13 @@ def _trainer(
     return trainer
 
 
+def leave_process_group() -> None:
+    """Part from the other processes of a launch together; one that just exits may abort them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def use_bf16(recipe: Recipe) -> bool:
     """Whether to compute in bf16: where asked for, or ("auto") where the hardware has it."""
     if recipe.precision != "auto":

@@ -17,6 +17,7 @@ from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.training.norms import freeze_batch_norm
+from deqzoo.training.run import leave_process_group
 
 SOLVER = {"name": "anderson", "max_steps": 40, "tol": 1e-6}
 GRADIENT = {"name": "upg", "steps": 2, "damping": 0.8}
@@ -96,3 +97,4 @@ if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2])
     if len(sys.argv) > 3:
         main(sys.argv[1], sys.argv[3], accumulation=2)
+    leave_process_group()
