@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 _NAMES = {
     **CLASSES,
     "DEQModel": "deqzoo.models.auto",
+    "DEQTrainer": "deqzoo.training.trainer",
+    "DEQTrainingArguments": "deqzoo.training.arguments",
     "Equilibrium": "deqzoo.equilibrium",
     "Solution": "deqzoo.equilibrium",
     "Status": "deqzoo.equilibrium",

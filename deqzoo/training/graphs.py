@@ -1,4 +1,4 @@
-"""Training of graph models: the norm bound as a callback, and single folds of the graph table."""
+"""Training of single folds of the graph table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch import Tensor
 
 from deqzoo.data.graphs import Fold, GraphSet
 from deqzoo.errors import UserError
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
-from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification, IGNNPreTrainedModel
+from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification
 from deqzoo.models.ignn.symmetry import merge_equal_nodes
 
 ADJOINT = {"name": "fixed_point", "max_steps": 300, "tol": 1e-3}
@@ -56,22 +55,6 @@ def read_yaml(cls: type[_Settings], path: str | Path) -> _Settings:
         return cls(**content)
     except TypeError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-class NormBoundCallback(TrainerCallback):
-    """Projects every W of an IGNN onto its norm ball after each optimiser step of a `Trainer`."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _project(kwargs["model"])
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _project(kwargs["model"])
-
-
-def _project(model: nn.Module) -> None:
-    model = getattr(model, "module", model)
-    assert isinstance(model, IGNNPreTrainedModel)
-    model.project_()
 
 
 @dataclass(frozen=True)

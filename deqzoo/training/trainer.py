@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer
 
 from deqzoo.equilibrium import jacobian_penalty
 from deqzoo.errors import UserError
+from deqzoo.training.constraints import ProjectionCallback
 from deqzoo.training.cost import gradient_cost, sample_flops
 from deqzoo.training.recipe import Jacobian, Stage
 from deqzoo.training.task import Plan, Task
@@ -66,35 +67,24 @@ class SolverStatistics:
 class DEQTrainer(Trainer):
     """Trainer that logs the solver's report and can add Jacobian regularisation.
 
-    Works as `Trainer` does for any model of the zoo; solver and gradient come from the model's
-    config unless given here.
-
-    Args:
-        solver: settings for training steps, over the config's.
-        gradient: likewise.
-        jacobian: Jacobian regularisation.
-        arguments: everything else goes to `Trainer`.
+    Works as `Trainer` does, with the same arguments, for any model of the zoo. With
+    `DEQTrainingArguments` the training steps have a solver, a gradient and a Jacobian penalty of
+    their own; else they have those of the model's config. A model whose weights are constrained
+    (IGNN's norm bound) is projected after every optimiser step.
     """
 
-    def __init__(
-        self,
-        *arguments: Any,
-        solver: dict[str, Any] | None = None,
-        gradient: dict[str, Any] | None = None,
-        jacobian: Jacobian | None = None,
-        **keywords: Any,
-    ) -> None:
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.solver_settings = solver
-        self.gradient_settings = gradient
-        self.jacobian = jacobian
+        self.jacobian: Jacobian | None = getattr(self.args, "jacobian", None)
+        if hasattr(self.model, "project_"):
+            self.add_callback(ProjectionCallback())
         self.statistics = SolverStatistics()
         self.penalties: list[Tensor] = []
         self.micro_step = 0
 
     def stage_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model that the training step adds to the batch."""
-        extra = {"solver": self.solver_settings, "gradient": self.gradient_settings}
+        extra = {key: getattr(self.args, key, None) for key in ("solver", "gradient")}
         return {key: value for key, value in extra.items() if value}
 
     def wants_penalty(self) -> bool:

@@ -22,7 +22,7 @@ from deqzoo.models.ignn.modeling_ignn import (
 from deqzoo.models.ignn.projection import project_rows, row_norm
 from deqzoo.models.ignn.sparse import Adjacency
 from deqzoo.models.ignn.symmetry import merge_equal_nodes, refine
-from deqzoo.training.graphs import NormBoundCallback
+from deqzoo.training.constraints import ProjectionCallback
 
 
 def config(**changes):
@@ -423,7 +423,7 @@ def test_trainer(tmp_path):
         train_dataset=data,
         eval_dataset=data,
         data_collator=collate_graphs,
-        callbacks=[NormBoundCallback()],
+        callbacks=[ProjectionCallback()],
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
+from deqzoo import DEQTrainer, DEQTrainingArguments
+from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.training.norms import freeze_batch_norm
 from deqzoo.training.recipe import Jacobian
-from deqzoo.training.trainer import DEQTrainer
 
 
 def tiny_model(**changes: object) -> MDEQForImageClassification:
     torch.manual_seed(0)
     settings = {
-        "lr_scheduler_type": "constant",  # so that shorter runs are the beginning of longer ones
         "channels": [8, 8], "head_channels": [4, 4], "final_channels": 16, "expansion": 1,
         "num_groups": 2, "image_size": 8, "num_labels": 2,
         "solver": {"name": "anderson", "max_steps": 15, "tol": 1e-4},
@@ -111,26 +111,55 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
     assert any(not torch.equal(start[name], value) for name, value in states[0].items())
 
 
-def test_own_trainer_logs_the_solver_and_overrides_it(tmp_path: Path) -> None:
-    def run(**keywords: object) -> dict:
-        trainer = DEQTrainer(
-            tiny_model(), arguments(tmp_path, max_steps=2), train_dataset=Pictures(), **keywords
-        )
-        trainer.train()
-        return next(entry for entry in trainer.state.log_history if "loss" in entry)
+def own(folder: Path, **changes: object) -> dict[str, float]:
+    """First log line of a DEQTrainer."""
+    settings = arguments(folder, max_steps=2).to_dict() | changes
+    trainer = DEQTrainer(tiny_model(), DEQTrainingArguments(**settings), train_dataset=Pictures())
+    trainer.train()
+    return next(entry for entry in trainer.state.log_history if "loss" in entry)
 
-    usual = run()
+
+def test_own_trainer_logs_the_solver_and_overrides_it(tmp_path: Path) -> None:
+    usual = own(tmp_path)
     for key in ("steps", "steps_p95", "residual", "residual_p95", "converged", "time_share"):
         assert f"solver_{key}" in usual
     assert 0 < usual["solver_time_share"] <= 1
-    short = run(solver={"name": "anderson", "max_steps": 2, "tol": 0.0})
+    short = own(tmp_path, solver={"name": "anderson", "max_steps": 2, "tol": 0.0})
     assert short["solver_steps"] == 2 < usual["solver_steps"]
     assert short["solver_residual"] > usual["solver_residual"]
-    other = run(gradient={"name": "jfb"})
+    other = own(tmp_path, gradient="jfb")
     assert other["grad_norm"] != pytest.approx(usual["grad_norm"], rel=1e-3)
-    penalised = run(jacobian=Jacobian(weight=1.0, every=1))
+    penalised = own(tmp_path, jacobian_weight=1.0, jacobian_every=1)
     assert penalised["jacobian_penalty"] > 0
     assert penalised["grad_norm"] != pytest.approx(usual["grad_norm"], rel=1e-3)
+
+
+def test_own_trainer_takes_plain_arguments(tmp_path: Path) -> None:
+    trainer = DEQTrainer(tiny_model(), arguments(tmp_path, max_steps=1), train_dataset=Pictures())
+    trainer.train()
+    assert trainer.jacobian is None and "solver_steps" in trainer.state.log_history[0]
+
+
+def test_arguments_are_read_from_a_command_line(tmp_path: Path) -> None:
+    line = ["--output_dir", str(tmp_path), "--solver", '{"name": "broyden", "max_steps": 7}',
+            "--gradient", "jfb", "--jacobian_weight", "0.5", "--jacobian_every", "3"]  # fmt: skip
+    (read,) = HfArgumentParser(DEQTrainingArguments).parse_args_into_dataclasses(line)
+    assert read.solver == {"name": "broyden", "max_steps": 7} and read.gradient == "jfb"
+    assert read.jacobian == Jacobian(weight=0.5, every=3, probes=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solver": "newton"}, "solver: .*anderson"),
+        ({"gradient": {"name": "upg", "step": 3}}, "gradient: .*step"),
+        ({"jacobian_weight": -1.0}, "jacobian_weight must not be negative, got -1.0"),
+        ({"jacobian_every": 0}, "jacobian_every must be at least 1, got 0"),
+    ],
+)
+def test_arguments_are_checked(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DEQTrainingArguments(str(tmp_path), **changes)
 
 
 def test_batch_norms_stay_frozen() -> None:

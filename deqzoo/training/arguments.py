@@ -1,0 +1,70 @@
+"""Arguments of a training run that plain `TrainingArguments` has no field for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from deqzoo.equilibrium import make_gradient, make_solver
+from deqzoo.errors import UserError
+from deqzoo.training.recipe import Jacobian
+
+
+@dataclass
+class DEQTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with solver, gradient and Jacobian penalty of the training steps.
+
+    What is given here holds for training steps only; evaluation, and the saved checkpoint, keep
+    the solver and gradient of the model's config.
+
+    Args:
+        solver: settings over those of the config, e.g. `{"name": "anderson", "max_steps": 8}`, or
+            a solver's name; a JSON object on a command line read by `HfArgumentParser`.
+        gradient: likewise, e.g. `{"name": "npg", "steps": 5, "damping": 0.5}`.
+        jacobian_weight: weight γ of the Jacobian penalty (Bai et al., ICML 2021); 0 for none.
+        jacobian_every: the penalty is added on every n-th step.
+        jacobian_probes: random probes per sample of the penalty's estimate.
+
+    Raises:
+        UserError: an unknown solver, gradient or option, or a number out of range.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "solver", "gradient"]
+
+    solver: dict | str | None = field(
+        default=None, metadata={"help": "Solver of training steps: a name or a JSON object."}
+    )
+    gradient: dict | str | None = field(
+        default=None, metadata={"help": "Gradient of training steps: a name or a JSON object."}
+    )
+    jacobian_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the Jacobian penalty; 0 for none."}
+    )
+    jacobian_every: int = field(
+        default=4, metadata={"help": "The Jacobian penalty is added on every n-th step."}
+    )
+    jacobian_probes: int = field(
+        default=1, metadata={"help": "Random probes per sample of the Jacobian penalty."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, make in (("solver", make_solver), ("gradient", make_gradient)):
+            try:
+                if value := getattr(self, name):
+                    make(value)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from error
+        if self.jacobian_weight < 0:
+            raise UserError(f"jacobian_weight must not be negative, got {self.jacobian_weight}")
+        for name in ("jacobian_every", "jacobian_probes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def jacobian(self) -> Jacobian | None:
+        """The penalty's settings, or None."""
+        if not self.jacobian_weight:
+            return None
+        return Jacobian(self.jacobian_weight, self.jacobian_every, self.jacobian_probes)
