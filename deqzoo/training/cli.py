@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -52,10 +53,13 @@ def train(
     if queue is not None:
         _queue(queue, data, output or Path("runs"), show, threads)
         return
+    assert recipe is not None
+    if _of_nodes(recipe):
+        _nodes(recipe, data, output, resume, dry_run, max_steps, seed, quiet)
+        return
     from deqzoo.training.recipe import load_recipe, with_seed
     from deqzoo.training.run import build_task, leave_process_group, run_recipe
 
-    assert recipe is not None
     loaded = load_recipe(recipe)
     if seed is not None:
         loaded = with_seed(loaded, seed)
@@ -85,3 +89,38 @@ def _queue(path: Path, data: Path | None, runs: Path, show: bool, threads: int) 
     if not show:
         queue.work(entries, runs, data, threads)
         typer.echo(queue.render(entries, runs))
+
+
+def _of_nodes(recipe: Path) -> bool:
+    from deqzoo.training.graph_nodes import NodeRecipe
+
+    return NodeRecipe.describes(recipe)
+
+
+def _nodes(
+    path: Path,
+    data: Path | None,
+    output: Path | None,
+    resume: bool,
+    dry_run: bool,
+    max_steps: int | None,
+    seed: int | None,
+    quiet: bool,
+) -> None:
+    """Train a node classifier: whole graphs, without the stages of the other recipes."""
+    from deqzoo.training.graph_nodes import NodeRecipe, NodeRun, train_nodes
+
+    recipe = NodeRecipe.read(path)
+    if seed is not None:
+        recipe = replace(recipe, seed=seed, name=f"{recipe.name}-s{seed}")
+    if max_steps is not None:
+        raise UserError("--max-steps is for pictures and text; set epochs in a graph recipe")
+    if data is None:
+        raise UserError(f"name the folder that holds {recipe.data} with --data")
+    if dry_run:
+        typer.echo(json.dumps(NodeRun(recipe, data).describe(), indent=2))
+        return
+    out = output or Path("runs") / recipe.name
+    record = train_nodes(recipe, data, out, resume=resume, progress=not quiet)
+    typer.echo(f"test: {json.dumps(record['test'])}")
+    typer.echo(f"weights in {out / 'model'}")

@@ -1,4 +1,4 @@
-"""Commands of the graph family: predict, train, and the table."""
+"""Commands of the graph family: predict, and the table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
     app.command("predict-graphs")(predict_graphs)
     app.command("ignn-table")(ignn_table)
-    app.command("ignn-train")(ignn_train)
 
 
 def predict_graphs(
@@ -103,15 +102,3 @@ def _write_notes(folds: dict[str, Any], results: Path) -> None:
     if runs:
         text = rendering.render_nodes({run.parent.name: read_json(run) for run in runs})
         (results / "nodes.md").write_text(text, encoding="utf-8")
-
-
-def ignn_train(
-    recipe: Annotated[Path, typer.Argument(help="recipes/ignn-*.yaml of a node task.")],
-    data: DataRoot,
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-) -> None:
-    """Train a node classifier."""
-    from deqzoo.training.graph_nodes import NodeRecipe, train_nodes
-
-    record = train_nodes(NodeRecipe.read(recipe), data, output, typer.echo)
-    typer.echo(f"test: {json.dumps(record['test'])}; written to {output}")

@@ -1,23 +1,31 @@
-"""Training of node classifiers from a recipe: whole graphs, one optimiser step each."""
+"""Training of node classifiers from a recipe: whole graphs, one optimiser step each.
+
+A run's folder holds `model/` (the weights of the best validation epoch, and `run.json`, the run's
+record), `snapshots/` (half-precision weights from initialisation to the end), and until the run is
+finished `state.pt`, from which it can be resumed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from deqzoo.errors import UserError
 from deqzoo.evaluation.graph_nodes import (
     NODE_TASKS,
     SPLITS,
-    NodePart,
     NodeTask,
     evaluate_parts,
     node_parts,
@@ -25,6 +33,11 @@ from deqzoo.evaluation.graph_nodes import (
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.modeling_ignn import IGNNForNodeClassification
 from deqzoo.training.graphs import read_yaml
+from deqzoo.training.run import peak_memory, versions
+
+N_SNAPSHOTS = 10
+SAVE_SECONDS = 60.0
+"""Time between two states that a run can be resumed from."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,15 @@ class NodeRecipe:
             raise UserError(f"{path}: set data to one of {', '.join(NODE_TASKS)}")
         return recipe
 
+    @staticmethod
+    def describes(path: str | Path) -> bool:
+        """Whether a file looks like such a recipe: its `data` is a name and not a mapping."""
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return isinstance(content, dict) and isinstance(content.get("data"), str)
+
 
 def node_config(task: NodeTask, example: Any, settings: dict[str, Any]) -> IGNNConfig:
     """Return the configuration for a data set's sizes.
@@ -83,66 +105,218 @@ def node_config(task: NodeTask, example: Any, settings: dict[str, Any]) -> IGNNC
         raise UserError(f"model settings: {' '.join(str(error).split())}") from error
 
 
-def train_nodes(
-    recipe: NodeRecipe, root: str | Path, output: str | Path, report: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Train a node classifier, keep the weights of the best validation epoch, and write them.
+class NodeRun:
+    """A node classifier in training.
 
     Args:
         recipe: what to train.
         root: folder of the data sets.
-        output: folder for the checkpoint, with the record of the run in `run.json`.
-        report: gets one line per evaluation.
+
+    Raises:
+        UserError: data that cannot be read, or model settings that do not fit together.
+    """
+
+    def __init__(self, recipe: NodeRecipe, root: str | Path) -> None:
+        self.recipe = recipe
+        self.task = NODE_TASKS[recipe.data]
+        torch.manual_seed(recipe.seed)
+        loaded = {split: self.task.load(Path(root), split) for split in SPLITS}
+        self.fingerprint = _fingerprint(loaded)
+        config = node_config(self.task, loaded["train"][0], recipe.model)
+        self.model = IGNNForNodeClassification(config)
+        self.parts = {split: node_parts(config, loaded[split], split) for split in SPLITS}
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
+        self.epoch = 0
+        self.best = -1.0
+        self.weights = self._copy()
+        self.curve: list[dict[str, float]] = []
+        self.seconds = self.cpu_seconds = 0.0
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes of model and data, without training anything."""
+        graphs = [part.graphs for parts in self.parts.values() for part in parts]
+        return {
+            "name": self.recipe.name,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "largest_graph": max(g.features.shape[0] for g in graphs),
+            "steps_per_epoch": len(self.parts["train"]),
+            "epochs": self.recipe.epochs,
+            "data_fingerprint": self.fingerprint,
+        }
+
+    def train(self, out: Path, progress: bool = True) -> dict[str, Any]:
+        """Train the epochs that are left, and write the result.
+
+        Returns:
+            The record: recipe, curve on the validation part, figures of the best epoch's weights
+            on the validation and test parts, times, versions and the data's fingerprint.
+        """
+        saved = time.monotonic()
+        if self.epoch == 0:
+            self._snapshot(out)
+        bar = tqdm(
+            total=self.recipe.epochs, initial=self.epoch, desc=self.recipe.name, unit="epoch",
+            disable=not progress,
+        )  # fmt: skip
+        with bar:
+            while self.epoch < self.recipe.epochs:
+                bar.set_postfix(self.step())
+                bar.update()
+                if self.epoch in _snapshot_epochs(self.recipe.epochs):
+                    self._snapshot(out)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self.save(out / "state.pt")
+                    saved = time.monotonic()
+        return self._finish(out)
+
+    def step(self) -> dict[str, float]:
+        """Train an epoch, evaluate where it is due, and return what was found."""
+        start, cpu_start = time.perf_counter(), time.process_time()
+        self.epoch += 1
+        found = {"loss": round(self._train_epoch(), 5)}
+        if self.epoch % self.recipe.evaluate_every == 0 or self.epoch == self.recipe.epochs:
+            figures = evaluate_parts(self.model, self.parts["validation"])
+            self.curve.append({"epoch": self.epoch, **found, **figures})
+            found[self.task.figure] = figure = figures[self.task.figure]
+            if figure > self.best:
+                self.best, self.weights = figure, self._copy()
+        self.seconds += time.perf_counter() - start
+        self.cpu_seconds += time.process_time() - cpu_start
+        return found
+
+    def _train_epoch(self) -> float:
+        self.model.train()
+        parts = self.parts["train"]
+        total = 0.0
+        for i in torch.randperm(len(parts)).tolist():
+            output = parts[i].run(self.model)
+            self.optimizer.zero_grad()
+            output.loss.backward()
+            self.optimizer.step()
+            self.model.project_()
+            total += float(output.loss.detach())
+        return total / len(parts)
+
+    def _finish(self, out: Path) -> dict[str, Any]:
+        record = {
+            "recipe": dataclasses.asdict(self.recipe),
+            "seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu_seconds, 1),
+            "threads": torch.get_num_threads(),
+            **peak_memory(),
+            "versions": versions(),
+            "data_fingerprint": self.fingerprint,
+            "curve": self.curve,
+        }
+        self.model.load_state_dict(self.weights)
+        for part in (*self.parts["validation"], *self.parts["test"]):
+            part.states = None  # the reported steps are those of a cold start
+        record["validation"] = evaluate_parts(self.model, self.parts["validation"])
+        record["test"] = evaluate_parts(self.model, self.parts["test"])
+        self.model.eval().save_pretrained(out / "model")
+        (out / "model" / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / "state.pt").unlink(missing_ok=True)
+        return record
+
+    def _snapshot(self, out: Path) -> None:
+        folder = out / "snapshots"
+        folder.mkdir(parents=True, exist_ok=True)
+        half = {name: t.half() for name, t in self.model.state_dict().items()}
+        step = self.epoch * len(self.parts["train"])
+        save_file(half, folder / f"step-{step:07d}.safetensors")
+        self.model.config.save_pretrained(folder)
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {key: value.clone() for key, value in self.model.state_dict().items()}
+
+    def save(self, path: Path) -> None:
+        """Write everything that decides how the run goes on."""
+        state = {
+            "recipe": dataclasses.asdict(self.recipe),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "states": {split: [p.states for p in parts] for split, parts in self.parts.items()},
+            **{key: getattr(self, key) for key in _COUNTERS},
+        }
+        fresh = path.with_suffix(".new")
+        torch.save(state, fresh)
+        fresh.rename(path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a state that `save` wrote.
+
+        Raises:
+            UserError: it belongs to another recipe.
+        """
+        state = torch.load(path, weights_only=True)
+        if state["recipe"] != dataclasses.asdict(self.recipe):
+            raise UserError(f"{path.parent} holds a run of another recipe; choose another --output")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        for split, parts in self.parts.items():
+            for part, equilibria in zip(parts, state["states"][split], strict=True):
+                part.states = equilibria
+        for key in _COUNTERS:
+            setattr(self, key, state[key])
+
+
+_COUNTERS = ("epoch", "best", "weights", "curve", "seconds", "cpu_seconds")
+
+
+def train_nodes(
+    recipe: NodeRecipe,
+    root: str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a node classifier and keep the weights of the best validation epoch.
+
+    Args:
+        recipe: what to train.
+        root: folder of the data sets.
+        out: folder of the run; the checkpoint is its folder `model`.
+        resume: go on with a run that was cut off, or start if there is none.
+        progress: show a progress bar.
 
     Returns:
-        The record.
+        The record, see `NodeRun.train`.
+
+    Raises:
+        UserError: the folder holds another run, or data or settings do not fit.
     """
-    task = NODE_TASKS[recipe.data]
-    torch.manual_seed(recipe.seed)
-    loaded = {split: task.load(Path(root), split) for split in SPLITS}
-    config = node_config(task, loaded["train"][0], recipe.model)
-    model = IGNNForNodeClassification(config)
-    parts = {split: node_parts(config, loaded[split], split) for split in SPLITS}
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    best, weights, curve = -1.0, model.state_dict(), []
-    start, cpu_start = time.perf_counter(), time.process_time()
-    for epoch in range(1, recipe.epochs + 1):
-        loss = _train_epoch(model, parts["train"], optimizer)
-        if epoch % recipe.evaluate_every and epoch != recipe.epochs:
-            continue
-        figures = evaluate_parts(model, parts["validation"])
-        curve.append({"epoch": epoch, "loss": round(loss, 5), **figures})
-        shown = f"{task.figure} {figures[task.figure]:.4f}"
-        report(f"{recipe.name} epoch {epoch}: loss {loss:.4f}, {shown}")
-        if figures[task.figure] > best:
-            best = figures[task.figure]
-            weights = {key: value.clone() for key, value in model.state_dict().items()}
-    record = {
-        "recipe": dataclasses.asdict(recipe),
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time() - cpu_start, 1),
-        "curve": curve,
-    }
-    model.load_state_dict(weights)
-    for part in (*parts["validation"], *parts["test"]):
-        part.states = None  # the reported steps are those of a cold start
-    record["validation"] = evaluate_parts(model, parts["validation"])
-    record["test"] = evaluate_parts(model, parts["test"])
-    model.eval().save_pretrained(output)
-    (Path(output) / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-    return record
+    out = Path(out)
+    state, finished = out / "state.pt", out / "model" / "run.json"
+    if not resume and (state.exists() or finished.exists()):
+        raise UserError(f"{out} already holds a run; add --resume to go on, or remove it")
+    if resume and finished.exists() and not state.exists():
+        record = json.loads(finished.read_text(encoding="utf-8"))
+        if record["recipe"] != dataclasses.asdict(recipe):
+            raise UserError(f"{out} holds a run of another recipe; choose another --output")
+        return record
+    run = NodeRun(recipe, root)
+    if resume and state.exists():
+        run.restore(state)
+    return run.train(out, progress)
 
 
-def _train_epoch(
-    model: IGNNForNodeClassification, parts: list[NodePart], optimizer: torch.optim.Optimizer
-) -> float:
-    model.train()
-    total = 0.0
-    for i in torch.randperm(len(parts)).tolist():
-        output = parts[i].run(model)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        model.project_()
-        total += float(output.loss.detach())
-    return total / len(parts)
+def _snapshot_epochs(epochs: int) -> set[int]:
+    return {round(i * epochs / (N_SNAPSHOTS - 1)) for i in range(N_SNAPSHOTS)}
+
+
+def _fingerprint(loaded: dict[str, list[Any]]) -> str:
+    """SHA-256 over features, edges, labels and masks of all splits."""
+    digest = hashlib.sha256()
+    for split, graphs in loaded.items():
+        for graph in graphs:
+            for name in ("x", "edge_index", "y", "train_mask", "val_mask", "test_mask"):
+                value = getattr(graph, name, None)
+                if value is not None:
+                    digest.update(f"{split} {name} {tuple(value.shape)}".encode())
+                    digest.update(value.detach().cpu().to_dense().contiguous().numpy().tobytes())
+    return digest.hexdigest()

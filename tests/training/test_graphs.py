@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from deqzoo.cli import run
 from deqzoo.data.graphs import honest_folds, load_graph_set
 from deqzoo.errors import UserError
 from deqzoo.evaluation.graph_table import cell, render, render_nodes, render_notes
-from deqzoo.training.graph_nodes import NodeRecipe, train_nodes
+from deqzoo.training.graph_nodes import NodeRecipe, NodeRun, train_nodes
 from deqzoo.training.graph_table import Job, all_jobs, collect, run_table
 from deqzoo.training.graphs import FoldRun, FoldSettings
 
@@ -150,14 +151,45 @@ def test_node_recipe_on_ppi_layout(tmp_path):
         epochs=3,
         evaluate_every=2,
     )
-    lines = []
-    record = train_nodes(recipe, tmp_path, tmp_path / "model", lines.append)
-    assert len(lines) == 2 and "micro_f1" in record["test"]
+    record = train_nodes(recipe, tmp_path, tmp_path / "run", progress=False)
+    assert [entry["epoch"] for entry in record["curve"]] == [2, 3] and "micro_f1" in record["test"]
+    assert len(list((tmp_path / "run" / "snapshots").glob("step-*"))) == 4  # 0 to 3 epochs
+    assert train_nodes(recipe, tmp_path, tmp_path / "run", resume=True) == record
+    with pytest.raises(UserError, match="already holds a run"):
+        train_nodes(recipe, tmp_path, tmp_path / "run")
+    with pytest.raises(UserError, match="another recipe"):
+        train_nodes(replace(recipe, seed=1), tmp_path, tmp_path / "run", resume=True)
     target = tmp_path / "evaluation.json"
-    arguments = ["evaluate", str(tmp_path / "model"), "--data", str(tmp_path)]
+    arguments = ["evaluate", str(tmp_path / "run" / "model"), "--data", str(tmp_path)]
     assert run([*arguments, "--output", str(target)]) == 0
     results = json.loads(target.read_text())["results"]
     assert results["micro_f1"] == pytest.approx(record["test"]["micro_f1"])
+
+
+def test_node_run_resumes_bit_for_bit(tmp_path, capsys):
+    pytest.importorskip("networkx")
+    write_ppi(tmp_path / "PPI" / "raw")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "{name: ppi-test, data: PPI, epochs: 6, evaluate_every: 2, "
+        "model: {hidden_sizes: [8, 4], dropout: 0.3}}"
+    )
+    command = ["train", str(file), "--data", str(tmp_path), "--quiet"]
+    assert run([*command, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] > 0
+    assert run([*command, "--output", str(tmp_path / "whole")]) == 0
+    whole = json.loads((tmp_path / "whole" / "model" / "run.json").read_text())
+    cut = NodeRun(NodeRecipe.read(file), tmp_path)
+    for _ in range(3):
+        cut.step()
+    (tmp_path / "cut").mkdir()
+    cut.save(tmp_path / "cut" / "state.pt")
+    assert run([*command, "--output", str(tmp_path / "cut"), "--resume"]) == 0
+    resumed = json.loads((tmp_path / "cut" / "model" / "run.json").read_text())
+    for key in ("recipe", "curve", "validation", "test", "data_fingerprint"):
+        assert resumed[key] == whole[key]
+    assert not (tmp_path / "cut" / "state.pt").exists()
+    assert run(["train", str(file)]) == 2 and "--data" in capsys.readouterr().err
 
 
 def test_bad_recipes(tmp_path):
