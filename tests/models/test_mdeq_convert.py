@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from deqzoo.models.mdeq.convert_mdeq import (
     convert,
     deqzoo_to_official,
     official_to_deqzoo,
-    read_state_dict,
 )
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.models.mdeq.presets_mdeq import PRESETS
@@ -270,62 +268,6 @@ def test_names_go_both_ways(name):
         model = MDEQForImageClassification(MDEQConfig.from_preset(name))
     for ours, theirs in zip(model.state_dict(), official_names(model), strict=True):
         assert official_to_deqzoo(theirs) == ours and deqzoo_to_official(ours) == theirs
-
-
-class Malicious:
-    """Unpickling this calls a function of its choice."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_a_malicious_pickle_is_refused(tmp_path):
-    victim = tmp_path / "touched"
-    source = tmp_path / "weights.pth"
-    torch.save({"state_dict": official("two_branch_small"), "extra": Malicious(victim)}, source)
-    with pytest.raises(UserError, match=r"more than tensors \(.* could run code"):
-        convert(source, "mdeq-cifar-tiny", tmp_path / "out")
-    source.write_bytes(pickle.dumps(Malicious(victim)))
-    with pytest.raises(UserError, match="another format"):
-        convert(source, "mdeq-cifar-tiny", tmp_path / "out")
-    assert not victim.exists()
-
-
-@pytest.mark.parametrize("suffix", ("safetensors", "pth"))
-@pytest.mark.parametrize("content", (b"", b"hello, this is text", b"\x80" * 400))
-def test_damaged_files(content, suffix, tmp_path):
-    source = tmp_path / f"weights.{suffix}"
-    source.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        read_state_dict(source)
-    assert "\n" not in str(caught.value) and str(source) in str(caught.value)
-
-
-def test_truncated_files(tmp_path):
-    whole = tmp_path / "whole.safetensors"
-    save_file(official("two_branch_small"), whole)
-    torch.save(official("two_branch_small"), tmp_path / "whole.pth")
-    for suffix in ("safetensors", "pth"):
-        content = (tmp_path / f"whole.{suffix}").read_bytes()
-        source = tmp_path / f"cut.{suffix}"
-        source.write_bytes(content[: len(content) // 2])
-        with pytest.raises(UserError, match="cut"):
-            read_state_dict(source)
-
-
-def test_files_without_a_state_dict(tmp_path):
-    source = tmp_path / "weights.pth"
-    for content in ({"epoch": 3}, [torch.zeros(2)], torch.zeros(2), {}, {"state_dict": {}}):
-        torch.save(content, source)
-        with pytest.raises(UserError, match="state dict"):
-            read_state_dict(source)
-    with pytest.raises(UserError, match="no checkpoint file"):
-        read_state_dict(tmp_path / "absent.pth")
-    with pytest.raises(UserError, match="no checkpoint file"):
-        read_state_dict(tmp_path)
 
 
 def test_bad_configurations(tmp_path):

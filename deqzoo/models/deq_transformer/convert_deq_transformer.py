@@ -1,17 +1,14 @@
 """Official checkpoints (locuslab/deq, locuslab/torchdeq) to this package's layout."""
 
-import json
-import pickle
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from deqzoo.errors import UserError
+from deqzoo.models.convert import output_folder, read_settings, read_state_dict
 from deqzoo.models.deq_transformer.configuration_deq_transformer import (
     VARIANTS,
     DEQTransformerConfig,
@@ -85,17 +82,8 @@ def read_config(source: str | Path) -> DEQTransformerConfig:
     """Configuration from a preset, or a JSON file with settings at its top or in ``config``."""
     if str(source) in PRESETS:
         return DEQTransformerConfig.from_preset(str(source))
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(
-            f"--config {source}: neither a JSON file nor a preset ({', '.join(PRESETS)})."
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        settings = content.get("config", content)
-        return config_from_settings(dict(settings))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is not a JSON object of settings: {error}") from error
+    content = read_settings(Path(source), PRESETS)
+    return config_from_settings(content.get("config", content))
 
 
 def converted_key(key: str) -> str | None:
@@ -134,7 +122,6 @@ def convert_state_dict(
     Raises:
         UserError: tied copies differ.
     """
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     converted = {}
     for key, tensor in state_dict.items():
         name = converted_key(key)
@@ -204,48 +191,21 @@ def convert(source: str | Path, config: str | Path, output: str | Path) -> Path:
     A tokenizer is not written: official checkpoints come without their vocabulary.
 
     Args:
-        source: state dict, `.safetensors` or a pickle.
+        source: a file as `read_state_dict` takes it; its state dict may have the prefix "sd.".
         config: a preset's name, or a JSON file with the settings.
         output: folder to write.
 
     Raises:
         UserError: unreadable files, impossible settings, or tensors that do not fit them.
     """
-    model = build_model(read_state_dict(Path(source)), read_config(config))
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file; name a folder")
+    output = output_folder(output)
+    state_dict = without_companions(read_state_dict(Path(source)))
+    model = build_model(state_dict, read_config(config))
     model.save_pretrained(output)
     return output
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file.
-
-    A state dict may lie under "state_dict", "model_state_dict" or "model", or share a file with
-    other tensors under the prefix "sd.".
-
-    Raises:
-        UserError: the file is missing, damaged, unsafe, or holds no state dict.
-    """
-    if not path.is_file():
-        raise UserError(f"no checkpoint file at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling arbitrary bytes fails in arbitrary ways
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            reason = "it holds more than tensors, which could run code: save the bare state dict"
-        else:
-            reason = f"it is damaged or of another format ({type(error).__name__})"
-        raise UserError(f"cannot read {path} as a checkpoint: {reason}") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = content if isinstance(content, Mapping) else {}
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{path} holds no state dict, that is, no mapping of names to tensors")
+def without_companions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a file in which it has the prefix "sd." among other tensors."""
     inner = {key.removeprefix("sd."): v for key, v in tensors.items() if key.startswith("sd.")}
-    return inner or dict(tensors)
+    return inner or tensors

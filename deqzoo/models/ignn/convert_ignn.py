@@ -7,21 +7,16 @@ Omega_2, the zero start X_0) are left out, unless the configuration asks for `of
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from deqzoo.errors import UserError
+from deqzoo.models.convert import one_line, output_folder, read_settings, read_state_dict
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.modeling_ignn import (
     IGNNForGraphClassification,
@@ -71,7 +66,7 @@ def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
     """Write a checkpoint as a `from_pretrained` folder.
 
     Args:
-        src: the state dict, `.safetensors` or a pickle, bare or under the key `state_dict`.
+        src: the state dict, a file as `read_state_dict` takes it.
         config: a name from `PRESETS`, or a JSON file with settings of `IGNNConfig`.
         output: the folder to write.
 
@@ -81,42 +76,10 @@ def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
     Raises:
         UserError: unreadable files, settings that do not fit, or tensors that are no IGNN's.
     """
+    output = output_folder(output)
     model = build_model(read_state_dict(Path(src)), read_config(config))
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file; name a folder")
     model.save_pretrained(output)
     return output
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint file.
-
-    Raises:
-        UserError: the file is missing, damaged, unsafe, or holds no state dict.
-    """
-    if not path.is_file():
-        raise UserError(f"no checkpoint file at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is not a plain state dict and was not loaded, since unpickling it could run "
-            f"code: {_one_line(error)}"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} as a checkpoint: {_one_line(error)}") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    named = isinstance(content, Mapping) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    )
-    if not named or not content:
-        raise UserError(f"{path} holds no state dict (names with tensors)")
-    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
 
 
 def read_config(config: str | Path) -> dict[str, Any]:
@@ -130,17 +93,7 @@ def read_config(config: str | Path) -> dict[str, Any]:
     """
     if str(config) in PRESETS:
         return dict(PRESETS[str(config)])
-    path = Path(config)
-    if not path.is_file():
-        raise UserError(
-            f"{config} is neither a JSON file nor a preset; the presets are {', '.join(PRESETS)}"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} as JSON: {_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object with settings")
+    values = read_settings(Path(config), PRESETS)
     values = {**values, **values.get("config", {})}
     settings = dict(PRESETS.get(_preset_of(values.get("model")), {}))
     known = IGNNConfig().to_dict().keys() | {"problem_type", "id2label", "label2id"}
@@ -170,7 +123,7 @@ def build_model(
     try:
         config = IGNNConfig(**{**settings, **structure})
     except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"the configuration does not fit: {_one_line(error)}") from error
+        raise UserError(f"the configuration does not fit: {one_line(error)}") from error
     names = {key: deqzoo_name(key, architecture, len(config.hidden_sizes)) for key in state_dict}
     dtype = next(iter(state_dict.values())).dtype
     model = architecture(config).to(dtype)
@@ -182,7 +135,7 @@ def build_model(
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"the checkpoint does not fit: {_one_line(error)}") from error
+        raise UserError(f"the checkpoint does not fit: {one_line(error)}") from error
     if not config.official:
         model.project_()
     return model.eval()
@@ -257,7 +210,3 @@ def _preset_of(description: Any) -> str:
     if "graphclassification" in text:
         return "graphs"
     return next((name for name in ("chains", "amazon", "ppi") if name in text), "")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

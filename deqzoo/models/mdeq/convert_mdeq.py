@@ -1,16 +1,13 @@
 """Turns the state dict of an official MDEQ into a folder that `from_pretrained` loads.
 
 Understood sources: locuslab/deq, phantom_grad (which registers the map twice), the zoo of torchdeq
-and the older locuslab/mdeq (with frozen working copies), from `.safetensors` or from a pickle that
-is read with `weights_only=True`. Which tensors are weight-normalised, whether the injection is
-transformed and which norms are affine is decided by the keys present; the rest comes from the
-configuration.
+and the older locuslab/mdeq (with frozen working copies). Which tensors are weight-normalised,
+whether the injection is transformed and which norms are affine is decided by the keys present; the
+rest comes from the configuration.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +15,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from deqzoo.errors import UserError
+from deqzoo.models.convert import one_line, output_folder, read_settings, read_state_dict
 
 from .configuration_mdeq import MDEQConfig
 from .image_processing_mdeq import MDEQImageProcessor
@@ -106,7 +103,7 @@ def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
     """Write an official checkpoint as a `from_pretrained` folder with model and image processor.
 
     Args:
-        src: the state dict, `.safetensors` or a pickle, bare or under the key `state_dict`.
+        src: the state dict, a file as `read_state_dict` takes it.
         config: a preset's name, or a JSON file that names the architecture.
         output: the folder to write.
 
@@ -116,57 +113,18 @@ def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
     Raises:
         UserError: unreadable files, an incomplete configuration, or keys that do not fit it.
     """
-    model = build_model(read_state_dict(Path(src)), read_config(config))
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file; name a folder")
+    output = output_folder(output)
+    state_dict = normalise_keys(read_state_dict(Path(src)))
+    model = build_model(state_dict, read_config(config))
     model.save_pretrained(output)
     MDEQImageProcessor.for_config(model.config).save_pretrained(output)
     return output
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, unwrapped, without copies of the map, under official names.
-
-    Raises:
-        UserError: the file is missing, damaged, unsafe, or holds no state dict.
-    """
-    if not path.is_file():
-        raise UserError(f"no checkpoint file at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling arbitrary bytes fails in arbitrary ways
-        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and forbidden:
-            raise UserError(
-                f"{path} holds more than tensors ({forbidden[1]}) and was not loaded, since that "
-                "could run code: save the bare state dict, best as .safetensors"
-            ) from error
-        raise UserError(
-            f"cannot read {path} as a checkpoint: it is damaged or of another format "
-            f"({type(error).__name__})"
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise UserError(
-            f"{path} holds no state dict (names with tensors), nor one under 'state_dict'"
-        )
-    if not content:
-        raise UserError(f"{path} holds an empty state dict")
-    return normalise_keys(content)
 
 
 def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official key names of any source -> those of locuslab/deq, copies of the map dropped."""
     result = {}
     for key, tensor in state_dict.items():
-        key = key.removeprefix("module.")
         if _COPIES.match(key):
             continue
         if key.startswith("full_stage."):
@@ -221,18 +179,10 @@ def read_config(config: str | Path) -> dict[str, Any]:
     """
     if str(config) in PRESETS:
         return dict(PRESETS[str(config)])
-    path = Path(config)
-    if not path.is_file():
-        raise UserError(
-            f"{config} is neither a JSON file nor a preset; the presets are {', '.join(PRESETS)}"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} as JSON: {_first_line(error)}") from error
-    missing = [name for name in _REQUIRED if not isinstance(values, dict) or name not in values]
+    values = read_settings(Path(config), PRESETS)
+    missing = [name for name in _REQUIRED if name not in values]
     if missing:
-        raise UserError(f"{path} lacks the settings {', '.join(missing)}")
+        raise UserError(f"{config} lacks the settings {', '.join(missing)}")
     return {new: values[old] for old, new in _CONFIG_NAMES.items() if old in values}
 
 
@@ -273,8 +223,7 @@ def build_model(
     try:
         config = MDEQConfig(**settings)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the configuration is not valid: {reason}") from error
+        raise UserError(f"the configuration is not valid: {one_line(error)}") from error
     dtype = torch.float32
     floating = [t.dtype for t in state_dict.values() if t.is_floating_point()]
     if floating:
@@ -321,8 +270,3 @@ def _listed(entries: list[str], most: int = 20) -> str:
     """The entries, or the first of very many: a wrong preset misses hundreds of keys."""
     more = f" and {len(entries) - most} more" if len(entries) > most else ""
     return ", ".join(entries[:most]) + more
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
