@@ -4,60 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
-from deqzoo.equilibrium import Segments
+from deqzoo.equilibrium import Segments, Solution
 from deqzoo.errors import UserError
-from deqzoo.models.base import DEQPreTrainedModel
+from deqzoo.models.base import DEQPreTrainedModel, Settings
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
 from deqzoo.models.ignn.layer import ClippedSpectralNorm, ImplicitGraphLayer, linear
+from deqzoo.models.ignn.outputs import (
+    IGNNClassifierOutput,
+    IGNNModelOutput,
+    combined_report,
+    extended_report,
+)
 from deqzoo.models.ignn.projection import project_rows
 
 logger = logging.get_logger(__name__)
 
-Settings = dict | str | None
-
 _RADIUS_MARGIN = 1e-5
 """Added to measured spectral radii: eigenvalues are not exact (upstream adds the same)."""
-
-
-@dataclass
-class IGNNModelOutput(ModelOutput):
-    """Node states and the solver's report; G graphs with n nodes together.
-
-    Args:
-        last_hidden_state: (n, m), what the last layer gives.
-        n_steps: updates of the state, summed over the layers, int64 (G,).
-        residual: largest residual of the layers in the solver's stop mode, (G,).
-        converged: whether every layer's is below the tolerance, bool (G,).
-        hidden_states: the equilibrium of each layer, (n, m_i), with `output_hidden_states=True`.
-    """
-
-    last_hidden_state: Tensor | None = None
-    n_steps: Tensor | None = None
-    residual: Tensor | None = None
-    converged: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class IGNNClassifierOutput(ModelOutput):
-    """Logits, (G, num_labels) of graphs or (n, num_labels) of nodes, the loss when labels were
-    given, and the report of `IGNNModelOutput`."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    n_steps: Tensor | None = None
-    residual: Tensor | None = None
-    converged: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class IGNNPreTrainedModel(DEQPreTrainedModel):
@@ -197,8 +168,8 @@ class IGNNModel(IGNNPreTrainedModel):
         start: Tensor | None,
         solver: Settings,
         gradient: Settings,
-    ) -> Any:
-        """Solve one implicit layer fed with x (n, p); returns the core's `Solution`.
+    ) -> Solution:
+        """Solve one implicit layer fed with x (n, p).
 
         The solve starts from `start` (n, m), or from the injection, as upstream's does.
         """
@@ -247,10 +218,52 @@ class IGNNModel(IGNNPreTrainedModel):
                 x = nn.functional.elu(solution.state + linear(x, skip.weight) + skip.bias)
             else:
                 x = solution.state
-        return _report(x, solutions, output_hidden_states)
+        return combined_report(x, solutions, output_hidden_states)
 
 
-class IGNNForGraphClassification(IGNNPreTrainedModel):
+class _IGNNClassifier(IGNNPreTrainedModel):
+    """How the forward of every classifier starts and ends."""
+
+    def _states(
+        self,
+        graphs: GraphBatch,
+        initial_states: Sequence[Tensor] | None,
+        output_hidden_states: bool,
+        solver: Settings,
+        gradient: Settings,
+    ) -> IGNNModelOutput:
+        return self.ignn(
+            graphs,
+            initial_states=initial_states,
+            output_hidden_states=output_hidden_states,
+            solver=solver,
+            gradient=gradient,
+            return_dict=True,
+        )
+
+    def _classified(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        base: IGNNModelOutput,
+        mask: Tensor | None = None,
+    ) -> IGNNClassifierOutput:
+        """Return logits, the loss of those in the mask, and the solver's report."""
+        loss = None
+        if labels is not None:
+            scored = (logits, labels) if mask is None else (logits[mask], labels[mask])
+            loss = classification_loss(self.config, *scored)
+        return IGNNClassifierOutput(
+            loss=loss,
+            logits=logits,
+            n_steps=base.n_steps,
+            residual=base.residual,
+            converged=base.converged,
+            hidden_states=base.hidden_states,
+        )
+
+
+class IGNNForGraphClassification(_IGNNClassifier):
     """Sum over each graph's nodes, then a classifier of two linear layers."""
 
     def __init__(self, config: IGNNConfig) -> None:
@@ -284,25 +297,17 @@ class IGNNForGraphClassification(IGNNPreTrainedModel):
         """
         symmetrize = self.config.official and not self.training
         graphs = self.read_graphs(x, edge_index, edge_weight, batch, symmetrize)
-        base = self.ignn(
-            graphs,
-            initial_states=initial_states,
-            output_hidden_states=output_hidden_states,
-            solver=solver,
-            gradient=gradient,
-            return_dict=True,
-        )
+        base = self._states(graphs, initial_states, output_hidden_states, solver, gradient)
         nodes = base.last_hidden_state
         if graphs.counts is not None:
             nodes = nodes * graphs.counts[:, None]
         pooled = nodes.new_zeros(graphs.n_graphs, nodes.shape[1])
         pooled = pooled.index_add(0, graphs.index, nodes)
         logits = self.classifier(self.dropout(self.dense(pooled).relu()))
-        loss = None if labels is None else classification_loss(self.config, logits, labels)
-        return _classified(loss, logits, base)
+        return self._classified(logits, labels, base)
 
 
-class IGNNForNodeClassification(IGNNPreTrainedModel):
+class IGNNForNodeClassification(_IGNNClassifier):
     """A class, or several labels, for every node."""
 
     def __init__(self, config: IGNNConfig) -> None:
@@ -339,15 +344,7 @@ class IGNNForNodeClassification(IGNNPreTrainedModel):
             mask: (n,) bool, the nodes whose labels count in the loss.
         """
         graphs = self.read_graphs(x, edge_index, edge_weight, batch)
-        starts = None if initial_states is None else initial_states[: len(self.ignn.layers)]
-        base = self.ignn(
-            graphs,
-            initial_states=starts,
-            output_hidden_states=output_hidden_states,
-            solver=solver,
-            gradient=gradient,
-            return_dict=True,
-        )
+        base = self._states(graphs, initial_states, output_hidden_states, solver, gradient)
         nodes = base.last_hidden_state
         if self.config.normalize_states:
             nodes = nn.functional.normalize(nodes, dim=1)
@@ -358,12 +355,8 @@ class IGNNForNodeClassification(IGNNPreTrainedModel):
                 self.implicit_head, nodes, graphs, start, solver, gradient
             )
             logits = logits + solution.state
-            base = _merge(base, solution)
-        loss = None
-        if labels is not None:
-            chosen = slice(None) if mask is None else mask
-            loss = classification_loss(self.config, logits[chosen], labels[chosen])
-        return _classified(loss, logits, base)
+            base = extended_report(base, solution)
+        return self._classified(logits, labels, base, mask)
 
 
 def implicit_layer(config: IGNNConfig, in_features: int, out_features: int) -> ImplicitGraphLayer:
@@ -394,36 +387,6 @@ def classification_loss(config: IGNNConfig, logits: Tensor, labels: Tensor) -> T
     if labels.numel() != len(logits):
         raise UserError(f"{labels.numel()} labels for {len(logits)} predictions")
     return nn.functional.cross_entropy(logits, labels.reshape(-1).long())
-
-
-def _report(x: Tensor, solutions: list[Any], keep: bool) -> IGNNModelOutput:
-    return IGNNModelOutput(
-        last_hidden_state=x,
-        n_steps=torch.stack([s.n_steps for s in solutions]).sum(0),
-        residual=torch.stack([s.residual for s in solutions]).amax(0),
-        converged=torch.stack([s.converged for s in solutions]).all(0),
-        hidden_states=tuple(s.state.detach() for s in solutions) if keep else None,
-    )
-
-
-def _merge(base: IGNNModelOutput, solution: Any) -> IGNNModelOutput:
-    base.n_steps = base.n_steps + solution.n_steps
-    base.residual = torch.maximum(base.residual, solution.residual)
-    base.converged = base.converged & solution.converged
-    if base.hidden_states is not None:
-        base.hidden_states = (*base.hidden_states, solution.state.detach())
-    return base
-
-
-def _classified(loss: Tensor | None, logits: Tensor, base: IGNNModelOutput) -> IGNNClassifierOutput:
-    return IGNNClassifierOutput(
-        loss=loss,
-        logits=logits,
-        n_steps=base.n_steps,
-        residual=base.residual,
-        converged=base.converged,
-        hidden_states=base.hidden_states,
-    )
 
 
 __all__ = [
