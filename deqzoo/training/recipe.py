@@ -214,12 +214,27 @@ def _check(recipe: Recipe) -> None:
                     make(settings)
                 except ValueError as error:
                     raise ValueError(f"{place}.{key}: {error}") from error
+        _check_checkpointing(recipe, stage, place)
     for key in ("batch_size", "accumulate"):
         if getattr(recipe, key) < 1:
             raise ValueError(f"{key} must be at least 1, got {getattr(recipe, key)}")
     if not 0 <= recipe.average < 1:
         raise ValueError(
             f"average is the decay of a moving average in [0, 1), got {recipe.average}"
+        )
+
+
+def _check_checkpointing(recipe: Recipe, stage: Stage, place: str) -> None:
+    """The model would refuse it too, but only after the stages before."""
+    settings = stage.gradient or recipe.model.overrides.get("gradient")
+    if not recipe.gradient_checkpointing or stage.shallow or not settings:
+        return
+    gradient = make_gradient(settings)
+    if not gradient.can_checkpoint:
+        name = settings if isinstance(settings, str) else settings["name"]
+        raise ValueError(
+            f"gradient_checkpointing has no effect on gradient {name!r} of {place}, which keeps "
+            "one graph anyway; leave it out"
         )
 
 

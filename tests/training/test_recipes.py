@@ -68,6 +68,10 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         (changed(["optimizer", "name"], "lion"), "optimizer.name must be one of"),
         (changed(["batch_size"], True), "batch_size must be of type int"),
         (changed(["stages"], []), "at least one"),
+        (
+            {**changed(["stages", 0, "gradient"], {"name": "npg"}), "gradient_checkpointing": True},
+            r"no effect on gradient 'npg' of stages\[0\]",
+        ),
         ("a: [", "is not YAML"),
         ("- 1", "must be a mapping"),
     ],

@@ -1,0 +1,108 @@
+"""Short training runs that are compared with each other: variants × seeds of one recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cells import HERE, Cells, markdown_table, write_text
+
+from deqzoo.training.recipe import Recipe, load_recipe
+from deqzoo.training.run import run_recipe
+
+RECIPE = HERE.parents[1] / "recipes" / "mdeq-tiny-cifar-upg.yaml"
+
+
+def shortened(epochs: float) -> Recipe:
+    """The tiny CIFAR recipe cut to one stage at 16 × 16 pixels, scored on 2,000 pictures."""
+    recipe = load_recipe(RECIPE)
+    stage = replace(recipe.stages[0], epochs=epochs, resolution=16)
+    evaluation = replace(
+        recipe.evaluation, per_epoch=1 / math.ceil(epochs), samples=2000, snapshots=0
+    )
+    return replace(recipe, stages=(stage,), average=0.98, evaluation=evaluation)
+
+
+def train(recipe: Recipe, data: Path, out: Path) -> dict[str, float]:
+    """Run a recipe, from its checkpoint if it was cut off, and read its last validation."""
+    run_recipe(recipe, data, out, resume=True, progress=False)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "eval_accuracy" in line)
+    record = json.loads((out / "record.json").read_text())
+    return {
+        "accuracy": last["eval_accuracy"],
+        "nll": last["eval_nll"],
+        "residual": last["eval_residual_median"],
+        "pflop": record["pflop"],
+        "steps": record["steps"],
+        "epochs": record["epochs"],
+    }
+
+
+def report(cells: dict[str, dict[str, float]], variants: Iterable[str]) -> str:
+    """Mean and standard deviation over seeds, in the order of the variants."""
+    rows = []
+    for variant in variants:
+        found = [cell for key, cell in cells.items() if key.rsplit(" seed ", 1)[0] == variant]
+        if not found:
+            continue
+        accuracies = [100 * cell["accuracy"] for cell in found]
+        spread = f"{statistics.stdev(accuracies):.1f}" if len(found) > 1 else "–"
+        means = {
+            k: statistics.mean(cell[k] for cell in found) for k in ("nll", "residual", "pflop")
+        }
+        rows.append(
+            [
+                variant,
+                str(len(found)),
+                f"{statistics.mean(accuracies):.1f} ± {spread}",
+                f"{means['nll']:.3f}",
+                f"{means['residual']:.0e}",
+                f"{1000 * means['pflop']:.1f}",
+            ]
+        )
+    head = ["variant", "seeds", "validation accuracy, %", "validation loss"]
+    head += ["median relative residual", "TFLOP"]
+    return markdown_table(head, rows)
+
+
+def main(
+    name: str, description: str, variants: Iterable[str], recipe: Callable[[str, float], Recipe]
+) -> None:
+    """The command line of a study.
+
+    Args:
+        name: of its files.
+        description: for `--help`.
+        variants: names of what is compared.
+        recipe: gives the recipe of a variant for a number of epochs.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10")
+    parser.add_argument("--epochs", type=float, default=0.5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name)
+    parser.add_argument("--limit-cells", type=int, help="stop after so many new cells")
+    arguments = parser.parse_args()
+    variants = list(variants)
+
+    def measure(key: str) -> dict[str, Any]:
+        variant, seed = key.rsplit(" seed ", 1)
+        wanted = replace(recipe(variant, arguments.epochs), name=key, seed=int(seed))
+        return train(wanted, arguments.data, arguments.runs / key.replace(" ", "_"))
+
+    cells = Cells(name)
+    wanted = [f"{v} seed {s}" for s in range(arguments.seeds) for v in variants]
+    fresh = [key for key in wanted if key not in cells.done][: arguments.limit_cells]
+    cells.fill(fresh, measure)
+    missing = cells.save(wanted)
+    table = report(cells.done, variants)
+    print(table)
+    print("missing:", ", ".join(missing) or "nothing")
+    write_text(f"{name}_table.md", table)
