@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from deqzoo.equilibrium import Layout, Solution, Status, fixed_point, make_gradient, make_solver
+from deqzoo.equilibrium import (
+    Layout,
+    Solution,
+    Status,
+    fixed_point,
+    jacobian_penalty,
+    make_gradient,
+    make_solver,
+    spectral_radius,
+)
 from deqzoo.equilibrium.state import State
 
 logger = logging.get_logger(__name__)
@@ -132,19 +142,62 @@ class DEQPreTrainedModel(PreTrainedModel):
             gradient: change for this call.
             options: `trace`, `callback`, `sample_steps`, `compact` of `fixed_point`.
         """
-        checkpoint = bool(getattr(self, "gradient_checkpointing", False)) and self.training
         solution = fixed_point(
             f,
             z0,
             solver=self._solver(solver),
             gradient=self._gradient(gradient),
             layout=layout,
-            checkpoint=checkpoint and torch.is_grad_enabled(),
+            checkpoint=self._recomputing,
             **options,
         )
         self.solver_seconds += solution.seconds
         self._warn_unsolved(solution)
         return solution
+
+    @property
+    def _recomputing(self) -> bool:
+        """Whether the steps being recorded are recomputed in the backward pass."""
+        wanted = bool(getattr(self, "gradient_checkpointing", False))
+        return wanted and self.training and torch.is_grad_enabled()
+
+    def iterate(self, f: Callable[[State], State], state: State, n: int) -> tuple[State, State]:
+        """Apply a map n ≥ 1 times, differentiably; return the last state but one, and the last."""
+        previous = state
+        for _ in range(n):
+            previous = state
+            state = recompute(f, state, use_reentrant=False) if self._recomputing else f(state)
+        return previous, state
+
+    def jacobian_loss(
+        self,
+        f: Callable[[State], State],
+        state: State,
+        n_probes: int = 1,
+        probes: Sequence[State] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Estimate of ‖∂F/∂h‖²_F / d at a state, the mean over the batch, to add to the loss.
+
+        Args:
+            f, state: `equilibrium_map` and `state` of an output made with `output_state=True`.
+            n_probes: random vectors per sample.
+            probes: those vectors, shaped like the state, instead of random ones.
+            generator: source of the random vectors.
+        """
+        return jacobian_penalty(f, state, n_probes, probes, generator)
+
+    def spectral_radius(
+        self,
+        f: Callable[[State], State],
+        state: State,
+        n_iter: int = 60,
+        estimator: Literal["growth", "rayleigh"] = "growth",
+        v0: State | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Spectral radius of ∂F/∂h per sample, (B,); see `deqzoo.equilibrium.spectral_radius`."""
+        return spectral_radius(f, state, n_iter, estimator, v0, generator)
 
     def _warn_unsolved(self, solution: Solution) -> None:
         """Say once per model that a solve ended early; training logs the share of such samples."""

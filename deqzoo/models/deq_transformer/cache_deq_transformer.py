@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from deqzoo.models.deq_transformer.block import EquilibriumMap
+
 
 class EquilibriumCacheLayer(CacheLayerMixin):
     """Keys and values (B, H, M, D) of the last ``window`` - 1 solved tokens.
@@ -132,6 +134,14 @@ class DEQTransformerCache(Cache):
     def layer(self) -> EquilibriumCacheLayer:
         """The only layer: the model has one block."""
         return self.layers[0]
+
+    @torch.no_grad()
+    def remember(self, f: EquilibriumMap, states: Tensor, valid: Tensor | None) -> None:
+        """Append the tokens of a map, solved to ``states`` (B, T, d); ``valid`` (B, T) or None."""
+        ((key, value),) = f.append_to_past(states)
+        self.update(key, value, 0)
+        self.layer.extend_valid(valid, states.shape[1], states.shape[0])
+        self.last_state = states[:, -1:].detach()
 
     def reset(self) -> None:
         """Forget every token."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.adaptive import IGNORED
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
+from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 
 
 def targets_of(labels: Tensor | None, shift: bool, attention_mask: Tensor | None) -> Tensor | None:
@@ -30,6 +31,27 @@ def valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | N
             f"{tuple(input_ids.shape)}."
         )
     return None if bool(valid.all()) else valid
+
+
+def check_past(
+    config: DEQTransformerConfig, cache: Any, memory: Any, use_cache: bool | None
+) -> None:
+    """Refuse a past that this model cannot read, or two at once.
+
+    Raises:
+        UserError: another model's cache, a cache without an equilibrium, or cache and memory.
+    """
+    if cache is not None and not isinstance(cache, DEQTransformerCache):
+        raise UserError(
+            f"past_key_values must be a DEQTransformerCache, got {type(cache).__name__}."
+        )
+    if (cache is not None or use_cache) and not config.has_equilibrium:
+        raise UserError(
+            f"{config.variant} with norm_placement={config.norm_placement!r} has no "
+            "equilibrium to cache; call it with use_cache=False."
+        )
+    if (cache is not None or use_cache) and memory is not None:
+        raise UserError("Give either past_key_values (or use_cache) or memory, not both.")
 
 
 def past_length(cache: DEQTransformerCache | None, memory: Any) -> int:

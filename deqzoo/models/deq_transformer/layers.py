@@ -1,4 +1,4 @@
-"""Parameters of one DEQ-Transformer sub-layer, and its variational dropout masks.
+"""Parameters of the injection and of one sub-layer, and the variational dropout masks.
 
 These modules hold parameters and bind them, once per forward, into the plain tensors of
 :class:`~deqzoo.models.deq_transformer.block.LayerTensors`; the arithmetic is in ``block.py``.
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from deqzoo.models.deq_transformer.block import LayerTensors, split_heads
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
+
+
+class Injection(nn.Linear):
+    """Map from an embedded word to what it adds to its query, key and value."""
 
 
 class NormalizedLinear(nn.Module):

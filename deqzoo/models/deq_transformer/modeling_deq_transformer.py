@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from deqzoo.equilibrium import Causal, jacobian_penalty, spectral_radius
+from deqzoo.equilibrium import Causal
 from deqzoo.errors import UserError
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.models.deq_transformer.adaptive import IGNORED, AdaptiveEmbedding, AdaptiveSoftmax
@@ -29,6 +28,7 @@ from deqzoo.models.deq_transformer.block import (
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 from deqzoo.models.deq_transformer.inputs import (
+    check_past,
     joined_validity,
     past_length,
     targets_of,
@@ -36,6 +36,7 @@ from deqzoo.models.deq_transformer.inputs import (
 )
 from deqzoo.models.deq_transformer.layers import (
     DropoutMasks,
+    Injection,
     LayerMasks,
     NormalizedLinear,
     RelativeAttention,
@@ -103,34 +104,6 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         """Run the equilibrium map under torch.compile, or no longer."""
         self.base_model.map_compiled = enabled
 
-    def jacobian_loss(
-        self,
-        f: EquilibriumMap,
-        state: Tensor,
-        n_probes: int = 1,
-        probes: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Estimate of ||dF/dz||_F^2 per feature, to be added to the loss.
-
-        Args:
-            f, state: ``equilibrium_map`` and ``state`` of an output with ``output_state=True``.
-            n_probes: random vectors per sample.
-            probes: those vectors, instead of random ones.
-            generator: source of the random vectors.
-        """
-        return jacobian_penalty(
-            f, state.detach(), n_probes=n_probes, probes=probes, generator=generator
-        )
-
-    def spectral_radius(self, f: EquilibriumMap, state: Tensor, **settings: Any) -> Tensor:
-        """Per sample (B,) the spectral radius of dF/dz; settings as in `deqzoo.equilibrium`."""
-        return spectral_radius(f, state.detach(), **settings)
-
-
-class Injection(nn.Linear):
-    """Map from an embedded word to what it adds to its query, key and value."""
-
 
 class DEQTransformerModel(DEQTransformerPreTrainedModel):
     """Word indices to equilibrium states."""
@@ -193,7 +166,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             dropout_masks: these instead of random ones.
             output_state: also return the map and the state, for ``jacobian_loss``.
         """
-        self._check_call(past_key_values, memory, use_cache)
+        check_past(self.config, past_key_values, memory, use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DEQTransformerCache(self.config.window)
         valid = valid_tokens(attention_mask, input_ids)
@@ -207,7 +180,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             start = start + past_key_values.last_state
         report = self._solve(f, start, valid, solver, gradient, shallow)
         if past_key_values is not None:
-            self._remember(past_key_values, f, report.state, valid)
+            past_key_values.remember(f, report.state, valid)
             memory = None
         elif valid is None:
             memory = updated_memory(memory, report.state, injection, self.config.mem_len)
@@ -233,19 +206,6 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         injection = self.inject(input_ids, masks)
         start = self.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
         return self.bind(injection, masks, None, memory), start
-
-    def _check_call(self, cache: Any, memory: Any, use_cache: bool | None) -> None:
-        if cache is not None and not isinstance(cache, DEQTransformerCache):
-            raise UserError(
-                f"past_key_values must be a DEQTransformerCache, got {type(cache).__name__}."
-            )
-        if (cache is not None or use_cache) and not self.config.has_equilibrium:
-            raise UserError(
-                f"{self.config.variant} with norm_placement={self.config.norm_placement!r} has no "
-                "equilibrium to cache; call it with use_cache=False."
-            )
-        if (cache is not None or use_cache) and memory is not None:
-            raise UserError("Give either past_key_values (or use_cache) or memory, not both.")
 
     def _masks(self, input_ids: Tensor, n_past: int) -> DropoutMasks:
         if not self.training:
@@ -361,26 +321,10 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         """Apply F exactly n >= 1 times; every step is differentiable."""
         if n < 1:
             raise UserError(f"The number of applications must be at least 1, got {n}.")
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for _ in range(n):
-            previous = z
-            z = checkpoint(f, z, use_reentrant=False) if recompute else f(z)
+        previous, z = self.iterate(f, z, n)
         residual = token_residual(previous.detach(), z.detach())
         steps = torch.full(residual.shape, n, dtype=torch.int64, device=z.device)
         return SolveReport(z, steps, residual, residual <= self.config.solver["tol"])
-
-    @torch.no_grad()
-    def _remember(
-        self,
-        cache: DEQTransformerCache,
-        f: EquilibriumMap,
-        states: Tensor,
-        valid: Tensor | None,
-    ) -> None:
-        ((key, value),) = f.append_to_past(states)
-        cache.update(key, value, 0)
-        cache.layer.extend_valid(valid, states.shape[1], states.shape[0])
-        cache.last_state = states[:, -1:].detach()
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):

@@ -23,8 +23,6 @@ class DEQTransformerModelOutput(ModelOutput):
             solver counts a token as converged when all before it are.
         state: last_hidden_state detached, only with `output_state=True`.
         equilibrium_map: the map that was solved, only with `output_state=True`.
-        state: last_hidden_state detached, only with `output_state=True`.
-        equilibrium_map: the map that was solved, only with `output_state=True`.
     """
 
     last_hidden_state: Tensor | None = None

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from deqzoo.equilibrium import jacobian_penalty, spectral_radius
 from deqzoo.errors import UserError
 from deqzoo.models.base import DEQPreTrainedModel, Settings, per_sample
 
@@ -136,36 +133,6 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
         """
         return self.base_model.build_map(pixel_values, dropout_masks)
 
-    def jacobian_loss(
-        self,
-        f: MDEQMap,
-        state: State,
-        n_probes: int = 1,
-        probes: Sequence[State] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Estimate of ||dF/dz||_F^2 / d at a state, the mean over the batch, to add to the loss.
-
-        Args:
-            f, state: `equilibrium_map` and `state` of an output made with `output_state=True`.
-            n_probes: random vectors per sample.
-            probes: those vectors, shaped like the state, instead of random ones.
-            generator: source of the random vectors.
-        """
-        return jacobian_penalty(f, state, n_probes=n_probes, probes=probes, generator=generator)
-
-    def spectral_radius(
-        self,
-        f: MDEQMap,
-        state: State,
-        n_iter: int = 60,
-        estimator: Literal["growth", "rayleigh"] = "growth",
-        v0: State | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Spectral radius of dF/dz per sample, (B,); see `deqzoo.equilibrium.spectral_radius`."""
-        return spectral_radius(f, state, n_iter, estimator, v0, generator)
-
 
 class MDEQModel(MDEQPreTrainedModel):
     """The equilibrium states of a picture at several resolutions, without a head."""
@@ -255,11 +222,7 @@ class MDEQModel(MDEQPreTrainedModel):
 
     def _unroll(self, f: Callable[[State], State], state: State, tol: float) -> MDEQModelOutput:
         layers = self.config.unroll_layers
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        previous = state
-        for _ in range(layers):
-            previous = state
-            state = checkpoint(f, state, use_reentrant=False) if recompute else f(state)
+        previous, state = self.iterate(f, state, layers)
         with torch.no_grad():
             change = _squared_norms(tuple(a - b for a, b in zip(state, previous, strict=True)))
             residual = (change / _squared_norms(state).clamp_min(1e-30)).sqrt()
