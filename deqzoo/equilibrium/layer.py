@@ -67,7 +67,9 @@ def fixed_point(
             samples' steps. With a plain function this needs every input to be batch-first and f
             to close over nothing that belongs to the batch. None does it when grad mode is off
             and f offers `select(selection)`.
-        checkpoint: recompute recorded steps in the backward pass (upg, jfb and unrolled).
+        checkpoint: recompute every recorded step of upg and unrolled in the backward pass, so that
+            one graph of f is kept at a time instead of one per step. The other gradients (implicit,
+            npg, jfb) record f once and refuse.
         trace: record residuals of every step in `Solution.trace`.
         callback: called with (k, matrix, residuals) at every iterate.
         sample_steps: steps whose states are returned in `Solution.samples`, each with its own
@@ -77,8 +79,8 @@ def fixed_point(
         A `Solution`; its `state` carries the graph.
 
     Raises:
-        ValueError: unknown names or options, states that do not fit, or a checkpoint request for
-            a gradient that keeps one graph only.
+        ValueError: unknown names or options, states that do not fit, or `checkpoint` with a
+            gradient that records f only once.
     """
     chosen_solver, chosen_gradient = make_solver(solver), make_gradient(gradient)
     if checkpoint and not chosen_gradient.can_checkpoint:

@@ -141,6 +141,10 @@ class DEQPreTrainedModel(PreTrainedModel):
             solver: change for this call.
             gradient: change for this call.
             options: `trace`, `callback`, `sample_steps`, `compact` of `fixed_point`.
+
+        Raises:
+            ValueError: unknown settings; or gradient checkpointing is on in training and the
+                gradient records the map only once (implicit, npg, jfb), so that it saves nothing.
         """
         solution = fixed_point(
             f,

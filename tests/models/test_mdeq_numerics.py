@@ -119,7 +119,7 @@ def test_gradient_checkpointing(options, monkeypatch):
     assert backward()[1] == plain_calls
 
 
-@pytest.mark.parametrize("gradient", ("implicit", "npg"))
+@pytest.mark.parametrize("gradient", ("implicit", "npg", "jfb"))
 def test_gradient_checkpointing_is_refused_where_it_saves_nothing(gradient):
     model = tiny_model().train()
     model.gradient_checkpointing_enable()

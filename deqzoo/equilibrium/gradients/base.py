@@ -39,7 +39,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Gradient(ABC):
-    """Settings of one way to differentiate an equilibrium."""
+    """Settings of one way to differentiate an equilibrium.
+
+    Attributes:
+        name: what `make_gradient` knows it by.
+        can_checkpoint: whether it records a chain of steps, whose graphs can be recomputed one by
+            one in the backward pass; one graph alone is needed whole in the end.
+        needs_solve: whether it starts from a solution.
+    """
 
     name: ClassVar[str]
     can_checkpoint: ClassVar[bool] = False

@@ -77,7 +77,6 @@ class JFB(Gradient):
     """Jacobian-free backpropagation (Fung et al. 2022): one recorded step, UPG with k = λ = 1."""
 
     name: ClassVar[str] = "jfb"
-    can_checkpoint: ClassVar[bool] = True
 
     def attach(self, problem: Problem, state: Tensor) -> Tensor:
         return recorded_steps(problem, state.detach(), steps=1, damping=1)
