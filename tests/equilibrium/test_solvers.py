@@ -202,6 +202,32 @@ def test_results_do_not_depend_on_how_often_flags_are_read(name: str) -> None:
         torch.testing.assert_close(other.state, results[0].state, rtol=1e-5, atol=1e-6)
         assert torch.equal(other.n_steps, results[0].n_steps)
         assert torch.equal(other.status, results[0].status)
+        torch.testing.assert_close(other.residual, results[0].residual, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_a_solve_ends_at_the_next_look(name: str, every: int) -> None:
+    settings = {"name": name, "tol": 1e-5, "check_every": every}
+    solution = make_solver({**settings, "max_steps": 50}).solve(affine, ZERO)
+    stopped = solution.n_steps.item()
+    assert solution.converged.all() and norm(solution.state[0]) < 1e-4
+    assert solution.n_evals == math.ceil(stopped / every) * every + 1
+    # The budget is a bound between looks too.
+    short = make_solver({**settings, "max_steps": stopped}).solve(affine, ZERO)
+    assert short.converged.all() and short.n_evals == stopped + 1
+
+
+@pytest.mark.parametrize(("every", "lost"), [(1, []), (3, [5, 6]), (4, []), (7, [5, 6, 7])])
+def test_a_broken_cell_goes_back_at_the_next_look(every: int, lost: list[int]) -> None:
+    seen: list[bool] = []
+
+    def f(h: Tensor) -> Tensor:
+        seen.append(bool(h.isfinite().all()))
+        return affine(h) * (math.nan if len(seen) == 5 else 1.0)  # at evaluation 4
+
+    FixedPointIteration(max_steps=12, tol=0, check_every=every).solve(f, ZERO)
+    assert len(seen) == 13 and [k for k, finite in enumerate(seen) if not finite] == lost
 
 
 def test_patience_falls_back_to_plain_steps_and_then_stops() -> None:

@@ -27,9 +27,14 @@ class Solver(ABC):
         tol: a cell has converged when its residual is at most this.
         stop_mode: "rel" tests ‖F(h) − h‖ / (‖F(h)‖ + 1e-9), "abs" tests ‖F(h) − h‖.
         damping: β in h + β (F(h) − h), in (0, 1].
-        check_every: evaluations between looks at the stopping flags; None looks at every one on
-            the CPU and at every fourth elsewhere, where a look waits for the device. Results do
-            not depend on it.
+        check_every: N, the loop acts on stopped and broken cells only at evaluations 0, N, 2N, …;
+            None takes 1 on the CPU and 4 elsewhere, where a look at the flags waits for the
+            device. Every evaluation is measured all the same, and a cell stops at the first one
+            that meets the tolerance: its state, residual, status and step count do not depend on
+            N. But the solve ends, and cells leave a compacted batch, at the next look only, after
+            at most N − 1 evaluations that change nothing for stopped cells and count in
+            `Solution.n_evals`; and a cell that became non-finite goes back to its best iterate
+            (or stops) at the next look too, so that it may lose as many steps.
         patience: evaluations without a better residual after which a cell falls back to plain
             steps, and after three times as many stops as stalled. None switches this off.
 
