@@ -27,7 +27,7 @@ from deqzoo.equilibrium.layout import Causal
 from deqzoo.equilibrium.solvers import make_solver
 from deqzoo.equilibrium.state import StatePacker
 from deqzoo.evaluation.chart import line_chart
-from deqzoo.evaluation.gradient_batches import make_batch
+from deqzoo.evaluation.gradient_batches import make_batch, part
 
 BUDGETS = (1, 2, 4, 8, 16, 30)
 TOLERANCES = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4)
@@ -131,8 +131,7 @@ def invariance(model: Any, data: Path) -> dict[str, float]:
         return {}
     batch, _ = make_batch(model, data, split="test", size=8)
     batch = {**batch, **({"return_logits": True} if "return_logits" in batch else {})}
-    one = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    together, alone = model(**batch), model(**one)
+    together, alone = model(**batch), model(**part(batch, slice(1)))
     scale = together.logits[:1].abs().max()
     return {
         "largest_difference": float((together.logits[:1] - alone.logits).abs().max() / scale),
@@ -150,7 +149,8 @@ def against_torchdeq(model: Any, data: Path, tol: float = 1e-3) -> dict[str, Any
         return {}
     batch, _ = make_batch(model, data, split="test", size=32)
     name = model.main_input_name
-    f, z0 = model.base_model.equilibrium_map(batch[name])
+    memory = (batch["memory"],) if "memory" in batch else ()
+    f, z0 = model.base_model.equilibrium_map(batch[name], *memory)
     packer = StatePacker(z0)
 
     def flat(z: torch.Tensor) -> torch.Tensor:

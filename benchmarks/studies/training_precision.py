@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from cells import Cells, markdown_table, write_text
 from safetensors.torch import load_file
 
 from deqzoo.evaluation.chart import line_chart
-from deqzoo.evaluation.gradient_batches import make_batch
+from deqzoo.evaluation.gradient_batches import make_batch, part
 from deqzoo.evaluation.gradients import EQUILIBRIUM, Fidelity
 from deqzoo.models.auto import load_class
 from deqzoo.zoo import read_json
@@ -46,24 +44,15 @@ def snapshot(run: Path, step: int) -> Any:
     return model.eval()
 
 
-@cache
-def samples(run: Path, data: Path, count: int) -> dict[str, Any]:
-    """The same training samples for every snapshot, read once."""
-    step = int(min((run / "snapshots").glob("step-*")).stem.split("-")[1])
-    return make_batch(snapshot(run, step), data, size=count)[0]
-
-
 def measure(run: Path, step: int, data: Path, batches: int, size: int) -> dict[str, Any]:
     """Cosines and relative errors (one per batch) by setting, and the spectral radii."""
     model = snapshot(run, step)
     found: dict[str, Any] = {"radius": [], "residual": [], "cosine": {}, "error": {}}
-    whole = samples(run, data, batches * size)
-    for start in range(0, batches * size, size):
-        batch = {
-            name: value[start : start + size] if isinstance(value, torch.Tensor) else value
-            for name, value in whole.items()
-        }
-        fidelity = Fidelity(model, batch)
+    whole, _ = make_batch(model, data, size=batches * size)  # the same samples for every snapshot
+    if "x" in whole:
+        batches = 1  # graphs stay together
+    for number in range(batches):
+        fidelity = Fidelity(model, part(whole, slice(number * size, (number + 1) * size)))
         found["radius"] += fidelity.radius(25)
         found["residual"].append(float(fidelity.recorded.solutions[0].rel_residual.max()))
         for steps, damping in SETTINGS:
@@ -118,6 +107,8 @@ def main() -> None:
         ),
     )
     done = {step: cells.done[step] for step in steps if step in cells.done}
+    if not done:
+        raise SystemExit(f"no snapshot of {arguments.run} could be measured")
     print(report(done))
     print("missing:", ", ".join(missing) or "nothing")
     write_text(f"{stem}_table.md", report(done))

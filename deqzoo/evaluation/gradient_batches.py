@@ -43,13 +43,27 @@ def make_batch(
     return makers[model.config.model_type](model, data, split, size, generator)
 
 
+def part(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """Some pictures or sequences of a batch, with their memories; graphs stay together."""
+    if "x" in batch:
+        return dict(batch)
+    found = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            found[name] = value[rows]
+        elif isinstance(value, tuple):
+            found[name] = tuple(tensor[rows] for tensor in value)
+    return found
+
+
 def first_sample(batch: Mapping[str, Any], tokens: int = 8) -> dict[str, Any] | None:
     """The smallest part of a batch that is a batch; None for graphs made of one piece."""
-    if "pixel_values" in batch:
-        return {name: tensor[:1] for name, tensor in batch.items()}
-    if "input_ids" in batch:
-        return {**batch, **{n: batch[n][:1, :tokens] for n in ("input_ids", "labels")}}
-    return None
+    if "x" in batch:
+        return None
+    single = part(batch, slice(1))
+    if "input_ids" in single:
+        single |= {name: single[name][:, :tokens] for name in ("input_ids", "labels")}
+    return single
 
 
 def _pictures(
@@ -115,21 +129,28 @@ def _tokens(
     size: int | None,
     generator: torch.Generator,
 ) -> tuple[dict[str, Any], str]:
-    size, length = size or 4, model.config.tgt_len
+    size, length, context = size or 4, model.config.tgt_len, model.config.mem_len
+    total = context + length + 1
     if data is not None:
         from deqzoo.evaluation.text import _stream, corpus_of, load_tokenizer
 
         tokenizer = load_tokenizer(model)
         stream = _stream(corpus_of(tokenizer), split, data, tokenizer)
-        starts = torch.randint(len(stream) - length - 1, (size,), generator=generator)
-        ids = torch.stack([stream[s : s + length + 1] for s in starts.tolist()])
+        starts = torch.randint(len(stream) - total + 1, (size,), generator=generator)
+        ids = torch.stack([stream[s : s + total] for s in starts.tolist()])
         description = f"{size} segments of {length} words of the {split} split"
     else:
         # Words by a power law, as in real text.
-        rank = torch.rand(size, length + 1, generator=generator)
+        rank = torch.rand(size, total, generator=generator)
         ids = (model.config.vocab_size**rank - 1).long()
         description = f"{size} segments of {length} random words"
-    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "shift": False}
+    batch = {"input_ids": ids[:, context:-1], "labels": ids[:, context + 1 :], "shift": False}
+    if context:
+        # As in training, where all but the first segment have a memory.
+        with torch.no_grad():
+            memory = model(ids[:, :context], return_logits=False).memory
+        batch["memory"] = tuple(memory)
+        description += f" after {context} others"
     return {**batch, "return_logits": False}, description
 
 

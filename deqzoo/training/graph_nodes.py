@@ -226,6 +226,7 @@ class NodeRun:
         half = {name: t.half() for name, t in self.model.state_dict().items()}
         step = self.epoch * len(self.parts["train"])
         save_file(half, folder / f"step-{step:07d}.safetensors")
+        self.model.config.architectures = [type(self.model).__name__]
         self.model.config.save_pretrained(folder)
 
     def _copy(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from deqzoo.equilibrium.diagnostics import compare_gradients
 from deqzoo.evaluation import theorem
 from deqzoo.evaluation.adjoints import RecordedModel, named, neumann_rule, seeded
 from deqzoo.evaluation.chart import line_chart
-from deqzoo.evaluation.gradient_batches import make_batch
+from deqzoo.evaluation.gradient_batches import first_sample, make_batch, part
 from deqzoo.evaluation.gradients import EQUILIBRIUM, plan, study
 from deqzoo.models.auto import load_class
 
@@ -55,7 +55,7 @@ def test_series_from_powers_is_the_npg_gradient(make, damping) -> None:
 def test_more_terms_come_nearer_and_the_head_does_not_count() -> None:
     model = graph_model()
     batch, _ = make_batch(model, size=4)
-    found = study(model, batch, steps=(1, 3, 10), dampings=(0.5, 1.0), seconds=60)
+    found = study(model, batch, steps=(1, 3, 10), dampings=(0.5, 1.0), seconds=1e6)
     assert found.missing == 0
     npg = {
         (r.gradient["steps"], r.gradient["damping"]): r
@@ -79,6 +79,26 @@ def test_more_terms_come_nearer_and_the_head_does_not_count() -> None:
     best = found.recommendation(0.9)
     assert best is not None and best.agreement >= 0.9
     assert found.recommendation(1.1) is None
+
+
+def test_text_batches_have_the_memory_of_the_words_before() -> None:
+    torch.manual_seed(0)
+    config = load_class("DEQTransformerConfig")(
+        vocab_size=20, d_model=8, d_embed=8, n_head=2, d_inner=16, tgt_len=6, mem_len=5,
+        local_size=6, cutoffs=[], solver={"max_steps": 60, "tol": 1e-5},
+    )  # fmt: skip
+    model = load_class("DEQTransformerForCausalLM")(config).eval()
+    batch, described = make_batch(model, size=3)
+    assert described == "3 segments of 6 random words after 5 others"
+    assert batch["input_ids"].shape == (3, 6) and batch["memory"][0].shape == (3, 5, 8)
+    with torch.no_grad():
+        whole = model(**batch)
+        alone = model(**part(batch, slice(1, 2)))
+        blank = model(**{**batch, "memory": None})
+    assert alone.loss.shape == () and whole.loss != blank.loss
+    torch.testing.assert_close(alone.memory[0], whole.memory[0][1:2], rtol=1e-4, atol=1e-4)
+    single = first_sample(batch, tokens=4)
+    assert single["input_ids"].shape == (1, 4) and single["memory"][0].shape == (1, 5, 8)
 
 
 def test_no_setting_is_tried_twice() -> None:

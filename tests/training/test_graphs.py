@@ -153,7 +153,10 @@ def test_node_recipe_on_ppi_layout(tmp_path):
     )
     record = train_nodes(recipe, tmp_path, tmp_path / "run", progress=False)
     assert [entry["epoch"] for entry in record["curve"]] == [2, 3] and "micro_f1" in record["test"]
-    assert len(list((tmp_path / "run" / "snapshots").glob("step-*"))) == 4  # 0 to 3 epochs
+    snapshots = tmp_path / "run" / "snapshots"
+    assert len(list(snapshots.glob("step-*"))) == 4  # 0 to 3 epochs
+    config = json.loads((snapshots / "config.json").read_text())
+    assert config["architectures"] == ["IGNNForNodeClassification"]
     assert train_nodes(recipe, tmp_path, tmp_path / "run", resume=True) == record
     with pytest.raises(UserError, match="already holds a run"):
         train_nodes(recipe, tmp_path, tmp_path / "run")
