@@ -135,7 +135,7 @@ def gradient_fidelity(
 
 
 def _gradients(
-    model: nn.Module, batch: Mapping[str, Any], solver: dict | None, gradient: Gradient
+    model: nn.Module, batch: Mapping[str, Any], solver: dict[str, Any] | None, gradient: Gradient
 ) -> tuple[dict[str, Tensor], float, int]:
     """Gradient by parameter name, seconds, and bytes saved for the backward pass."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
