@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import line_chart
+from deqzoo.hub import training_curve
 from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, EQUILIBRIUM, FAMILY_TEXTS, PAPERS
 from deqzoo.hub.catalogue import Entry, entries, main_figure
 from deqzoo.zoo import checkpoints_root, read_json
@@ -102,6 +103,15 @@ def budget_plot(entry: Entry) -> str | None:
     return None
 
 
+def plots(entry: Entry) -> dict[str, str]:
+    """SVG files that the card shows, by name."""
+    drawn = {
+        f"{entry.name}-budget.svg": budget_plot(entry),
+        f"{entry.name}-training.svg": training_curve.draw(entry.name, _record(entry)),
+    }
+    return {file: plot for file, plot in drawn.items() if plot is not None}
+
+
 def eval_results_yaml(entry: Entry) -> str | None:
     """Content of `.eval_results/deqzoo.yaml`; None before the first test evaluation."""
     rows = [
@@ -153,9 +163,7 @@ def rendered_files(root: Path) -> dict[Path, str]:
     files = {cards / f"{name}.md": render_converted_card(name) for name in CONVERTED}
     for entry in entries():
         files[cards / f"{entry.name}.md"] = render_card(entry)
-        plot = budget_plot(entry)
-        if plot is not None:
-            files[cards / f"{entry.name}-budget.svg"] = plot
+        files |= {cards / file: plot for file, plot in plots(entry).items()}
     readme = root / "README.md"
     files[readme] = with_table(readme.read_text(encoding="utf-8"))
     return files
@@ -280,19 +288,27 @@ def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
     return parts
 
 
+def _record(entry: Entry) -> dict[str, Any]:
+    """What the run left beside the weights; empty if nothing."""
+    names = ("training.json", "run.json", "fold.json")
+    found = next((entry.folder / n for n in names if (entry.folder / n).is_file()), None)
+    return {} if found is None else read_json(found)
+
+
 def _training(entry: Entry) -> str:
     """Figures of the training record and the recipe as it was run."""
-    names = ("training.json", "run.json", "fold.json")
-    record = next((entry.folder / n for n in names if (entry.folder / n).is_file()), None)
-    if record is None:
+    content = _record(entry)
+    if not content:
         return "No training record is stored beside these weights."
-    content = read_json(record)
     rows = [
         (name.replace("_", " "), _number(value))
         for name, value in content.items()
         if isinstance(value, (int, float, str))
     ]
     parts = [_table(("", ""), rows)] if rows else []
+    curve = training_curve.describe(content)
+    if curve is not None:
+        parts += [curve, f"![quality against compute]({entry.name}-training.svg)"]
     settings = content.get("recipe", content.get("settings"))
     if isinstance(settings, dict):
         text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)

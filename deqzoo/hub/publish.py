@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import deqzoo
 from deqzoo.errors import UserError
-from deqzoo.hub.cards import budget_plot, eval_results_yaml, render_card
+from deqzoo.hub.cards import eval_results_yaml, plots, render_card
 from deqzoo.hub.catalogue import Entry, entry
 from deqzoo.hub.integrity import CHECKSUMS, check_checksums, published_files
 
@@ -89,9 +89,8 @@ def _contents(found: Entry) -> dict[str, Path | bytes]:
     }
     contents[CHECKSUMS] = found.folder / CHECKSUMS
     contents["README.md"] = render_card(found).encode()
-    plot, results = budget_plot(found), eval_results_yaml(found)
-    if plot is not None:
-        contents[f"{found.name}-budget.svg"] = plot.encode()
+    contents |= {file: plot.encode() for file, plot in plots(found).items()}
+    results = eval_results_yaml(found)
     if results is not None:
         contents[".eval_results/deqzoo.yaml"] = results.encode()
     return contents

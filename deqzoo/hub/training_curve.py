@@ -1,0 +1,78 @@
+"""Quality against compute: a checkpoint's validation curve beside the published run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deqzoo.evaluation.chart import line_chart
+
+PUBLISHED_CIFAR = {
+    1.4: 38.1, 2.8: 49.4, 6.9: 64.1, 14.0: 78.6, 28.0: 84.2, 42.0: 87.3, 69.0: 89.4, 111.0: 90.4,
+    166.0: 91.0, 222.0: 93.8, 277.0: 94.8, 304.0: 94.7,
+}  # fmt: skip
+"""PFLOP -> test accuracy in %: the authors' log of MDEQ LARGE on CIFAR-10 with UPG(5, 0.5), over
+220 epochs; PFLOP counted from the architecture (33 evaluations of the map per picture)."""
+
+PUBLISHED_LABEL = "authors' MDEQ LARGE, UPG(5, 0.5), test split"
+
+
+def points(record: dict[str, Any]) -> tuple[str, list[tuple[float, float]]] | None:
+    """Name of the figure, and (PFLOP, figure) of every validation of a run; accuracy in %."""
+    rows = record.get("validation")
+    if "pflop" not in record or not rows:
+        return None  # graph models keep other records
+    curve = [row for row in rows if row["pflop"] > 0]
+    if len(curve) < 2:
+        return None
+    if "accuracy" in curve[0]:
+        return "accuracy", [(row["pflop"], 100 * row["accuracy"]) for row in curve]
+    if "perplexity" in curve[0]:
+        return "perplexity", [(row["pflop"], row["perplexity"]) for row in curve]
+    return None
+
+
+def draw(name: str, record: dict[str, Any]) -> str | None:
+    """The curve as SVG, on CIFAR-10 beside the published one; None for runs without one."""
+    found = points(record)
+    if found is None:
+        return None
+    figure, curve = found
+    series = {f"{name}, validation split": curve}
+    if is_cifar(record):
+        series[PUBLISHED_LABEL] = sorted(PUBLISHED_CIFAR.items())
+    return line_chart(
+        series,
+        title=f"{name}: {figure} against compute",
+        x_label="PFLOP spent in training",
+        y_label=figure + (", %" if figure == "accuracy" else ""),
+        log_x=True,
+        log_y=figure == "perplexity",
+    )
+
+
+def describe(record: dict[str, Any]) -> str | None:
+    """The curve in words: what was reached for which compute, and what the published run took."""
+    found = points(record)
+    if found is None:
+        return None
+    figure, curve = found
+    unit = " %" if figure == "accuracy" else ""
+    shown = curve if len(curve) <= 8 else [curve[i * (len(curve) - 1) // 7] for i in range(8)]
+    text = f"Validation {figure} after so many PFLOP: " + ", ".join(
+        f"{y:.1f}{unit} after {x:.3g}" for x, y in shown
+    )
+    if not is_cifar(record):
+        return text + "."
+    best = max(y for _, y in curve)
+    later = [(x, y) for x, y in sorted(PUBLISHED_CIFAR.items()) if y >= best]
+    if not later:
+        return text + "."
+    return (
+        f"{text}. The authors' run of their largest model reaches {later[0][1]:.1f} % on the test "
+        f"split after {later[0][0]:.3g} PFLOP (their log; PFLOP counted from the architecture)."
+    )
+
+
+def is_cifar(record: dict[str, Any]) -> bool:
+    """Whether a run was trained on the data of the published curve."""
+    return record.get("recipe", {}).get("data", {}).get("name") == "cifar10"
