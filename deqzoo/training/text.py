@@ -27,7 +27,12 @@ class LanguageModelingTask:
 
     The training split is cut into `batch_size` × `accumulate` streams that are read side by side,
     a segment of `resolution` tokens per step (by default the config's `tgt_len`). Each part of an
-    accumulated batch keeps its own memory; an epoch starts with an empty one.
+    accumulated batch keeps its own memory; an epoch starts with an empty one, and so does a share
+    `augment.forget` of the steps, chosen by the seed: a model that only ever saw full memories has
+    unstable equilibria at the beginning of a text.
+
+    Raises:
+        UserError: settings that are none of language modelling, or data that do not fit.
     """
 
     metric = "perplexity"
@@ -36,9 +41,10 @@ class LanguageModelingTask:
     def __init__(
         self, recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
     ) -> None:
-        for key in ("label_smoothing", "augment", "whiten"):
+        for key in ("label_smoothing", "whiten"):
             if getattr(recipe, key):
                 raise UserError(f"{key} is no setting of language modelling; remove it")
+        self.forget = _forget_share(recipe.augment)
         self.recipe = recipe
         if stand_in:
             self.corpus = stand_in_corpus(source_of(recipe.data.name))
@@ -82,8 +88,15 @@ class LanguageModelingTask:
             "input_ids": rows[:, :-1],
             "labels": rows[:, 1:],
             "part": part,
-            "fresh": position == 0,
+            "fresh": position == 0 or self._forgets(micro_step),
         }
+
+    def _forgets(self, micro_step: int) -> bool:
+        """Whether a step starts without memory, the same on all processes and after a resume."""
+        if not self.forget:
+            return False
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + micro_step)
+        return float(torch.rand((), generator=generator)) < self.forget
 
     def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
         return outputs.loss
@@ -164,6 +177,16 @@ class LanguageModelingTask:
     def save_processor(self, folder: str) -> None:
         style = "ptb" if self.corpus.source.lowercase else "wikitext"
         build_tokenizer(self.corpus.vocabulary, style).save_pretrained(folder)
+
+
+def _forget_share(augment: dict[str, Any]) -> float:
+    unknown = sorted(set(augment) - {"forget"})
+    if unknown:
+        raise UserError(f"unknown augmentation {unknown[0]!r}; language modelling knows forget")
+    share = augment.get("forget", 0.0)
+    if not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise UserError(f"augment.forget must be a share of the steps in [0, 1), got {share!r}")
+    return float(share)
 
 
 def stand_in_corpus(source: TextSource) -> Corpus:

@@ -71,6 +71,19 @@ def test_batches_follow_the_text(data: Path) -> None:
         assert words == stream[row * length : row * length + len(words)].tolist()
 
 
+def test_some_steps_forget(data: Path) -> None:
+    task = LanguageModelingTask(recipe(augment={"forget": 0.3}), data)
+    plan = Plan.of(task.recipe, task)
+    fresh = [task.batch(plan, micro, 0, 1)["fresh"] for micro in range(plan.total * 2)]
+    assert 0.1 < sum(fresh) / len(fresh) < 0.6
+    assert fresh == [task.batch(plan, micro, 1, 2)["fresh"] for micro in range(plan.total * 2)]
+    other = LanguageModelingTask(recipe(augment={"forget": 0.3}, seed=1), data)
+    assert fresh != [other.batch(plan, micro, 0, 1)["fresh"] for micro in range(plan.total * 2)]
+    for augment, message in (({"crop": 4}, "'crop'"), ({"forget": 1}, "a share")):
+        with pytest.raises(UserError, match=message):
+            LanguageModelingTask(recipe(augment=augment), data)
+
+
 def test_memory_belongs_to_its_part(data: Path) -> None:
     task = LanguageModelingTask(recipe(), data)
     plan, model = Plan.of(task.recipe, task), task.model()
