@@ -13,7 +13,7 @@ PUBLISHED_CIFAR = {
 """PFLOP -> test accuracy in %: the authors' log of MDEQ LARGE on CIFAR-10 with UPG(5, 0.5), over
 220 epochs; PFLOP counted from the architecture (33 evaluations of the map per picture)."""
 
-PUBLISHED_LABEL = "authors' MDEQ LARGE, UPG(5, 0.5), test split"
+PUBLISHED_LABEL = "authors' LARGE, test"
 
 
 def points(record: dict[str, Any]) -> tuple[str, list[tuple[float, float]]] | None:
@@ -37,7 +37,7 @@ def draw(name: str, record: dict[str, Any]) -> str | None:
     if found is None:
         return None
     figure, curve = found
-    series = {f"{name}, validation split": curve}
+    series = {"here, validation": curve}
     if is_cifar(record):
         series[PUBLISHED_LABEL] = sorted(PUBLISHED_CIFAR.items())
     return line_chart(

@@ -93,13 +93,13 @@ def test_card_shows_quality_against_compute(checkout: Path) -> None:
     assert "50.0 % after 0.1, 70.0 % after 0.2. The authors' run" in text
     assert "reaches 78.6 % on the test split after 14 PFLOP" in text
     (name, plot) = next(p for p in cards.plots(entry("mdeq-test")).items() if "training" in p[0])
-    assert f"]({name})" in text and "MDEQ LARGE" in plot
+    assert f"]({name})" in text and "LARGE, test" in plot
     record["recipe"]["data"]["name"] = "wikitext-2"
     record["validation"] = [{"pflop": x, "perplexity": 100 / x} for x in (0.5, 1.0)]
     (folder / "training.json").write_text(json.dumps(record))
     text = cards.render_card(entry("mdeq-test"))
     assert "perplexity after so many PFLOP: 200.0 after 0.5, 100.0 after 1." in text
-    assert "MDEQ LARGE" not in cards.plots(entry("mdeq-test"))[name]
+    assert "LARGE, test" not in cards.plots(entry("mdeq-test"))[name]
 
 
 def test_cards_command(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
