@@ -27,11 +27,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """A preset of the family's config class, and what differs from it."""
+    """A preset of the family's config class, and what differs from it.
+
+    `start` names trained weights to go on from (zoo name, folder, or repository) in place of fresh
+    ones; what they cost counts as spent.
+    """
 
     family: Literal["mdeq", "deq_transformer", "ignn"]
     preset: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    start: str = ""
 
 
 @dataclass(frozen=True)

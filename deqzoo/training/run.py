@@ -28,6 +28,7 @@ from transformers import (
 
 from deqzoo.data.imagenet import IMAGENET
 from deqzoo.errors import UserError
+from deqzoo.models.auto import DEQModel
 from deqzoo.training.callbacks import (
     AverageCallback,
     CheckpointClock,
@@ -116,12 +117,14 @@ def _run(
     task = build_task(recipe, data)
     set_seed(recipe.seed)
     model = task.model()
+    spent = start_from(model, recipe.model.start) if recipe.model.start else 0.0
     if recipe.channels_last and recipe.task == "image-classification":
         model = model.to(memory_format=torch.channels_last)
     if processes > 1 and torch.cuda.is_available():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     plan = Plan.of(recipe, task)
     trainer = _trainer(recipe, task, plan, model, out, progress, max_steps)
+    trainer.spent = 1e15 * spent
     keeper = Keeper(trainer, recipe, out)
     trainer.add_callback(keeper)
     if last is not None:
@@ -130,6 +133,32 @@ def _run(
     trainer.train(resume_from_checkpoint=last)
     keeper.keep()
     return out / "model"
+
+
+@torch.no_grad()
+def start_from(model: PreTrainedModel, name: str) -> float:
+    """Copy the weights of a trained checkpoint into a fresh model.
+
+    Args:
+        model: the recipe's.
+        name: zoo name, local folder (that of a run's `model`, say) or repository.
+
+    Returns:
+        PFLOP that the checkpoint's own run spent, as far as a record beside it says.
+
+    Raises:
+        UserError: no such checkpoint, or one of another architecture.
+    """
+    trained = DEQModel.from_pretrained(name)
+    theirs, mine = trained.state_dict(), model.state_dict()
+    if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in mine.items()}:
+        raise UserError(f"model.start: the weights of {name} do not fit the recipe's model")
+    model.load_state_dict(theirs)
+    folder = Path(trained.config._name_or_path)
+    for record in (folder / "training.json", folder.parent / "record.json"):
+        if record.is_file():
+            return float(json.loads(record.read_text(encoding="utf-8")).get("pflop", 0.0))
+    return 0.0
 
 
 class Keeper(TrainerCallback):

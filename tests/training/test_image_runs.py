@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,25 @@ def recipe(tmp_path):
 def losses(out: Path) -> dict[int, float]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return {e["step"]: e["eval_nll"] for e in map(json.loads, lines) if "eval_nll" in e}
+
+
+def test_run_starts_from_trained_weights(pictures, recipe, tmp_path):
+    first = run_recipe(recipe, None, tmp_path / "first", progress=False)
+    spent = json.loads((tmp_path / "first" / "record.json").read_text())["pflop"]
+    again = replace(
+        recipe,
+        model=replace(recipe.model, start=str(first)),
+        optimizer=replace(recipe.optimizer, name="sgd", lr=0.0),
+        average=0.0,
+    )
+    second = run_recipe(again, None, tmp_path / "second", progress=False)
+    before, after = (load_file(f / "model.safetensors") for f in (first, second))
+    assert all(torch.equal(before[k], after[k]) for k in before if k.endswith("weight"))
+    record = json.loads((tmp_path / "second" / "record.json").read_text())
+    assert record["pflop"] == pytest.approx(2 * spent, rel=0.05)
+    wide = replace(again.model, overrides={**again.model.overrides, "final_channels": 64})
+    with pytest.raises(UserError, match="do not fit the recipe's model"):
+        run_recipe(replace(again, model=wide), None, tmp_path / "third", progress=False)
 
 
 def test_run_leaves_weights_log_and_record(pictures, recipe, tmp_path):
