@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from deqzoo.errors import UserError
-from deqzoo.training.recipe import load_recipe, with_seed
+from deqzoo.training.recipe import Recipe, load_recipe, recorded_recipe, with_seed
 from deqzoo.training.run import is_locked
+from deqzoo.zoo import checkpoints_root
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Entry:
         name: the recipe's name, and the seed where one is given; it names the run's folder.
         budget: PFLOP that the recipe may spend, or None.
         seed: in place of the recipe's, or None.
+        content: the recipe itself.
     """
 
     recipe: Path
@@ -37,6 +39,7 @@ class Entry:
     name: str
     budget: float | None
     seed: int | None = None
+    content: Recipe | None = None
 
 
 def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
@@ -75,18 +78,19 @@ def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
                 recipe.name,
                 recipe.budget_pflop,
                 seed,
+                recipe,
             )
         )
     return entries
 
 
 def status(entry: Entry, runs: Path) -> dict[str, Any]:
-    """State of an entry: done, running, begun or waiting; PFLOP spent and hours left."""
+    """State of an entry: done, running, begun or waiting; PFLOP spent and hours left.
+
+    A run whose folder was lost is done if its result is among the bundled checkpoints.
+    """
     folder = runs / entry.name
-    try:
-        record = json.loads((folder / "record.json").read_text())
-    except (OSError, ValueError):
-        record = {}
+    record = _record(folder / "record.json") or _stored(entry)
     spent, seconds = record.get("pflop", 0.0), record.get("seconds", 0.0)
     total = spent / max(record.get("steps", 0) / record["total_steps"], 1e-9) if record else None
     left = None
@@ -107,6 +111,25 @@ def status(entry: Entry, runs: Path) -> dict[str, Any]:
         "budget_pflop": entry.budget,
         "target": entry.target,
     }
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _stored(entry: Entry) -> dict[str, Any]:
+    """Record of the bundled checkpoint that this entry gave, or that was trained on from it."""
+    for path in sorted(checkpoints_root().glob("*/training.json")):
+        record = _record(path)
+        recipe = recorded_recipe(record)
+        if recipe is None or not record.get("finished"):
+            continue
+        if recipe == entry.content or recipe.model.start == entry.name:
+            return record
+    return {}
 
 
 def render(entries: list[Entry], runs: Path) -> str:

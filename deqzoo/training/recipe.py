@@ -156,6 +156,14 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     return recipe
 
 
+def recorded_recipe(record: Any) -> Recipe | None:
+    """The recipe in a run's record; None where this version could not have written it."""
+    try:
+        return _build(Recipe, record["recipe"], "")
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -175,7 +175,7 @@ def test_seeds_of_a_queue_are_runs_of_their_own(tmp_path):
 
 def test_the_queue_is_in_order():
     names = [entry.name for entry in load_queue(RECIPES / "QUEUE.yaml")]
-    assert names[:3] == ["mdeq-tiny-cifar-upg", "mdeq-cifar-upg", "mdeq-imagenette-upg"]
+    assert names[:3] == ["mdeq-tiny-cifar-upg", "mdeq-cifar-upg", "mdeq-cifar-upg-2"]
     assert names[-2:] == ["mdeq-cifar-npg", "mdeq-cifar-implicit"]
     assert sum("-s" in name for name in names) == 12
 
@@ -191,3 +191,26 @@ def test_queue_knows_what_is_left(tmp_path):
     (tmp_path / "x" / "record.json").write_text(record)
     state = status(entry, tmp_path)
     assert (state["state"], state["pflop_total"], state["hours_left"]) == ("begun", 8.0, 3.0)
+
+
+def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr("deqzoo.training.queue.checkpoints_root", lambda: tmp_path / "zoo")
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    queue = tmp_path / "queue.yaml"
+    queue.write_text("- {recipe: recipe.yaml}\n")
+    (entry,) = load_queue(queue)
+    folder = tmp_path / "zoo" / "x"
+    folder.mkdir(parents=True)
+
+    def state_with(content):
+        record = {"finished": True, "steps": 9, "total_steps": 9, "pflop": 1.0, "recipe": content}
+        (folder / "training.json").write_text(json.dumps(record))
+        return status(entry, tmp_path)["state"]
+
+    stored = recipe.to_dict()
+    del stored["model"]["start"]  # a setting that came later than the record
+    assert state_with(stored) == "done"
+    assert state_with({**stored, "seed": 5}) == "waiting"
+    followed = {**stored, "name": "y", "model": {**stored["model"], "start": "x"}}
+    assert state_with(followed) == "done"
+    assert state_with({"name": "x"}) == "waiting"
