@@ -201,11 +201,17 @@ def _on_device(model: Any, device: str) -> Any:
 
 
 def _default_image_model() -> str:
-    known = deqzoo.list_models()
-    for name in deqzoo.zoo.DEFAULT_IMAGE_MODELS:
-        if name in known:
-            return name
-    raise UserError("no image model is bundled; name one with --model")
+    """The bundled CIFAR-10 model with the best test accuracy."""
+    from deqzoo.hub.catalogue import entry
+
+    known = [n for n in deqzoo.zoo.DEFAULT_IMAGE_MODELS if n in deqzoo.list_models()]
+    if not known:
+        raise UserError("no image model is bundled; name one with --model")
+    scores = {
+        name: max((e["results"].get("accuracy", 0.0) for e in entry(name).tests()), default=0.0)
+        for name in known
+    }
+    return max(known, key=scores.__getitem__)
 
 
 def _add_commands_of_other_rooms() -> None:

@@ -13,7 +13,7 @@ from deqzoo.errors import UserError
 
 ORGANISATION = "deqzoo"
 _PACKAGE = Path(__file__).resolve().parent
-#: Where the main commands look when no model is named, best first.
+#: Where the main commands look when no model is named; they take the most accurate one.
 DEFAULT_IMAGE_MODELS = ("mdeq-cifar-upg", "mdeq-tiny-cifar-upg")
 
 
