@@ -160,12 +160,12 @@ def _table(found: Study) -> list[str]:
 
     shown = [row for row in found.rows if _is_shown(row.gradient)]
     groups = [g for g in shown[0].cosine if g not in ("all", EQUILIBRIUM)] if shown else []
-    head = f"{'gradient':<28}{'cosine':>8}{'error':>8}"
+    head = f"{'gradient':<28}{'cosine':>8}{'error':>9}"
     head += "".join(f"{g[:14]:>16}" for g in groups)
     lines = [head + f"{'seconds':>9}{'saved MiB':>11}{'peak MiB':>10}"]
     for row in shown:
         error = row.relative_error.get(EQUILIBRIUM, row.relative_error["all"])
-        line = f"{describe(row.gradient):<28}{row.agreement:>8.4f}{error:>8.3f}"
+        line = f"{describe(row.gradient):<28}{row.agreement:>8.4f}{error:>9.3g}"
         line += "".join(f"{row.cosine[g]:>16.4f}" for g in groups)
         seconds = "" if row.seconds is None else f"{row.seconds:.2f}"
         sizes = (
