@@ -24,10 +24,9 @@ from deqzoo.evaluation.files import describe_environment, describe_model
 
 BUDGETS = (2, 4, 8, 16, 30)
 # Budget curves show what a number of steps gives, so the tolerance must not end a solve earlier.
+BUDGET_TOLERANCE = 1e-7
 WORTH_COMPILING = 2000
 """Pictures from which compiling the norm (half a minute, once) pays."""
-
-BUDGET_TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)

@@ -24,22 +24,23 @@ class Entry:
     """One line of a queue.
 
     Attributes:
-        recipe: path of the recipe.
+        path: of the recipe.
+        recipe: the recipe itself, with the seed of this entry.
         data: folder of its data set below the data root.
         target: what the run is meant to reach, for people to read.
-        name: the recipe's name, and the seed where one is given; it names the run's folder.
-        budget: PFLOP that the recipe may spend, or None.
         seed: in place of the recipe's, or None.
-        content: the recipe itself.
     """
 
-    recipe: Path
+    path: Path
+    recipe: Recipe
     data: str | None
     target: str
-    name: str
-    budget: float | None
     seed: int | None = None
-    content: Recipe | None = None
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, and the seed where one is given; it names the run's folder."""
+        return self.recipe.name
 
 
 def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
@@ -73,12 +74,10 @@ def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
         entries.append(
             Entry(
                 recipe_path,
+                recipe,
                 item.get("data"),
                 str(item.get("target", "")),
-                recipe.name,
-                recipe.budget_pflop,
                 seed,
-                recipe,
             )
         )
     return entries
@@ -108,7 +107,7 @@ def status(entry: Entry, runs: Path) -> dict[str, Any]:
         "pflop": round(spent, 4),
         "pflop_total": None if total is None else round(total, 3),
         "hours_left": None if left is None else round(left, 2),
-        "budget_pflop": entry.budget,
+        "budget_pflop": entry.recipe.budget_pflop,
         "target": entry.target,
     }
 
@@ -127,7 +126,7 @@ def _stored(entry: Entry) -> dict[str, Any]:
         recipe = recorded_recipe(record)
         if recipe is None or not record.get("finished"):
             continue
-        if recipe == entry.content or recipe.model.start == entry.name:
+        if recipe == entry.recipe or recipe.model.start == entry.name:
             return record
     return {}
 
@@ -156,7 +155,7 @@ def work(entries: list[Entry], runs: Path, data: Path | None, threads: int) -> N
         if status(entry, runs)["state"] in ("done", "running"):
             continue
         command = [
-            *(sys.executable, "-m", "deqzoo", "train", str(entry.recipe), "--resume"),
+            *(sys.executable, "-m", "deqzoo", "train", str(entry.path), "--resume"),
             *("--output", str(runs / entry.name)),
         ]
         if data is not None and entry.data is not None:

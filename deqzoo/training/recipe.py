@@ -244,10 +244,9 @@ def _check_checkpointing(recipe: Recipe, stage: Stage, place: str) -> None:
         return
     gradient = make_gradient(settings)
     if not gradient.can_checkpoint:
-        name = settings if isinstance(settings, str) else settings["name"]
         raise ValueError(
-            f"gradient_checkpointing has no effect on gradient {name!r} of {place}, which keeps "
-            "one graph anyway; leave it out"
+            f"gradient_checkpointing has no effect on gradient {gradient.name!r} of {place}, "
+            "which keeps one graph anyway; leave it out"
         )
 
 
