@@ -91,10 +91,13 @@ def status(entry: Entry, runs: Path) -> dict[str, Any]:
     folder = runs / entry.name
     record = _record(folder / "record.json") or _stored(entry)
     spent, seconds = record.get("pflop", 0.0), record.get("seconds", 0.0)
-    total = spent / max(record.get("steps", 0) / record["total_steps"], 1e-9) if record else None
-    left = None
-    if record and spent:
-        left = (total - spent) * seconds / spent / 3600
+    inherited = record.get("pflop_inherited", 0.0)
+    total = left = None
+    if record:
+        own = spent - inherited
+        total = inherited + own / max(record.get("steps", 0) / record["total_steps"], 1e-9)
+        if own:
+            left = (total - spent) * seconds / own / 3600
     if record.get("finished"):
         state = "done"
     elif is_locked(folder):

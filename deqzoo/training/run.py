@@ -124,7 +124,7 @@ def _run(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     plan = Plan.of(recipe, task)
     trainer = _trainer(recipe, task, plan, model, out, progress, max_steps)
-    trainer.spent = 1e15 * spent
+    trainer.spent = trainer.inherited = 1e15 * spent
     keeper = Keeper(trainer, recipe, out)
     trainer.add_callback(keeper)
     if last is not None:
@@ -364,6 +364,7 @@ def _record(out: Path, recipe: Recipe, trainer: RecipeTrainer, seconds: float) -
         "epochs": round(plan.epoch(steps), 4),
         "seconds": round(seconds, 1),
         "pflop": round(trainer.spent / 1e15, 6),
+        "pflop_inherited": round(trainer.inherited / 1e15, 6),
         **peak_memory(),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "precision": "bf16" if trainer.args.bf16 else "float32",

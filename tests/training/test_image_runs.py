@@ -91,6 +91,7 @@ def test_run_starts_from_trained_weights(pictures, recipe, tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before if k.endswith("weight"))
     record = json.loads((tmp_path / "second" / "record.json").read_text())
     assert record["pflop"] == pytest.approx(2 * spent, rel=0.05)
+    assert record["pflop_inherited"] == spent
     wide = replace(again.model, overrides={**again.model.overrides, "final_channels": 64})
     with pytest.raises(UserError, match="do not fit the recipe's model"):
         run_recipe(replace(again, model=wide), None, tmp_path / "third", progress=False)

@@ -191,6 +191,10 @@ def test_queue_knows_what_is_left(tmp_path):
     (tmp_path / "x" / "record.json").write_text(record)
     state = status(entry, tmp_path)
     assert (state["state"], state["pflop_total"], state["hours_left"]) == ("begun", 8.0, 3.0)
+    started = record.replace('"pflop": 2,', '"pflop": 12, "pflop_inherited": 10,')
+    (tmp_path / "x" / "record.json").write_text(started)
+    state = status(entry, tmp_path)
+    assert (state["pflop"], state["pflop_total"], state["hours_left"]) == (12, 18.0, 3.0)
 
 
 def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
