@@ -1,6 +1,6 @@
 """Cost of a training step: implicit gradients against phantom ones, on the official models.
 
-    python benchmarks/studies/cost.py [--models ...] [--pictures 1] [--tokens 32] [--threads 1]
+    python benchmarks/studies/cost.py [--models ...] [--threads 1]
 
 Every cell (model × gradient) is a process of its own, so that its peak memory counts. Weights are
 the official configurations' random ones: cost does not depend on what they have learned, except
@@ -26,11 +26,11 @@ import torch
 from cells import Cells, markdown_table, write_text
 
 MODELS = {
-    "mdeq-cifar-large": ("MDEQ", 18, 20),
-    "mdeq-imagenet-small": ("MDEQ", 26, 27),
-    "deq-transformer-wikitext103-post": ("DEQTransformer", 30, 35),
+    "mdeq-cifar-large": ("MDEQ", 18, 20, 8),
+    "mdeq-imagenet-small": ("MDEQ", 26, 27, 1),
+    "deq-transformer-wikitext103-post": ("DEQTransformer", 30, 35, 32),
 }
-"""Preset: family, official forward and backward steps."""
+"""Preset: family, official forward and backward steps, pictures of a batch or tokens of a text."""
 
 
 def _solver(name: str, steps: int, tol: float = 0.0) -> dict[str, Any]:
@@ -55,36 +55,36 @@ def modes(backward_steps: int) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def build(preset: str, pictures: int, tokens: int) -> tuple[torch.nn.Module, dict[str, Any]]:
+def build(preset: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     """A fresh model in training mode without dropout, and a batch for it."""
     from deqzoo.models.auto import load_class
 
     torch.manual_seed(0)
-    family = MODELS[preset][0]
+    family, _, _, size = MODELS[preset]
     config = load_class(f"{family}Config").from_preset(preset, dropout=0.0)
     if family == "MDEQ":
         model = load_class("MDEQForImageClassification")(config)
         side = config.image_size
-        pixels = torch.randn(pictures, 3, side, side)
-        batch = {"pixel_values": pixels, "labels": torch.arange(pictures) % config.num_labels}
+        pixels = torch.randn(size, 3, side, side)
+        batch = {"pixel_values": pixels, "labels": torch.arange(size) % config.num_labels}
         return model.train(), batch
     model = load_class("DEQTransformerForCausalLM")(config)
-    ids = torch.randint(1000, (1, tokens + 1))
+    ids = torch.randint(1000, (1, size + 1))
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "shift": False}
     return model.train(), {**batch, "return_logits": False}
 
 
-def cell(preset: str, mode: str, pictures: int, tokens: int, threads: int) -> dict[str, Any]:
+def cell(preset: str, mode: str, threads: int) -> dict[str, Any]:
     """Measure one cell in this process."""
     from deqzoo.equilibrium.diagnostics import SavedTensors
     from deqzoo.evaluation.adjoints import RecordedModel
 
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, batch = build(preset, pictures, tokens)
+    model, batch = build(preset)
     model = model.to(device)
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    _, forward_steps, backward_steps = MODELS[preset]
+    family, forward_steps, backward_steps, size = MODELS[preset]
     solver = "broyden" if "upstream" in mode else "anderson"
     gradient = modes(backward_steps)[mode]
     recorded = RecordedModel(model, batch, _solver(solver, forward_steps))
@@ -112,7 +112,7 @@ def cell(preset: str, mode: str, pictures: int, tokens: int, threads: int) -> di
         "step_peak_mib": step_peak,
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(),
         "threads": threads,
-        "batch": pictures if "mdeq" in preset else f"1×{tokens} tokens",
+        "batch": f"{size} pictures" if family == "MDEQ" else f"{size} tokens",
         "forward_steps": forward_steps,
     }
 
@@ -138,9 +138,7 @@ def clocked(
 
 def in_process(key: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one cell in a fresh process."""
-    command = [sys.executable, __file__, "--cell", key]
-    for name in ("pictures", "tokens", "threads"):
-        command += [f"--{name}", str(getattr(arguments, name))]
+    command = [sys.executable, __file__, "--cell", key, "--threads", str(arguments.threads)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1:])
@@ -178,15 +176,12 @@ def _ratios(cell_: dict[str, Any], reference: dict[str, Any] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--pictures", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
         preset, mode = arguments.cell.split(": ")
-        found = cell(preset, mode, arguments.pictures, arguments.tokens, arguments.threads)
-        print(json.dumps(found))
+        print(json.dumps(cell(preset, mode, arguments.threads)))
         return
     cells = Cells("cost")
     wanted = [f"{p}: {m}" for p in arguments.models for m in modes(MODELS[p][2])]
