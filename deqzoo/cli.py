@@ -207,11 +207,7 @@ def _default_image_model() -> str:
     known = [n for n in deqzoo.zoo.DEFAULT_IMAGE_MODELS if n in deqzoo.list_models()]
     if not known:
         raise UserError("no image model is bundled; name one with --model")
-    scores = {
-        name: max((e["results"].get("accuracy", 0.0) for e in entry(name).tests()), default=0.0)
-        for name in known
-    }
-    return max(known, key=scores.__getitem__)
+    return max(known, key=lambda name: entry(name).best_test("accuracy") or 0.0)
 
 
 def _add_commands_of_other_rooms() -> None:

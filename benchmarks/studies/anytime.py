@@ -28,6 +28,7 @@ from deqzoo.equilibrium.solvers import make_solver
 from deqzoo.equilibrium.state import StatePacker
 from deqzoo.evaluation.chart import line_chart
 from deqzoo.evaluation.gradient_batches import make_batch, part
+from deqzoo.hub.catalogue import entry
 
 BUDGETS = (1, 2, 4, 8, 16, 30)
 TOLERANCES = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4)
@@ -91,10 +92,21 @@ def _graphs(model: Any, data: Path, limit: int) -> Measure:
         model.set_solver(**(own if solver is None else own | solver))
         results = evaluate_model(model, "", split="test", data=data)["results"]
         model.set_solver(**own)
-        name = next(n for n in ("accuracy", "micro_f1", "auc") if n in results)
+        name = next(n for n in ("auc", "micro_f1", "accuracy") if n in results)
         return name, results[name], int(results.get("samples", 0))
 
     return score
+
+
+def wanted_of(name: str) -> list[str]:
+    """The cells of a model: one graph has no batch, and TorchDEQ drives pictures and texts."""
+    architecture = entry(name).architecture
+    parts = ["own", *(f"steps {n}" for n in BUDGETS), *(f"tol {t:g}" for t in TOLERANCES)]
+    if "Node" not in architecture:
+        parts.append("batch")
+    if "IGNN" not in architecture:
+        parts.append("torchdeq")
+    return [f"{name}: {part}" for part in parts]
 
 
 @cache
@@ -127,11 +139,12 @@ def measure(key: str, root: Path, limit: int) -> dict[str, Any]:
 @torch.inference_mode()
 def invariance(model: Any, data: Path) -> dict[str, float]:
     """Largest difference of a logit between a batch of eight and its first sample alone."""
-    if model.config.model_type == "ignn":
-        return {}
     batch, _ = make_batch(model, data, split="test", size=8)
     batch = {**batch, **({"return_logits": True} if "return_logits" in batch else {})}
-    together, alone = model(**batch), model(**part(batch, slice(1)))
+    first = part(batch, slice(1))
+    if "x" in batch:
+        first = {"x": batch["x"].get_example(0), "labels": batch["labels"][:1]}
+    together, alone = model(**batch), model(**first)
     scale = together.logits[:1].abs().max()
     return {
         "largest_difference": float((together.logits[:1] - alone.logits).abs().max() / scale),
@@ -145,8 +158,6 @@ def against_torchdeq(model: Any, data: Path, tol: float = 1e-3) -> dict[str, Any
     """CPU seconds and residuals of both Anderson solvers on the same map."""
     from torchdeq.solver import anderson_solver
 
-    if model.config.model_type == "ignn":
-        return {}
     batch, _ = make_batch(model, data, split="test", size=32)
     name = model.main_input_name
     memory = (batch["memory"],) if "memory" in batch else ()
@@ -218,9 +229,7 @@ def main() -> None:
     arguments = parser.parse_args()
     names = arguments.models or deqzoo.list_models()
     cells = Cells("anytime")
-    parts = ["own", "batch", "torchdeq"]
-    parts += [f"steps {n}" for n in BUDGETS] + [f"tol {t:g}" for t in TOLERANCES]
-    wanted = [f"{name}: {part}" for name in names for part in parts]
+    wanted = [key for name in names for key in wanted_of(name)]
     missing = cells.fill(wanted, lambda key: measure(key, arguments.data, arguments.limit))
     print(report(cells.done))
     print("missing:", ", ".join(missing) or "nothing")

@@ -92,15 +92,12 @@ def _load(found: Entry, task: str) -> Loaded:
 
 def _rank(found: Entry) -> tuple[float, str]:
     """Best test figure first; what has none comes last."""
-    for evaluation in found.evaluations.values():
-        results, data = evaluation.get("results", {}), evaluation.get("data", {})
-        if data.get("split") == "test":
-            if results.get("accuracy") is not None:
-                return -float(results["accuracy"]), found.name
-            if results.get("perplexity") is not None:
-                # The text style of WikiText fits what people write; Penn Treebank's does not.
-                own = "ptb" in found.name
-                return float(results["perplexity"]) + (1e6 if own else 0.0), found.name
+    accuracy, perplexity = found.best_test("accuracy"), found.best_test("perplexity")
+    if accuracy is not None:
+        return -accuracy, found.name
+    if perplexity is not None:
+        # The text style of WikiText fits what people write; Penn Treebank's does not.
+        return perplexity + (1e6 if "ptb" in found.name else 0.0), found.name
     return float("inf"), found.name
 
 

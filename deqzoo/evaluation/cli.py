@@ -11,8 +11,6 @@ import typer
 
 from deqzoo.errors import UserError
 
-_CORPUS = "wikitext-2"
-
 
 def add_commands(app: typer.Typer) -> None:
     """Add this room's commands to the command line."""
@@ -102,14 +100,8 @@ def default_text_model() -> str:
     for entry in entries():
         if entry.config.get("model_type") != "deq_transformer" or "wikitext2" not in entry.name:
             continue
-        figures = [
-            evaluation["results"].get("perplexity")
-            for evaluation in entry.evaluations.values()
-            if evaluation.get("data", {}).get("name") == _CORPUS
-            and evaluation["data"].get("split") == "test"
-        ]
-        best = min((f for f in figures if f is not None), default=float("inf"))
-        found.append((best, entry.name))
+        best = entry.best_test("perplexity")
+        found.append((float("inf") if best is None else best, entry.name))
     if not found:
         raise UserError("no language model is bundled; name one with --model")
     return min(found)[1]

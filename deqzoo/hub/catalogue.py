@@ -73,6 +73,13 @@ class Entry:
         """The evaluations of test splits."""
         return [e for e in self.evaluations.values() if e.get("data", {}).get("split") == "test"]
 
+    def best_test(self, metric: str) -> float | None:
+        """The best figure of a metric ("accuracy", "perplexity") on a test split, or None."""
+        found = (e.get("results", {}).get(metric) for e in self.tests())
+        figures = [float(figure) for figure in found if figure is not None]
+        best = min if metric == "perplexity" else max
+        return best(figures, default=None)
+
 
 def main_figure(evaluation: dict[str, Any]) -> str | None:
     """ "85.2 % on cifar10 test" or "71.3 perplexity on wikitext2 test"; None for other files."""

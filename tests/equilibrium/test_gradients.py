@@ -243,9 +243,7 @@ def test_gradcheck_of_the_implicit_gradient() -> None:
 
     def layer(weight: Tensor, x: Tensor) -> Tensor:
         f = lambda h, x: torch.tanh(h @ weight.T + x)  # noqa: E731
-        return fixed_point(
-            f, torch.zeros_like(x), x, solver=EXACT_SOLVER, gradient=EXACT
-        ).state
+        return fixed_point(f, torch.zeros_like(x), x, solver=EXACT_SOLVER, gradient=EXACT).state
 
     _, x = inputs(2, 3)
     arguments = (weight.requires_grad_(), x.requires_grad_())

@@ -111,9 +111,7 @@ def test_structures_are_solved_in_place_of_a_flat_vector(kind: str, solver: str)
 
     zero = rebuild(start, [torch.zeros_like(t) for t in leaves(start)])
     with torch.no_grad():
-        found = fixed_point(
-            lambda z: packer.unpack(flat(packer.pack(z))), zero, solver=settings
-        )
+        found = fixed_point(lambda z: packer.unpack(flat(packer.pack(z))), zero, solver=settings)
         expected = fixed_point(flat, torch.zeros_like(shift), solver=settings)
     assert type(found.state) is type(start)
     torch.testing.assert_close(packer.pack(found.state), expected.state)

@@ -89,7 +89,7 @@ def test_cells():
 
 def test_tables_of_cards_and_nodes():
     fold = {"data": "COX2", "method": "implicit", "protocol": "honest", "test_accuracy": 0.75}
-    fold |= {"parameters": 27010, "seconds": 60.0, "peak_memory_mib": 900.0}
+    fold |= {"parameters": 27010, "cpu_seconds": 60.0, "peak_memory_mib": 900.0}
     notes = render_notes({"a": fold}, "COX2")
     assert "### Ten folds of COX2" in notes and "| 75.0 ± 0.0 (1/10) | 27,010 | 60 | 900 |" in notes
     assert "PROTEINS" not in notes

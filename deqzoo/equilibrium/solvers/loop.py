@@ -122,9 +122,7 @@ class Loop:
         self.autocast = torch.is_autocast_enabled(matrix.device.type)
         self.untroubled = self.on_cpu  # every cell has got better at every evaluation
 
-    def run(
-        self, f: Matrices, z: Tensor, compact: bool, callback: StepCallback | None
-    ) -> Solution:
+    def run(self, f: Matrices, z: Tensor, compact: bool, callback: StepCallback | None) -> Solution:
         max_steps = self.solver.max_steps
         for k in range(max_steps + 1):
             fz = f(z)
