@@ -46,11 +46,11 @@ def untrained_model(window: int) -> PreTrainedModel:
 
 def cached_step(model: PreTrainedModel, ids: Tensor) -> Callable[[], ModelOutput]:
     """A function that appends one token to a cache that holds ``ids`` (1, n)."""
-    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(ids, use_cache=True, logits_to_keep=1).cache
     newest = ids[:, -1:]
 
     def step() -> ModelOutput:
-        output = model(newest, past_key_values=cache, logits_to_keep=1)
+        output = model(newest, cache=cache, logits_to_keep=1)
         newest.copy_(output.logits.argmax(-1))
         return output
 

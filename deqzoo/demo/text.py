@@ -187,9 +187,7 @@ def check_writing(length: Any, temperature: Any) -> tuple[int, float]:
 @torch.inference_mode()
 def _step(loaded: Loaded, ids: Tensor, cache: Any, solver: dict[str, Any] | None) -> Any:
     cached = loaded.model.config.has_equilibrium
-    return loaded.model(
-        ids, past_key_values=cache, use_cache=cached, logits_to_keep=1, solver=solver
-    )
+    return loaded.model(ids, cache=cache, use_cache=cached, logits_to_keep=1, solver=solver)
 
 
 def write(
@@ -222,7 +220,7 @@ def write(
     for _ in range(length):
         deadline.check()
         output = _step(loaded, new, cache, solver)
-        cache = output.past_key_values
+        cache = output.cache
         chosen = _choose(output.logits[0, -1], temperature, unknown, generator)
         steps.append(int(output.token_steps[0, -1]))
         unconverged += int(not output.token_converged[0, -1])

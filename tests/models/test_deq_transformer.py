@@ -109,11 +109,25 @@ def test_segmentation_does_not_matter(cuts: list[int]) -> None:
         output = model(piece, memory=memory, solver=TIGHT)
         memory = output.memory
         by_memory.append(output.logits)
-        by_cache.append(model(piece, past_key_values=cache, solver=TIGHT).logits)
+        by_cache.append(model(piece, cache=cache, solver=TIGHT).logits)
     assert (torch.cat(by_memory, 1) - whole.logits).abs().max() < 1e-8
     assert (torch.cat(by_cache, 1) - whole.logits).abs().max() < 1e-8
     assert cache.get_seq_length() == 24
     assert cache.layer.keys.shape[2] == 8
+
+
+@torch.no_grad()
+def test_cache_under_its_old_name() -> None:
+    """Before transformers 5.24 callers and generation say `past_key_values`."""
+    model = lively_model()
+    ids = random_ids(1, 6)
+    output = model(ids[:, :5], use_cache=True, solver=TIGHT)
+    assert output.past_key_values is output.cache is output["past_key_values"]
+    assert "past_key_values" in output
+    continued = model(ids[:, 5:], past_key_values=output.cache, solver=TIGHT)
+    whole = model(ids, solver=TIGHT)
+    assert (continued.logits[:, 0] - whole.logits[:, 5]).abs().max() < 1e-8
+    assert output.cache.get_seq_length() == 6
 
 
 @pytest.mark.parametrize("placement", ["post", "pre"])
@@ -168,7 +182,7 @@ def test_left_padding_changes_nothing() -> None:
 def test_one_new_token_costs_one_single_token_solve(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively_model()
     cache = DEQTransformerCache(9)
-    model(random_ids(2, 12), past_key_values=cache)
+    model(random_ids(2, 12), cache=cache)
     kept = cache.layer.keys.clone()
     lengths = []
     solve = DEQTransformerModel.solve
@@ -178,7 +192,7 @@ def test_one_new_token_costs_one_single_token_solve(monkeypatch: pytest.MonkeyPa
         return solve(self, f, z0, **options)
 
     monkeypatch.setattr(DEQTransformerModel, "solve", spy)
-    model(random_ids(2, 1), past_key_values=cache)
+    model(random_ids(2, 1), cache=cache)
     assert lengths == [1]
     assert torch.equal(cache.layer.keys[:, :, :-1], kept[:, :, 1:])
 
@@ -190,8 +204,8 @@ def test_warm_start_reaches_the_same_equilibrium() -> None:
     states, steps = [], []
     for warm in (False, True):
         cache = DEQTransformerCache(9)
-        model(random_ids(2, 12), past_key_values=cache)
-        output = model(random_ids(2, 1), past_key_values=cache, warm_start=warm)
+        model(random_ids(2, 12), cache=cache)
+        output = model(random_ids(2, 1), cache=cache, warm_start=warm)
         states.append(output.logits)
         steps.append(output.n_steps)
     assert (states[0] - states[1]).abs().max() < 1e-9
@@ -224,7 +238,7 @@ def test_no_cache_without_equilibrium(changes: dict) -> None:
 
 @pytest.mark.parametrize("variant", ["locuslab-deq", "torchdeq-seq"])
 def test_variants_with_equilibrium_are_cached(variant: str) -> None:
-    assert lively_model(variant=variant)(random_ids(2, 6), use_cache=True).past_key_values
+    assert lively_model(variant=variant)(random_ids(2, 6), use_cache=True).cache
 
 
 def test_losses_and_labels() -> None:
@@ -377,7 +391,7 @@ def test_wrong_calls() -> None:
     with pytest.raises(UserError, match="not both"):
         model(ids, memory=memory, use_cache=True)
     with pytest.raises(UserError, match="DEQTransformerCache"):
-        model(ids, past_key_values=object())
+        model(ids, cache=object())
     with pytest.raises(UserError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(2, 3))
 

@@ -41,7 +41,7 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
 
     model_type = "deq_transformer"
     keys_to_ignore_at_inference = [
-        "past_key_values", "memory", "nll", "n_steps", "residual", "converged",
+        "cache", "memory", "nll", "n_steps", "residual", "converged",
         "token_steps", "token_residual", "token_converged", "state", "equilibrium_map",
     ]  # fmt: skip
     # Where acceleration stalls the solver falls back to plain steps.

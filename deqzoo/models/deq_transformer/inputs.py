@@ -42,16 +42,14 @@ def check_past(
         UserError: another model's cache, a cache without an equilibrium, or cache and memory.
     """
     if cache is not None and not isinstance(cache, DEQTransformerCache):
-        raise UserError(
-            f"past_key_values must be a DEQTransformerCache, got {type(cache).__name__}."
-        )
+        raise UserError(f"cache must be a DEQTransformerCache, got {type(cache).__name__}.")
     if (cache is not None or use_cache) and not config.has_equilibrium:
         raise UserError(
             f"{config.variant} with norm_placement={config.norm_placement!r} has no "
             "equilibrium to cache; call it with use_cache=False."
         )
     if (cache is not None or use_cache) and memory is not None:
-        raise UserError("Give either past_key_values (or use_cache) or memory, not both.")
+        raise UserError("Give either cache (or use_cache) or memory, not both.")
 
 
 def past_length(cache: DEQTransformerCache | None, memory: Any) -> int:

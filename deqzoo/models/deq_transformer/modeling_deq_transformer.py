@@ -141,7 +141,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: DEQTransformerCache | None = None,
+        cache: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
         use_cache: bool | None = None,
         solver: Spec = None,
@@ -150,13 +150,14 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         warm_start: bool = False,
         dropout_masks: DropoutMasks | None = None,
         output_state: bool = False,
+        past_key_values: DEQTransformerCache | None = None,
     ) -> DEQTransformerModelOutput:
         """Solve for the states of T new tokens.
 
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, T) or longer, 0 at left padding; its last T columns are used.
-            past_key_values: cache of earlier tokens; it is extended in place.
+            cache: cache of earlier tokens; it is extended in place.
             memory: states and injections of the previous segment, as returned by its forward.
             use_cache: return a cache; excludes ``memory``.
             solver, gradient: settings that replace the configured ones for this call.
@@ -165,22 +166,24 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             warm_start: start from the newest cached state instead of zero.
             dropout_masks: these instead of random ones.
             output_state: also return the map and the state, for ``jacobian_loss``.
+            past_key_values: what ``cache`` is called before transformers 5.24.
         """
-        check_past(self.config, past_key_values, memory, use_cache)
-        if use_cache and past_key_values is None:
-            past_key_values = DEQTransformerCache(self.config.window)
+        cache = past_key_values if cache is None else cache
+        check_past(self.config, cache, memory, use_cache)
+        if use_cache and cache is None:
+            cache = DEQTransformerCache(self.config.window)
         valid = valid_tokens(attention_mask, input_ids)
-        n_past = past_length(past_key_values, memory)
+        n_past = past_length(cache, memory)
         masks = dropout_masks or self._masks(input_ids, n_past)
         injection = self.inject(input_ids, masks)
-        f = self.bind(injection, masks, past_key_values, memory, valid)
+        f = self.bind(injection, masks, cache, memory, valid)
         # Under autocast the injection is narrower than the state should be.
         start = self.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
-        if warm_start and past_key_values is not None and past_key_values.last_state is not None:
-            start = start + past_key_values.last_state
+        if warm_start and cache is not None and cache.last_state is not None:
+            start = start + cache.last_state
         report = self._solve(f, start, valid, solver, gradient, shallow)
-        if past_key_values is not None:
-            past_key_values.remember(f, report.state, valid)
+        if cache is not None:
+            cache.remember(f, report.state, valid)
             memory = None
         elif valid is None:
             memory = updated_memory(memory, report.state, injection, self.config.mem_len)
@@ -188,7 +191,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             memory = None  # padding cannot be told from tokens in a memory
         return DEQTransformerModelOutput(
             last_hidden_state=report.state,
-            past_key_values=past_key_values,
+            cache=cache,
             memory=None if memory is None else tuple(memory),
             state=report.state.detach() if output_state else None,
             equilibrium_map=f if output_state else None,
@@ -368,7 +371,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: DEQTransformerCache | None = None,
+        cache: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,
         shift: bool = True,
@@ -381,6 +384,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         warm_start: bool = False,
         dropout_masks: DropoutMasks | None = None,
         output_state: bool = False,
+        past_key_values: DEQTransformerCache | None = None,
     ) -> DEQTransformerCausalLMOutput:
         """Score the next words.
 
@@ -396,7 +400,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         base = self.transformer(
             input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             memory=memory,
             use_cache=use_cache,
             solver=solver,

@@ -1,6 +1,7 @@
 """What the DEQ-Transformer classes return."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,33 @@ from deqzoo.models.deq_transformer.block import EquilibriumMap
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
 
 
+class CachingOutput(ModelOutput):
+    """An output whose `cache` also answers to `past_key_values`.
+
+    transformers renamed it in 5.24 and has the old name as a property since; generation of older
+    releases asks for the old name.
+    """
+
+    if not hasattr(ModelOutput, "past_key_values"):
+
+        @property
+        def past_key_values(self) -> DEQTransformerCache | None:
+            return self.cache
+
+        def __contains__(self, key: object) -> bool:
+            return super().__contains__("cache" if key == "past_key_values" else key)
+
+        def __getitem__(self, key: Any) -> Any:
+            return super().__getitem__("cache" if key == "past_key_values" else key)
+
+
 @dataclass
-class DEQTransformerModelOutput(ModelOutput):
+class DEQTransformerModelOutput(CachingOutput):
     """States of a DEQ-Transformer and how its solve went.
 
     Attributes:
         last_hidden_state: (B, T, d) equilibrium.
-        past_key_values: cache that now holds these tokens too.
+        cache: cache that now holds these tokens too.
         memory: states (B, M, d) and injections (B, M, 3d) for the next segment.
         n_steps, residual, converged: (B,) worst over the real tokens of a sample.
         token_steps, token_residual, token_converged: (B, T) the same token by token; a causal
@@ -26,7 +47,7 @@ class DEQTransformerModelOutput(ModelOutput):
     """
 
     last_hidden_state: Tensor | None = None
-    past_key_values: DEQTransformerCache | None = None
+    cache: DEQTransformerCache | None = None
     memory: tuple[Tensor, Tensor] | None = None
     n_steps: Tensor | None = None
     residual: Tensor | None = None
@@ -39,7 +60,7 @@ class DEQTransformerModelOutput(ModelOutput):
 
 
 @dataclass
-class DEQTransformerCausalLMOutput(ModelOutput):
+class DEQTransformerCausalLMOutput(CachingOutput):
     """Scores of the next word; the fields of :class:`DEQTransformerModelOutput` follow.
 
     Attributes:
@@ -51,7 +72,7 @@ class DEQTransformerCausalLMOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: DEQTransformerCache | None = None
+    cache: DEQTransformerCache | None = None
     memory: tuple[Tensor, Tensor] | None = None
     nll: Tensor | None = None
     n_steps: Tensor | None = None
