@@ -129,7 +129,7 @@ def _stored(entry: Entry) -> dict[str, Any]:
         recipe = recorded_recipe(record)
         if recipe is None or not record.get("finished"):
             continue
-        if recipe == entry.recipe or recipe.model.start == entry.name:
+        if recipe == entry.recipe or recipe.model.parent == entry.name:
             return record
     return {}
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -37,6 +37,12 @@ class Model:
     preset: str
     overrides: dict[str, Any] = field(default_factory=dict)
     start: str = ""
+
+    @property
+    def parent(self) -> str:
+        """Name of the run or checkpoint whose weights `start` names; runs/NAME/model is NAME's."""
+        path = PurePath(self.start)
+        return path.parent.name if path.name == "model" else path.name
 
 
 @dataclass(frozen=True)

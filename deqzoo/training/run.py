@@ -117,14 +117,15 @@ def _run(
     task = build_task(recipe, data)
     set_seed(recipe.seed)
     model = task.model()
-    spent = start_from(model, recipe.model.start) if recipe.model.start else 0.0
+    earlier = start_from(model, recipe.model.start) if recipe.model.start else {}
     if recipe.channels_last and recipe.task == "image-classification":
         model = model.to(memory_format=torch.channels_last)
     if processes > 1 and torch.cuda.is_available():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     plan = Plan.of(recipe, task)
     trainer = _trainer(recipe, task, plan, model, out, progress, max_steps)
-    trainer.spent = trainer.inherited = 1e15 * spent
+    trainer.earlier = earlier.get("validation", [])
+    trainer.spent = trainer.inherited = 1e15 * earlier.get("pflop", 0.0)
     keeper = Keeper(trainer, recipe, out)
     trainer.add_callback(keeper)
     if last is not None:
@@ -136,7 +137,7 @@ def _run(
 
 
 @torch.no_grad()
-def start_from(model: PreTrainedModel, name: str) -> float:
+def start_from(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """Copy the weights of a trained checkpoint into a fresh model.
 
     Args:
@@ -144,7 +145,7 @@ def start_from(model: PreTrainedModel, name: str) -> float:
         name: zoo name, local folder (that of a run's `model`, say) or repository.
 
     Returns:
-        PFLOP that the checkpoint's own run spent, as far as a record beside it says.
+        The record of the checkpoint's own run, empty if there is none beside it.
 
     Raises:
         UserError: no such checkpoint, or one of another architecture.
@@ -157,8 +158,8 @@ def start_from(model: PreTrainedModel, name: str) -> float:
     folder = Path(trained.config._name_or_path)
     for record in (folder / "training.json", folder.parent / "record.json"):
         if record.is_file():
-            return float(json.loads(record.read_text(encoding="utf-8")).get("pflop", 0.0))
-    return 0.0
+            return json.loads(record.read_text(encoding="utf-8"))
+    return {}
 
 
 class Keeper(TrainerCallback):
@@ -371,7 +372,7 @@ def _record(out: Path, recipe: Recipe, trainer: RecipeTrainer, seconds: float) -
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "validation": _validation_curve(out / "metrics.jsonl"),
+        "validation": trainer.earlier + _validation_curve(out / "metrics.jsonl"),
     }
     (out / "record.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
 

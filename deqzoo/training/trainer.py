@@ -155,7 +155,9 @@ class RecipeTrainer(DEQTrainer):
             self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
         self.flop_table = [sample_flops(task.probe, self.model, stage) for stage in plan.stages]
         self.spent = 0.0
-        self.inherited = 0.0  # what the weights that a recipe starts from had cost
+        # What the weights that a recipe starts from had cost, and their validation figures.
+        self.inherited = 0.0
+        self.earlier: list[dict[str, float]] = []
         self.last_save = time.monotonic()
 
     @property

@@ -79,7 +79,8 @@ def losses(out: Path) -> dict[int, float]:
 
 def test_run_starts_from_trained_weights(pictures, recipe, tmp_path):
     first = run_recipe(recipe, None, tmp_path / "first", progress=False)
-    spent = json.loads((tmp_path / "first" / "record.json").read_text())["pflop"]
+    earlier = json.loads((tmp_path / "first" / "record.json").read_text())
+    spent = earlier["pflop"]
     again = replace(
         recipe,
         model=replace(recipe.model, start=str(first)),
@@ -92,6 +93,8 @@ def test_run_starts_from_trained_weights(pictures, recipe, tmp_path):
     record = json.loads((tmp_path / "second" / "record.json").read_text())
     assert record["pflop"] == pytest.approx(2 * spent, rel=0.05)
     assert record["pflop_inherited"] == spent
+    n = len(earlier["validation"])
+    assert record["validation"][:n] == earlier["validation"] and len(record["validation"]) > n
     wide = replace(again.model, overrides={**again.model.overrides, "final_channels": 64})
     with pytest.raises(UserError, match="do not fit the recipe's model"):
         run_recipe(replace(again, model=wide), None, tmp_path / "third", progress=False)

@@ -215,6 +215,7 @@ def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
     del stored["model"]["start"]  # a setting that came later than the record
     assert state_with(stored) == "done"
     assert state_with({**stored, "seed": 5}) == "waiting"
-    followed = {**stored, "name": "y", "model": {**stored["model"], "start": "x"}}
-    assert state_with(followed) == "done"
+    for start in ("x", "deqzoo/x", "runs/x/model"):
+        followed = {**stored, "name": "y", "model": {**stored["model"], "start": start}}
+        assert state_with(followed) == "done"
     assert state_with({"name": "x"}) == "waiting"
