@@ -18,11 +18,12 @@ class FamilyText:
 
 @dataclass(frozen=True)
 class DataText:
-    """A data set's part of a card: Hub id, name, and what to know about it."""
+    """A data set's part of a card: Hub id, name, what to know about it, published test figures."""
 
     repository: str
     title: str
     note: str
+    published: str = ""
 
 
 EQUILIBRIUM = (
@@ -115,16 +116,23 @@ DATA_TEXTS = {
         "Imagenette",
         "The published validation split serves as test split; 950 training pictures are kept to "
         "choose by.",
+        "from scratch at 128 pixels, on the leaderboard of its authors: 85.8 / 91.6 / 93.6 / 94.2 % after "
+        "5 / 20 / 80 / 200 epochs (convolutional networks)",
     ),
     "wikitext-2": DataText(
         "Salesforce/wikitext",
         "WikiText-2",
         "The word-level corpus with its published splits and vocabulary (CC BY-SA 3.0).",
+        "perplexity 65.8 (AWD-LSTM, 33M parameters, hundreds of epochs; Merity et al. 2018), a single "
+        "model without pre-training or dynamic evaluation",
     ),
     "ptb": DataText(
         "ptb-text-only/ptb_text_only",
         "Penn Treebank (words)",
         "The usual preparation with 10,000 words; the underlying text is licensed by the LDC.",
+        "perplexity 57.3 (AWD-LSTM; Merity et al. 2018) and 57.1 (a DEQ of the TrellisNet kind; Bai et al. "
+        "2019), each a single model of 24M parameters, trained for hundreds of epochs, without dynamic "
+        "evaluation",
     ),
     "twitch": DataText(
         "graphs-datasets/twitch",

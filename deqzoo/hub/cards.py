@@ -255,6 +255,8 @@ def _results(entry: Entry) -> list[str]:
         ]
         parts.append(_table(("figure", "value"), rows))
         parts.append(f"Measured by `{evaluation.get('command', '?')}`: {main_figure(evaluation)}.")
+        if text and text.published and data.get("split") == "test":
+            parts.append(f"Published by others: {text.published}.")
         per_class = evaluation.get("results", {}).get("per_class_accuracy")
         if per_class:
             rows = [(name, _number(value)) for name, value in per_class.items()]

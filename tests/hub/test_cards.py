@@ -57,6 +57,14 @@ def test_card_quotes_the_evaluation_file(checkout: Path) -> None:
     assert "geng2021training" in text and "bai2020multiscale" in text
 
 
+def test_test_results_stand_beside_published_ones(checkout: Path) -> None:
+    found = entry("mdeq-test")
+    (evaluation,) = found.evaluations.values()
+    for split, shown in (("test", True), ("validation", False)):
+        evaluation["data"] |= {"name": "wikitext-2", "split": split}
+        assert ("Published by others: perplexity 65.8" in cards.render_card(found)) is shown
+
+
 def test_newer_result_format_parses(checkout: Path) -> None:
     import yaml
     from huggingface_hub import parse_eval_result_entries
