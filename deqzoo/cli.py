@@ -202,12 +202,12 @@ def _on_device(model: Any, device: str) -> Any:
 
 def _default_image_model() -> str:
     """The bundled CIFAR-10 model with the best test accuracy."""
-    from deqzoo.hub.catalogue import entry
+    from deqzoo.hub.catalogue import best_first, entry
 
     known = [n for n in deqzoo.zoo.DEFAULT_IMAGE_MODELS if n in deqzoo.list_models()]
     if not known:
         raise UserError("no image model is bundled; name one with --model")
-    return max(known, key=lambda name: entry(name).best_test("accuracy") or 0.0)
+    return best_first(map(entry, known), "accuracy")[0].name
 
 
 def _add_commands_of_other_rooms() -> None:

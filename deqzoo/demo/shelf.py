@@ -13,7 +13,7 @@ from deqzoo.equilibrium import SOLVERS
 from deqzoo.errors import UserError
 from deqzoo.evaluation.classify import load_processor
 from deqzoo.evaluation.text import load_tokenizer
-from deqzoo.hub.catalogue import Entry, entry
+from deqzoo.hub.catalogue import Entry, best_first, entry
 from deqzoo.models.auto import DEQModel
 
 from .guard import MAX_STEPS, real_number, whole_number
@@ -26,8 +26,8 @@ GRAPHS = "graph classification"
 TRAINING = {
     IMAGES: "deqzoo train recipes/mdeq-tiny-cifar-upg.yaml && "
     "deqzoo store runs/mdeq-tiny-cifar-upg",
-    TEXT: "deqzoo train recipes/deq-transformer-wikitext2-upg.yaml && "
-    "deqzoo store runs/deq-transformer-wikitext2-upg",
+    TEXT: "deqzoo train recipes/deq-transformer-ptb-upg.yaml && "
+    "deqzoo store runs/deq-transformer-ptb-upg",
     GRAPHS: "deqzoo ignn-table --data DIR",
 }
 TOLERANCES = (1e-6, 1e-1)
@@ -58,7 +58,10 @@ class Shelf:
                 found.append(entry(name))
             except UserError:  # a damaged folder must not take the page down
                 continue
-        return sorted((e for e in found if e.task == task), key=_rank)
+        metric = "perplexity" if task == TEXT else "accuracy"
+        ranked = best_first((e for e in found if e.task == task), metric)
+        # The text style of WikiText fits what people write; Penn Treebank's does not.
+        return sorted(ranked, key=lambda e: "ptb" in e.name)
 
     def names(self, task: str) -> list[str]:
         """Names of a task's checkpoints, the best first."""
@@ -88,17 +91,6 @@ def _load(found: Entry, task: str) -> Loaded:
     model = DEQModel.from_pretrained(found.folder).eval()
     readers = {IMAGES: load_processor, TEXT: load_tokenizer}
     return Loaded(found, model, readers[task](model) if task in readers else None)
-
-
-def _rank(found: Entry) -> tuple[float, str]:
-    """Best test figure first; what has none comes last."""
-    accuracy, perplexity = found.best_test("accuracy"), found.best_test("perplexity")
-    if accuracy is not None:
-        return -accuracy, found.name
-    if perplexity is not None:
-        # The text style of WikiText fits what people write; Penn Treebank's does not.
-        return perplexity + (1e6 if "ptb" in found.name else 0.0), found.name
-    return float("inf"), found.name
 
 
 def solver_settings(name: Any, max_steps: Any, tolerance: Any) -> dict[str, Any]:

@@ -94,14 +94,10 @@ def default_text_model() -> str:
     Raises:
         UserError: none is bundled.
     """
-    from deqzoo.hub.catalogue import entries
+    from deqzoo.hub.catalogue import best_first, entries
 
-    found = []
-    for entry in entries():
-        if entry.config.get("model_type") != "deq_transformer" or "wikitext2" not in entry.name:
-            continue
-        best = entry.best_test("perplexity")
-        found.append((float("inf") if best is None else best, entry.name))
+    texts = [e for e in entries() if e.config.get("model_type") == "deq_transformer"]
+    found = best_first((e for e in texts if "wikitext2" in e.name), "perplexity")
     if not found:
         raise UserError("no language model is bundled; name one with --model")
-    return min(found)[1]
+    return found[0].name

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,17 @@ class Entry:
         return best(figures, default=None)
 
 
+def best_first(found: Iterable[Entry], metric: str) -> list[Entry]:
+    """Checkpoints by their test figure of a metric, the best first, those without one last."""
+    sign = 1.0 if metric == "perplexity" else -1.0
+
+    def rank(one: Entry) -> tuple[float, str]:
+        figure = one.best_test(metric)
+        return math.inf if figure is None else sign * figure, one.name
+
+    return sorted(found, key=rank)
+
+
 def main_figure(evaluation: dict[str, Any]) -> str | None:
     """ "85.2 % on cifar10 test" or "71.3 perplexity on wikitext2 test"; None for other files."""
     results, data = evaluation.get("results", {}), evaluation.get("data", {})
@@ -128,6 +140,6 @@ def count_values(path: Path) -> int:
             if length > path.stat().st_size:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
-        return sum(prod(t["shape"]) for key, t in header.items() if key != "__metadata__")
+        return sum(math.prod(t["shape"]) for key, t in header.items() if key != "__metadata__")
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise UserError(f"{path} is no sound safetensors file: {error}") from error

@@ -15,7 +15,7 @@ from deqzoo.evaluation.files import write_evaluation
 from deqzoo.evaluation.images import evaluate_images
 from deqzoo.hub import cards
 from deqzoo.hub.card_texts import CONVERTED
-from deqzoo.hub.catalogue import entry
+from deqzoo.hub.catalogue import Entry, best_first, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
 from deqzoo.hub.verify import verify_model
 
@@ -162,3 +162,14 @@ def test_golden_prediction_sees_other_weights(checkout: Path) -> None:
 def test_broken_snippet_is_a_fault(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deqzoo.hub.verify.snippet", lambda found: "raise KeyError('gone')")
     assert verify_model("mdeq-test") == ["the card's example fails: KeyError: 'gone'"]
+
+
+def test_best_checkpoints_come_first() -> None:
+    def made(name: str, **results: float) -> Entry:
+        evaluation = {"data": {"split": "test"}, "results": results}
+        return Entry(name, Path(name), {}, {"x": evaluation} if results else {})
+
+    found = [made("a", accuracy=0.7), made("b"), made("c", accuracy=0.8), made("d", perplexity=9)]
+    assert [e.name for e in best_first(found, "accuracy")] == ["c", "a", "b", "d"]
+    found = [made("a", perplexity=90.0), made("b", perplexity=80.0)]
+    assert [e.name for e in best_first(found, "perplexity")] == ["b", "a"]
