@@ -150,6 +150,11 @@ def start_from(model: PreTrainedModel, name: str) -> dict[str, Any]:
     Raises:
         UserError: no such checkpoint, or one of another architecture.
     """
+    path = Path(name)
+    if path.name == "model" and not path.is_dir():
+        raise UserError(
+            f"model.start: there is no {name}; train {path.parent.name} first, into {path.parent}"
+        )
     trained = DEQModel.from_pretrained(name)
     theirs, mine = trained.state_dict(), model.state_dict()
     if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in mine.items()}:

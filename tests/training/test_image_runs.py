@@ -98,6 +98,9 @@ def test_run_starts_from_trained_weights(pictures, recipe, tmp_path):
     wide = replace(again.model, overrides={**again.model.overrides, "final_channels": 64})
     with pytest.raises(UserError, match="do not fit the recipe's model"):
         run_recipe(replace(again, model=wide), None, tmp_path / "third", progress=False)
+    lost = replace(again.model, start=str(tmp_path / "x" / "model"))
+    with pytest.raises(UserError, match="train x first"):
+        run_recipe(replace(again, model=lost), None, tmp_path / "fourth", progress=False)
 
 
 def test_run_leaves_weights_log_and_record(pictures, recipe, tmp_path):
