@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from cells import Cells, markdown_table, write_text
 
+from deqzoo.evaluation.chart import dot_chart
+
 MODELS = {
     "mdeq-cifar-large": ("MDEQ", 18, 20, 8),
     "mdeq-imagenet-small": ("MDEQ", 26, 27, 1),
@@ -164,6 +166,18 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
     return markdown_table(head, rows)
 
 
+def plot(cells: dict[str, dict[str, Any]]) -> str:
+    """Time of a whole step by gradient and model, that of upstream's gradient being 1, as SVG."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    for key, cell_ in cells.items():
+        preset, mode = key.split(": ")
+        reference = cells.get(f"{preset}: implicit broyden (upstream)")
+        if reference is not None:
+            share = cell_["step_seconds"] / reference["step_seconds"]
+            rows.setdefault(mode, {})[preset] = [share]
+    return dot_chart(rows, title="Cost of a training step", x_label="time of a step, upstream = 1")
+
+
 def _ratios(cell_: dict[str, Any], reference: dict[str, Any] | None) -> str:
     if reference is None:
         return "missing"
@@ -190,6 +204,7 @@ def main() -> None:
     print(CLAIMS)
     print("missing:", ", ".join(missing) or "nothing")
     write_text("cost_table.md", report(cells.done))
+    write_text("cost.svg", plot(cells.done))
 
 
 if __name__ == "__main__":

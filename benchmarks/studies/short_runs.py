@@ -13,6 +13,7 @@ from typing import Any
 
 from cells import HERE, Cells, markdown_table, write_text
 
+from deqzoo.evaluation.chart import dot_chart
 from deqzoo.training.recipe import Recipe, load_recipe
 from deqzoo.training.run import run_recipe
 
@@ -45,13 +46,31 @@ def train(recipe: Recipe, data: Path, out: Path) -> dict[str, float]:
     }
 
 
+def by_variant(
+    cells: dict[str, dict[str, float]], variants: Iterable[str]
+) -> dict[str, list[dict[str, float]]]:
+    """The cells of every variant that has some, in the order of the variants."""
+    return {
+        variant: found
+        for variant in variants
+        if (found := [c for key, c in cells.items() if key.rsplit(" seed ", 1)[0] == variant])
+    }
+
+
+def plot(cells: dict[str, dict[str, float]], variants: Iterable[str], description: str) -> str:
+    """Accuracy of every run by variant as SVG."""
+    rows = {
+        variant: {"": [100 * cell["accuracy"] for cell in found]}
+        for variant, found in by_variant(cells, variants).items()
+    }
+    title = description.split(":", 1)[0]
+    return dot_chart(rows, title=title, x_label="validation accuracy of each run, %; bar: mean")
+
+
 def report(cells: dict[str, dict[str, float]], variants: Iterable[str]) -> str:
     """Mean and standard deviation over seeds, in the order of the variants."""
     rows = []
-    for variant in variants:
-        found = [cell for key, cell in cells.items() if key.rsplit(" seed ", 1)[0] == variant]
-        if not found:
-            continue
+    for variant, found in by_variant(cells, variants).items():
         accuracies = [100 * cell["accuracy"] for cell in found]
         spread = f"{statistics.stdev(accuracies):.1f}" if len(found) > 1 else "–"
         means = {
@@ -106,3 +125,5 @@ def main(
     print(table)
     print("missing:", ", ".join(missing) or "nothing")
     write_text(f"{name}_table.md", table)
+    if cells.done:
+        write_text(f"{name}.svg", plot(cells.done, variants, description))

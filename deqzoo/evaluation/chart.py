@@ -1,4 +1,4 @@
-"""Line charts as SVG text; the same numbers always give the same text."""
+"""Line and dot charts as SVG text; the same numbers always give the same text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 _WIDTH, _HEIGHT = 560, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 150, 30, 44
+_ROW = 22
 _COLOURS = (
     "#1f6fb4", "#d1493f", "#3a9b4a", "#8a5bb5", "#c88a1a", "#3bb0b5", "#c24d95", "#6f6f6f",
 )  # fmt: skip
@@ -47,9 +48,7 @@ def line_chart(
     up = _Axis(y_range or [y for _, y in flat], log_y, _HEIGHT - _BOTTOM, _TOP)
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        *_sheet(_HEIGHT),
         _text(middle, 18, title, size=13),
         _text(middle, _HEIGHT - 8, x_label),
         f'<g transform="translate(14,{_HEIGHT / 2}) rotate(-90)">{_text(0, 0, y_label)}</g>',
@@ -65,6 +64,56 @@ def line_chart(
     for number, (name, points) in enumerate(kept.items()):
         parts += _line(number, name, points, across, up)
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def dot_chart(
+    rows: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, x_label: str
+) -> str:
+    """One line of dots per name, coloured by group, with a bar at the mean of every group.
+
+    Args:
+        rows: values by name and group; at least one value in all.
+        title, x_label: texts.
+    """
+    left, right, legend = 190, _WIDTH - 20, 18
+    groups = list(dict.fromkeys(group for row in rows.values() for group in row))
+    top = _TOP + (legend if len(groups) > 1 else 0)
+    bottom = top + _ROW * len(rows)
+    values = [value for row in rows.values() for group in row.values() for value in group]
+    across = _Axis(values, False, left, right)
+    parts = [*_sheet(bottom + _BOTTOM), _text(_WIDTH / 2, 18, title, size=13)]
+    parts.append(_text((left + right) / 2, bottom + _BOTTOM - 8, x_label))
+    for value in across.ticks():
+        x = across.place(value)
+        parts.append(f'<path d="M{x},{top} V{bottom}" stroke="#ddd"/>')
+        parts.append(_text(x, bottom + 15, f"{value:g}"))
+    if len(groups) > 1:
+        x = 20
+        for number, group in enumerate(groups):
+            colour = _COLOURS[number % len(_COLOURS)]
+            parts.append(f'<circle cx="{x}" cy="{_TOP + 6}" r="3" fill="{colour}"/>')
+            parts.append(_text(x + 8, _TOP + 10, group, anchor="start"))
+            x += 26 + 6 * len(group)
+    for place, (name, row) in enumerate(rows.items()):
+        y = top + _ROW * (place + 0.5)
+        parts.append(_text(left - 8, y + 4, name, anchor="end"))
+        for group, found in row.items():
+            colour = _COLOURS[groups.index(group) % len(_COLOURS)]
+            mean = across.place(sum(found) / len(found))
+            parts.append(f'<path d="M{mean},{y - 7} v14" stroke="{colour}" stroke-width="2"/>')
+            parts += [
+                f'<circle cx="{across.place(v)}" cy="{y}" r="3" fill="{colour}"/>' for v in found
+            ]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _sheet(height: float) -> list[str]:
+    """The beginning of a drawing: its size and a white ground."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
+    ]
 
 
 def _line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from deqzoo import cli
 from deqzoo.equilibrium.diagnostics import compare_gradients
 from deqzoo.evaluation import theorem
 from deqzoo.evaluation.adjoints import RecordedModel, named, neumann_rule, seeded
-from deqzoo.evaluation.chart import line_chart
+from deqzoo.evaluation.chart import dot_chart, line_chart
 from deqzoo.evaluation.gradient_batches import first_sample, make_batch, part
 from deqzoo.evaluation.gradients import EQUILIBRIUM, plan, study
 from deqzoo.models.auto import load_class
@@ -147,6 +148,19 @@ def test_chart_escapes_and_skips_what_is_not_finite() -> None:
     )
     assert "a&lt;b" in svg
     assert svg.count("<circle") == 2
+
+
+def test_dot_chart() -> None:
+    rows = {"first": {"A": [1.0, 3.0], "B<": [2.0]}, "second": {"A": [2.0]}}
+    svg = dot_chart(rows, title="t", x_label="x")
+    assert svg == dot_chart(rows, title="t", x_label="x")
+    root = ElementTree.fromstring(svg)
+    circles = [c for c in root.iter() if c.tag.endswith("circle")]
+    assert len(circles) == 4 + 2  # values, and the groups of the legend
+    first, second = ([c.get("cx") for c in circles if c.get("cy") == y] for y in ("59.0", "81.0"))
+    assert first[2] == second[0] and float(first[0]) < float(first[2]) < float(first[1])
+    assert "B&lt;" in svg
+    assert "B&lt;" not in dot_chart({"first": {"B<": [2.0]}}, title="t", x_label="x")
 
 
 def test_command_writes_table_plot_and_json(tmp_path, capsys) -> None:
