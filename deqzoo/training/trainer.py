@@ -151,7 +151,8 @@ class RecipeTrainer(DEQTrainer):
         self.out = out
         self.average: AveragedModel | None = None
         if recipe.average:
-            rule = warmed_average(recipe.average)
+            # Trained weights are worth remembering from the first step, fresh ones are not.
+            rule = moving_average(recipe.average, warm_up=not recipe.model.start)
             self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
         self.flop_table = [sample_flops(task.probe, self.model, stage) for stage in plan.stages]
         self.spent = 0.0
@@ -265,13 +266,18 @@ class RecipeTrainer(DEQTrainer):
         return self.model if self.average is None else self.average.module
 
 
-def warmed_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """Exponential moving average whose memory grows to `decay`, so that it forgets the start."""
+def moving_average(
+    decay: float, *, warm_up: bool
+) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """Exponential moving average; with `warm_up` its memory grows from 10 steps to that of `decay`.
+
+    At step n the memory is at most (10 + n) / 9 steps, so that the first weights are forgotten.
+    """
 
     @torch.no_grad()
     def update(average: list[Tensor], current: list[Tensor], n_averaged: Tensor | int) -> None:
         n = int(n_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
+        weight = 1 - (min(decay, (1 + n) / (10 + n)) if warm_up else decay)
         if average[0].is_floating_point():
             torch._foreach_lerp_(average, current, weight)
         else:

@@ -11,6 +11,7 @@ from torch import Tensor
 from deqzoo.training import images
 from deqzoo.training.recipe import Recipe, _build
 from deqzoo.training.run import run_recipe
+from deqzoo.training.trainer import moving_average
 
 STAGE = {
     "epochs": 1,
@@ -105,3 +106,15 @@ def test_option_changes_the_weights(usual, name: str, tmp_path: Path) -> None:
     learned = [key for key in usual if "running" not in key and "num_batches" not in key]
     assert any(not torch.equal(changed[key], usual[key]) for key in learned)
     assert all(bool(value.isfinite().all()) for value in changed.values())
+
+
+def test_averages_of_fresh_weights_forget_the_start():
+    """Those of trained weights, which a run starts from, do not."""
+    found = {}
+    for warm_up in (True, False):
+        rule, average = moving_average(0.99, warm_up=warm_up), [torch.ones(1)]
+        for n in range(20):
+            rule(average, [torch.zeros(1)], n)
+        found[warm_up] = float(average[0])
+    assert found[True] < 1e-4
+    assert found[False] == pytest.approx(0.99**20)
