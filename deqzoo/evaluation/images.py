@@ -193,7 +193,8 @@ def _pictures_of(
     if labels == CIFAR10.classes:
         return load_pictures(CIFAR10, split, data)
     if labels == IMAGENETTE.classes:
-        return load_imagenette(split, data, size=getattr(model.config, "image_size", 64))
+        # As large as they are stored: the processor scales and crops.
+        return load_imagenette(split, data, size=160)
     raise UserError(
         f"the model's labels ({', '.join(labels[:4])}, ...) are those of no known data set; "
         f"known are {CIFAR10.title} and {IMAGENETTE.title}"

@@ -7,6 +7,7 @@ import os
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,10 @@ from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.training.recipe import Recipe, Stage
 from deqzoo.training.task import Plan, Probe
 
+AREA = (0.08, 1.0)
+"""Share of a picture that random resized crops take where a recipe does not say."""
+ASPECT = (3 / 4, 4 / 3)
+"""Their width / height."""
 LOADERS = {"cifar10": load_cifar10, "imagenette": load_imagenette}
 PATCHES = 2000 * 32 * 32
 """About how many patches the whitening filters are computed from."""
@@ -86,7 +91,8 @@ class ImageClassificationTask:
         stage = plan.stage(micro_step // plan.accumulate)
         generator = torch.Generator().manual_seed(_mix(self.recipe.seed, micro_step, rank))
         pixels = self.training.pixels[rows]
-        pixels = augment(pixels, rows, epoch, self.recipe.augment, generator)
+        side = stage.resolution or self.config.image_size
+        pixels = augment(pixels, rows, epoch, self.recipe.augment, generator, side)
         return {
             "pixel_values": resize(self._normalised(pixels), stage.resolution),
             "labels": self.training.labels[rows],
@@ -155,6 +161,11 @@ class ImageClassificationTask:
     def _validation_batch(self, start: int, end: int, side: int | None) -> tuple[Tensor, Tensor]:
         """Normalised pictures (b, 3, S, S) and labels (b,) of a range of the validation part."""
         pixels = self._normalised(self.validation.pixels[start:end])
+        # The part that the image processor keeps.
+        share = self.config.image_size / self.processor.size["shortest_edge"]
+        kept = round(share * pixels.shape[-1])
+        first = (pixels.shape[-1] - kept) // 2
+        pixels = pixels[..., first : first + kept, first : first + kept]
         return resize(pixels, side), self.validation.labels[start:end]
 
     def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:
@@ -187,14 +198,22 @@ def stand_in_pictures(source: ImageSource, side: int | None = None) -> tuple[Pic
 
 
 def resize(pixels: Tensor, side: int | None) -> Tensor:
-    """Scale pictures (B, C, H, W) down to side × side by area averaging."""
-    if side is None or side == pixels.shape[-1]:
+    """Scale pictures (B, C, H, W) down to side × side: by area averaging where side divides H."""
+    size = pixels.shape[-1]
+    if side is None or side == size:
         return pixels
-    return F.interpolate(pixels, size=(side, side), mode="area")
+    if size % side == 0:
+        return F.interpolate(pixels, size=(side, side), mode="area")
+    return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
 
 
 def augment(
-    pixels: Tensor, rows: Tensor, epoch: int, options: dict[str, Any], generator: torch.Generator
+    pixels: Tensor,
+    rows: Tensor,
+    epoch: int,
+    options: dict[str, Any],
+    generator: torch.Generator,
+    side: int | None = None,
 ) -> Tensor:
     """Augment uint8 pictures (B, 3, H, W).
 
@@ -204,15 +223,19 @@ def augment(
         epoch: number of the epoch.
         options: `crop`: pixels of reflected padding around which a crop of the old size is drawn;
             `flip`: "alternating" (every picture is flipped every other epoch, the first time at
-            random) or "random"; `cutout`: side of a square that is blanked.
+            random) or "random"; `cutout`: side of a square that is blanked; `area` and `aspect`: a
+            random part of each picture (see `random_box`), scaled to `side`.
         generator: source of the draws.
+        side: of the results of `area`; that of the pictures if None.
 
     Raises:
         UserError: unknown option or value.
     """
-    unknown = set(options) - {"crop", "flip", "cutout"}
+    unknown = set(options) - {"area", "aspect", "crop", "flip", "cutout"}
     if unknown:
-        raise UserError(f"unknown augmentation {sorted(unknown)[0]!r}; valid: crop, flip, cutout")
+        raise UserError(
+            f"unknown augmentation {sorted(unknown)[0]!r}; valid: area, aspect, crop, flip, cutout"
+        )
     n = len(pixels)
     flip = options.get("flip")
     if flip == "alternating":
@@ -226,10 +249,13 @@ def augment(
         raise UserError(f"augment.flip must be 'alternating' or 'random', got {flip!r}")
     if chosen is not None:
         pixels = torch.where(chosen.reshape(n, 1, 1, 1), pixels.flip(3), pixels)
+    if "area" in options or "aspect" in options:
+        area, aspect = options.get("area", AREA), options.get("aspect", ASPECT)
+        pixels = _random_resized_crop(pixels, side or pixels.shape[-1], area, aspect, generator)
     if pad := options.get("crop"):
         pixels = _random_crop(pixels, pad, generator)
-    if side := options.get("cutout"):
-        pixels = _cutout(pixels, side, generator)
+    if square := options.get("cutout"):
+        pixels = _cutout(pixels, square, generator)
     return pixels
 
 
@@ -242,6 +268,54 @@ def _random_crop(pixels: Tensor, pad: int, generator: torch.Generator) -> Tensor
     columns = (lefts[:, None] + torch.arange(width))[:, None, None, :]
     index = torch.arange(n)[:, None, None, None]
     return padded[index, torch.arange(channels)[None, :, None, None], rows, columns]
+
+
+def _random_resized_crop(
+    pixels: Tensor,
+    side: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    generator: torch.Generator,
+) -> Tensor:
+    draws = np.random.default_rng(int(torch.randint(1 << 31, (1,), generator=generator)))
+    height, width = pixels.shape[-2:]
+    parts = []
+    for picture in pixels:
+        left, top, w, h = random_box(width, height, area, aspect, draws)
+        part = picture[None, :, top : top + h, left : left + w].float()
+        parts.append(F.interpolate(part, size=(side, side), mode="bilinear", antialias=True))
+    return torch.cat(parts).round().to(pixels.dtype)
+
+
+def random_box(
+    width: int,
+    height: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    generator: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """A random part of a picture, in pixels: left, top, width and height.
+
+    Args:
+        width: of the picture.
+        height: of the picture.
+        area: smallest and largest share of the picture's area.
+        aspect: smallest and largest width / height; drawn uniformly in the logarithm.
+        generator: source of the draws.
+
+    Returns:
+        The largest central box of an allowed shape if none of ten draws fits.
+    """
+    for _ in range(10):
+        target = width * height * generator.uniform(*area)
+        ratio = math.exp(generator.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(generator.integers(width - w + 1))
+            return left, int(generator.integers(height - h + 1)), w, h
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 def _cutout(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,12 +13,15 @@ from torch import Tensor
 
 from deqzoo.data.imagenet import IMAGENET, BlankPictures, LazyPictures, load_imagenet
 from deqzoo.errors import UserError
-from deqzoo.training.images import ImageClassificationTask, _mix
+from deqzoo.training.images import (
+    AREA,
+    ASPECT,
+    ImageClassificationTask,
+    _mix,
+    random_box,
+)
 from deqzoo.training.recipe import Recipe
 from deqzoo.training.task import Plan
-
-AREA = (0.08, 1.0)
-ASPECT = (3 / 4, 4 / 3)
 
 
 class LazyImageClassificationTask(ImageClassificationTask):
@@ -133,7 +135,7 @@ def random_resized_crop(
         flip: mirror every other picture.
         generator: source of the draws.
     """
-    left, top, width, height = _box(*picture.size, area, aspect, generator)
+    left, top, width, height = random_box(*picture.size, area, aspect, generator)
     part = picture.resize(
         (side, side), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
     )
@@ -141,23 +143,3 @@ def random_resized_crop(
     if flip and generator.random() < 0.5:
         pixels = pixels.flip(2)
     return pixels.contiguous()
-
-
-def _box(
-    width: int,
-    height: int,
-    area: tuple[float, float],
-    aspect: tuple[float, float],
-    generator: np.random.Generator,
-) -> tuple[int, int, int, int]:
-    """Left, top, width and height; the largest central box of an allowed shape if none fits."""
-    for _ in range(10):
-        target = width * height * generator.uniform(*area)
-        ratio = math.exp(generator.uniform(math.log(aspect[0]), math.log(aspect[1])))
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left = int(generator.integers(width - w + 1))
-            return left, int(generator.integers(height - h + 1)), w, h
-    ratio = min(max(width / height, aspect[0]), aspect[1])
-    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
-    return (width - w) // 2, (height - h) // 2, w, h

@@ -8,9 +8,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from deqzoo import DEQModel
@@ -160,6 +162,62 @@ def test_alternating_flip_shows_each_side_in_turn():
     )
     assert torch.equal(first.flip(3), second)
     assert torch.equal(first, third)
+
+
+def test_crops_keep_to_their_limits():
+    generator = np.random.default_rng(0)
+    shares, ratios = [], []
+    for _ in range(300):
+        box = images.random_box(400, 300, (0.1, 1.0), (0.8, 1.25), generator)
+        left, top, width, height = box
+        assert 0 <= left <= 400 - width and 0 <= top <= 300 - height
+        shares.append(width * height / 120_000)
+        ratios.append(width / height)
+    assert min(shares) < 0.15 and max(shares) > 0.7 and min(shares) > 0.095
+    assert 0.79 < min(ratios) < 0.85 and 1.2 < max(ratios) < 1.27
+    assert images.random_box(100, 10, (0.9, 1.0), (0.8, 1.25), generator) == (44, 0, 12, 10)
+
+
+def test_random_crops_have_the_side_of_the_stage_and_stay_in_the_picture():
+    # Brightness grows from left to right, so that a crop shows where it was taken.
+    ramp = torch.arange(64, dtype=torch.uint8).expand(4, 3, 64, 64)
+    generator = torch.Generator().manual_seed(0)
+    options = {"area": [0.2, 0.3], "aspect": [1.0, 1.0]}
+    crops = images.augment(ramp, torch.arange(4), 0, options, generator, 16)
+    assert crops.shape == (4, 3, 16, 16) and crops.dtype == torch.uint8
+    spans = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]).float() / 63
+    assert 0.2**0.5 - 0.1 < spans.min() and spans.max() < 0.3**0.5
+    assert len(crops[:, 0, 0, 0].unique()) > 1
+    whole = images.augment(ramp, torch.arange(4), 0, {"area": [1, 1], "aspect": [1, 1]}, generator)
+    assert torch.equal(whole, ramp)
+
+
+def test_unknown_augmentation_is_named():
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(UserError, match="'zoom'; valid: area, aspect"):
+        images.augment(pixels, torch.arange(1), 0, {"zoom": 2}, torch.Generator())
+
+
+def test_photographs_in_memory_are_validated_as_the_processor_shows_them(monkeypatch, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (4, 3, 256, 256), generator=generator, dtype=torch.uint8)
+    names = images.IMAGENETTE.classes
+
+    def load(split, data=None, **options):
+        return images.Pictures(pixels, torch.arange(4), names, split, "made", False, "imagenette")
+
+    monkeypatch.setitem(images.LOADERS, "imagenette", load)
+    model = {"family": "mdeq", "preset": "mdeq-phantom-imagenet-small"}
+    path = tmp_path / "photographs.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "data": {"name": "imagenette"}, "model": model}))
+    task = build_task(load_recipe(path), None)
+    pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+    expected = task.processor(pictures, return_tensors="pt")["pixel_values"]
+    shown, labels = task._validation_batch(1, 4, 224)
+    assert torch.allclose(shown, expected[1:], atol=1e-5)
+    assert labels.tolist() == [1, 2, 3]
+    smaller, _ = task._validation_batch(1, 4, 112)
+    assert torch.allclose(smaller, images.resize(expected[1:], 112), atol=1e-5)
 
 
 def test_every_picture_once_per_epoch_and_ranks_share_a_batch(pictures, recipe):
