@@ -21,6 +21,7 @@ from deqzoo.equilibrium import (
     make_solver,
     spectral_radius,
 )
+from deqzoo.equilibrium.solvers import BackwardReport
 from deqzoo.equilibrium.state import State
 
 logger = logging.get_logger(__name__)
@@ -93,6 +94,7 @@ class DEQPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _warned_unsolved = False
     solver_seconds = 0.0  # wall time in solvers so far; training logs its share
+    backward_report: BackwardReport | None = None  # of the newest solve; its backward fills it in
 
     def set_solver(self, name: str | None = None, **settings: Any) -> None:
         """Change the solver from now on (stored in the config).
@@ -156,6 +158,7 @@ class DEQPreTrainedModel(PreTrainedModel):
             **options,
         )
         self.solver_seconds += solution.seconds
+        self.backward_report = solution.backward
         self._warn_unsolved(solution)
         return solution
 

@@ -16,6 +16,8 @@ from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.training.recipe import Stage
 from deqzoo.training.task import Probe
 
+PENALTY_EVALUATIONS = 6.0
+"""Graph, first backward with a graph of its own, and double backward of the Jacobian penalty."""
 ONE_STEP = {"name": "fixed_point", "max_steps": 1, "tol": 0.0}
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from deqzoo.equilibrium import UPG, Anderson, Broyden, Unrolled, make_gradient, make_solver
 from deqzoo.training.cost import (
     ONE_STEP,
+    PENALTY_EVALUATIONS,
     evaluation_mode,
     gradient_cost,
     sample_flops,
@@ -24,8 +25,6 @@ from deqzoo.training.task import Plan, Probe, Task
 
 ADJOINT_EVALUATIONS = 20.0
 """Products that an implicit gradient is assumed to spend, fewer if its solver allows fewer."""
-PENALTY_EVALUATIONS = 6.0
-"""Graph, first backward with a graph of its own, and double backward of the Jacobian penalty."""
 SPEEDS = {"50 GFLOP/s (two CPU cores)": 5e10, "20 TFLOP/s (a GPU)": 2e13}
 
 

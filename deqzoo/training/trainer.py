@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from deqzoo.equilibrium import jacobian_penalty
 from deqzoo.errors import UserError
 from deqzoo.training.constraints import ProjectionCallback
-from deqzoo.training.cost import gradient_cost, sample_flops
+from deqzoo.training.cost import PENALTY_EVALUATIONS, gradient_cost, sample_flops
 from deqzoo.training.recipe import Jacobian, Stage
 from deqzoo.training.task import Plan, Task
 
@@ -140,6 +140,12 @@ def solver_seconds(model: nn.Module) -> float:
     return sum(getattr(module, "solver_seconds", 0.0) for module in model.modules())
 
 
+def backward_products(model: nn.Module) -> int:
+    """Vector-Jacobian products that the implicit gradient of a model's newest solve has spent."""
+    reports = (getattr(module, "backward_report", None) for module in model.modules())
+    return sum(report.n_evals for report in reports if report is not None)
+
+
 class RecipeTrainer(DEQTrainer):
     """Runs the stages of a recipe as one Trainer run, so that one checkpoint holds all of it."""
 
@@ -156,6 +162,7 @@ class RecipeTrainer(DEQTrainer):
             self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
         self.flop_table = [sample_flops(task.probe, self.model, stage) for stage in plan.stages]
         self.spent = 0.0
+        self.evaluations: list[float] = []
         # What the weights that a recipe starts from had cost, and their validation figures.
         self.inherited = 0.0
         self.earlier: list[dict[str, float]] = []
@@ -195,8 +202,17 @@ class RecipeTrainer(DEQTrainer):
         self.count(outputs, inputs)
         return self.task.loss(outputs, {**inputs, "labels": labels}), outputs
 
+    def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
+        loss = super().training_step(*arguments, **keywords)
+        # What an implicit gradient costs is known after its backward pass only.
+        products = 0 if self.stage.shallow else backward_products(self.model)
+        if products:
+            self.spent += products * self.evaluation_flops
+            self.evaluations[-1] += products
+        return loss
+
     def count(self, outputs: Any, inputs: dict[str, Any]) -> None:
-        """Add the FLOPs of a step on all processes."""
+        """Add the FLOPs of a step on all processes, the products of an implicit gradient apart."""
         per_evaluation, rest = self.flop_table[self.plan.index(self.state.global_step)]
         stage = self.stage
         samples = len(inputs["labels"]) * self.args.world_size
@@ -204,10 +220,12 @@ class RecipeTrainer(DEQTrainer):
             evaluations = 3.0 * self.model.config.unroll_layers
         else:
             evaluations = float(outputs.n_steps.float().max()) + 1
-            evaluations += gradient_cost(stage.gradient or self.model.config.gradient, 20.0)
+            evaluations += gradient_cost(stage.gradient or self.model.config.gradient)
         if self.wants_penalty():
-            evaluations += 6.0  # graph, first backward with its own graph, double backward
-        self.spent += samples * (evaluations * per_evaluation + 3 * rest)
+            evaluations += PENALTY_EVALUATIONS
+        self.evaluations.append(evaluations)
+        self.evaluation_flops = samples * per_evaluation
+        self.spent += evaluations * self.evaluation_flops + samples * 3 * rest
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -241,6 +259,8 @@ class RecipeTrainer(DEQTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            logs["evaluations"] = round(sum(self.evaluations) / max(1, len(self.evaluations)), 3)
+            self.evaluations.clear()
             logs["pflop"] = round(self.spent / 1e15, 6)
             logs["stage"] = self.plan.index(self.state.global_step - 1)
         super().log(logs, start_time)

@@ -141,6 +141,25 @@ def test_cut_off_checkpoint_is_passed_over(pictures, recipe, tmp_path):
     assert json.loads((out / "record.json").read_text())["finished"]
 
 
+def test_products_of_an_implicit_gradient_are_counted(pictures, recipe, tmp_path):
+    def logged(name, gradient):
+        stage = replace(recipe.stages[0], epochs=7, gradient=gradient, jacobian=None)
+        run_recipe(replace(recipe, stages=(stage,)), None, tmp_path / name, progress=False)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return next(line for line in map(json.loads, lines) if "loss" in line)
+
+    jfb = logged("jfb", {"name": "jfb"})
+    few, many = (
+        logged(
+            str(n), {"name": "implicit", "solver": {"name": "anderson", "max_steps": n, "tol": 0.0}}
+        )
+        for n in (2, 6)
+    )
+    assert jfb["evaluations"] == 6  # two solver steps, the residual at their end, and 3
+    assert few["evaluations"] == 9 and many["evaluations"] == 13
+    assert jfb["pflop"] < few["pflop"] < many["pflop"]
+
+
 def test_folder_of_another_run_is_refused(pictures, recipe, tmp_path):
     out = tmp_path / "run"
     run_recipe(recipe, None, out, progress=False, max_steps=1)
