@@ -40,7 +40,8 @@ class ImageSource:
 
     `config` is the folder of the repository that holds the wanted variant. `parts` maps each split
     to the stored split and, where a stored split is divided, to "train" or "validation";
-    `fingerprints` are those of the stored splits when complete.
+    `fingerprints` are those of the stored splits when complete; photographs have none, since what
+    a decoder and a scaler make of them differs in the last bit.
     """
 
     name: str
@@ -65,7 +66,8 @@ class Pictures:
         classes: names in label order.
         split: its name.
         fingerprint: SHA-256 over the sorted digests of all (label, pixels) pairs.
-        complete: whether the stored split it came from is the published one, picture for picture.
+        complete: whether the stored split it came from is the published one: picture for picture
+            where its fingerprint is known, else by the number of pictures.
         source: the data set's name.
     """
 
@@ -120,7 +122,8 @@ def load_pictures(
     pixels, labels = _decode(source, _split_files(source, folder, stored), transform)
     digests = picture_digests(pixels, labels)
     whole = _fingerprint(digests)
-    complete = transform is None and (source.fingerprints or {}).get(stored) == whole
+    known = (source.fingerprints or {}).get(stored)
+    complete = whole == known if known else len(labels) == source.rows[stored]
     if len(labels) != source.rows[stored]:
         logger.warning(
             "%s holds %d pictures of %s %s, the published split has %d",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deqzoo.data import CIFAR10, load_cifar10, load_imagenette
+from deqzoo.data import CIFAR10, IMAGENETTE, load_cifar10, load_imagenette
 from deqzoo.data.images import picture_digests, validation_rows
 from deqzoo.errors import UserError
 
@@ -108,12 +108,15 @@ def write_photographs(path: Path, sizes: list[tuple[int, int]], labels: list[int
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def test_imagenette_is_scaled_and_cropped(tmp_path: Path) -> None:
+def test_imagenette_is_scaled_and_cropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "160px" / "validation-00000-of-00001.parquet"
     write_photographs(file, [(40, 60), (50, 20)], [0, 9])
     pictures = load_imagenette("test", tmp_path, size=16)
     assert pictures.pixels.shape == (2, 3, 16, 16)
     assert pictures.classes[9] == "parachute"
+    assert not pictures.complete
+    monkeypatch.setitem(IMAGENETTE.rows, "validation", 2)
+    assert load_imagenette("test", tmp_path, size=16).complete
 
 
 def test_variants_and_converted_layouts_are_told_apart(tmp_path: Path) -> None:
