@@ -124,14 +124,30 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _stored(entry: Entry) -> dict[str, Any]:
     """Record of the bundled checkpoint that this entry gave, or that was trained on from it."""
+    own = _record(checkpoints_root() / entry.name / "training.json")
+    if own.get("recipe", {}).get("name") == entry.name:
+        # What was trained on from an earlier run of this recipe does not stand for this one.
+        return own if own.get("finished") and recorded_recipe(own) == entry.recipe else {}
     for path in sorted(checkpoints_root().glob("*/training.json")):
         record = _record(path)
         recipe = recorded_recipe(record)
         if recipe is None or not record.get("finished"):
             continue
-        if recipe == entry.recipe or recipe.model.parent == entry.name:
+        if recipe == entry.recipe or entry.name in _ancestors(recipe, entry.path.parent):
             return record
     return {}
+
+
+def _ancestors(recipe: Recipe, folder: Path) -> list[str]:
+    """Names of the recipes that one was trained on from, as far as they are files of the folder."""
+    names: list[str] = []
+    while recipe.model.parent and recipe.model.parent not in names:
+        names.append(recipe.model.parent)
+        path = folder / f"{names[-1]}.yaml"
+        if not path.is_file():
+            break
+        recipe = load_recipe(path)
+    return names
 
 
 def render(entries: list[Entry], runs: Path) -> str:

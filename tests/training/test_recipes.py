@@ -175,7 +175,8 @@ def test_seeds_of_a_queue_are_runs_of_their_own(tmp_path):
 
 def test_the_queue_is_in_order():
     names = [entry.name for entry in load_queue(RECIPES / "QUEUE.yaml")]
-    assert names[:3] == ["mdeq-tiny-cifar-upg", "mdeq-cifar-upg", "mdeq-cifar-upg-2"]
+    parts = ["mdeq-cifar-upg", "mdeq-cifar-upg-2", "mdeq-cifar-upg-3"]
+    assert names[:5] == ["mdeq-tiny-cifar-upg", *parts, "mdeq-imagenette-upg"]
     assert names[-2:] == ["mdeq-cifar-npg", "mdeq-cifar-implicit"]
     assert sum("-s" in name for name in names) == 12
 
@@ -219,3 +220,10 @@ def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
         followed = {**stored, "name": "y", "model": {**stored["model"], "start": start}}
         assert state_with(followed) == "done"
     assert state_with({"name": "x"}) == "waiting"
+    second = {**MINIMAL, "name": "x-2", "model": {**MINIMAL["model"], "start": "x"}}
+    (tmp_path / "x-2.yaml").write_text(yaml.safe_dump(second))
+    third = {**stored, "name": "x-3", "model": {**stored["model"], "start": "runs/x-2/model"}}
+    assert state_with(third) == "done"
+    (tmp_path / "zoo" / "z").mkdir()
+    (tmp_path / "zoo" / "z" / "training.json").write_text((folder / "training.json").read_text())
+    assert state_with({**stored, "seed": 5}) == "waiting"  # though z descends from another x
