@@ -81,13 +81,19 @@ def step_cost(folder: Path, recipe: str, threads: int) -> dict[str, Any]:
     return {"step_seconds": seconds, "step_peak_mib": peak, "batch": BATCH, "threads": threads}
 
 
+def by_gradient(cells: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The scored runs of every gradient that has some."""
+    return {
+        gradient: runs
+        for gradient in GRADIENTS
+        if (runs := [cells[k] for s in SEEDS if (k := f"{gradient}, seed {s}") in cells])
+    }
+
+
 def report(cells: dict[str, dict[str, Any]]) -> str:
     """Mean ± standard deviation over seeds, and costs, by gradient."""
     rows = []
-    for gradient in GRADIENTS:
-        runs = [cells[key] for seed in SEEDS if (key := f"{gradient}, seed {seed}") in cells]
-        if not runs:
-            continue
+    for gradient, runs in by_gradient(cells).items():
         cost = cells.get(f"{gradient}, step")
         step = [f"{cost['step_seconds']:.2f}", f"{cost['step_peak_mib']:.0f}"] if cost else ["", ""]
         rows.append(
@@ -104,12 +110,8 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
             ]
         )
     head = ["gradient", "seeds", "test accuracy, %", "validation accuracy, %"]
-    head += [
-        "median relative residual",
-        "evaluations of F per step (backward: 2)",
-        "PFLOP",
-        "minutes",
-    ]
+    head += ["median relative residual", "evaluations of F per step (backward: 2)"]
+    head += ["PFLOP", "minutes"]
     head += [f"CPU s of a step ({BATCH} pictures, 32 px)", "peak MiB of it"]
     return markdown_table(head, rows)
 
@@ -123,15 +125,8 @@ def spread(values: list[float]) -> str:
 def plot(cells: dict[str, dict[str, Any]]) -> str:
     """Test accuracy of every run by gradient as SVG."""
     rows = {
-        gradient: {"": found}
-        for gradient in GRADIENTS
-        if (
-            found := [
-                100 * cells[key]["accuracy"]
-                for seed in SEEDS
-                if (key := f"{gradient}, seed {seed}") in cells
-            ]
-        )
+        gradient: {"": [100 * run["accuracy"] for run in runs]}
+        for gradient, runs in by_gradient(cells).items()
     }
     return dot_chart(
         rows, title="Gradients at equal epochs", x_label="test accuracy of each run, %; bar: mean"
@@ -160,7 +155,7 @@ def main() -> None:
     print(table)
     print("missing:", ", ".join(missing) or "nothing")
     write_text("comparison_table.md", table)
-    if any(", seed " in key for key in cells.done):
+    if by_gradient(cells.done):
         write_text("comparison.svg", plot(cells.done))
 
 
