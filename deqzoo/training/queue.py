@@ -84,12 +84,16 @@ def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
 
 
 def status(entry: Entry, runs: Path) -> dict[str, Any]:
-    """State of an entry: done, running, begun or waiting; PFLOP spent and hours left.
+    """State of an entry: done, running, begun, changed or waiting; PFLOP spent and hours left.
 
-    A run whose folder was lost is done if its result is among the bundled checkpoints.
+    A run whose folder was lost is done if its result is among the bundled checkpoints. `changed`:
+    its folder holds a run of the recipe as it was before it was edited.
     """
     folder = runs / entry.name
-    record = _record(folder / "record.json") or _stored(entry)
+    record = _record(folder / "record.json")
+    changed = bool(record) and recorded_recipe(record) != entry.recipe
+    if changed or not record:
+        record = _stored(entry)
     spent, seconds = record.get("pflop", 0.0), record.get("seconds", 0.0)
     inherited = record.get("pflop_inherited", 0.0)
     total = left = None
@@ -102,6 +106,8 @@ def status(entry: Entry, runs: Path) -> dict[str, Any]:
         state = "done"
     elif is_locked(folder):
         state = "running"
+    elif changed:
+        state = "changed"
     else:
         state = "begun" if record else "waiting"
     return {
@@ -168,11 +174,18 @@ def work(entries: list[Entry], runs: Path, data: Path | None, threads: int) -> N
     """Train what is left, one recipe after another, each in a process of its own.
 
     Raises:
-        UserError: a run failed; the others that follow are not started, since order is value.
+        UserError: a run failed, or its folder holds a run of another recipe; the others that
+            follow are not started, since order is value.
     """
     for entry in entries:
-        if status(entry, runs)["state"] in ("done", "running"):
+        state = status(entry, runs)["state"]
+        if state in ("done", "running"):
             continue
+        if state == "changed":
+            raise UserError(
+                f"{runs / entry.name} holds a run of {entry.path} before it was edited; remove or "
+                "rename the folder to train the recipe as it is now"
+            )
         command = [
             *(sys.executable, "-m", "deqzoo", "train", str(entry.path), "--resume"),
             *("--output", str(runs / entry.name)),

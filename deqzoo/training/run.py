@@ -40,7 +40,7 @@ from deqzoo.training.callbacks import (
 from deqzoo.training.images import ImageClassificationTask
 from deqzoo.training.optimizers import build_optimizer, build_schedule
 from deqzoo.training.photographs import LazyImageClassificationTask
-from deqzoo.training.recipe import Recipe
+from deqzoo.training.recipe import Recipe, recorded_recipe
 from deqzoo.training.task import Plan, Task
 from deqzoo.training.text import LanguageModelingTask
 from deqzoo.training.trainer import RecipeTrainer, latest_checkpoint
@@ -337,17 +337,16 @@ def export(model: PreTrainedModel, folder: Path) -> None:
 def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
     """Make the run's folder, or refuse one that holds another run."""
     path = out / "recipe.json"
-    mine = json.loads(json.dumps(recipe.to_dict()))
     if path.exists():
         if not resume:
             raise UserError(f"{out} already holds a run; add --resume to go on, or remove it")
-        if json.loads(path.read_text()) != mine:
+        if recorded_recipe({"recipe": json.loads(path.read_text())}) != recipe:
             raise UserError(
                 f"{out} holds a run of another recipe (see recipe.json); choose another --output"
             )
     out.mkdir(parents=True, exist_ok=True)
     (out / "stop").unlink(missing_ok=True)
-    path.write_text(json.dumps(mine, indent=2) + "\n")
+    path.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
 
 
 def _past_seconds(out: Path) -> float:

@@ -9,7 +9,7 @@ import yaml
 
 from deqzoo.cli import run
 from deqzoo.errors import UserError
-from deqzoo.training.queue import load_queue, status
+from deqzoo.training.queue import load_queue, status, work
 from deqzoo.training.recipe import load_recipe, with_seed
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -187,15 +187,24 @@ def test_queue_knows_what_is_left(tmp_path):
     queue.write_text("- {recipe: recipe.yaml, target: 85 %}\n")
     (entry,) = load_queue(queue)
     assert status(entry, tmp_path)["state"] == "waiting"
-    record = '{"finished": false, "steps": 25, "total_steps": 100, "pflop": 2, "seconds": 3600}'
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "record.json").write_text(record)
-    state = status(entry, tmp_path)
+    record = {"finished": False, "steps": 25, "total_steps": 100, "pflop": 2, "seconds": 3600}
+
+    def status_with(**changes):
+        content = {**record, "recipe": entry.recipe.to_dict(), **changes}
+        (tmp_path / "x" / "record.json").write_text(json.dumps(content))
+        return status(entry, tmp_path)
+
+    state = status_with()
     assert (state["state"], state["pflop_total"], state["hours_left"]) == ("begun", 8.0, 3.0)
-    started = record.replace('"pflop": 2,', '"pflop": 12, "pflop_inherited": 10,')
-    (tmp_path / "x" / "record.json").write_text(started)
-    state = status(entry, tmp_path)
+    state = status_with(pflop=12, pflop_inherited=10)
     assert (state["pflop"], state["pflop_total"], state["hours_left"]) == (12, 18.0, 3.0)
+    assert status_with(finished=True)["state"] == "done"
+    # The recipe was edited since: its run does not stand for it, and is not trained over.
+    state = status_with(finished=True, recipe={**entry.recipe.to_dict(), "seed": 5})
+    assert (state["state"], state["pflop"]) == ("changed", 0.0)
+    with pytest.raises(UserError, match="remove or rename the folder"):
+        work([entry], tmp_path, None, threads=1)
 
 
 def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
