@@ -27,7 +27,13 @@ def agreed(decision: bool, args: TrainingArguments) -> bool:
 
 
 class AverageCallback(TrainerCallback):
-    """Feeds the moving average of the weights after every optimiser step."""
+    """Feeds the moving average of the weights after every optimiser step.
+
+    Batch statistics belong to one resolution: for the first `settling` steps of a stage the
+    average takes over the model's own, and averages them from then on.
+    """
+
+    settling = 50  # with batch norm's momentum of 0.1, half a percent is left of the stage before
 
     def __init__(self, trainer: RecipeTrainer) -> None:
         self.trainer = trainer
@@ -35,8 +41,15 @@ class AverageCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.trainer.average is not None:
-            self.trainer.average.update_parameters(self.trainer.model)
+        average, plan = self.trainer.average, self.trainer.plan
+        if average is None:
+            return
+        average.update_parameters(self.trainer.model)
+        step = state.global_step - 1  # the one that has just ended
+        if step - plan.starts[plan.index(step)] < self.settling:
+            own = self.trainer.model.buffers()
+            for mine, theirs in zip(average.module.buffers(), own, strict=True):
+                mine.copy_(theirs)
 
 
 class CheckpointClock(TrainerCallback):

@@ -2,15 +2,19 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from deqzoo.training import images
+from deqzoo.training.callbacks import AverageCallback
 from deqzoo.training.recipe import Recipe, _build
 from deqzoo.training.run import run_recipe
+from deqzoo.training.task import Plan
 from deqzoo.training.trainer import moving_average
 
 STAGE = {
@@ -118,3 +122,24 @@ def test_averages_of_fresh_weights_forget_the_start():
         found[warm_up] = float(average[0])
     assert found[True] < 1e-4
     assert found[False] == pytest.approx(0.99**20)
+
+
+def test_batch_statistics_of_the_average_belong_to_the_stage():
+    """At a new resolution they are those of its pictures at once; the weights are averaged on."""
+    model = nn.BatchNorm1d(1)
+    rule = moving_average(0.9, warm_up=False)
+    average = AveragedModel(model, multi_avg_fn=rule, use_buffers=True)
+    stages = _build(Recipe, {**RECIPE, "stages": [STAGE, STAGE]}, "").stages
+    plan = Plan(stages, (0, 100), (100, 100), 1, 200)
+    callback = AverageCallback(SimpleNamespace(model=model, average=average, plan=plan))
+
+    def after(step: int, mean: float) -> tuple[float, float]:
+        model.running_mean.fill_(mean)
+        model.weight.data.fill_(mean)
+        callback.on_step_end(None, SimpleNamespace(global_step=step), None)
+        return average.module.running_mean.item(), average.module.weight.item()
+
+    assert after(1, 1.0)[0] == 1.0
+    assert after(100, 3.0)[0] == pytest.approx(1.2)
+    assert after(101, 7.0) == (7.0, pytest.approx(0.9 * 1.2 + 0.1 * 7.0))
+    assert after(151, 8.0)[0] == pytest.approx(7.1)
