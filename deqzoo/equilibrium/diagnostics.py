@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from deqzoo.equilibrium.gradients import Gradient, make_gradient
 from deqzoo.equilibrium.layer import GradientSpec, SolverSpec
+from deqzoo.equilibrium.layout import Layout, Rows
 from deqzoo.equilibrium.solvers import make_solver
-from deqzoo.equilibrium.state import State, StatePacker
+from deqzoo.equilibrium.solvers.loop import cell_norm
+from deqzoo.equilibrium.state import State
 
 
 def spectral_radius(
@@ -23,11 +25,12 @@ def spectral_radius(
     estimator: Literal["growth", "rayleigh"] = "growth",
     v0: State | None = None,
     generator: torch.Generator | None = None,
+    layout: Layout | None = None,
 ) -> Tensor:
     """Estimate ρ(∂F/∂h) of every sample by power iteration on v ↦ Jᵀv.
 
     Args:
-        f: the map on batch-first states.
+        f: the map on states.
         state: where to linearise.
         n_iter: products.
         estimator: "growth" averages log ‖Jᵀv‖ / ‖v‖ over the last two thirds of the iterations,
@@ -35,9 +38,10 @@ def spectral_radius(
             as the official implementations print it.
         v0: start, standard normal if None.
         generator: source of the random start.
+        layout: what one sample is, `Rows()` by default; the nodes of a graph need `Segments`.
 
     Returns:
-        (B,), in float32 or wider.
+        (B,), or (graphs,) for `Segments`, in float32 or wider.
 
     Raises:
         ValueError: unknown estimator or n_iter < 1.
@@ -46,24 +50,24 @@ def spectral_radius(
         raise ValueError(f"unknown estimator {estimator!r}; choose growth or rayleigh")
     if n_iter < 1:
         raise ValueError(f"n_iter must be at least 1, got {n_iter}")
-    packer = StatePacker(state)
-    point = packer.pack(state).detach().requires_grad_()
+    layout = layout or Rows()
+    point = layout.to_matrix(state).detach().requires_grad_()
     with torch.enable_grad():
-        out = packer.pack(f(packer.unpack(point)))
+        out = layout.to_matrix(f(layout.to_state(point)))
     if v0 is None:
         v = torch.randn(point.shape, generator=generator, dtype=point.dtype).to(point.device)
     else:
-        v = packer.pack(v0)
+        v = layout.to_matrix(v0)
     tiny = torch.finfo(point.dtype).tiny
     logs = []
-    quotient = v.new_zeros(v.shape[0])
+    quotient = v.new_zeros(layout.cell_shape())
     for _ in range(n_iter):
         (w,) = torch.autograd.grad(out, point, v, retain_graph=True)
-        norm_v = torch.linalg.vector_norm(v, dim=1).clamp_min(tiny)
-        norm_w = torch.linalg.vector_norm(w, dim=1)
-        quotient = ((w * v).sum(1) / norm_v.square()).abs()
+        norm_v = cell_norm(v, layout).clamp_min(tiny)
+        norm_w = cell_norm(w, layout)
+        quotient = (layout.total((w * v).sum(1)) / norm_v.square()).abs()
         logs.append((norm_w / norm_v).clamp_min(tiny).log())
-        v = w / norm_w.clamp_min(tiny).unsqueeze(1)
+        v = w / layout.spread(norm_w.clamp_min(tiny)).unsqueeze(1).to(w.dtype)
     if estimator == "rayleigh":
         return quotient
     return torch.stack(logs[n_iter // 3 :]).mean(0).exp()
@@ -110,7 +114,8 @@ def gradient_fidelity(
 
     Args:
         model: called as `model(**batch, solver=..., gradient=...)`, returns an object with `loss`.
-            Its training mode is left as it is; random masks are drawn alike for every mode.
+            Its training mode is left as it is, and so are its buffers (batch statistics);
+            random masks are drawn alike for every mode.
         batch: keyword arguments with labels.
         gradients: modes to compare.
         solver: forward solver for all of them; None keeps the model's own.
@@ -139,6 +144,7 @@ def _gradients(
 ) -> tuple[dict[str, Tensor], float, int]:
     """Gradient by parameter name, seconds, and bytes saved for the backward pass."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         started = time.perf_counter()
@@ -146,6 +152,9 @@ def _gradients(
             loss = model(**batch, solver=solver, gradient=gradient.to_dict()).loss
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         seconds = time.perf_counter() - started
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
     named = {
         name: torch.zeros_like(p) if g is None else g.detach()
         for (name, p), g in zip(parameters.items(), found, strict=True)

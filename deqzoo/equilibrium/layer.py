@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 from deqzoo.equilibrium.gradients import Gradient, Unrolled, make_gradient
 from deqzoo.equilibrium.gradients.base import Problem
 from deqzoo.equilibrium.layout import Layout, Rows, Selection
-from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, make_solver
-from deqzoo.equilibrium.solvers.fixed_point import FixedPointIteration
-from deqzoo.equilibrium.solvers.loop import Matrices, StepCallback
+from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, Status, make_solver
+from deqzoo.equilibrium.solvers.loop import Matrices, StepCallback, cell_norm
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
 SolverSpec = Solver | str | Mapping[str, Any]
@@ -33,9 +33,11 @@ class BoundMap:
 
     def select(self, selection: Selection) -> BoundMap:
         inputs = tuple(
-            rebuild(item, [selection.state(t) for t in leaves(item)]) for item in self.inputs
+            None if item is None else rebuild(item, [selection.state(t) for t in leaves(item)])
+            for item in self.inputs
         )
-        return BoundMap(self.f, inputs)
+        f = self.f.select(selection) if hasattr(self.f, "select") else self.f
+        return BoundMap(f, inputs)
 
 
 def fixed_point(
@@ -64,14 +66,16 @@ def fixed_point(
         gradient: likewise.
         layout: what one independent sample is; `Rows()`, one per batch entry, by default.
         compact: let converged samples leave the batch, so that a batch costs the sum of its
-            samples' steps. With a plain function this needs every input to be batch-first and f
-            to close over nothing that belongs to the batch. None does it when grad mode is off
-            and f offers `select(selection)`.
+            samples' steps. This needs every input to be batch-first (or None), and f to close
+            over nothing that belongs to the batch, unless it offers `select(selection)`, which
+            returns f for the samples that are left. None does it when grad mode is off and f
+            offers that.
         checkpoint: recompute every recorded step of upg and unrolled in the backward pass, so that
             one graph of f is kept at a time instead of one per step. The other gradients (implicit,
             npg, jfb) record f once and refuse.
-        trace: record residuals of every step in `Solution.trace`.
-        callback: called with (k, matrix, residuals) at every iterate.
+        trace: record residuals of every step in `Solution.trace`; with "unrolled" at the cost of
+            one more evaluation per step.
+        callback: called with (k, matrix, residuals) at every iterate; costs likewise.
         sample_steps: steps whose states are returned in `Solution.samples`, each with its own
             backward pass, for the fixed-point correction loss.
 
@@ -96,7 +100,17 @@ def fixed_point(
         bound = BoundMap(f, ())
     wants_graph = torch.is_grad_enabled()
     if wants_graph and isinstance(chosen_gradient, Unrolled):
-        return _unroll(bound, z0, chosen_solver, chosen_gradient, layout, checkpoint)
+        return _unroll(
+            bound,
+            z0,
+            chosen_solver,
+            chosen_gradient,
+            layout,
+            checkpoint,
+            trace,
+            callback,
+            sample_steps,
+        )
     kept: dict[int, Tensor] = {}
     if sample_steps:
         callback = _keeper(kept, sample_steps, callback)
@@ -127,20 +141,50 @@ def _unroll(
     gradient: Unrolled,
     layout: Layout,
     checkpoint: bool,
+    trace: bool,
+    callback: StepCallback | None,
+    sample_steps: Sequence[int],
 ) -> Solution:
     """Run the recorded iteration, then measure its result with one more evaluation of F."""
+    started = time.perf_counter()
     steps = gradient.steps or solver.max_steps
-    gradient = replace(gradient, steps=steps)
-    matrix = layout.to_matrix(z0)
-    result = layout.to_state(gradient.attach(_problem(bound, layout, checkpoint), matrix))
-    start = rebuild(result, [t.detach() for t in leaves(result)])
-    probe = FixedPointIteration(max_steps=1, tol=solver.tol, stop_mode=solver.stop_mode)
-    solution = probe.solve(bound, start, layout)
-    solution.state = result
-    solution.n_steps = torch.full_like(solution.n_steps, steps)
-    solution.n_evals = steps + 1
-    solution.row_evals = solution.n_evals * matrix.shape[0]
-    return solution
+    step = replace(gradient, steps=1)
+    z = layout.to_matrix(z0)
+    problem = _problem(bound, layout, checkpoint)
+    residuals, samples = [], []
+    for k in range(1, steps + 1):
+        z = step.attach(problem, z)
+        if k in sample_steps:
+            samples.append(layout.to_state(z))
+        if not (trace or callback or k == steps):
+            continue
+        with torch.no_grad():  # the next step evaluates F here again, but records it
+            point = z.detach()
+            fz = problem.f(point)
+            absolute = cell_norm(fz - point, layout)
+            relative = absolute / (cell_norm(fz, layout) + 1e-9)
+            chosen = layout.worst(relative if solver.stop_mode == "rel" else absolute)
+        residuals.append(chosen)
+        if callback is not None:
+            callback(k, point, chosen)
+    shape = layout.cell_shape()
+    status = torch.full_like(chosen, int(Status.MAX_STEPS), dtype=torch.int64)
+    status = status.masked_fill(chosen <= solver.tol, int(Status.CONVERGED))
+    status = status.masked_fill(~chosen.isfinite(), int(Status.NONFINITE))
+    n_evals = steps + len(residuals)
+    return Solution(
+        state=layout.to_state(z),
+        status=status.reshape(shape),
+        n_steps=torch.full_like(status, steps).reshape(shape),
+        abs_residual=absolute.reshape(shape),
+        rel_residual=relative.reshape(shape),
+        residual=chosen.reshape(shape),
+        n_evals=n_evals,
+        row_evals=n_evals * z.shape[0],
+        seconds=time.perf_counter() - started,
+        trace=torch.stack(residuals, dim=-1).reshape(*shape, -1) if trace else None,
+        samples=samples if sample_steps else None,
+    )
 
 
 def _keeper(

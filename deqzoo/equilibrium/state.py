@@ -94,8 +94,12 @@ class StatePacker:
         self._sizes = [leaf.size for leaf in self._shapes]
 
     def pack(self, state: State) -> Tensor:
-        """Return the matrix (B, D) of a state; a view where the state is one tensor."""
-        tensors = leaves(state)
+        """Return the matrix (B, D) of a state; a view where the state is one tensor.
+
+        Raises:
+            ValueError: keys or shapes differ from the packer's state.
+        """
+        tensors = leaves(_in_order_of(state, self._structure))
         shapes = [t.shape[1:] for t in tensors]
         if shapes != [leaf.shape for leaf in self._shapes]:
             raise ValueError(
@@ -119,6 +123,23 @@ class StatePacker:
             else:
                 tensors.append(part.reshape(part.shape[0], *leaf.shape))
         return rebuild(self._structure, tensors)
+
+
+def _in_order_of(state: State, like: State) -> State:
+    """Sort the entries of dicts as in `like`: a map may build its dict in another order."""
+    if isinstance(state, Tensor) or isinstance(like, Tensor):
+        return state
+    if isinstance(like, dict):
+        if not isinstance(state, dict) or state.keys() != like.keys():
+            found = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(
+                f"expected a state with the keys {sorted(like)}, got {found}: the map must return "
+                "a state like its input"
+            )
+        return {key: _in_order_of(state[key], item) for key, item in like.items()}
+    if not isinstance(state, (tuple, list)) or len(state) != len(like):
+        return state  # what reads the shapes will refuse it
+    return [_in_order_of(item, other) for item, other in zip(state, like, strict=True)]
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

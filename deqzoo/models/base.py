@@ -78,13 +78,20 @@ class DEQConfigMixin:
         Here `from_pretrained(name, solver={"max_steps": 50})` changes single settings of the
         stored solver, and likewise of the gradient.
         """
-        config_dict = dict(config_dict)
+        changes = {key: kwargs.pop(key) for key in ("solver", "gradient") if key in kwargs}
+        return super().from_dict(cls.merged(config_dict, changes), **kwargs)
+
+    @classmethod
+    def merged(cls, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Lay changes over settings; those of `solver` and `gradient` one by one."""
+        result = {**settings, **changes}
         for key, shared in (("solver", SHARED_BY_SOLVERS), ("gradient", ())):
-            change = kwargs.pop(key, None)
-            if change is not None:
-                own = config_dict.get(key) or getattr(cls, f"default_{key}")
-                config_dict[key] = merge_settings(own, change, shared)
-        return super().from_dict(config_dict, **kwargs)
+            own = settings.get(key) or getattr(cls, f"default_{key}")
+            if changes.get(key) is not None:
+                result[key] = merge_settings(own, changes[key], shared)
+            elif key in changes:
+                result[key] = settings.get(key)
+        return result
 
 
 class DEQPreTrainedModel(PreTrainedModel):
@@ -202,9 +209,10 @@ class DEQPreTrainedModel(PreTrainedModel):
         estimator: Literal["growth", "rayleigh"] = "growth",
         v0: State | None = None,
         generator: torch.Generator | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Spectral radius of ∂F/∂h per sample, (B,); see `deqzoo.equilibrium.spectral_radius`."""
-        return spectral_radius(f, state, n_iter, estimator, v0, generator)
+        return spectral_radius(f, state, n_iter, estimator, v0, generator, layout)
 
     def _warn_unsolved(self, solution: Solution) -> None:
         """Say once per model that a solve ended early; training logs the share of such samples."""

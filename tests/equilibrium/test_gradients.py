@@ -460,3 +460,43 @@ def test_gradient_settings_survive_json(name: str) -> None:
 def test_values_out_of_range_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match="must be|no option"):
         make_gradient(settings)
+
+
+def test_the_implicit_gradient_does_not_depend_on_the_scale_of_the_loss() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(60, 60)
+    weight = (0.9 * weight / torch.linalg.matrix_norm(weight, 2)).requires_grad_()
+    x, g = torch.randn(2, 60), torch.randn(2, 60)
+    solution = fixed_point(lambda h: torch.tanh(h @ weight) + x, torch.zeros(2, 60))
+    found = []
+    for scale in (1.0, 1e-14, 1e20):
+        loss = (solution.state * g).sum() * scale
+        found.append(torch.autograd.grad(loss, weight, retain_graph=True)[0] / scale)
+    for other in found[1:]:
+        assert float((other - found[0]).norm() / found[0].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_differentiated_for_a_frozen_map(name: str) -> None:
+    linear = nn.Linear(4, 4).requires_grad_(False)
+    solution = fixed_point(lambda h: torch.tanh(linear(h)), torch.zeros(2, 4), gradient=spec(name))
+    assert not solution.state.requires_grad
+
+
+def test_unrolled_reports_what_it_returns() -> None:
+    calls, seen = [], {}
+    solution = fixed_point(
+        lambda h: calls.append(1) or h / 2 + 1,
+        torch.zeros(1, 1, requires_grad=True),
+        solver={"name": "fixed_point", "max_steps": 3, "tol": 0.15, "stop_mode": "abs"},
+        gradient={"name": "unrolled"},
+        trace=True,
+        callback=lambda k, z, residual: seen.__setitem__(k, (float(z), float(residual))),
+        sample_steps=(1, 2),
+    )
+    assert float(solution.state) == 1.75 and float(solution.abs_residual) == 0.125
+    assert bool(solution.converged) and solution.n_evals == len(calls) == 6
+    assert solution.trace.tolist() == [[0.5, 0.25, 0.125]]
+    assert seen == {1: (1.0, 0.5), 2: (1.5, 0.25), 3: (1.75, 0.125)}
+    assert [float(s) for s in solution.samples] == [1.0, 1.5]
+    assert all(s.requires_grad for s in solution.samples)

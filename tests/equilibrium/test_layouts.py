@@ -231,3 +231,63 @@ def test_segments_refuse_states_of_another_shape() -> None:
         Segments(torch.zeros(2, 2, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match=r"shape \(B, T, d\)"):
         make_solver("anderson").solve(lambda z: z, torch.zeros(4, 2), Causal())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_early_end_returns_one_iterate_and_its_residual(solver: str) -> None:
+    """Positions read each other: a mixture of everyone's best iterates has another residual."""
+    torch.manual_seed(0)
+    f = causal_map()
+    f = CausalMap(5 * f.weight, f.x)  # no contraction: residuals rise and fall
+    settings = make_solver({"name": solver, "max_steps": 7, "tol": 1e-6, "stop_mode": "abs"})
+    solution = settings.solve(f, torch.zeros_like(f.x), Causal())
+    assert not solution.converged.all()
+    residual = torch.linalg.vector_norm(f(solution.state) - solution.state, dim=-1)
+    torch.testing.assert_close(solution.abs_residual, residual, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(solution.residual, residual.cummax(1).values, rtol=1e-9, atol=1e-12)
+
+
+def test_a_position_stalls_after_those_that_it_reads() -> None:
+    def f(z: Tensor) -> Tensor:  # 1 follows 0, which converges slowly; alone it would cycle
+        return torch.stack([0.9 * z[:, 0] + 1, 5 * z[:, 0] - z[:, 1]], dim=1)
+
+    settings = make_solver({"name": "fixed_point", "max_steps": 200, "tol": 1e-6, "patience": 3})
+    solution = settings.solve(f, torch.zeros(1, 2, 1, dtype=torch.float64), Causal())
+    slow, cycling = solution.n_steps[0].tolist()
+    assert solution.converged[0].tolist() == [True, False] and cycling > slow > 50
+    residual = (f(solution.state) - solution.state).abs()
+    torch.testing.assert_close(solution.abs_residual[..., None], residual)
+
+
+def test_a_map_with_inputs_is_asked_to_select() -> None:
+    class Scaled:
+        def __init__(self, scale: Tensor) -> None:
+            self.scale = scale
+
+        def __call__(self, z: Tensor, x: Tensor, nothing: None) -> Tensor:
+            return 0.5 * torch.tanh(z) * self.scale + x
+
+        def select(self, selection: Selection) -> Scaled:
+            return Scaled(selection.state(self.scale))
+
+    scale = torch.zeros(8, 1)
+    scale[0] = 1
+    x = torch.ones(8, 3)
+    with torch.no_grad():
+        solution = fixed_point(
+            Scaled(scale), torch.zeros(8, 3), x, None, solver={"name": "anderson", "tol": 1e-6}
+        )
+    assert solution.row_evals < 8 * solution.n_evals
+    torch.testing.assert_close(solution.state[1:], x[1:])
+    assert solution.converged.all() and float(solution.state[0, 0]) > 1.3
+
+
+def test_dicts_are_matched_by_key() -> None:
+    def f(z: dict) -> dict:
+        return {"b": 0.5 * z["b"] + 2, "a": 0.5 * z["a"] + 1}
+
+    zero = {"a": torch.zeros(1, 1), "b": torch.zeros(1, 1)}
+    solution = fixed_point(f, zero, solver={"name": "anderson", "tol": 1e-6}, gradient="jfb")
+    assert {k: round(float(v), 4) for k, v in solution.state.items()} == {"a": 2, "b": 4}
+    with pytest.raises(ValueError, match=r"keys \['a', 'b'\], got \['a'\]"):
+        fixed_point(lambda z: {"a": z["a"]}, zero)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 from deqzoo.equilibrium import (
+    Segments,
     correction_weights,
     fixed_point,
     fixed_point_correction,
+    gradient_fidelity,
     jacobian_penalty,
     spectral_radius,
 )
@@ -75,3 +80,38 @@ def test_sampled_states_carry_their_own_gradient() -> None:
     torch.testing.assert_close(loss, expected)
     for state in states:
         assert torch.autograd.grad(state.sum(), x, retain_graph=True)[0].any()
+
+
+def test_spectral_radius_of_graphs() -> None:
+    """The rows of a graph are one sample: its radius is that of its whole Jacobian."""
+    torch.manual_seed(0)
+    blocks = [torch.rand(n, n, dtype=F64) for n in (3, 5)]
+    matrix = torch.block_diag(*blocks) / 4
+    layout = Segments(torch.tensor([0] * 3 + [1] * 5), 2)
+    found = spectral_radius(lambda h: matrix @ h, torch.zeros(8, 2, dtype=F64), 80, layout=layout)
+    exact = [float(torch.linalg.eigvals(block / 4).abs().max()) for block in blocks]
+    assert found.tolist() == pytest.approx(exact, rel=1e-6)
+
+
+def test_fidelity_leaves_the_model_as_it_was() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, solver: object, gradient: object) -> SimpleNamespace:
+            x = self.norm(x)
+            found = fixed_point(
+                lambda h: torch.tanh(self.linear(h) / 2 + x),
+                torch.zeros_like(x),
+                solver=solver or "anderson",
+                gradient=gradient,
+            )
+            return SimpleNamespace(loss=found.state.square().mean())
+
+    torch.manual_seed(0)
+    model = Normed().train()
+    before = [b.clone() for b in model.buffers()]
+    (row,) = gradient_fidelity(model, {"x": torch.randn(8, 4)}, ["implicit"])
+    assert row.cosine["all"] > 0.999
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))

@@ -234,6 +234,45 @@ def test_no_cache_without_equilibrium(changes: dict) -> None:
         model(ids, solver="anderson")
     with pytest.raises(UserError, match="gradient"):
         model(ids, gradient="jfb")
+    model.set_solver(max_steps=30, tol=1e3)
+    output = model(ids)
+    assert output.n_steps.tolist() == [30, 30] and output.converged.all()
+    assert not model(ids, solver={"tol": 0.0}).converged.any()
+    with pytest.raises(UserError, match="anderson"):
+        model.set_solver("anderson")
+    with pytest.raises(UserError, match="leave gradient out"):
+        model.set_gradient("jfb")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_loss(side: str) -> None:
+    model = lively_model(0.7)
+    texts = [random_ids(1, n, seed=n)[0] for n in (5, 9)]
+    alone = torch.cat([model(t[None], labels=t[None]).nll[0, :-1] for t in texts])
+    ids, mask = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        place = slice(0, len(text)) if side == "right" else slice(9 - len(text), 9)
+        ids[row, place], mask[row, place] = text, 1
+    output = model(ids, attention_mask=mask, labels=ids)
+    torch.testing.assert_close(output.loss, alone.mean(), rtol=1e-3, atol=0)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1))
+    scored = model(ids, attention_mask=mask, labels=shifted, shift=False).nll != 0
+    assert torch.equal(scored, mask.bool())
+
+
+def test_every_weight_takes_part_without_rare_words() -> None:
+    model = lively_model()
+    ids = random_ids(2, 8) % model.config.cutoffs[0]
+    model(ids, labels=ids, return_logits=False).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_settings_of_a_preset_change_one_by_one() -> None:
+    name = "deq-transformer-wikitext2"
+    preset = DEQTransformerConfig.from_preset(name)
+    changed = DEQTransformerConfig.from_preset(name, solver={"max_steps": 7})
+    assert changed.solver == {**preset.solver, "max_steps": 7}
+    assert changed.gradient == preset.gradient
 
 
 @pytest.mark.parametrize("variant", ["locuslab-deq", "torchdeq-seq"])
@@ -372,6 +411,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         ({"cutoffs": [30, 20]}, "rise"),
         ({"cutoffs": [10, 20, 30], "div_val": 4}, "feature"),
         ({"tie_projections": [True]}, "one flag per cluster"),
+        ({"tie_word_embeddings": False, "tie_projections": [True] * 3}, "needs tie_word"),
         ({"n_sublayers": 2}, "one sub-layer"),
         ({"variant": "torchdeq-lm"}, "pre-LN"),
         ({"dropout": 1.0}, "dropout"),
@@ -392,6 +432,8 @@ def test_wrong_calls() -> None:
         model(ids, memory=memory, use_cache=True)
     with pytest.raises(UserError, match="DEQTransformerCache"):
         model(ids, cache=object())
+    with pytest.raises(UserError, match="window of 4, this model sees 9"):
+        model(ids, cache=DEQTransformerCache(4))
     with pytest.raises(UserError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(2, 3))
 

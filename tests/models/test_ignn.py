@@ -1,6 +1,8 @@
 """IGNN's models: inputs, batches of graphs, constraint, gradients, official switch, bad graphs."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -492,3 +494,56 @@ def test_directed_graphs_where_they_are_allowed():
     backward = forward(x, chain.flip(0), solver={"tol": 1e-7}).last_hidden_state
     assert bool((states[1:].abs().sum(1) > 0).any()), "information must flow along the edges"
     assert torch.equal(backward[1:], torch.zeros(3, 6))
+
+
+def test_training_under_autocast_without_onednn(monkeypatch, graphs):
+    """What a GPU does: the products are autocast's to narrow, their backward is not."""
+    monkeypatch.setattr("deqzoo.models.ignn.dense._ONEDNN_LINEAR", None)
+    batch = Batch.from_data_list(graphs)
+    for gradient in ("implicit", "upg", "npg", "jfb"):
+        torch.manual_seed(0)
+        model = IGNNForGraphClassification(config(dropout=0.0)).train()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch, labels=batch.y, gradient=gradient).loss
+        loss.backward()
+        assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+        torch.testing.assert_close(loss, model(batch, labels=batch.y).loss, rtol=0.02, atol=0)
+
+
+def test_adjacencies_are_freed_without_the_collector():
+    gc.disable()
+    try:
+        for edges in ([[0, 1], [1, 0]], [[0, 1], [1, 2]]):
+            adjacency = Adjacency.from_edges(torch.tensor(edges), 3, None, "none")
+            assert adjacency.transposed.transposed is adjacency
+            assert adjacency.is_symmetric == (edges == [[0, 1], [1, 0]])
+            alive = weakref.ref(adjacency)
+            transposed = adjacency.transposed
+            del adjacency
+            dense = transposed.transposed.csr.to_dense()
+            assert torch.equal(dense.T, transposed.csr.to_dense())
+            del transposed
+            assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_parallel_edges_in_another_order_are_undirected():
+    weights = torch.tensor([1.0, 0.6, 0.7, 0.4])
+    forward = torch.tensor([[0] * 4, [1] * 4])
+    edges = torch.cat([forward, forward.flip(0)], dim=1)
+    model = IGNNModel(config()).eval()
+    both = torch.cat([weights, weights[[2, 1, 3, 0]]])
+    assert torch.equal(both[:4].sort().values, both[4:].sort().values)
+    assert model(torch.rand(2, 3), edges, both).converged.all()
+    with pytest.raises(UserError, match="no equal reverse edge"):
+        model(torch.rand(2, 3), edges, both + torch.tensor([0.001] + [0] * 7))
+
+
+def test_many_graphs_stay_apart_in_half_precision():
+    n = 600  # bfloat16 counts to 256
+    batch = torch.arange(n)
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    features = torch.ones(n, 3, dtype=torch.bfloat16)
+    graphs = GraphBatch.build(config(), features, none, batch=batch)
+    assert len(merge_equal_nodes(graphs).features) == n

@@ -138,6 +138,28 @@ def test_published_sizes_of_torchdeq_ppi():
     assert sum(p.numel() for p in model.parameters()) + bias == 4_664_206
 
 
+def test_a_description_names_the_longest_preset(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model": "IGNN ppi-torchdeq"}))
+    assert read_config(config)["local_injection"] is True
+    config.write_text(json.dumps({"model": "IGNN_ppi"}))
+    assert "local_injection" not in read_config(config)
+
+
+def test_tensors_without_a_place_are_refused(tmp_path):
+    source = tmp_path / "source.safetensors"
+    cases = [
+        ({"bn.running_mean": torch.zeros(2)}, "ppi-torchdeq", "no place for: bn.running_mean"),
+        ({}, "ppi", "ignn.0.Omega_2.*set local_injection to true"),
+        ({"ignn.0.Omega_1": torch.zeros(5)}, "ppi-torchdeq", "must be a floating-point matrix"),
+        ({"proj.4.weight": torch.tensor(1.0)}, "ppi-torchdeq", "must be a floating-point matrix"),
+    ]
+    for changes, preset, message in cases:
+        save_file({**torchdeq_state(False), **changes}, source)
+        with pytest.raises(UserError, match=message):
+            convert(source, preset, tmp_path / "model")
+
+
 def test_unusable_sources(official, tmp_path):
     path, _ = official("model_graphcls")
     config = tmp_path / "config.json"

@@ -92,11 +92,24 @@ def attach_cotangent(
         else:
             recorded = problem.products(point)
             value = problem.f(state.detach())
-    if not recorded.requires_grad:
-        return state.detach()
-    if not value.requires_grad:
+    if not recorded.requires_grad or not _reaches_more_than(value, point):
         return state.detach()
     return _Adjoint.apply(value, state.detach(), recorded, point, solve)
+
+
+def _reaches_more_than(value: Tensor, point: Tensor) -> bool:
+    """Whether a backward pass of `value` ends anywhere but at `point`: with frozen weights and
+    inputs the adjoint system would be solved for nobody."""
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", point) is not point:
+            return True
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _forget_grad(tensor: Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.gradients.base import Gradient, Map, Problem, attach_cotangent
@@ -18,7 +19,7 @@ class Implicit(Gradient):
     """∂L/∂θ = wᵀ ∂F/∂θ with w the solution of w = Jᵀw + g, J = ∂F/∂h at h* (Bai et al. 2019).
 
     The linear system is itself a fixed-point problem and is solved by any solver to its own
-    tolerance. The value returned is h*.
+    tolerance, relative to g whatever the solver's stop mode. The value returned is h*.
 
     Args:
         solver: solver of the adjoint system, or its name or settings.
@@ -41,11 +42,15 @@ class Implicit(Gradient):
         solver = make_solver(self.solver)
 
         def solve(product: Map, cotangent: Tensor) -> Tensor:
-            solution = solver.solve(
-                lambda w: product(w) + cotangent, cotangent, layout=problem.layout.adjoint()
-            )
+            layout = problem.layout.adjoint()
+            # The system is linear: solved at scale one, so that neither the solver's absolute
+            # constants nor underflow make the result depend on the scale of the loss.
+            size = layout.total(cotangent.abs().amax(1))
+            size = layout.spread(torch.where(size > 0, size, 1)).unsqueeze(1)
+            unit = cotangent / size
+            solution = solver.solve(lambda w: product(w) + unit, unit, layout=layout)
             problem.report.residual = solution.rel_residual
             problem.report.n_evals = solution.n_evals
-            return solution.state
+            return solution.state * size
 
         return attach_cotangent(problem, state, solve)

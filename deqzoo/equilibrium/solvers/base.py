@@ -33,7 +33,7 @@ class Solver(ABC):
             that meets the tolerance: its state, residual, status and step count do not depend on
             N. But the solve ends, and cells leave a compacted batch, at the next look only, after
             at most N − 1 evaluations that change nothing for stopped cells and count in
-            `Solution.n_evals`; and a cell that became non-finite goes back to its best iterate
+            `Solution.n_evals`; and a cell that became non-finite goes back to the iterate it keeps
             (or stops) at the next look too, so that it may lose as many steps.
         patience: evaluations without a better residual after which a cell falls back to plain
             steps, and after three times as many stops as stalled. None switches this off.

@@ -1,4 +1,4 @@
-"""The one loop that every solver shares: stopping, freezing, dropping, best iterate, report."""
+"""The one loop that every solver shares: stopping, freezing, dropping, result, report."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ StepCallback = Callable[[int, Tensor, Tensor], None]
 """Called after evaluation k = 1, 2, … with (k, matrix (R, D), stop-mode residual of the cells)."""
 
 
+def cell_norm(rows: Tensor, layout: Layout) -> Tensor:
+    """Euclidean norms of the cells (C,), in float32 or wider, from rows (R, D)."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    if type(layout) is Rows:
+        return norm
+    return layout.total(norm.square()).sqrt()
+
+
 class Matrices:
     """A map on states, seen as one on matrices."""
 
@@ -39,14 +48,15 @@ class Matrices:
 class Books:
     """What is known about each cell; every tensor has shape (C,)."""
 
-    residual: Tensor  # of the stop mode, at the best iterate
+    residual: Tensor  # of the stop mode, at the iterate that is kept
     abs_residual: Tensor
     rel_residual: Tensor
     status: Tensor
     n_steps: Tensor
     active: Tensor  # still being solved
     broken: Tensor  # non-finite at the last evaluation
-    waited: Tensor  # evaluations since the residual last improved
+    waited: Tensor  # evaluations since the residual was lowest
+    lowest: Tensor  # stop-mode residual so far
 
     @classmethod
     def open(cls, n: int, max_steps: int, like: Tensor) -> Books:
@@ -61,24 +71,31 @@ class Books:
             whole == 0,
             whole != 0,
             whole,
+            infinite,
         )
 
     def update(
         self,
         k: int,
-        improved: Tensor,
+        kept: Tensor,
         chosen: Tensor,
         absolute: Tensor,
         rel: Tensor,
         solver: Solver,
+        layout: Layout,
     ) -> None:
-        self.residual = torch.where(improved, chosen, self.residual)
-        self.abs_residual = torch.where(improved, absolute, self.abs_residual)
-        self.rel_residual = torch.where(improved, rel, self.rel_residual)
+        self.residual = torch.where(kept, chosen, self.residual)
+        self.abs_residual = torch.where(kept, absolute, self.abs_residual)
+        self.rel_residual = torch.where(kept, rel, self.rel_residual)
+        improved = self.active & (chosen < self.lowest)
+        self.lowest = torch.where(improved, chosen, self.lowest)
         self.stop(self.active & (chosen <= solver.tol), Status.CONVERGED, k)
         if solver.patience is not None:
             self.waited = torch.where(improved, 0, self.waited + 1)
-            self.stop(self.active & (self.waited >= 3 * solver.patience), Status.STALLED, k)
+            running = self.active & (self.waited < 3 * solver.patience)
+            # A cell that others read stays where it stopped, so it waits for those it reads.
+            hopeful = layout.worst(running.to(chosen.dtype)) > 0
+            self.stop(self.active & ~hopeful, Status.STALLED, k)
 
     def stop(self, cells: Tensor, status: Status, k: int) -> None:
         self.status = self.status.masked_fill(cells, int(status))
@@ -95,20 +112,21 @@ class Books:
 
 
 class Loop:
-    """One solve: which part of the batch is left, its books, and where its best iterates are."""
+    """One solve: which part of the batch is left, its books, and where its results are."""
 
     def __init__(self, solver: Solver, layout: Layout, matrix: Tensor, trace: bool) -> None:
         self.solver = solver
         self.layout = self.whole_layout = layout
         self.rule = solver.start(matrix, layout)
-        self.work_dtype = torch.promote_types(matrix.dtype, torch.float32)
         n_cells = math.prod(layout.cell_shape())
-        like = matrix.new_empty(0, dtype=self.work_dtype)
+        like = matrix.new_empty(0, dtype=torch.promote_types(matrix.dtype, torch.float32))
         self.books = self.whole_books = Books.open(n_cells, solver.max_steps, like)
         self.cell_index: Tensor | None = None  # of what is left, in the whole batch
         self.row_index: Tensor | None = None
-        # The best iterate of a cell is its last one (`pending`) or has been copied to `saved`:
-        # as long as residuals fall, nothing has to be copied.
+        # The iterate that a cell keeps is its best one. Where cells read each other it is the last
+        # finite one: the best of each would belong to different evaluations, with a residual that
+        # nobody measured. It is the current iterate (`pending`) or has been copied to `saved`: as
+        # long as residuals fall, nothing has to be copied.
         self.saved = self.whole_saved = matrix
         self.owns_saved = False
         self.last = matrix
@@ -150,11 +168,11 @@ class Loop:
     ) -> None:
         """Enter evaluation k, made at iterate z, into the books."""
         books = self.books
-        absolute = self.norm(residual)
-        relative = absolute / (self.norm(fz) + 1e-9)
+        absolute = cell_norm(residual, self.layout)
+        relative = absolute / (cell_norm(fz, self.layout) + 1e-9)
         chosen = relative if self.solver.stop_mode == "rel" else absolute
         chosen = self.layout.worst(torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf))
-        improved = chosen < books.residual
+        improved = chosen < books.lowest
         # The usual case before the first cell stops, at a fraction of the operations.
         if self.untroubled:
             self.untroubled = bool((improved & (chosen > self.solver.tol)).all())
@@ -166,21 +184,16 @@ class Loop:
             self.trace.append(torch.where(books.active, chosen, books.residual))
         if self.untroubled:
             books.residual, books.abs_residual, books.rel_residual = chosen, absolute, relative
+            books.lowest = chosen
             self.pending = improved
         else:
-            improved = books.active & improved
-            self.save(self.pending & ~improved)
-            self.pending = improved
-            books.update(k, improved, chosen, absolute, relative, self.solver)
+            kept = books.active & (chosen < math.inf if self.layout.holds_frozen else improved)
+            self.save(self.pending & ~kept)
+            self.pending = kept
+            books.update(k, kept, chosen, absolute, relative, self.solver, self.layout)
         self.last = z
         if callback is not None:
             callback(k, z, chosen)
-
-    def norm(self, rows: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(rows, dim=1, dtype=self.work_dtype)
-        if type(self.layout) is Rows:
-            return norm
-        return self.layout.total(norm.square()).sqrt()
 
     def save(self, cells: Tensor) -> None:
         """Copy the last iterate of some cells, which are about to move on to a worse one."""
@@ -201,7 +214,8 @@ class Loop:
             self.saved = self.whole_saved = self.saved.clone()
             self.owns_saved = True
 
-    def best(self) -> Tensor:
+    def kept(self) -> Tensor:
+        """The iterate (R, D) that every cell would return now."""
         return torch.where(self.layout.spread(self.pending).unsqueeze(1), self.last, self.saved)
 
     def look(self) -> tuple[bool, bool]:
@@ -220,7 +234,7 @@ class Loop:
         return retry
 
     def advance(self, z: Tensor, fz: Tensor, residual: Tensor, back: Tensor | None) -> Tensor:
-        """Return the next iterate; cells in `back` return to their best one."""
+        """Return the next iterate; cells in `back` return to the one they keep."""
         books, spread = self.books, self.layout.spread
         stalled = None
         if self.solver.patience is not None:
@@ -233,9 +247,9 @@ class Loop:
             proposed = self.rule.propose(*arguments)
         if back is not None:
             self.rule.restart(books.broken)
-            proposed = torch.where(spread(books.broken).unsqueeze(1), self.best(), proposed)
+            proposed = torch.where(spread(books.broken).unsqueeze(1), self.kept(), proposed)
         if self.layout.holds_frozen:
-            proposed = torch.where(spread(books.active).unsqueeze(1), proposed, self.best())
+            proposed = torch.where(spread(books.active).unsqueeze(1), proposed, self.kept())
         return proposed
 
     def drop(
@@ -245,7 +259,7 @@ class Loop:
         active = self.books.active
         if bool(active.all()):
             return f, z, fz, residual
-        chosen = self.layout.select(active, self.best() if self.layout.holds_frozen else z)
+        chosen = self.layout.select(active, self.kept() if self.layout.holds_frozen else z)
         if chosen is None:
             return f, z, fz, residual
         layout, selection = chosen

@@ -40,7 +40,8 @@ class Solution:
         state: the result, in the structure of the start.
         status: int64, values of `Status`.
         n_steps: int64, updates of the state until the cell stopped.
-        abs_residual: ‖F(h) − h‖ in float32 or wider, at the best iterate.
+        abs_residual: ‖F(h) − h‖ in float32 or wider, at the iterate in `state`: the best one, or,
+            where cells read each other (`Causal`), the last finite one.
         rel_residual: the same over ‖F(h)‖.
         residual: the one that the solver's stop mode looks at.
         n_evals: evaluations of F on (what is left of) the batch.

@@ -75,6 +75,12 @@ class AdaptiveEmbedding(nn.Module):
         return torch.cat(parts)[order]
 
 
+def _log_softmax(scores: Tensor) -> Tensor:
+    """In float32 or wider: autocast on CPUs would keep three digits of a log-probability."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.log_softmax(scores, dim=-1, dtype=wide)
+
+
 class AdaptiveSoftmax(nn.Module):
     """Hidden states (..., d_model) to log-probabilities of the next word.
 
@@ -123,13 +129,14 @@ class AdaptiveSoftmax(nn.Module):
         scores = F.linear(projected, *table)
         if self.clusters is not None:
             scores = torch.cat([scores, self.clusters(projected)], dim=-1)
-        return torch.log_softmax(scores, dim=-1)
+        return _log_softmax(scores)
 
     def _tail(self, hidden: Tensor, index: int, table: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.log_softmax(F.linear(self._project(hidden, index), *table), dim=-1)
+        return _log_softmax(F.linear(self._project(hidden, index), *table))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., vocab_size): raw scores without cutoffs, else log-probabilities.
+        """(..., vocab_size) in the dtype of ``hidden``: raw scores without cutoffs, else
+        log-probabilities.
 
         Either way their log-softmax is the model's log-probability.
         """
@@ -142,12 +149,13 @@ class AdaptiveSoftmax(nn.Module):
         for index in range(1, len(self.bounds)):
             gate = head[..., first + len(self.bounds) - 1 - index].unsqueeze(-1)
             parts.append(gate + self._tail(hidden, index, tables[index]))
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1).to(hidden.dtype)
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihoods in nats of ``targets`` (...), zero where the target is -100.
+        """Negative log-likelihoods in nats of ``targets`` (...), zero where the target is -100,
+        in float32 or wider.
 
-        Only the clusters in which targets lie are evaluated, each for those positions alone, so
+        A cluster is evaluated for the positions whose targets lie in it alone, so
         that no (..., vocab_size) tensor exists when there are cutoffs.
         """
         flat, words = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -163,18 +171,17 @@ class AdaptiveSoftmax(nn.Module):
         tables = self._cluster_tables()
         if self.clusters is None:
             scores = F.linear(self._project(hidden, 0), *tables[0])
-            return F.cross_entropy(scores, words, reduction="none")
+            return F.nll_loss(_log_softmax(scores), words, reduction="none")
         first, n_tails = self.bounds[0][1], len(self.bounds) - 1
         column, parts, places = words, [], []
         for index, (start, end) in enumerate(self.bounds[1:], start=1):
             inside = (words >= start) & (words < end)
             column = torch.where(inside, first + n_tails - index, column)
+            # A cluster without a target is evaluated on no position, so that its weights take part
+            # in every backward pass: DistributedDataParallel waits for all of them.
             place = inside.nonzero().squeeze(1)
-            if place.numel():
-                tail = self._tail(hidden[place], index, tables[index])
-                parts.append(tail.gather(1, (words[place] - start).unsqueeze(1)).squeeze(1))
-                places.append(place)
+            tail = self._tail(hidden[place], index, tables[index])
+            parts.append(tail.gather(1, (words[place] - start).unsqueeze(1)).squeeze(1))
+            places.append(place)
         likelihood = self._head(hidden, tables[0]).gather(1, column.unsqueeze(1)).squeeze(1)
-        if parts:
-            likelihood = likelihood.index_add(0, torch.cat(places), torch.cat(parts))
-        return -likelihood
+        return -likelihood.index_add(0, torch.cat(places), torch.cat(parts))

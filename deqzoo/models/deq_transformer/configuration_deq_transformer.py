@@ -24,7 +24,7 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
         norm_placement: ``post`` or ``pre`` layer norm.
         weight_norm: weight normalisation of the block's linear maps.
         cutoffs, div_val: clusters of the adaptive embedding and softmax; no cutoffs: plain ones.
-        tie_word_embeddings, tie_projections: share tables, and projections per cluster.
+        tie_word_embeddings, tie_projections: share tables, and then projections per cluster.
         local_size: window of the attention in tokens, 0 for 1000; distances 0 .. window-1 are seen.
         mem_len: solved tokens handed from one training segment to the next.
         tgt_len: segment length of training and evaluation.
@@ -88,7 +88,7 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
         self.cutoffs = [int(cutoff) for cutoff in self.cutoffs]
         n_clusters = len(self.cutoffs) + 1
         # Transformer-XL's usual choice: the first projection separate, the others shared.
-        default = [i > 0 for i in range(n_clusters)]
+        default = [i > 0 and self.tie_word_embeddings for i in range(n_clusters)]
         self.tie_projections = [bool(t) for t in self.tie_projections] or default
         if self.fixed_iterations is None and self._lacks_equilibrium():
             self.fixed_iterations = 12
@@ -129,6 +129,8 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "DEQTransformerConfig":
         """A named configuration, with any setting replaced.
 
+        `solver` and `gradient` change single settings, as in `from_pretrained`.
+
         Raises:
             ValueError: unknown name; the message lists the known ones.
         """
@@ -136,7 +138,7 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"unknown DEQ-Transformer preset {name!r}; the presets are {', '.join(PRESETS)}"
             )
-        return cls(**(copy.deepcopy(PRESETS[name]) | overrides))
+        return cls(**cls.merged(copy.deepcopy(PRESETS[name]), overrides))
 
     def validate_shape(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -159,6 +161,10 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"tie_projections needs one flag per cluster ({len(self.cutoffs) + 1}), "
                 f"got {len(self.tie_projections)}."
+            )
+        if any(self.tie_projections) and not self.tie_word_embeddings:
+            raise ValueError(
+                "tie_projections needs tie_word_embeddings: either both are tied or nothing."
             )
         if min(self.local_size, self.mem_len) < 0:
             raise ValueError("local_size and mem_len must not be negative.")

@@ -61,7 +61,8 @@ def config_from_settings(settings: dict[str, Any]) -> DEQTransformerConfig:
     unknown = sorted(set(known) - valid)
     if unknown:
         raise UserError(f"Unknown settings {', '.join(unknown)} in the config.")
-    if settings.get("d_head", 0) * settings.get("n_head", 0) not in (0, settings.get("d_model")):
+    width = (settings.get("d_head") or 0) * (settings.get("n_head") or 0)
+    if width not in (0, settings.get("d_model")):
         raise UserError("d_head times n_head must be d_model.")
     lacks = known["variant"] == "torchdeq-lm" or (
         known["variant"] == "torchdeq-seq" and known.get("norm_placement") == "pre"

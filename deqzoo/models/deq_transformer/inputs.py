@@ -12,12 +12,21 @@ from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTrans
 
 
 def targets_of(labels: Tensor | None, shift: bool, attention_mask: Tensor | None) -> Tensor | None:
-    """Next words (B, T), -100 where nothing follows, or None without labels."""
-    if labels is None or not shift:
-        return labels
+    """Next words (B, T), -100 where nothing follows, or None without labels.
+
+    Nothing is scored at padding, be it the next word or the token before it: what stands there
+    has seen no text.
+    """
+    if labels is None:
+        return None
+    padding = None
     if attention_mask is not None and attention_mask.shape == labels.shape:
-        labels = labels.masked_fill(attention_mask == 0, IGNORED)
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        padding = attention_mask == 0
+    if shift:
+        if padding is not None:
+            labels = labels.masked_fill(padding, IGNORED)
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return labels if padding is None else labels.masked_fill(padding, IGNORED)
 
 
 def valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
@@ -39,10 +48,16 @@ def check_past(
     """Refuse a past that this model cannot read, or two at once.
 
     Raises:
-        UserError: another model's cache, a cache without an equilibrium, or cache and memory.
+        UserError: another model's cache or one for another window, a cache without an
+            equilibrium, or cache and memory.
     """
     if cache is not None and not isinstance(cache, DEQTransformerCache):
         raise UserError(f"cache must be a DEQTransformerCache, got {type(cache).__name__}.")
+    if cache is not None and cache.layer.window != config.window:
+        raise UserError(
+            f"the cache keeps tokens for a window of {cache.layer.window}, this model sees "
+            f"{config.window}; make a DEQTransformerCache({config.window})."
+        )
     if (cache is not None or use_cache) and not config.has_equilibrium:
         raise UserError(
             f"{config.variant} with norm_placement={config.norm_placement!r} has no "

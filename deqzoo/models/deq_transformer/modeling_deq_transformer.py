@@ -13,7 +13,7 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from deqzoo.equilibrium import Causal
+from deqzoo.equilibrium import Causal, make_solver
 from deqzoo.errors import UserError
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.models.deq_transformer.adaptive import IGNORED, AdaptiveEmbedding, AdaptiveSoftmax
@@ -103,6 +103,51 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
     def compile_map(self, enabled: bool = True) -> None:
         """Run the equilibrium map under torch.compile, or no longer."""
         self.base_model.map_compiled = enabled
+
+    def set_solver(self, name: str | None = None, **settings: Any) -> None:
+        """Change the solver from now on; without an equilibrium, `max_steps` applications of F.
+
+        Raises:
+            UserError: no equilibrium, and another setting than name, max_steps and tol.
+            ValueError: unknown name or option, or a value out of range.
+        """
+        if self.config.has_equilibrium:
+            super().set_solver(name, **settings)
+            return
+        change = settings if name is None else {"name": name, **settings}
+        self.config.fixed_iterations, tol = self._iterations(change)
+        self.config.solver = {**self.config.solver, "tol": tol}
+
+    def set_gradient(self, name: str | None = None, **settings: Any) -> None:
+        """Change the gradient from now on (stored in the config).
+
+        Raises:
+            UserError: the model has no equilibrium.
+            ValueError: unknown name or option, or a value out of range.
+        """
+        self._need_equilibrium()
+        super().set_gradient(name, **settings)
+
+    def _need_equilibrium(self) -> None:
+        if not self.config.has_equilibrium:
+            raise UserError(
+                f"{self.config.variant} without an equilibrium is differentiated through its "
+                "iterations; leave gradient out."
+            )
+
+    def _iterations(self, solver: Spec) -> tuple[int, float]:
+        """How often F is applied where nothing is solved, and the residual that counts as met."""
+        settings = {"name": solver} if isinstance(solver, str) else dict(solver or {})
+        name = settings.get("name", "fixed_point")
+        if name != "fixed_point" or settings.keys() - {"name", "max_steps", "tol"}:
+            raise UserError(
+                f"{self.config.variant} has no equilibrium that a solver ({name}, "
+                f"{', '.join(sorted(settings.keys() - {'name'}))}) could find; use fixed_point "
+                "with max_steps and tol."
+            )
+        own = {"max_steps": self.config.fixed_iterations, "tol": self.config.solver["tol"]}
+        checked = make_solver({"name": "fixed_point", **own, **settings})
+        return checked.max_steps, checked.tol
 
 
 class DEQTransformerModel(DEQTransformerPreTrainedModel):
@@ -291,14 +336,11 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         shallow: bool,
     ) -> SolveReport:
         if shallow:
-            return self._iterate(f, start, self.config.unroll_layers)
+            return self._iterate(f, start, self.config.unroll_layers, self.config.solver["tol"])
         if not self.config.has_equilibrium:
             if gradient is not None:
-                raise UserError(
-                    f"{self.config.variant} without an equilibrium is differentiated through its "
-                    "iterations; leave gradient out."
-                )
-            return self._iterate(f, start, self._iterations(solver))
+                self._need_equilibrium()
+            return self._iterate(f, start, *self._iterations(solver))
         layout = Causal(valid) if self.config.causal else None
         solved = CompiledMap(f) if self.map_compiled else f
         solution = self.solve(solved, start, layout=layout, solver=solver, gradient=gradient)
@@ -310,24 +352,14 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             )
         return SolveReport(solution.state, steps, residual, converged)
 
-    def _iterations(self, solver: Spec) -> int:
-        """How often F is applied: ``max_steps`` of this call's solver, or the configured number."""
-        settings = {"name": solver} if isinstance(solver, str) else dict(solver or {})
-        if settings.get("name", "fixed_point") != "fixed_point":
-            raise UserError(
-                f"{self.config.variant} has no equilibrium that solver {settings['name']!r} could "
-                "find; use fixed_point with max_steps."
-            )
-        return int(settings.get("max_steps", self.config.fixed_iterations))
-
-    def _iterate(self, f: EquilibriumMap, z: Tensor, n: int) -> SolveReport:
+    def _iterate(self, f: EquilibriumMap, z: Tensor, n: int, tol: float) -> SolveReport:
         """Apply F exactly n >= 1 times; every step is differentiable."""
         if n < 1:
             raise UserError(f"The number of applications must be at least 1, got {n}.")
         previous, z = self.iterate(f, z, n)
         residual = token_residual(previous.detach(), z.detach())
         steps = torch.full(residual.shape, n, dtype=torch.int64, device=z.device)
-        return SolveReport(z, steps, residual, residual <= self.config.solver["tol"])
+        return SolveReport(z, steps, residual, residual <= tol)
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):

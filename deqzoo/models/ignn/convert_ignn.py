@@ -59,6 +59,7 @@ _LAYER_NAMES = {
 }
 _NORM_NAMES = {"g": "gain", "u": "left", "v": "right"}
 _LAYER_KEY = re.compile(r"^(ig|ignn\.)(\d+)\.(W|Omega_1|Omega_2|bias)(?:_(orig|g|u|v))?$")
+_UNUSED = re.compile(r"^(?:X_0|(?:ig|ignn\.)\d+\.bias|ig\d+\.Omega_2)$")
 _LINEAR_KEY = re.compile(r"^(?:V_(\d+)|proj\.(\d+)|(V))\.(weight|bias)$")
 
 
@@ -85,7 +86,8 @@ def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
 def read_config(config: str | Path) -> dict[str, Any]:
     """Return settings of `IGNNConfig` from a preset's name or a JSON file.
 
-    A file may name a preset under "model" (any text that contains its name) and overrides it;
+    A file may name a preset under "model" (any text that contains its name; the longest one
+    counts) and overrides it;
     `nclass` and `nfeat` are accepted and checked against the tensors.
 
     Raises:
@@ -129,6 +131,13 @@ def build_model(
     model = architecture(config).to(dtype)
     wanted = model.state_dict()
     tensors = {names[key]: tensor for key, tensor in state_dict.items() if names[key] in wanted}
+    strange = sorted(k for k, name in names.items() if name not in wanted and not _UNUSED.match(k))
+    if strange:
+        hint = "; set local_injection to true" if "Omega_2" in strange[0] else ""
+        raise UserError(
+            f"the checkpoint holds tensors that this model has no place for: "
+            f"{', '.join(strange[:4])}{hint}"
+        )
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:
         raise UserError(f"the checkpoint lacks tensors for {', '.join(missing[:4])}")
@@ -142,14 +151,18 @@ def build_model(
 
 
 def infer_structure(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the settings that the tensors decide, and the class under "architecture"."""
+    """Return the settings that the tensors decide, and the class under "architecture".
+
+    Raises:
+        UserError: no implicit layer or no last layer is among them, or one is no matrix.
+    """
     torchdeq = any(key.startswith("ignn.") for key in state_dict)
     spectral = any(key.endswith(".W_orig") for key in state_dict)
     stem, suffix = ("ignn.", "_orig") if spectral else ("ignn." if torchdeq else "ig", "")
     first = 0 if torchdeq else 1
     shapes = []
     while (key := f"{stem}{first + len(shapes)}.Omega_1{suffix}") in state_dict:
-        shapes.append(tuple(state_dict[key].shape))
+        shapes.append(_matrix_shape(key, state_dict[key]))
     if not shapes:
         raise UserError(
             f"no implicit layer found among the keys ({', '.join(list(state_dict)[:5])})"
@@ -172,7 +185,7 @@ def infer_structure(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     if last not in state_dict:
         raise UserError(f"the checkpoint has no {last}, the last linear layer")
     bias = last.replace(".weight", ".bias") in state_dict
-    labels = state_dict[last].shape[0]
+    labels = _matrix_shape(last, state_dict[last])[0]
     return {
         **result,
         **head,
@@ -205,8 +218,18 @@ def deqzoo_name(key: str, architecture: type[IGNNPreTrainedModel], n_layers: int
     return key
 
 
+def _matrix_shape(key: str, tensor: Tensor) -> tuple[int, int]:
+    if tensor.ndim != 2 or not tensor.is_floating_point():
+        raise UserError(
+            f"{key} must be a floating-point matrix, the checkpoint has {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}"
+        )
+    return tensor.shape[0], tensor.shape[1]
+
+
 def _preset_of(description: Any) -> str:
     text = str(description).lower()
     if "graphclassification" in text:
         return "graphs"
-    return next((name for name in ("chains", "amazon", "ppi") if name in text), "")
+    found = [name for name in PRESETS if name in text]
+    return max(found, key=len, default="")  # "ppi-torchdeq" holds "ppi"

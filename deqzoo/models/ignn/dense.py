@@ -29,7 +29,10 @@ def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> T
         plus: (n, m).
     """
     if _ONEDNN_LINEAR is None or not _fits(x, weight) or torch.is_grad_enabled():
-        return x @ weight.T if plus is None else torch.addmm(plus, x, weight.T)
+        # Equilibria are solved in the weights' dtype; and a backward pass, which runs outside
+        # of autocast, could not multiply what autocast had narrowed.
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ weight.T if plus is None else torch.addmm(plus, x, weight.T)
     if plus is None:
         return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
     return _ONEDNN_LINEAR.binary(x, plus, weight, None, "add")

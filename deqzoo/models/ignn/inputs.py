@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +139,8 @@ def _directed_message(raw: Adjacency) -> str:
     )
     for key, weight in weights.items():
         source, target = divmod(key, n)
-        if weights.get(target * n + source) != weight:
+        back = weights.get(target * n + source, math.inf)
+        if not math.isclose(back, weight, rel_tol=raw.rounding):
             break
     return (
         f"edge ({source}, {target}) has no equal reverse edge, but this model reads undirected "

@@ -11,6 +11,7 @@ slower.
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Literal
 
 import torch
@@ -43,7 +44,9 @@ class SparseMatrix:
         self.values = entries.values()
         self.shape = shape
         self._csr: Tensor | None = None
+        self._symmetric = False  # known to be
         self._transposed: SparseMatrix | None = None
+        self._origin: weakref.ref[SparseMatrix] | None = None  # of a transpose: no cycle to collect
 
     @property
     def csr(self) -> Tensor:
@@ -57,17 +60,31 @@ class SparseMatrix:
     @property
     def transposed(self) -> SparseMatrix:
         """The transposed matrix; the same object where the matrix is symmetric."""
+        if self._symmetric:
+            return self
         if self._transposed is None:
+            origin = self._origin() if self._origin is not None else None
+            if origin is not None:
+                return origin
             other = SparseMatrix(self.index.flip(0), self.values, self.shape[::-1])
-            same = torch.equal(other.index, self.index) and torch.equal(other.values, self.values)
-            self._transposed = self if same else other
-            self._transposed._transposed = self
+            self._symmetric = torch.equal(other.index, self.index) and torch.allclose(
+                other.values, self.values, rtol=self.rounding, atol=0
+            )
+            if self._symmetric:
+                return self
+            other._origin = weakref.ref(self)
+            self._transposed = other
         return self._transposed
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether the matrix equals its transpose exactly."""
+        """Whether the matrix equals its transpose, up to the rounding of added duplicates."""
         return self.transposed is self
+
+    @property
+    def rounding(self) -> float:
+        """Relative difference that the order of adding up a few duplicates can make."""
+        return 4 * torch.finfo(self.values.dtype).eps
 
     def to(self, like: Tensor) -> SparseMatrix:
         """Return the matrix on the device and in the dtype of a tensor."""

@@ -45,7 +45,8 @@ def refine(graphs: GraphBatch) -> Tensor:
 
     In-edges are compared by sums of 64-bit hashes of (weight, kind of the other end).
     """
-    marked = torch.cat([graphs.index[:, None].to(graphs.features), graphs.features], dim=1)
+    alike = torch.unique(graphs.features, dim=0, return_inverse=True)[1]
+    marked = torch.stack([graphs.index, alike], dim=1)
     kind = torch.unique(marked, dim=0, return_inverse=True)[1]
     source, target = graphs.adjacency.index
     weights = torch.unique(graphs.adjacency.values, return_inverse=True)[1]

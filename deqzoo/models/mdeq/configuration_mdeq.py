@@ -138,7 +138,8 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
 
         Args:
             name: one of `PRESETS`.
-            overrides: settings of this class.
+            overrides: settings of this class; `solver` and `gradient` change single settings, as
+                in `from_pretrained`.
 
         Raises:
             ValueError: unknown name; the message lists the known ones.
@@ -149,7 +150,7 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
         if "num_labels" in overrides:
             settings.pop("id2label", None)
             settings.pop("label2id", None)
-        return cls(**(settings | overrides))
+        return cls(**cls.merged(settings, overrides))
 
 
 __all__ = ["MDEQConfig"]
