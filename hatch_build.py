@@ -22,5 +22,5 @@ class CheckpointHook(BuildHookInterface):
         source = Path(self.root) / "hub_configs"
         for folder in sorted(source.iterdir()) if source.is_dir() else []:
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            if folder.is_dir() and size <= MAX_BYTES:
+            if folder.is_dir() and not folder.name.startswith(".") and size <= MAX_BYTES:
                 build_data["force_include"][str(folder)] = f"deqzoo/hub_configs/{folder.name}"

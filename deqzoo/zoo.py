@@ -28,7 +28,11 @@ def list_models() -> list[str]:
     root = checkpoints_root()
     if not root.is_dir():
         return []
-    return sorted(folder.name for folder in root.iterdir() if (folder / "config.json").is_file())
+    return sorted(
+        folder.name
+        for folder in root.iterdir()  # a name with a dot is a checkpoint that is being stored
+        if not folder.name.startswith(".") and (folder / "config.json").is_file()
+    )
 
 
 def bundled_folder(name: str) -> Path | None:
@@ -83,6 +87,13 @@ def resolve_bundled(name: str | os.PathLike[str]) -> Path:
     if folder is None:
         raise UserError(f"unknown model {str(name)!r}: {suggestion(str(name))}")
     return folder
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a kill at any moment leaves the old or the new one, never a part."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

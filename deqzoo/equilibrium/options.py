@@ -11,7 +11,7 @@ def build(kind: str, registry: Mapping[str, type], spec: str | Mapping[str, Any]
     """Build the registered class that a name, or a dict with "name" and settings, describes.
 
     Raises:
-        ValueError: unknown name or option; the message lists the valid ones.
+        ValueError: no or an unknown name, or an unknown option; the message lists the valid ones.
         TypeError: `spec` is neither a name nor a dict.
     """
     if isinstance(spec, str):
@@ -19,7 +19,9 @@ def build(kind: str, registry: Mapping[str, type], spec: str | Mapping[str, Any]
     if not isinstance(spec, Mapping):
         raise TypeError(f"a {kind} is a name or a dict, not {type(spec).__name__}")
     settings = dict(spec)
-    name = settings.pop("name", None)
+    if "name" not in settings:
+        raise ValueError(f'a {kind} needs a "name"; choose one of {", ".join(registry)}')
+    name = settings.pop("name")
     if name not in registry:
         raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(registry)}")
     cls = registry[name]

@@ -34,16 +34,22 @@ def store_run(
         run: folder of `deqzoo train`, or a model folder.
         data: local copy of the data set; its own repository if None.
         name: zoo name; the recipe's by default.
-        force: replace a checkpoint of that name, and store a model that is no stable equilibrium.
+        force: replace a checkpoint of that name, store a run that is not finished, and a model
+            that is no stable equilibrium.
 
     Returns:
         The new folder.
 
     Raises:
-        UserError: no model in the run, a name that is taken, or an unstable equilibrium.
+        UserError: no model in the run, a run that is not finished, a name that is taken, or an
+            unstable equilibrium.
     """
     model_folder = run / "model" if (run / "model").is_dir() else run
     record = read_json(run / "record.json") if (run / "record.json").is_file() else {}
+    if record and not record.get("finished") and not force:
+        raise UserError(
+            f"the run in {run} is not finished; go on with it, or store it as it is with --force"
+        )
     name = name or record.get("recipe", {}).get("name") or run.name
     target = checkpoints_root() / name
     if target.exists() and not force:

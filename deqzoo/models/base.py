@@ -12,8 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from deqzoo.equilibrium import (
+    Gradient,
     Layout,
     Solution,
+    Solver,
     Status,
     fixed_point,
     jacobian_penalty,
@@ -26,8 +28,9 @@ from deqzoo.equilibrium.state import State
 
 logger = logging.get_logger(__name__)
 
-Settings = Mapping[str, Any] | str | None
-"""Per-call settings: a name, a dict merged over the model's own, or None for the model's own."""
+Settings = Mapping[str, Any] | str | Solver | Gradient | None
+"""Per-call settings: a name, a dict merged over the model's own, a whole solver or gradient, or
+None for the model's own."""
 
 
 def merge_settings(own: Mapping[str, Any], change: Settings, shared: tuple[str, ...]) -> dict:
@@ -35,9 +38,18 @@ def merge_settings(own: Mapping[str, Any], change: Settings, shared: tuple[str, 
 
     A dict without "name" changes single settings. Another name starts from that choice's
     defaults, except that the `shared` settings, which mean the same for every choice, stay.
+
+    Raises:
+        ValueError: the change is none of what `Settings` names.
     """
     if change is None:
         return dict(own)
+    if isinstance(change, (Solver, Gradient)):
+        return change.to_dict()
+    if not isinstance(change, (str, Mapping)):
+        raise ValueError(
+            f"settings are a name, a dict, or a solver or gradient, not {type(change).__name__}"
+        )
     changed = {"name": change} if isinstance(change, str) else dict(change)
     if changed.get("name", own["name"]) == own["name"]:
         return {**own, **changed}

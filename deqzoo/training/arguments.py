@@ -19,15 +19,16 @@ class DEQTrainingArguments(TrainingArguments):
     the solver and gradient of the model's config.
 
     Args:
-        solver: settings over those of the config, e.g. `{"name": "anderson", "max_steps": 8}`, or
-            a solver's name; a JSON object on a command line read by `HfArgumentParser`.
+        solver: settings over those of the config, e.g. `{"max_steps": 8}`, or a solver's name; a
+            JSON object on a command line read by `HfArgumentParser`.
         gradient: likewise, e.g. `{"name": "npg", "steps": 5, "damping": 0.5}`.
         jacobian_weight: weight γ of the Jacobian penalty (Bai et al., ICML 2021); 0 for none.
         jacobian_every: the penalty is added on every n-th step.
         jacobian_probes: random probes per sample of the penalty's estimate.
 
     Raises:
-        UserError: an unknown solver, gradient or option, or a number out of range.
+        UserError: an unknown solver, gradient or option, or a number out of range. What a dict
+            without "name" changes is known, and checked, when `DEQTrainer` gets the model.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "solver", "gradient"]
@@ -51,16 +52,20 @@ class DEQTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, make in (("solver", make_solver), ("gradient", make_gradient)):
+            value = getattr(self, name)
+            if value is None or (isinstance(value, dict) and "name" not in value):
+                continue  # single settings are checked over those of the model, by DEQTrainer
             try:
-                if value := getattr(self, name):
-                    make(value)
-            except ValueError as error:
+                make(value)
+            except (ValueError, TypeError) as error:
                 raise UserError(f"{name}: {error}") from error
-        if self.jacobian_weight < 0:
-            raise UserError(f"jacobian_weight must not be negative, got {self.jacobian_weight}")
+        weight = self.jacobian_weight
+        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise UserError(f"jacobian_weight must not be negative, got {weight!r}")
         for name in ("jacobian_every", "jacobian_probes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be at least 1, got {value!r}")
 
     @property
     def jacobian(self) -> Jacobian | None:

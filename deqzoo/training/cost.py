@@ -73,7 +73,10 @@ def saved_bytes(function: Callable[[], Any], model: nn.Module) -> int:
 
 
 def gradient_cost(
-    gradient: dict[str, Any], adjoint_evals: float = 0.0, detached: bool = False
+    gradient: dict[str, Any],
+    adjoint_evals: float = 0.0,
+    detached: bool = False,
+    recomputed: bool = False,
 ) -> float:
     """Cost of the graph and the backward pass in forward evaluations of the map.
 
@@ -82,11 +85,13 @@ def gradient_cost(
     Args:
         gradient: its settings.
         adjoint_evals: products that an implicit gradient spent on average.
-        detached: whether the map is recorded a second time for the products.
+        detached: whether the map is recorded a second time for the products, as a compiled one is.
+        recomputed: whether recorded steps are recomputed (gradient checkpointing): 1 more each.
     """
     chosen = make_gradient(gradient)
+    step = 3.0 + float(recomputed)
     if isinstance(chosen, UPG):
-        return 3.0 * chosen.steps
+        return step * chosen.steps
     if isinstance(chosen, JFB):
         return 3.0
     if isinstance(chosen, NPG):
@@ -94,4 +99,4 @@ def gradient_cost(
     if isinstance(chosen, Implicit):
         return adjoint_evals + 3.0 + float(detached)
     assert isinstance(chosen, Unrolled)
-    return 3.0 * (chosen.steps or 0)
+    return step * (chosen.steps or 0)

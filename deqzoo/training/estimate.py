@@ -101,7 +101,7 @@ def _measure(task: Task, model: PreTrainedModel, stage: Stage) -> _Sample:
 def _stage(
     recipe: Recipe, model: PreTrainedModel, stage: Stage, sample: _Sample, steps: int
 ) -> dict[str, Any]:
-    evaluations = step_evaluations(stage, model)
+    evaluations = step_evaluations(recipe, stage, model)
     samples = steps * recipe.batch_size * recipe.accumulate
     flops = samples * (evaluations * sample.per_evaluation + 3 * sample.rest)
     graphs = 1 if recipe.gradient_checkpointing else _graphs(stage, model)
@@ -120,16 +120,22 @@ def _stage(
     }
 
 
-def step_evaluations(stage: Stage, model: PreTrainedModel) -> float:
+def step_evaluations(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> float:
     """Evaluations of the map that a training step costs at most, backward passes included."""
     if stage.shallow:
-        evaluations = 3.0 * model.config.unroll_layers
+        per_layer = 3.0 + float(recipe.gradient_checkpointing)
+        evaluations = per_layer * model.config.unroll_layers
     else:
         gradient = stage.gradient or model.config.gradient
         solver = make_solver(stage.solver or model.config.solver)
         adjoint = gradient.get("solver", {}).get("max_steps", ADJOINT_EVALUATIONS)
         evaluations = solver.max_steps + 1
-        evaluations += gradient_cost(gradient, min(adjoint, ADJOINT_EVALUATIONS))
+        evaluations += gradient_cost(
+            gradient,
+            min(adjoint, ADJOINT_EVALUATIONS),
+            detached=recipe.compile,
+            recomputed=recipe.gradient_checkpointing,
+        )
     if stage.jacobian is not None:
         evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
     return evaluations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -91,7 +92,7 @@ def status(entry: Entry, runs: Path) -> dict[str, Any]:
     """
     folder = runs / entry.name
     record = _record(folder / "record.json")
-    changed = bool(record) and recorded_recipe(record) != entry.recipe
+    changed = bool(record) and not _same(recorded_recipe(record), entry.recipe)
     if changed or not record:
         record = _stored(entry)
     spent, seconds = record.get("pflop", 0.0), record.get("seconds", 0.0)
@@ -133,15 +134,24 @@ def _stored(entry: Entry) -> dict[str, Any]:
     own = _record(checkpoints_root() / entry.name / "training.json")
     if own.get("recipe", {}).get("name") == entry.name:
         # What was trained on from an earlier run of this recipe does not stand for this one.
-        return own if own.get("finished") and recorded_recipe(own) == entry.recipe else {}
+        return own if own.get("finished") and _same(recorded_recipe(own), entry.recipe) else {}
     for path in sorted(checkpoints_root().glob("*/training.json")):
         record = _record(path)
         recipe = recorded_recipe(record)
         if recipe is None or not record.get("finished"):
             continue
-        if recipe == entry.recipe or entry.name in _ancestors(recipe, entry.path.parent):
+        if _same(recipe, entry.recipe) or entry.name in _ancestors(recipe, entry.path.parent):
             return record
     return {}
+
+
+def _same(recorded: Recipe | None, recipe: Recipe) -> bool:
+    """Whether two recipes are one; weights to start from may be named by run or by checkpoint."""
+    if recorded is None:
+        return False
+    model = dataclasses.replace(recorded.model, start=recipe.model.start)
+    same_start = recorded.model.parent == recipe.model.parent
+    return same_start and dataclasses.replace(recorded, model=model) == recipe
 
 
 def _ancestors(recipe: Recipe, folder: Path) -> list[str]:
@@ -177,9 +187,14 @@ def work(entries: list[Entry], runs: Path, data: Path | None, threads: int) -> N
         UserError: a run failed, or its folder holds a run of another recipe; the others that
             follow are not started, since order is value.
     """
+    by_name = {entry.name: entry for entry in entries}
     for entry in entries:
         state = status(entry, runs)["state"]
         if state in ("done", "running"):
+            continue
+        parent = by_name.get(entry.recipe.model.parent)
+        if parent is not None and status(parent, runs)["state"] == "running":
+            print(f"{entry.name}: passed over, it starts from {parent.name}, which is running")
             continue
         if state == "changed":
             raise UserError(

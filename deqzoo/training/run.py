@@ -43,7 +43,8 @@ from deqzoo.training.photographs import LazyImageClassificationTask
 from deqzoo.training.recipe import Recipe, recorded_recipe
 from deqzoo.training.task import Plan, Task
 from deqzoo.training.text import LanguageModelingTask
-from deqzoo.training.trainer import RecipeTrainer, latest_checkpoint
+from deqzoo.training.trainer import RecipeTrainer, knows_start, latest_checkpoint
+from deqzoo.zoo import read_json, replace_text
 
 
 def build_task(recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False) -> Task:
@@ -94,9 +95,9 @@ def run_recipe(
         UserError: the folder holds another run, or data or settings do not fit.
     """
     out = Path(out)
-    if _is_first_process():
-        _claim(out, recipe, resume)
     with _lock(out):
+        if _is_first_process():
+            _claim(out, recipe, resume)
         return _run(recipe, data, out, resume, progress, max_steps)
 
 
@@ -117,7 +118,9 @@ def _run(
     task = build_task(recipe, data)
     set_seed(recipe.seed)
     model = task.model()
-    earlier = start_from(model, recipe.model.start) if recipe.model.start else {}
+    earlier = {}
+    if recipe.model.start and not (last and knows_start(last)):
+        earlier = start_from(model, recipe.model.start, out.parent)
     if recipe.channels_last and recipe.task == "image-classification":
         model = model.to(memory_format=torch.channels_last)
     if processes > 1 and torch.cuda.is_available():
@@ -137,24 +140,36 @@ def _run(
 
 
 @torch.no_grad()
-def start_from(model: PreTrainedModel, name: str) -> dict[str, Any]:
+def start_from(model: PreTrainedModel, name: str, runs: Path) -> dict[str, Any]:
     """Copy the weights of a trained checkpoint into a fresh model.
 
     Args:
         model: the recipe's.
-        name: zoo name, local folder (that of a run's `model`, say) or repository.
+        name: zoo name, local folder or repository; `runs/NAME/model` is the result of the run
+            NAME.
+        runs: folder in which `runs/NAME` is.
 
     Returns:
         The record of the checkpoint's own run, empty if there is none beside it.
 
     Raises:
-        UserError: no such checkpoint, or one of another architecture.
+        UserError: no such checkpoint, one of another architecture, or a run that is not finished.
     """
     path = Path(name)
-    if path.name == "model" and not path.is_dir():
-        raise UserError(
-            f"model.start: there is no {name}; train {path.parent.name} first, into {path.parent}"
-        )
+    if path.name == "model":
+        if path.parts[:-2] == ("runs",):
+            path = runs / path.parts[1] / "model"
+        if not path.is_dir():
+            raise UserError(
+                f"model.start: there is no {path}; train {path.parent.name} first, into "
+                f"{path.parent}"
+            )
+        record = path.parent / "record.json"
+        if record.is_file() and not read_json(record).get("finished", True):
+            raise UserError(
+                f"model.start: the run in {path.parent} is not finished; go on with it first"
+            )
+        name = str(path)
     trained = DEQModel.from_pretrained(name)
     theirs, mine = trained.state_dict(), model.state_dict()
     if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in mine.items()}:
@@ -163,7 +178,7 @@ def start_from(model: PreTrainedModel, name: str) -> dict[str, Any]:
     folder = Path(trained.config._name_or_path)
     for record in (folder / "training.json", folder.parent / "record.json"):
         if record.is_file():
-            return json.loads(record.read_text(encoding="utf-8"))
+            return read_json(record)
     return {}
 
 
@@ -195,10 +210,15 @@ def _is_first_process() -> bool:
 
 
 def _cut_metrics(path: Path, step: int) -> None:
-    """Drop log lines after the checkpoint that a run goes on from."""
-    if _is_first_process() and path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    """Drop log lines after the checkpoint that a run goes on from, and one that a kill cut off."""
+    if not _is_first_process() or not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    replace_text(path, "".join(kept))
 
 
 @contextlib.contextmanager
@@ -207,6 +227,10 @@ def _lock(out: Path) -> Iterator[None]:
     if not _is_first_process():
         yield
         return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out}: {error.strerror or error}") from error
     with (out / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,7 +273,6 @@ def _trainer(
         logging_steps=20,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        save_total_limit=2,
         eval_strategy="no",
         report_to="none",
         remove_unused_columns=False,
@@ -335,18 +358,21 @@ def export(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the run's folder, or refuse one that holds another run."""
+    """Take the run's folder, or refuse one that holds another run.
+
+    A folder in which nothing was trained yet is free: its data were not found, say.
+    """
     path = out / "recipe.json"
-    if path.exists():
+    begun = (out / "metrics.jsonl").exists() or any(out.glob("checkpoints/checkpoint-*"))
+    if path.exists() and begun:
         if not resume:
             raise UserError(f"{out} already holds a run; add --resume to go on, or remove it")
-        if recorded_recipe({"recipe": json.loads(path.read_text())}) != recipe:
+        if recorded_recipe({"recipe": read_json(path)}) != recipe:
             raise UserError(
                 f"{out} holds a run of another recipe (see recipe.json); choose another --output"
             )
-    out.mkdir(parents=True, exist_ok=True)
     (out / "stop").unlink(missing_ok=True)
-    path.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+    replace_text(path, json.dumps(recipe.to_dict(), indent=2) + "\n")
 
 
 def _past_seconds(out: Path) -> float:
@@ -378,7 +404,7 @@ def _record(out: Path, recipe: Recipe, trainer: RecipeTrainer, seconds: float) -
         "versions": versions(),
         "validation": trainer.earlier + _validation_curve(out / "metrics.jsonl"),
     }
-    (out / "record.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    replace_text(out / "record.json", json.dumps(record, indent=2, default=str) + "\n")
 
 
 def _validation_curve(path: Path) -> list[dict[str, float]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel, Trainer
 
 from deqzoo.equilibrium import jacobian_penalty
 from deqzoo.errors import UserError
+from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.training.constraints import ProjectionCallback
 from deqzoo.training.cost import PENALTY_EVALUATIONS, gradient_cost, sample_flops
 from deqzoo.training.recipe import Jacobian, Stage
@@ -71,6 +74,10 @@ class DEQTrainer(Trainer):
     `DEQTrainingArguments` the training steps have a solver, a gradient and a Jacobian penalty of
     their own; else they have those of the model's config. A model whose weights are constrained
     (IGNN's norm bound) is projected after every optimiser step.
+
+    Raises:
+        UserError: settings of the arguments that the model's solver or gradient does not have, or
+            a Jacobian penalty for a model that hands out no map (IGNN).
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -80,7 +87,15 @@ class DEQTrainer(Trainer):
             self.add_callback(ProjectionCallback())
         self.statistics = SolverStatistics()
         self.penalties: list[Tensor] = []
-        self.micro_step = 0
+        if self.jacobian is not None:
+            require_map(self.model)
+        for name in ("solver", "gradient"):
+            change = getattr(self.args, name, None)
+            if change and isinstance(self.model, DEQPreTrainedModel):
+                try:
+                    getattr(self.model, f"_{name}")(change)
+                except ValueError as error:
+                    raise UserError(f"{name}: {error}") from error
 
     def stage_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model that the training step adds to the batch."""
@@ -89,7 +104,7 @@ class DEQTrainer(Trainer):
 
     def wants_penalty(self) -> bool:
         """Whether this step adds the Jacobian penalty."""
-        return self.jacobian is not None and self.micro_step % self.jacobian.every == 0
+        return self.jacobian is not None and self.state.global_step % self.jacobian.every == 0
 
     def compute_loss(
         self,
@@ -115,8 +130,8 @@ class DEQTrainer(Trainer):
                     outputs.equilibrium_map, outputs.state, n_probes=self.jacobian.probes
                 )
             self.penalties.append(penalty.detach())
-            loss = loss + self.jacobian.weight * penalty / self.current_gradient_accumulation_steps
-        self.micro_step += 1
+            # A mean, as the loss is: Trainer divides both where gradients are accumulated.
+            loss = loss + self.jacobian.weight * penalty
         return (loss, outputs) if return_outputs else loss
 
     def training_loss(
@@ -190,7 +205,7 @@ class RecipeTrainer(DEQTrainer):
 
     def wants_penalty(self) -> bool:
         self.jacobian = self.stage.jacobian
-        return self.jacobian is not None and self.state.global_step % self.jacobian.every == 0
+        return super().wants_penalty()
 
     def training_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None
@@ -217,10 +232,15 @@ class RecipeTrainer(DEQTrainer):
         stage = self.stage
         samples = len(inputs["labels"]) * self.args.world_size
         if stage.shallow:
-            evaluations = 3.0 * self.model.config.unroll_layers
+            per_layer = 3.0 + float(self.recipe.gradient_checkpointing)
+            evaluations = per_layer * self.model.config.unroll_layers
         else:
             evaluations = float(outputs.n_steps.float().max()) + 1
-            evaluations += gradient_cost(stage.gradient or self.model.config.gradient)
+            evaluations += gradient_cost(
+                stage.gradient or self.model.config.gradient,
+                detached=self.recipe.compile,
+                recomputed=self.recipe.gradient_checkpointing,
+            )
         if self.wants_penalty():
             evaluations += PENALTY_EVALUATIONS
         self.evaluations.append(evaluations)
@@ -233,24 +253,33 @@ class RecipeTrainer(DEQTrainer):
         if self.average is not None and self.is_world_process_zero():
             save_file(_flat(self.average.module), folder / "average.safetensors")
             (folder / "average.txt").write_text(str(int(self.average.n_averaged)))
-        own = {"task": self.task.state_dict(), "spent": self.spent}
+        own = {
+            "task": self.task.state_dict(),
+            "spent": self.spent,
+            "inherited": self.inherited,
+            "earlier": self.earlier,
+        }
         torch.save(own, folder / f"deqzoo_state_{self.args.process_index}.pt")
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         (folder / COMPLETE).touch()
+        if self.is_world_process_zero():
+            keep_newest(folder.parent)
         self.last_save = time.monotonic()
 
     def restore(self, folder: str) -> None:
         """Read back what `_save_checkpoint` added to the Trainer's own files."""
-        name = f"deqzoo_state_{self.args.process_index}.pt"
-        if not (Path(folder) / name).exists():
+        path = Path(folder) / f"deqzoo_state_{self.args.process_index}.pt"
+        if not path.exists():
             raise UserError(
                 f"{folder} was written by fewer processes than {self.args.world_size}; resume with "
                 "the number that the run was begun with"
             )
-        extra = torch.load(Path(folder) / name, weights_only=True)
+        extra = torch.load(path, weights_only=True)
         self.task.load_state_dict(extra["task"])
         self.spent = extra["spent"]
+        self.inherited = extra.get("inherited", self.inherited)
+        self.earlier = extra.get("earlier", self.earlier)
         if self.average is not None:
             state = load_file(Path(folder) / "average.safetensors")
             _load_flat(self.average.module, state)
@@ -327,9 +356,38 @@ def _load_flat(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest checkpoint of a run that was written to its end, or None."""
-    complete = [
-        (int(path.name.split("-")[1]), str(path))
-        for path in Path(folder).glob("checkpoint-*")
-        if (path / COMPLETE).exists()
-    ]
-    return max(complete)[1] if complete else None
+    complete = _complete(Path(folder))
+    return str(complete[-1]) if complete else None
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints that were written to their end, the oldest first."""
+    found = (path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists())
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def keep_newest(folder: Path) -> None:
+    """Delete all checkpoints but two, and what a kill cut off."""
+    kept = _complete(folder)[-2:]
+    for path in folder.glob("checkpoint-*"):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def knows_start(folder: str) -> bool:
+    """Whether a checkpoint says what the weights that its run began with had cost."""
+    states = sorted(Path(folder).glob("deqzoo_state_*.pt"))
+    return bool(states) and "inherited" in torch.load(states[0], weights_only=True)
+
+
+def require_map(model: nn.Module) -> None:
+    """Refuse a model that does not hand out its equilibrium map.
+
+    Raises:
+        UserError: its forward has no `output_state`.
+    """
+    if "output_state" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"jacobian_weight: {type(model).__name__} has no output_state, so that its Jacobian "
+            "cannot be penalised; graph models are bound by kappa instead"
+        )

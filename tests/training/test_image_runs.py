@@ -1,5 +1,6 @@
 """Training runs on a few random pictures: resumable, recorded, equal in two processes."""
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from deqzoo import DEQModel
 from deqzoo.errors import UserError
+from deqzoo.hub.store import store_run
 from deqzoo.training import images
 from deqzoo.training.estimate import estimate
 from deqzoo.training.recipe import load_recipe
@@ -103,6 +105,25 @@ def test_run_starts_from_trained_weights(pictures, recipe, tmp_path):
     lost = replace(again.model, start=str(tmp_path / "x" / "model"))
     with pytest.raises(UserError, match="train x first"):
         run_recipe(replace(again, model=lost), None, tmp_path / "fourth", progress=False)
+    # A run by its name: beside the run that goes on from it, which needs it at the beginning only.
+    named = replace(again, model=replace(again.model, start="runs/first/model"))
+    run_recipe(named, None, tmp_path / "fifth", progress=False, max_steps=2)
+    (tmp_path / "first").rename(tmp_path / "gone")
+    run_recipe(named, None, tmp_path / "fifth", progress=False, resume=True)
+    record = json.loads((tmp_path / "fifth" / "record.json").read_text())
+    assert record["pflop_inherited"] == spent
+    assert record["validation"][:n] == earlier["validation"]
+
+
+def test_unfinished_run_is_no_start(pictures, recipe, tmp_path):
+    run_recipe(recipe, None, tmp_path / "first", progress=False, max_steps=2)
+    again = replace(recipe, model=replace(recipe.model, start="runs/first/model"))
+    with pytest.raises(UserError, match="first is not finished"):
+        run_recipe(again, None, tmp_path / "second", progress=False)
+    # Nothing was trained in the folder: the corrected command need not clear it.
+    run_recipe(recipe, None, tmp_path / "second", progress=False, max_steps=1)
+    with pytest.raises(UserError, match="is not finished"):
+        store_run(tmp_path / "first", None, name="x")
 
 
 def test_run_leaves_weights_log_and_record(pictures, recipe, tmp_path):
@@ -135,10 +156,27 @@ def test_resumed_run_ends_bit_for_bit_alike(pictures, recipe, tmp_path):
 def test_cut_off_checkpoint_is_passed_over(pictures, recipe, tmp_path):
     out = tmp_path / "run"
     run_recipe(recipe, None, out, progress=False, max_steps=3)
-    broken = out / "checkpoints" / "checkpoint-5"
-    broken.mkdir()
+    for step in (5, 6):
+        (out / "checkpoints" / f"checkpoint-{step}").mkdir()
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    run_recipe(recipe, None, out, resume=True, progress=False, max_steps=4)
+    left = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert left == ["checkpoint-3", "checkpoint-4"]
     run_recipe(recipe, None, out, resume=True, progress=False)
     assert json.loads((out / "record.json").read_text())["finished"]
+    assert sorted(losses(out)) == [6]
+
+
+def test_folder_in_use_keeps_its_stop_file(pictures, recipe, tmp_path):
+    out = tmp_path / "run"
+    run_recipe(recipe, None, out, progress=False, max_steps=1)
+    (out / "stop").touch()
+    with (out / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(UserError, match="by another process"):
+            run_recipe(recipe, None, out, resume=True, progress=False)
+    assert (out / "stop").exists()
 
 
 def test_products_of_an_implicit_gradient_are_counted(pictures, recipe, tmp_path):
@@ -169,6 +207,11 @@ def test_folder_of_another_run_is_refused(pictures, recipe, tmp_path):
     path.write_text(yaml.safe_dump({**RECIPE, "seed": 1}))
     with pytest.raises(UserError, match="another recipe"):
         run_recipe(load_recipe(path), None, out, resume=True, progress=False)
+    (out / "recipe.json").write_text("")
+    with pytest.raises(UserError, match=r"recipe.json is not valid JSON"):
+        run_recipe(recipe, None, out, resume=True, progress=False)
+    with pytest.raises(UserError, match="cannot make the folder .*: "):
+        run_recipe(recipe, None, path, progress=False)
 
 
 def test_alternating_flip_shows_each_side_in_turn():

@@ -8,6 +8,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from deqzoo import DEQTrainer, DEQTrainingArguments
 from deqzoo.errors import UserError
+from deqzoo.models.ignn.configuration_ignn import IGNNConfig
+from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.training.norms import freeze_batch_norm
@@ -140,6 +142,66 @@ def test_own_trainer_takes_plain_arguments(tmp_path: Path) -> None:
     assert trainer.jacobian is None and "solver_steps" in trainer.state.log_history[0]
 
 
+def test_single_settings_are_laid_over_the_models_own(tmp_path: Path) -> None:
+    short = own(tmp_path, solver={"max_steps": 2, "tol": 0.0}, gradient={"steps": 1})
+    assert short["solver_steps"] == 2
+    with pytest.raises(UserError, match="solver: .* 'memory'"):
+        own(tmp_path, solver={"memory": 3})  # broyden's; the model has anderson
+
+
+class Penalised(DEQTrainer):
+    """Notes the steps on which the penalty was added."""
+
+    def wants_penalty(self) -> bool:
+        wanted = super().wants_penalty()
+        if wanted:
+            self.noted = [*getattr(self, "noted", []), self.state.global_step]
+        return wanted
+
+
+def penalised(folder: Path, **changes: object) -> Penalised:
+    settings = arguments(folder).to_dict() | {"jacobian_every": 2, "jacobian_weight": 1.0} | changes
+    return Penalised(tiny_model(), DEQTrainingArguments(**settings), train_dataset=Pictures())
+
+
+def test_penalty_counts_optimiser_steps(tmp_path: Path) -> None:
+    """Also where gradients are accumulated, and after a run was cut off."""
+    whole = penalised(tmp_path / "whole", gradient_accumulation_steps=2, max_steps=5)
+    whole.train()
+    assert whole.noted == [0, 0, 2, 2, 4, 4]
+    first = penalised(tmp_path / "cut", max_steps=3, save_strategy="steps", save_steps=3)
+    first.train()
+    rest = penalised(tmp_path / "cut", max_steps=5)
+    rest.train(resume_from_checkpoint=True)
+    assert first.noted + rest.noted == [0, 2, 4]
+
+
+def test_penalty_does_not_shrink_where_gradients_are_accumulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A penalty of known gradient in place of the estimate."""
+    monkeypatch.setattr(
+        "deqzoo.training.trainer.jacobian_penalty",
+        lambda f, state, n_probes: 1000 * known.sum() / known.numel(),
+    )
+    norms = []
+    for parts in (1, 4):
+        trainer = penalised(
+            tmp_path, gradient_accumulation_steps=parts, per_device_train_batch_size=16 // parts,
+            max_steps=1, max_grad_norm=1e9,
+        )  # fmt: skip
+        known = trainer.model.classifier.weight
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
+def test_penalty_needs_a_model_with_a_map(tmp_path: Path) -> None:
+    model = IGNNForGraphClassification(IGNNConfig(num_features=3, hidden_sizes=[4]))
+    with pytest.raises(UserError, match="IGNNForGraphClassification has no output_state"):
+        DEQTrainer(model, DEQTrainingArguments(str(tmp_path), jacobian_weight=1.0, use_cpu=True))
+
+
 def test_arguments_are_read_from_a_command_line(tmp_path: Path) -> None:
     line = ["--output_dir", str(tmp_path), "--solver", '{"name": "broyden", "max_steps": 7}',
             "--gradient", "jfb", "--jacobian_weight", "0.5", "--jacobian_every", "3"]  # fmt: skip
@@ -155,6 +217,8 @@ def test_arguments_are_read_from_a_command_line(tmp_path: Path) -> None:
         ({"gradient": {"name": "upg", "step": 3}}, "gradient: .*step"),
         ({"jacobian_weight": -1.0}, "jacobian_weight must not be negative, got -1.0"),
         ({"jacobian_every": 0}, "jacobian_every must be at least 1, got 0"),
+        ({"jacobian_weight": "a"}, "jacobian_weight must not be negative, got 'a'"),
+        ({"gradient": 3}, "gradient: a gradient is a name or a dict, not int"),
     ],
 )
 def test_arguments_are_checked(tmp_path: Path, changes: dict[str, object], message: str) -> None:

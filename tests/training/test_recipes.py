@@ -1,8 +1,10 @@
 """Recipes are checked before anything runs, and every bundled one builds its model."""
 
 import copy
+import fcntl
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -205,6 +207,27 @@ def test_queue_knows_what_is_left(tmp_path):
     assert (state["state"], state["pflop"]) == ("changed", 0.0)
     with pytest.raises(UserError, match="remove or rename the folder"):
         work([entry], tmp_path, None, threads=1)
+
+
+def test_queue_passes_over_what_starts_from_a_running_recipe(tmp_path, monkeypatch, capsys):
+    write(tmp_path, MINIMAL)
+    for name, start in (("y", "runs/x/model"), ("z", "")):
+        model = {**MINIMAL["model"], "start": start}
+        content = {**MINIMAL, "name": name, "model": model}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    queue = tmp_path / "queue.yaml"
+    queue.write_text("- {recipe: recipe.yaml}\n- {recipe: y.yaml}\n- {recipe: z.yaml}\n")
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    started = []
+    monkeypatch.setattr(
+        "deqzoo.training.queue.subprocess.Popen",
+        lambda command, **_: started.append(command[4]) or SimpleNamespace(wait=lambda: 0),
+    )
+    with (tmp_path / "runs" / "x" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        work(load_queue(queue), tmp_path / "runs", None, threads=1)
+    assert started == [str(tmp_path / "z.yaml")]
+    assert "y: passed over, it starts from x, which is running" in capsys.readouterr().out
 
 
 def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
