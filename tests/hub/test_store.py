@@ -20,7 +20,9 @@ def finished(tiny_mdeq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder = tmp_path / "run"
     shutil.copytree(tiny_mdeq, folder / "model")
     (folder / "record.json").write_text(
-        json.dumps({"recipe": {"name": "mdeq-new"}, "pflop": 0.5, "seconds": 7200.0})
+        json.dumps(
+            {"finished": True, "recipe": {"name": "mdeq-new"}, "pflop": 0.5, "seconds": 7200.0}
+        )
     )
     (tmp_path / "hub_configs").mkdir()
     for module in ("deqzoo.zoo", "deqzoo.hub.store"):
