@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 # A Space has its own network; the page itself must not look for checkpoints there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,17 +32,25 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Build the page and serve it."""
     options = arguments()
+    if not 1 <= options.port <= 65535:
+        fail(f"--port must be from 1 to 65535, got {options.port}")
     try:
         from deqzoo.demo.app import build_demo, launch
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        sys.exit("the demo needs Gradio: pip install -e '.[demo,graph]'")
+        fail("the demo needs Gradio: pip install -e '.[demo,graph]'")
     demo = build_demo(PICTURES, options.graph_data)
     try:
         launch(demo, options.host, options.port, options.share, PICTURES)
     except OSError as error:
-        sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
+        fail(f"cannot listen on {options.host}:{options.port}: {error}")
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line on stderr, as the command line does."""
+    print(f"app.py: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -148,11 +148,13 @@ def evaluate(
 ) -> None:
     """Measure a model on its data set and write the evaluation file."""
     from deqzoo.evaluation.dispatch import evaluate_model
-    from deqzoo.evaluation.files import write_evaluation
+    from deqzoo.evaluation.files import require_writable, write_evaluation
     from deqzoo.hub.catalogue import main_figure
 
     if limit is not None and output is None:
         raise UserError("--limit makes no full evaluation: say with --output where to write it")
+    if output is not None:
+        require_writable(output)
     model = _on_device(deqzoo.DEQModel.from_pretrained(name), device)
     content = evaluate_model(
         model, deqzoo.zoo.bare_name(Path(name).name), split=split, data=data,
@@ -194,7 +196,11 @@ _COMMAND_MODULES = (
 
 
 def _on_device(model: Any, device: str) -> Any:
+    import torch
+
     try:
+        if torch.device(device).type == "meta":
+            raise UserError("device 'meta' holds no numbers; choose cpu, cuda, ...")
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
@@ -235,12 +241,15 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see {command} --help)")
     except UserError as error:
         return _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        print("deqzoo: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        # Files and folders that cannot be read or written, wherever nothing more telling is said.
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("deqzoo: interrupted", file=sys.stderr)
+        return 130
 
 
 def _fail(message: str) -> int:

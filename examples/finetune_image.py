@@ -80,7 +80,8 @@ def prepare(processor: Any, batch: dict[str, list[Any]]) -> dict[str, Any]:
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+    found = prediction.predictions.argmax(-1)
+    return {"accuracy": float((found == prediction.label_ids).mean())}
 
 
 def finetune(
@@ -107,8 +108,6 @@ def finetune(
         train_dataset=data["train"],
         eval_dataset=data["test"],
         compute_metrics=accuracy,
-        # Beside the logits the outputs hold the solver's report.
-        preprocess_logits_for_metrics=lambda outputs, labels: outputs[0].argmax(-1),
     )
     trainer.train()
     model.save_pretrained(output)

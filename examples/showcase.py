@@ -6,11 +6,13 @@ python examples/showcase.py examples/pictures/* --output docs/showcase.png
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from deqzoo import DEQModel
+from deqzoo.errors import UserError
 from deqzoo.evaluation.classify import Classification, classify, read_picture
 
 WIDTH, ROW, SIDE, MARGIN = 860, 180, 150, 16
@@ -53,13 +55,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="mdeq-tiny-cifar-upg")
     parser.add_argument("--output", type=Path, default=Path("docs/showcase.png"))
     arguments = parser.parse_args(argv)
+    pictures = [read_picture(path) for path in arguments.pictures]
     model = DEQModel.from_pretrained(arguments.model)
-    results = classify(model, [read_picture(path) for path in arguments.pictures], top_k=4)
+    results = classify(model, pictures, top_k=4)
     title = f"deqzoo classify, model {Path(model.config._name_or_path).name}"
     image = draw(arguments.pictures, results, title, model.config.solver["max_steps"])
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    image.save(arguments.output, optimize=True)
+    try:
+        image.save(arguments.output, optimize=True)
+    except ValueError as error:  # a suffix of no picture format
+        raise UserError(f"cannot write {arguments.output}: {error}") from error
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"showcase.py: {error}", file=sys.stderr)
+        sys.exit(2)

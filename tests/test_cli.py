@@ -184,4 +184,8 @@ def test_evaluate_without_the_data(zoo: Path, tmp_path: Path, capsys) -> None:
     assert "no split" in fails(capsys, "evaluate", "mdeq-test", "--split", "dev")
     message = fails(capsys, "evaluate", "mdeq-test", "--device", "abacus")
     assert "cannot use device 'abacus'" in message
+    assert "holds no numbers" in fails(capsys, "evaluate", "mdeq-test", "--device", "meta")
+    assert "is a folder" in fails(capsys, "evaluate", "mdeq-test", "--output", tmp_path)
+    message = fails(capsys, "evaluate", "mdeq-test", "--output", CAT / "x.json")
+    assert "no folder that can be written to" in message
     assert "not at hand" in fails(capsys, "evaluate", "mdeq-test")

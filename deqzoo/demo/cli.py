@@ -25,7 +25,9 @@ def publish_space(
 ) -> None:
     """Assemble the demo with the bundled checkpoints, and upload it as a Space."""
     from deqzoo.demo import space
+    from deqzoo.hub.publish import check_repository_name
 
+    check_repository_name(repo_id)
     if dry_run is not None:
         files = space.assemble(dry_run)
         size = sum((dry_run / path).stat().st_size for path in files) / 2**20

@@ -28,6 +28,10 @@ UPLOADED = "uploaded files"
 KNOWN_SETS = ("COX2", "PROTEINS")
 N_MADE_UP = 12
 MAX_NODES = 1000
+#: Of uploads: graphs, and numbers in the one-hot features of all nodes together.
+MAX_GRAPHS = 10_000
+MAX_FEATURE_VALUES = 20_000_000
+_PARTS = ("A", "graph_indicator", "graph_labels", "node_labels")
 SIDE = 420.0
 
 
@@ -92,7 +96,7 @@ def uploaded_graphs(paths: Sequence[Any]) -> tuple[Graph, ...]:
     """Graphs from uploaded files in TUDataset's format (NAME_A.txt and so on).
 
     Raises:
-        UserError: too large, or files that do not belong together.
+        UserError: too large in themselves or as tensors, or files that do not belong together.
     """
     files = [Path(path) for path in paths]
     if sum(file.stat().st_size for file in files) > MAX_GRAPH_FILE_BYTES:
@@ -106,14 +110,40 @@ def uploaded_graphs(paths: Sequence[Any]) -> tuple[Graph, ...]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / names[0]
         folder.mkdir()
+        wanted = {f"{names[0]}_{part}.txt" for part in _PARTS}
         for file in files:
-            shutil.copy(file, folder / file.name)
+            if file.name in wanted:  # no other file has a part in the answer
+                shutil.copy(file, folder / file.name)
         try:
+            _check_sizes(folder)
             return stored_graphs.__wrapped__(names[0], Path(scratch))
         except UserError as error:
             raise UserError(str(error).replace(str(folder), "the upload")) from error
         except Exception as error:  # whatever a broken file makes the reader stumble over
             raise UserError(f"the files do not describe graphs: {error}") from error
+
+
+def _check_sizes(folder: Path) -> None:
+    """Refuse short files whose numbers would make large tensors.
+
+    Raises:
+        UserError: too many graphs, or too many different node labels.
+    """
+    indicator, labels = (
+        folder / f"{folder.name}_{part}.txt" for part in ("graph_indicator", "node_labels")
+    )
+    if indicator.is_file():
+        last = np.loadtxt(indicator).max()
+        if not last <= MAX_GRAPHS:
+            raise UserError(f"{indicator.name} names graph {last:.0f}; up to {MAX_GRAPHS:,} fit")
+    if labels.is_file():
+        kinds = np.loadtxt(labels, delimiter=",", ndmin=2)
+        width = (np.ptp(kinds, axis=0) + 1).sum()
+        if not len(kinds) * width <= MAX_FEATURE_VALUES:
+            raise UserError(
+                f"the labels in {labels.name} make {width:.0f} features for each of {len(kinds):,} "
+                "nodes, which is too much; number the kinds of nodes 0, 1, 2, ..."
+            )
 
 
 @lru_cache(maxsize=8)

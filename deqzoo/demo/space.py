@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,9 @@ from deqzoo.errors import UserError
 from deqzoo.hub.integrity import published_files
 from deqzoo.hub.publish import upload
 from deqzoo.zoo import ORGANISATION, bundled_folder, list_models
+
+#: What a Space holds of ours; graphs that somebody put beside it stay.
+_OWN = re.compile(r"(deqzoo|examples/pictures)/.+")
 
 _FRONT_MATTER = """---
 title: Deep equilibrium models
@@ -51,13 +55,14 @@ def assemble(folder: Path) -> list[Path]:
         The files' paths inside the folder, sorted.
 
     Raises:
-        UserError: the folder is not empty, or this is no source checkout.
+        UserError: the folder is not empty, this is no source checkout, or Gradio is not installed.
     """
     source = Path(__file__).resolve().parents[2]
     if not (source / "app.py").is_file():
         raise UserError("a Space is assembled inside a source checkout only; clone the repository")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name a new one")
+    front_page = readme()
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("app.py", "LICENSE", "NOTICE"):
         shutil.copy(source / name, folder / name)
@@ -70,12 +75,12 @@ def assemble(folder: Path) -> list[Path]:
     for name in list_models():
         _copy_checkpoint(name, folder / "deqzoo" / "hub_configs" / name)
     (folder / "requirements.txt").write_text(requirements(source), encoding="utf-8")
-    (folder / "README.md").write_text(readme(), encoding="utf-8")
+    (folder / "README.md").write_text(front_page, encoding="utf-8")
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
 def publish_space(repo_id: str, folder: Path, private: bool, token: str | None) -> str:
-    """Upload an assembled folder in one commit; the commit's id.
+    """Upload an assembled folder in one commit, without what an older one left; the commit's id.
 
     Raises:
         UserError: the Hub refused, or could not be reached.
@@ -84,7 +89,8 @@ def publish_space(repo_id: str, folder: Path, private: bool, token: str | None) 
     operations = [
         CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files
     ]
-    return upload(HfApi(token=token), repo_id, operations, private=private, kind="space")
+    api = HfApi(token=token)
+    return upload(api, repo_id, operations, _OWN, private=private, kind="space")[0]
 
 
 def requirements(source: Path) -> str:

@@ -35,6 +35,8 @@ SHOWN_TOKENS = 1500
 FOCUSABLE_TOKENS = 400
 FULL_COLOUR_BITS = 15.0
 CANDIDATES = 40
+#: Larger numbers do not pass through JSON unchanged.
+MAX_SEED = 2**53
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,16 @@ def check_writing(length: Any, temperature: Any) -> tuple[int, float]:
     """
     words = whole_number(length, "the number of words", 1, MAX_NEW_WORDS)
     return words, real_number(temperature, "the temperature", 0.0, 2.0)
+
+
+def check_seed(seed: Any) -> int | None:
+    """A seed within the limits; None for a new one each time.
+
+    Raises:
+        UserError: out of range.
+    """
+    number = -1 if seed is None else whole_number(seed, "the seed", -1, MAX_SEED)
+    return None if number < 0 else number
 
 
 @torch.inference_mode()

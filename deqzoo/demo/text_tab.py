@@ -164,15 +164,15 @@ def endpoints(shelf: Shelf) -> None:
             length: words to add, 1 to 200.
             temperature: 0 takes the likeliest word each time.
             checkpoint: name of a language model.
-            seed: of the drawing; -1 for a new one each time.
+            seed: of the drawing, up to 2**53; -1 for a new one each time.
 
         Returns:
             What comes after the text; then the solver steps of each added word.
         """
         checked = texts.check_text(text)
         words, heat = texts.check_writing(length, temperature)
+        number = texts.check_seed(seed)
         loaded = shelf.get(checkpoint, TEXT)
-        number = None if seed is None or seed < 0 else int(seed)
         *_, state = texts.write(loaded, checked, words, heat, number)
         return state.text, {"n_steps": state.steps, "unconverged": state.unconverged}
 

@@ -165,6 +165,8 @@ def _graphs(
     nodes = type(model).__name__.endswith("ForNodeClassification")
     if data is None:
         return _random_graphs(model, size or 16, nodes, generator)
+    if split not in ("train", "validation", "test"):
+        raise UserError(f"unknown split {split!r}; choose from train, validation, test")
     if nodes:
         from deqzoo.evaluation.graph_nodes import NODE_TASKS, node_parts
 

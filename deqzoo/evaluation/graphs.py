@@ -116,13 +116,14 @@ def evaluate_graphs(
         split: "train", "validation" or "test".
         data: folder of the graph data sets.
         batch_size: graphs per forward.
-        limit: only the first graphs.
+        limit: only the first graphs; the file says so.
 
     Returns:
         The content of an evaluation file.
 
     Raises:
-        UserError: no data folder, an unknown split, or a checkpoint without a record.
+        UserError: no data folder, an unknown split, a checkpoint without a record, or a limit on
+            nodes.
     """
     if split not in ("train", "validation", "test"):
         raise UserError(f"unknown split {split!r}; choose from train, validation, test")
@@ -130,6 +131,8 @@ def evaluate_graphs(
         raise UserError("graph data are read from a local folder: name it with --data")
     start = time.perf_counter()
     if isinstance(model, IGNNForNodeClassification):
+        if limit is not None:
+            raise UserError("a node classifier reads whole graphs; leave --limit out")
         described, results = _evaluate_nodes(model, split, Path(data))
     else:
         fold = stored_fold(model)
@@ -139,7 +142,8 @@ def evaluate_graphs(
         "data": {**described, "split": split},
         "results": {**results, "seconds": round(time.perf_counter() - start, 2)},
         "environment": describe_environment(model),
-        "command": f"deqzoo evaluate {name} --data ROOT --split {split}",
+        "command": f"deqzoo evaluate {name} --data ROOT --split {split}"
+        + (f" --limit {limit}" if "limit" in described else ""),
     }
 
 
@@ -153,7 +157,13 @@ def _evaluate_fold(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     graphs = load_graph_set(fold["data"], root)
     found = list(predict_graphs(model, graphs, fold[split][:limit], batch_size))
-    described = {"name": fold["data"].lower(), "protocol": fold["protocol"], "fold": fold["fold"]}
+    described: dict[str, Any] = {
+        "name": fold["data"].lower(),
+        "protocol": fold["protocol"],
+        "fold": fold["fold"],
+    }
+    if limit is not None and limit < len(fold[split]):
+        described |= {"complete": False, "limit": limit}
     results = {
         "accuracy": sum(p.label == p.target for p in found) / len(found),
         "samples": len(found),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deqzoo.errors import UserError
+from deqzoo.models.auto import FAMILIES
 from deqzoo.zoo import list_models, read_json, resolve_bundled
 
 TASKS = {
@@ -19,6 +20,9 @@ TASKS = {
     "ForGraphClassification": "graph classification",
     "ForNodeClassification": "node classification",
 }
+
+#: Last parts of names in weight files that are no parameters: batch norms', and spectral norms'.
+BUFFERS = {"running_mean", "running_var", "num_batches_tracked", "left", "right"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Entry:
 
     @property
     def parameters(self) -> int:
-        """Numbers stored in the weights, normalisation statistics included."""
-        return sum(count_values(file) for file in self.weight_files)
+        """Number of parameters; normalisation statistics are none."""
+        return sum(count_parameters(file) for file in self.weight_files)
 
     @property
     def weight_files(self) -> list[Path]:
@@ -114,13 +118,19 @@ def entry(name: str) -> Entry:
     """A bundled checkpoint or a local folder.
 
     Raises:
-        UserError: unknown name, or a folder whose files are damaged.
+        UserError: unknown name, a folder whose files are damaged, or another library's model.
     """
     folder = resolve_bundled(name)
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in FAMILIES:
+        raise UserError(
+            f"{folder} is of model type {config.get('model_type')!r}; the zoo's types are "
+            f"{', '.join(FAMILIES)}"
+        )
     evaluations = {
         file.stem: read_json(file) for file in sorted((folder / "evaluation").glob("*.json"))
     }
-    return Entry(folder.name, folder, read_json(folder / "config.json"), evaluations)
+    return Entry(folder.name, folder, config, evaluations)
 
 
 def entries() -> list[Entry]:
@@ -128,8 +138,8 @@ def entries() -> list[Entry]:
     return [entry(name) for name in list_models()]
 
 
-def count_values(path: Path) -> int:
-    """Numbers in a safetensors file, from its header.
+def count_parameters(path: Path) -> int:
+    """Number of parameters in a safetensors file, from its header.
 
     Raises:
         UserError: the file is no safetensors file.
@@ -140,6 +150,10 @@ def count_values(path: Path) -> int:
             if length > path.stat().st_size:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
-        return sum(math.prod(t["shape"]) for key, t in header.items() if key != "__metadata__")
+        return sum(
+            math.prod(tensor["shape"])
+            for name, tensor in header.items()
+            if name != "__metadata__" and name.rpartition(".")[2] not in BUFFERS
+        )
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise UserError(f"{path} is no sound safetensors file: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ CHECKSUMS = "SHA256SUMS"
 GOLDEN = "golden.json"
 #: What a checkpoint folder may hold and publish; pickles are not among it.
 PUBLISHED_SUFFIXES = (".json", ".safetensors", ".txt", ".yaml", ".svg", ".png")
+#: Evaluations, which may be measured again, and what publishing renders from them.
+UNSEALED = re.compile(r"evaluation/.+|\.eval_results/deqzoo\.yaml|[^/]+-(budget|training)\.svg")
 
 # A tight solve, so that the numbers hardly depend on the machine's order of summation.
 _GOLDEN_SOLVER = {"max_steps": 100, "tol": 1e-5}
@@ -34,11 +37,11 @@ def published_files(folder: Path) -> list[Path]:
 
 
 def sealed_files(folder: Path) -> list[Path]:
-    """The published files that checksums cover: all but the evaluations.
+    """The published files that checksums cover: all but evaluations and their renderings.
 
-    Evaluations may be measured again; each names its weights by their own hash.
+    Each evaluation names its weights by their own hash.
     """
-    return [path for path in published_files(folder) if path.parts[0] != "evaluation"]
+    return [path for path in published_files(folder) if not UNSEALED.fullmatch(path.as_posix())]
 
 
 def write_checksums(folder: Path) -> Path:

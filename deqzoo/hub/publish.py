@@ -1,31 +1,46 @@
-"""Uploading a checkpoint and its card to the Hub in one commit."""
+"""Uploading a checkpoint and its card to the Hub in one commit, instead of what was there."""
 
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 import deqzoo
 from deqzoo.errors import UserError
 from deqzoo.hub.cards import eval_results_yaml, plots, render_card
 from deqzoo.hub.catalogue import Entry, entry
-from deqzoo.hub.integrity import CHECKSUMS, check_checksums, published_files
+from deqzoo.hub.integrity import CHECKSUMS, UNSEALED, check_checksums, published_files
+
+#: Files that are a checkpoint's own, whether or not the checksums in the repository name them.
+_OWN = re.compile(
+    rf"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{UNSEALED.pattern}"
+)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an upload did or would do."""
+    """What an upload did or would do.
+
+    Attributes:
+        files: path in the repository -> bytes.
+        tag: what the commit is tagged with; None on other branches than main.
+        commit: its id; None for a dry run.
+        removed: files of an earlier upload that the commit removed.
+    """
 
     repository: str
     revision: str
     files: dict[str, int]
-    tag: str
+    tag: str | None
     commit: str | None
+    removed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         size = sum(self.files.values()) / 2**20
@@ -33,7 +48,9 @@ class Report:
         if self.commit is None:
             listed = "".join(f"\n  {name}  {size:,} bytes" for name, size in self.files.items())
             return f"would upload {what} to {self.repository} ({self.revision}){listed}"
-        return f"{self.repository}: {what}, commit {self.commit}, tag {self.tag}"
+        removed = f", removed {', '.join(self.removed)}" if self.removed else ""
+        tag = f", tag {self.tag}" if self.tag else ""
+        return f"{self.repository}: {what}{removed}, commit {self.commit}{tag}"
 
 
 def publish(
@@ -48,7 +65,12 @@ def publish(
     """Upload a sealed checkpoint with its card, and tag the package's version.
 
     Repeating it changes nothing where the files are the same. Nothing appears in the repository
-    unless every file arrived, since all of them are one commit.
+    unless every file arrived, since all of them are one commit. The same commit removes what an
+    earlier upload left and this one lacks; files of other origin stay.
+
+    The tag `vVERSION` names what this version of the package last put on main: it moves with a
+    new upload to main, and uploads to other branches leave it alone. Only a commit's id stays the
+    same for ever.
 
     Args:
         name: zoo name or local folder.
@@ -59,27 +81,44 @@ def publish(
         token: access token; the stored one or HF_TOKEN if None.
 
     Raises:
-        UserError: files that differ from their checksums, or a refusal of the Hub.
+        UserError: no repository name, files that differ from their checksums, or a refusal of the
+            Hub.
     """
+    check_repository_name(repo_id)
     found = entry(name)
     faults = check_checksums(found.folder)
     if faults:
         raise UserError(f"{found.name} is not as sealed: {'; '.join(faults)}")
     contents = _contents(found)
-    tag = f"v{deqzoo.__version__}"
     files = {
         path: len(source) if isinstance(source, bytes) else source.stat().st_size
         for path, source in contents.items()
     }
     branch = revision or "main"
+    tag = f"v{deqzoo.__version__}" if branch == "main" else None
     if dry_run:
         return Report(repo_id, branch, files, tag, None)
     operations = [
         CommitOperationAdd(path, io.BytesIO(source) if isinstance(source, bytes) else str(source))
         for path, source in contents.items()
     ]
-    commit = upload(HfApi(token=token), repo_id, operations, branch, private, tag)
-    return Report(repo_id, branch, files, tag, commit)
+    commit, removed = upload(HfApi(token=token), repo_id, operations, _OWN, branch, private, tag)
+    return Report(repo_id, branch, files, tag, commit, tuple(removed))
+
+
+def check_repository_name(repo_id: str) -> None:
+    """Refuse what cannot be a repository on the Hub.
+
+    Raises:
+        UserError: not of the form ORG/NAME.
+    """
+    try:
+        validate_repo_id(repo_id)
+        valid = "/" in repo_id
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError(f"{repo_id!r} is no repository name; write ORG/NAME")
 
 
 def _contents(found: Entry) -> dict[str, Path | bytes]:
@@ -100,32 +139,39 @@ def upload(
     api: HfApi,
     repo_id: str,
     operations: list[CommitOperationAdd],
+    own: re.Pattern[str],
     branch: str = "main",
     private: bool = False,
     tag: str | None = None,
     kind: Literal["model", "space"] = "model",
-) -> str:
-    """Create the repository, commit and tag; the commit's id.
+) -> tuple[str, list[str]]:
+    """Create the repository, commit and tag; the commit's id, and the files that it removed.
+
+    Args:
+        operations: the files to be there afterwards.
+        own: paths that are removed where they are not among the files; so are those which the
+            repository's checksums name. Everything else stays.
+        tag: moved to the commit if it exists.
 
     Raises:
         UserError: the Hub refused, or could not be reached.
     """
+    commit = None
     try:
         sdk = "gradio" if kind == "space" else None
         api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
         if branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True, repo_type=kind)
+        removed = _left_over(api, repo_id, {o.path_in_repo for o in operations}, own, branch, kind)
         commit = api.create_commit(
             repo_id,
-            operations,
+            [*operations, *map(CommitOperationDelete, removed)],
             commit_message=f"Publish with deqzoo {deqzoo.__version__}",
             revision=branch,
             repo_type=kind,
         )
         if tag is not None:
-            api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True, repo_type=kind)
-    except HFValidationError as error:
-        raise UserError(f"{repo_id!r} is no repository name; write ORG/NAME") from error
+            _move_tag(api, repo_id, tag, commit.oid, kind)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
@@ -135,11 +181,36 @@ def upload(
             ) from error
         raise UserError(f"the Hub refused the upload to {repo_id}: {_line(error)}") from error
     except Exception as error:  # connection errors differ between releases of the client
+        done = "nothing was committed" if commit is None else f"without the tag {tag}"
         raise UserError(
-            f"the upload to {repo_id} was interrupted, nothing was committed; run the same command "
-            f"again ({_line(error)})"
+            f"the upload to {repo_id} was interrupted, {done}; run the same command again "
+            f"({_line(error)})"
         ) from error
-    return commit.oid
+    return commit.oid, removed
+
+
+def _left_over(
+    api: HfApi, repo_id: str, files: set[str], own: re.Pattern[str], branch: str, kind: str
+) -> list[str]:
+    """What earlier uploads put into the repository and this one has no longer."""
+    present = api.list_repo_files(repo_id, revision=branch, repo_type=kind)
+    sealed: set[str] = set()
+    if CHECKSUMS in present:
+        path = api.hf_hub_download(repo_id, CHECKSUMS, revision=branch, repo_type=kind)
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        sealed = {line.partition("  ")[2] for line in lines}
+    return [p for p in present if p not in files and (p in sealed or own.fullmatch(p))]
+
+
+def _move_tag(api: HfApi, repo_id: str, tag: str, commit: str, kind: str) -> None:
+    """Let a tag name a commit; the Hub moves none, so it is made anew."""
+    tags = api.list_repo_refs(repo_id, repo_type=kind).tags
+    target = next((known.target_commit for known in tags if known.name == tag), None)
+    if target == commit:
+        return
+    if target is not None:
+        api.delete_tag(repo_id, tag=tag, repo_type=kind)
+    api.create_tag(repo_id, tag=tag, revision=commit, repo_type=kind)
 
 
 def _line(error: BaseException) -> str:

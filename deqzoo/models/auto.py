@@ -129,7 +129,8 @@ class DEQModel:
             kwargs: passed to the `from_pretrained` of the class (`dtype`, `num_labels`, ...).
 
         Raises:
-            UserError: unknown name, unreachable Hub, or files that do not make a model.
+            UserError: unknown name, unreachable Hub, files that do not make a model, or a keyword
+                that its class does not know.
         """
         hub = {
             "revision": revision,
@@ -224,7 +225,7 @@ def _load(model_class: type[PreTrainedModel], source: str, kwargs: dict[str, Any
         raise UserError(f"a JSON file of {source} is damaged ({_one_line(error)})") from error
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source}: {_one_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,7 +32,8 @@ from deqzoo.evaluation.graph_nodes import (
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.modeling_ignn import IGNNForNodeClassification
 from deqzoo.training.graphs import read_yaml
-from deqzoo.training.run import peak_memory, versions
+from deqzoo.training.run import make_folder, peak_memory, versions
+from deqzoo.training.task import settings_checked
 
 N_SNAPSHOTS = 10
 SAVE_SECONDS = 60.0
@@ -74,6 +74,9 @@ class NodeRecipe:
         recipe = read_yaml(cls, path)
         if recipe.data not in NODE_TASKS:
             raise UserError(f"{path}: set data to one of {', '.join(NODE_TASKS)}")
+        for key, least in (("epochs", 1), ("evaluate_every", 1), ("lr", 0), ("weight_decay", 0)):
+            if not getattr(recipe, key) >= least:
+                raise UserError(f"{path}: {key} must be at least {least}")
         return recipe
 
     @staticmethod
@@ -94,15 +97,13 @@ def node_config(task: NodeTask, example: Any, settings: dict[str, Any]) -> IGNNC
     """
     n_labels = example.y.shape[1] if task.multi_label else int(example.y.max()) + 1
     kind = "multi" if task.multi_label else "single"
-    try:
+    with settings_checked(IGNNConfig, settings, "model"):
         return IGNNConfig(
             num_features=example.x.shape[1],
             num_labels=n_labels,
             problem_type=f"{kind}_label_classification",
             **settings,
         )
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model settings: {' '.join(str(error).split())}") from error
 
 
 class NodeRun:
@@ -300,6 +301,7 @@ def train_nodes(
         if record["recipe"] != dataclasses.asdict(recipe):
             raise UserError(f"{out} holds a run of another recipe; choose another --output")
         return record
+    make_folder(out)
     run = NodeRun(recipe, root)
     if resume and state.exists():
         run.restore(state)

@@ -100,12 +100,21 @@ def run_table(
         settings: of the training.
         results: a file that `collect` wrote; its folds count as done.
         processes: folds trained at the same time, with one thread each.
+
+    Raises:
+        UserError: a fold that is done was trained with other settings.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     settings = settings or FoldSettings()
-    done = set(collect(output, results))
+    done = collect(output, results)
     waiting = [job for job in jobs if job.key not in done]
+    for job in jobs:
+        if job.key in done and done[job.key]["settings"] != asdict(settings):
+            raise UserError(
+                f"{job.key} was trained with other settings; name folders without it "
+                "with --output and --results"
+            )
     sets = {name: load_graph_set(name, root) for name in {job.data for job in waiting}}
     tasks = [(sets[job.data], job, settings, output) for job in waiting]
     # A fork shares the loaded data and libraries; this process has never run autograd threads.

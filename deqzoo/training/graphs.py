@@ -5,12 +5,11 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from deqzoo.data.graphs import Fold, GraphSet
@@ -19,6 +18,7 @@ from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification
 from deqzoo.models.ignn.symmetry import merge_equal_nodes
+from deqzoo.training.recipe import from_plain, read_mapping
 
 ADJOINT = {"name": "fixed_point", "max_steps": 300, "tol": 1e-3}
 
@@ -41,19 +41,12 @@ def read_yaml(cls: type[_Settings], path: str | Path) -> _Settings:
     """Read a YAML mapping into a dataclass.
 
     Raises:
-        UserError: missing or damaged file, unknown or missing keys.
+        UserError: missing or damaged file, unknown or missing keys, values of a wrong type.
     """
+    content = read_mapping(Path(path))
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    known = [f.name for f in fields(cls)]
-    unknown = sorted(set(content) - set(known)) if isinstance(content, dict) else ["no mapping"]
-    if unknown:
-        raise UserError(f"{path}: unknown {', '.join(unknown)}; the keys are {', '.join(known)}")
-    try:
-        return cls(**content)
-    except TypeError as error:
+        return from_plain(cls, content, "")
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
 
 

@@ -21,7 +21,7 @@ from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan, Probe
+from deqzoo.training.task import Plan, Probe, build_config, check_options
 
 AREA = (0.08, 1.0)
 """Share of a picture that random resized crops take where a recipe does not say."""
@@ -44,12 +44,16 @@ class ImageClassificationTask:
         self, recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
     ) -> None:
         self.recipe = recipe
+        self._check_augmentation(recipe.augment)
         self.training, self.validation = self._load(data, stand_in)
         self.config = self._config()
         self.processor = MDEQImageProcessor.for_config(self.config)
         self.mean = torch.tensor(self.processor.image_mean).reshape(1, 3, 1, 1)
         self.std = torch.tensor(self.processor.image_std).reshape(1, 3, 1, 1)
         self._order: tuple[int, Tensor] | None = None
+
+    def _check_augmentation(self, options: dict[str, Any]) -> None:
+        check_augmentation(options, ("area", "aspect", "crop", "flip", "cutout"))
 
     def _load(
         self, data: str | os.PathLike[str] | None, stand_in: bool
@@ -58,18 +62,19 @@ class ImageClassificationTask:
         name, options = self.recipe.data.name, self.recipe.data.options
         if name not in LOADERS:
             raise UserError(f"unknown image data set {name!r}; choose {', '.join(LOADERS)}")
+        check_options(LOADERS[name], options)
         if stand_in:
             return stand_in_pictures(SOURCES[name], options.get("size"))
         return LOADERS[name]("train", data, **options), LOADERS[name]("validation", data, **options)
 
     def _config(self) -> MDEQConfig:
         names = self.training.classes
-        return MDEQConfig.from_preset(
-            self.recipe.model.preset,
+        return build_config(
+            MDEQConfig,
+            self.recipe.model,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
-            **self.recipe.model.overrides,
         )
 
     def model(self) -> PreTrainedModel:
@@ -207,6 +212,40 @@ def resize(pixels: Tensor, side: int | None) -> Tensor:
     return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
 
 
+def check_augmentation(
+    options: dict[str, Any],
+    known: tuple[str, ...],
+    flips: tuple[str, ...] = ("alternating", "random"),
+) -> None:
+    """Check the options of `augment` before anything runs.
+
+    Raises:
+        UserError: unknown option or value.
+    """
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UserError(f"unknown augmentation {unknown[0]!r}; valid: {', '.join(known)}")
+    if options.get("flip") not in (None, *flips):
+        raise UserError(f"augment.flip must be {' or '.join(flips)}, got {options['flip']!r}")
+    for key in {"crop", "cutout"} & set(options):
+        if type(options[key]) is not int or options[key] < 0:
+            raise UserError(f"augment.{key} must be a number of pixels, got {options[key]!r}")
+    for key, limit in (("area", 1.0), ("aspect", math.inf)):
+        if key in options and not _is_range(options[key], limit):
+            raise UserError(
+                f"augment.{key} must be two positive numbers, the smaller first"
+                f"{' and none above 1' if limit == 1 else ''}, got {options[key]!r}"
+            )
+
+
+def _is_range(value: Any, limit: float) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    if not all(isinstance(bound, (int, float)) for bound in value):
+        return False
+    return 0 < value[0] <= value[1] <= limit
+
+
 def augment(
     pixels: Tensor,
     rows: Tensor,
@@ -227,15 +266,7 @@ def augment(
             random part of each picture (see `random_box`), scaled to `side`.
         generator: source of the draws.
         side: of the results of `area`; that of the pictures if None.
-
-    Raises:
-        UserError: unknown option or value.
     """
-    unknown = set(options) - {"area", "aspect", "crop", "flip", "cutout"}
-    if unknown:
-        raise UserError(
-            f"unknown augmentation {sorted(unknown)[0]!r}; valid: area, aspect, crop, flip, cutout"
-        )
     n = len(pixels)
     flip = options.get("flip")
     if flip == "alternating":
@@ -243,10 +274,8 @@ def augment(
         chosen = ((rows * 2654435761 >> 7) + epoch) % 2 == 1
     elif flip == "random":
         chosen = torch.rand(n, generator=generator) < 0.5
-    elif flip is None:
-        chosen = None
     else:
-        raise UserError(f"augment.flip must be 'alternating' or 'random', got {flip!r}")
+        chosen = None
     if chosen is not None:
         pixels = torch.where(chosen.reshape(n, 1, 1, 1), pixels.flip(3), pixels)
     if "area" in options or "aspect" in options:

@@ -12,16 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from deqzoo.data.imagenet import IMAGENET, BlankPictures, LazyPictures, load_imagenet
-from deqzoo.errors import UserError
 from deqzoo.training.images import (
     AREA,
     ASPECT,
     ImageClassificationTask,
     _mix,
+    check_augmentation,
     random_box,
 )
 from deqzoo.training.recipe import Recipe
-from deqzoo.training.task import Plan
+from deqzoo.training.task import Plan, check_options
 
 
 class LazyImageClassificationTask(ImageClassificationTask):
@@ -39,31 +39,24 @@ class LazyImageClassificationTask(ImageClassificationTask):
     def __init__(
         self, recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
     ) -> None:
-        unknown = set(recipe.augment) - {"area", "aspect", "flip"}
-        if unknown:
-            raise UserError(
-                f"unknown augmentation {sorted(unknown)[0]!r}; {recipe.data.name} knows area, "
-                "aspect, flip"
-            )
-        if recipe.augment.get("flip") not in (None, "random"):
-            raise UserError(
-                f"augment.flip must be 'random' for {recipe.data.name}, "
-                f"got {recipe.augment['flip']!r}"
-            )
         super().__init__(recipe, data, stand_in)
         self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         self._ahead: tuple[tuple[int, int, int], list[Future[Tensor]]] | None = None
 
+    def _check_augmentation(self, options: dict[str, Any]) -> None:
+        check_augmentation(options, ("area", "aspect", "flip"), flips=("random",))
+
     def _load(
         self, data: str | os.PathLike[str] | None, stand_in: bool
     ) -> tuple[LazyPictures, LazyPictures]:
+        options = self.recipe.data.options
+        check_options(load_imagenet, options)
         if stand_in:
             n = IMAGENET.validation_per_class * len(IMAGENET.classes)
             return (
                 BlankPictures(IMAGENET.rows["train"] - n, IMAGENET.classes),
                 BlankPictures(n, IMAGENET.classes),
             )
-        options = self.recipe.data.options
         return (
             load_imagenet("train", data, **options),
             load_imagenet("validation", data, **options),

@@ -55,7 +55,7 @@ def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read queue {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"queue {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise UserError(f"queue {path} must be a list of mappings with the key recipe")
@@ -63,7 +63,12 @@ def load_queue(path: str | os.PathLike[str]) -> list[Entry]:
     for item in content:
         unknown = set(item) - {"recipe", "data", "seed", "target"}
         seed = item.get("seed")
-        if unknown or "recipe" not in item or not (seed is None or isinstance(seed, int)):
+        texts = [item.get("recipe"), item.get("data", "")]
+        if (
+            unknown
+            or not all(isinstance(text, str) for text in texts)
+            or not (seed is None or isinstance(seed, int))
+        ):
             raise UserError(
                 f"queue {path}: entries have the keys recipe, data, seed (a whole number), "
                 f"target; got {item}"

@@ -33,7 +33,7 @@ class Model:
     ones; what they cost counts as spent.
     """
 
-    family: Literal["mdeq", "deq_transformer", "ignn"]
+    family: Literal["mdeq", "deq_transformer"]
     preset: str
     overrides: dict[str, Any] = field(default_factory=dict)
     start: str = ""
@@ -149,11 +149,11 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
             solver and gradient settings that do not exist; the message names the place.
     """
     path = Path(path)
-    content = _read(path)
+    content = read_mapping(path)
     try:
         if "base" in content:
-            content = _derive(_read(path.parent / str(content["base"])), content)
-        recipe = _build(Recipe, content, "")
+            content = _derive(read_mapping(path.parent / str(content["base"])), content)
+        recipe = from_plain(Recipe, content, "")
         _check(recipe)
     except UserError:
         raise
@@ -165,12 +165,17 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 def recorded_recipe(record: Any) -> Recipe | None:
     """The recipe in a run's record; None where this version could not have written it."""
     try:
-        return _build(Recipe, record["recipe"], "")
+        return from_plain(Recipe, record["recipe"], "")
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The content of a recipe's file.
+
+    Raises:
+        UserError: no such file, no YAML, or no mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -217,13 +222,53 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     return dataclasses.replace(recipe, seed=seed, name=f"{recipe.name}-s{seed}")
 
 
+#: Smallest values of numbers, by the kind of settings that holds them.
+_AT_LEAST: dict[type, dict[str, float]] = {
+    Recipe: {"batch_size": 1, "accumulate": 1, "checkpoint_minutes": 0, "label_smoothing": 0},
+    Optimizer: {"lr": 0, "other_lr": 0, "weight_decay": 0, "momentum": 0, "clip": 0},
+    Schedule: {"warmup": 0, "final": 0},
+    Jacobian: {"weight": 0, "every": 1, "probes": 1},
+    Stage: {"resolution": 1},
+    Evaluation: {"per_epoch": 0, "samples": 2, "snapshots": 0},
+}
+_BELOW_ONE = {Recipe: ("average", "label_smoothing"), Optimizer: ("momentum",)}
+#: Model families of the tasks.
+_FAMILIES = {"image-classification": "mdeq", "language-modeling": "deq_transformer"}
+
+
+def _check_numbers(settings: Any, place: str = "") -> None:
+    for key, least in _AT_LEAST[type(settings)].items():
+        value = getattr(settings, key)
+        if value is not None and not value >= least:
+            raise ValueError(f"{_join(place, key)} must be at least {least}, got {value}")
+    for key in _BELOW_ONE.get(type(settings), ()):
+        if not 0 <= getattr(settings, key) < 1:
+            raise ValueError(f"{_join(place, key)} must be in [0, 1), got {getattr(settings, key)}")
+
+
 def _check(recipe: Recipe) -> None:
+    if recipe.model.family != _FAMILIES[recipe.task]:
+        raise ValueError(
+            f"model.family of task {recipe.task} must be {_FAMILIES[recipe.task]}, "
+            f"got {recipe.model.family}"
+        )
+    _check_numbers(recipe)
+    _check_numbers(recipe.optimizer, "optimizer")
+    _check_numbers(recipe.schedule, "schedule")
+    _check_numbers(recipe.evaluation, "evaluation")
+    if recipe.schedule.warmup > 1:
+        raise ValueError(
+            f"schedule.warmup is a share of all steps, at most 1, got {recipe.schedule.warmup}"
+        )
     if not recipe.stages:
         raise ValueError("stages: at least one is needed")
     for number, stage in enumerate(recipe.stages):
         place = f"stages[{number}]"
+        _check_numbers(stage, place)
         if stage.epochs <= 0:
             raise ValueError(f"{place}.epochs must be positive, got {stage.epochs}")
+        if stage.jacobian is not None:
+            _check_numbers(stage.jacobian, f"{place}.jacobian")
         for key, make in (("solver", make_solver), ("gradient", make_gradient)):
             settings = getattr(stage, key)
             if "name" not in settings and settings:
@@ -234,13 +279,6 @@ def _check(recipe: Recipe) -> None:
                 except ValueError as error:
                     raise ValueError(f"{place}.{key}: {error}") from error
         _check_checkpointing(recipe, stage, place)
-    for key in ("batch_size", "accumulate"):
-        if getattr(recipe, key) < 1:
-            raise ValueError(f"{key} must be at least 1, got {getattr(recipe, key)}")
-    if not 0 <= recipe.average < 1:
-        raise ValueError(
-            f"average is the decay of a moving average in [0, 1), got {recipe.average}"
-        )
 
 
 def _check_checkpointing(recipe: Recipe, stage: Stage, place: str) -> None:
@@ -256,8 +294,13 @@ def _check_checkpointing(recipe: Recipe, stage: Stage, place: str) -> None:
         )
 
 
-def _build(kind: Any, value: Any, place: str) -> Any:
-    """Turn plain data into a dataclass, checking names and types."""
+def from_plain(kind: Any, value: Any, place: str) -> Any:
+    """Turn plain data into a dataclass, checking names and types.
+
+    Raises:
+        ValueError: unknown or missing keys, or a value that is none of a choice.
+        TypeError: a value of a wrong type; both messages name the place below `place`.
+    """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise TypeError(f"{place or 'the recipe'} must be a mapping, got {value!r}")
@@ -276,13 +319,13 @@ def _build(kind: Any, value: Any, place: str) -> Any:
         if missing:
             raise ValueError(f"missing key {_join(place, missing[0])}")
         return kind(
-            **{key: _build(hints[key], item, _join(place, key)) for key, item in value.items()}
+            **{key: from_plain(hints[key], item, _join(place, key)) for key, item in value.items()}
         )
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _build(next(a for a in arguments if a is not type(None)), value, place)
+        return from_plain(next(a for a in arguments if a is not type(None)), value, place)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{place} must be one of {', '.join(arguments)}, got {value!r}")
@@ -294,7 +337,7 @@ def _build(kind: Any, value: Any, place: str) -> Any:
         if len(inner) != len(value):
             raise ValueError(f"{place} must have {len(inner)} entries, got {value!r}")
         return tuple(
-            _build(t, item, f"{place}[{i}]")
+            from_plain(t, item, f"{place}[{i}]")
             for i, (t, item) in enumerate(zip(inner, value, strict=True))
         )
     return _scalar(origin or kind, value, place)

@@ -221,16 +221,25 @@ def _cut_metrics(path: Path, step: int) -> None:
     replace_text(path, "".join(kept))
 
 
+def make_folder(path: Path) -> None:
+    """Make a run's folder, and those above it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
     """Hold the run's folder, so that no second process (of another launch) writes to it."""
     if not _is_first_process():
         yield
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {out}: {error.strerror or error}") from error
+    make_folder(out)
     with (out / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from deqzoo.training.recipe import Recipe, Stage
+from deqzoo.errors import UserError
+from deqzoo.training.recipe import Model, Recipe, Stage
+
+_Config = TypeVar("_Config", bound=PreTrainedConfig)
 
 
 class Task(Protocol):
@@ -116,6 +123,53 @@ class Plan:
             end = self.starts[i + 1] if i + 1 < len(self.starts) else self.total
             done += max(0, min(step, end) - start) / self.steps_per_epoch[i]
         return done
+
+
+def build_config(kind: type[_Config], model: Model, **sizes: Any) -> _Config:
+    """The configuration of a recipe's model: its preset, sizes from the data, and its overrides.
+
+    Raises:
+        UserError: unknown preset or setting, or settings that do not fit together.
+    """
+    with settings_checked(kind, model.overrides, "model.overrides"):
+        return kind.from_preset(model.preset, **(sizes | model.overrides))
+
+
+@contextmanager
+def settings_checked(
+    kind: type[PreTrainedConfig], settings: Mapping[str, Any], place: str
+) -> Iterator[None]:
+    """Refuse settings that a configuration class does not have, and report those that it refuses.
+
+    The class itself stores unknown settings without a word, as the library allows.
+
+    Raises:
+        UserError: the message names the place.
+    """
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    for name in settings:
+        if name not in known | {"num_labels"}:
+            raise UserError(f"unknown key {place}.{name}; it is no setting of {kind.__name__}")
+    try:
+        yield
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model settings: {' '.join(str(error).split())}") from error
+
+
+def check_options(load: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse data options that a loader does not have.
+
+    Raises:
+        UserError: unknown option, or a value of another type than a whole number.
+    """
+    parameters = inspect.signature(load).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"unknown key data.options.{name}; valid keys are {', '.join(known)}")
+        default = inspect.signature(load).parameters[name].default
+        if isinstance(default, int) and (type(value) is not int or value < 0):
+            raise UserError(f"data.options.{name} must be a whole number, got {value!r}")
 
 
 def _running_sum(lengths: Sequence[int]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTrans
 from deqzoo.models.deq_transformer.modeling_deq_transformer import DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
 from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan, Probe
+from deqzoo.training.task import Plan, Probe, build_config, check_options
 
 VALIDATION_STREAMS = 10
 
@@ -45,19 +45,18 @@ class LanguageModelingTask:
             if getattr(recipe, key):
                 raise UserError(f"{key} is no setting of language modelling; remove it")
         self.forget = _forget_share(recipe.augment)
+        check_options(load_corpus, recipe.data.options)
         self.recipe = recipe
         if stand_in:
             self.corpus = stand_in_corpus(source_of(recipe.data.name))
         else:
             self.corpus = load_corpus(recipe.data.name, data, **recipe.data.options)
-        self.config = DEQTransformerConfig.from_preset(
-            recipe.model.preset,
-            **({"vocab_size": len(self.corpus.vocabulary)} | recipe.model.overrides),
-        )
-        if self.config.vocab_size != len(self.corpus.vocabulary):
+        vocab_size = len(self.corpus.vocabulary)
+        self.config = build_config(DEQTransformerConfig, recipe.model, vocab_size=vocab_size)
+        if self.config.vocab_size != vocab_size:
             raise UserError(
                 f"vocab_size {self.config.vocab_size} is not that of {recipe.data.name} "
-                f"({len(self.corpus.vocabulary)}); remove it from the overrides"
+                f"({vocab_size}); remove it from the overrides"
             )
         n_streams = recipe.batch_size * recipe.accumulate
         self.streams = batch_streams(self.corpus.stream("train"), n_streams)  # (n, length)

@@ -129,6 +129,8 @@ def test_generate_follows_its_seed_and_limits(client) -> None:
     one = client.predict("The river", seed=1, **draw)
     assert one == client.predict("The river", seed=1, **draw)
     assert one != client.predict("The river", seed=2, **draw)
+    said = refusal(client, "The river", seed=2**70, api_name="/generate")
+    assert said.startswith("The seed must be a whole number from -1 to 9007199254740992")
     assert "1 to 200" in refusal(client, "The river", 201, api_name="/generate")
     assert "temperature" in refusal(client, "The river", 5, -1, api_name="/generate")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import gradio as gr
@@ -109,6 +112,24 @@ def test_suggestions_are_the_next_probabilities(text_folder) -> None:
     assert [len(w.steps) for w in written] == [1, 2, 3]
 
 
+def test_seeds_are_bounded() -> None:
+    assert text.check_seed(-1) is None and text.check_seed(None) is None
+    assert text.check_seed(7.0) == 7
+    for seed in (2**70, 1.5, float("nan")):
+        with pytest.raises(UserError, match="the seed must be a whole number"):
+            text.check_seed(seed)
+
+
+@pytest.mark.parametrize("port", ["99999", "0"])
+def test_impossible_ports_are_one_line(port, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["app.py", "--port", port])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(deqzoo.__file__).parents[1] / "app.py"), run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"got {port}" in said and len(said.splitlines()) == 1
+
+
 def test_large_pictures_are_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     Image.new("L", (11, 10)).save(tmp_path / "big.png")
@@ -132,6 +153,20 @@ def test_uploaded_graphs(graph_folder, graph_data, tmp_path) -> None:
         graphs.pick(model, graphs.MADE_UP, 2, None, files)
     with pytest.raises(UserError, match="upload the files of one data set"):
         graphs.pick(model, graphs.MADE_UP, 0, None, files[1:])
+    copies = [Path(shutil.copy(file, tmp_path)) for file in files]
+    for part, line, message in [
+        ("node_labels", "2000000000", "make 2000000001 features for each of 5 nodes"),
+        ("graph_indicator", "2000000000", "names graph 2000000000"),
+    ]:
+        path = next(file for file in copies if file.stem.endswith(part))
+        text = path.read_text()
+        path.write_text(text[:-2] + line + "\n")
+        with pytest.raises(UserError, match=message):
+            graphs.pick(model, graphs.MADE_UP, 0, None, copies)
+        path.write_text(text)
+    (tmp_path / "PROTEINS_edge_labels.txt").write_text("2000000000\n" + "0\n" * 7)
+    edges = tmp_path / "PROTEINS_edge_labels.txt"
+    assert len(graphs.pick(model, graphs.MADE_UP, 1, None, [*copies, edges]).x) == 2
     (tmp_path / "X_A.txt").write_text("a, b\n")
     with pytest.raises(UserError):
         graphs.pick(model, graphs.MADE_UP, 0, None, [tmp_path / "X_A.txt"])
@@ -158,16 +193,19 @@ def test_space_is_uploaded(tmp_path) -> None:
     hub_double = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hub_double)
     server = hub_double.HubDouble()
-    environment = {
+    environment = os.environ | {
         "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": hub_double.TOKEN, "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "deqzoo", "publish-space", "--repo-id", "org/demo"],
-            capture_output=True, text=True, env=os.environ | environment,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "deqzoo", "publish-space", "--repo-id", "org/demo"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
+        first = server.files("org/demo")
+        old = {"deqzoo/gone.py": b"", "graphs/COX2/COX2_A.txt": b"1, 2"}
+        server.commit("org/demo", "main", first | old)
+        again = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert again.returncode == 0, again.stderr
         files = server.files("org/demo")
     finally:
         server.shutdown()
@@ -177,6 +215,20 @@ def test_space_is_uploaded(tmp_path) -> None:
     assert files["deqzoo/cli.py"] == (source / "cli.py").read_bytes()
     assert files["README.md"].startswith(b"---\ntitle:")
     assert not any("__pycache__" in name for name in files)
+    assert "deqzoo/gone.py" not in files and "graphs/COX2/COX2_A.txt" in files
+
+
+def test_space_is_refused_before_anything_is_copied(tmp_path, monkeypatch, capsys) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    folder = tmp_path / "space"
+    dry_run = ["--dry-run", str(folder)]
+    assert run(["publish-space", "--repo-id", "a b", *dry_run]) == 2
+    assert "write ORG/NAME" in capsys.readouterr().err
+    monkeypatch.setattr("deqzoo.demo.space.version", missing)
+    assert run(["publish-space", "--repo-id", "org/demo", *dry_run]) == 2
+    assert "needs Gradio" in capsys.readouterr().err and not folder.exists()
 
 
 def test_space_runs_from_its_own_folder(tmp_path, capsys) -> None:

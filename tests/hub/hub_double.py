@@ -159,6 +159,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         sha = self.server.commit(repository, revision, files)
         url = f"{self.server.url}/{repository}/commit/{sha}"
         self.answer(200, {"success": True, "commitOid": sha, "commitUrl": url})
@@ -180,21 +182,31 @@ class Handler(BaseHTTPRequestHandler):
         self.server.objects[hashlib.sha256(content).hexdigest()] = content
         return self.answer(200)
 
+    def do_DELETE(self) -> None:
+        _, _, _, organisation, name, kind, tag = unquote(urlsplit(self.path).path).split("/")
+        if not self.authorized() or kind != "tag":
+            return self.answer(401, {"error": "Invalid username or password."})
+        del self.server.refs[f"{organisation}/{name}"][tag]
+        return self.answer(200)
+
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if path[:2] == ["api", "models"]:
+        if path[:2] in (["api", "models"], ["api", "spaces"]):
             repository, rest = "/".join(path[2:4]), path[4:]
         else:
             repository, rest = "/".join(path[:2]), path[2:]
         refs = self.server.refs.get(repository)
         if refs is None or (self.server.private[repository] and not self.authorized()):
             return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+        if rest == ["refs"]:  # branches and tags are not told apart here
+            rows = [{"name": n, "ref": n, "targetCommit": sha} for n, sha in refs.items()]
+            return self.answer(200, {"branches": [], "converts": [], "tags": rows})
         revision = rest[1] if len(rest) > 1 else "main"
         sha = refs.get(revision, revision)
         if sha not in self.server.commits:
             code = {"X_Error_Code": "RevisionNotFound"}
             return self.answer(404, {"error": "Invalid rev id"}, **code)
-        if path[:2] != ["api", "models"]:
+        if path[0] != "api":
             return self.resolve(sha, "/".join(rest[2:]))
         files = self.server.commits[sha]
         if rest[:1] == ["tree"]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import deqzoo
 from deqzoo.hub.cards import snippet
-from deqzoo.hub.catalogue import count_values, entry
+from deqzoo.hub.catalogue import entry
 from deqzoo.hub.integrity import check_golden, golden_prediction, write_golden
 from deqzoo.hub.verify import verify_model
 
@@ -48,12 +48,3 @@ def test_snippet_of_a_graph_model_runs(tmp_path: Path) -> None:
     tiny_graph().save_pretrained(folder)
     assert "ignn-test" in snippet(entry(str(folder)))
     assert not [fault for fault in verify_model(str(folder)) if "example" in fault]
-
-
-def test_header_counts_values(tmp_path: Path) -> None:
-    model = tiny_graph()
-    model.save_pretrained(tmp_path)
-    assert count_values(tmp_path / "model.safetensors") == model.num_parameters()
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
-    with pytest.raises(deqzoo.UserError, match="no sound safetensors"):
-        count_values(tmp_path / "model.safetensors")

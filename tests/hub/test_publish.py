@@ -158,6 +158,46 @@ def test_round_trip(hub: hub_double.HubDouble, client: Client, sealed: Path) -> 
     assert verified.code == 0 and f"{REPOSITORY}: ok" in verified.out, verified
 
 
+def test_publishing_again_replaces(
+    hub: hub_double.HubDouble, client: Client, sealed: Path, tmp_path: Path
+) -> None:
+    """A model that shrank, with files of other people and of an evaluation beside it."""
+    sharded = Path(shutil.copytree(sealed, tmp_path / "sharded" / "mdeq-test"))
+    deqzoo.DEQModel.from_pretrained(sealed).save_pretrained(sharded, max_shard_size="8KB")
+    (sharded / "model.safetensors").unlink(missing_ok=True)
+    (sharded / "extra.json").write_text("{}")
+    assert run(["seal", str(sharded)]) == 0
+    assert client.publish(sharded).code == 0
+    tag = f"v{deqzoo.__version__}"
+    first = hub.refs[REPOSITORY][tag]
+    theirs = {".gitattributes": b"*.bin lfs", "docs/guide.md": b"How to"}
+    rendered = {"evaluation/old.json": b"{}", "mdeq-test-budget.svg": b"<svg/>"}
+    hub.commit(REPOSITORY, "main", hub.files(REPOSITORY) | theirs | rendered)
+
+    done = client.publish(sealed)
+    assert done.code == 0, done.err
+    assert "model.safetensors.index.json" in done.out
+    files = hub.files(REPOSITORY)
+    assert files.items() >= theirs.items() and not rendered.keys() & files.keys()
+    assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
+    assert "extra.json" not in files and "model.safetensors.index.json" not in files
+    assert hub.refs[REPOSITORY][tag] == hub.refs[REPOSITORY]["main"] != first
+    # A branch does not move the tag of the release.
+    assert client.publish(sharded, "--revision", "trial").code == 0
+    assert hub.files(REPOSITORY, tag) == files
+    assert "extra.json" in hub.files(REPOSITORY, "trial")
+
+
+def test_renderings_do_not_spoil_the_seal(
+    hub: hub_double.HubDouble, client: Client, sealed: Path
+) -> None:
+    assert client.publish(sealed).code == 0
+    rendered = {".eval_results/deqzoo.yaml": b"[]", "mdeq-test-budget.svg": b"<svg/>"}
+    hub.commit(REPOSITORY, "main", hub.files(REPOSITORY) | rendered)
+    done = client("verify", REPOSITORY)
+    assert done.code == 0, done
+
+
 def test_branches_and_private_repositories(
     hub: hub_double.HubDouble, client: Client, sealed: Path
 ) -> None:
@@ -218,3 +258,17 @@ def test_dry_run_lists_files_and_sends_nothing(sealed: Path, capsys) -> None:
     assert "model.safetensors" in listed and "README.md" in listed and ".bin" not in listed
     (sealed / "config.json").write_text("{}")
     assert run(arguments) == 2
+
+
+@pytest.mark.parametrize("name", ["a b", "org/two/parts", "org/..", "alone"])
+def test_dry_run_refuses_what_is_no_repository_name(sealed: Path, capsys, name: str) -> None:
+    capsys.readouterr()
+    assert run(["publish", str(sealed), "--repo-id", name, "--dry-run"]) == 2
+    assert "write ORG/NAME" in capsys.readouterr().err
+
+
+def test_verify_refuses_foreign_models(tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert run(["verify", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "model type 'bert'" in said and len(said.splitlines()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
-from deqzoo import DEQModel
+from deqzoo import DEQModel, UserError
+from deqzoo.hub.catalogue import entry
 from deqzoo.models.auto import CLASSES, load_class
 
 TINY = {
@@ -141,6 +149,45 @@ def test_configs_keep_every_setting(model: PreTrainedModel, tmp_path: Path) -> N
     assert loaded.solver == model.config.solver == stored["solver"]
     assert loaded.gradient == model.config.gradient == stored["gradient"]
     assert (loaded.solver["name"], loaded.solver["max_steps"]) == ("broyden", 7)
+
+
+def test_trainer_sees_logits_only(model: PreTrainedModel, tmp_path: Path) -> None:
+    """The solver's report must not reach `compute_metrics`."""
+    if "labels" not in inspect.signature(model.forward).parameters:
+        pytest.skip("no head")
+    batch = inputs(model)
+    n_labels = 10 if "NodeClassification" in type(model).__name__ else 2
+    batch["labels"] = batch.get("input_ids", torch.zeros(n_labels, dtype=torch.int64))
+    seen = []
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        seen.append(prediction.predictions)
+        return {}
+
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=1
+        ),
+        data_collator=lambda items: items[0],
+        eval_dataset=[batch],
+        compute_metrics=metrics,
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert seen[0].shape == model(**batch).logits.shape
+
+
+def test_catalogue_counts_parameters_only(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert entry(str(tmp_path)).parameters == model.num_parameters()
+
+
+def test_misspelt_keywords_of_loading(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    for keywords, expected in (({"foo": 3}, "'foo'"), ({"solver": 5}, "int")):
+        with pytest.raises(UserError, match=expected) as caught:
+            DEQModel.from_pretrained(tmp_path, **keywords)
+        assert "\n" not in str(caught.value)
 
 
 def test_unknown_settings_are_refused(model: PreTrainedModel) -> None:

@@ -1,5 +1,7 @@
 """Behaviour of the DEQ-Transformer: causality, memory, cache, loading, options."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,6 +13,7 @@ from deqzoo.models.deq_transformer import (
     DEQTransformerForCausalLM,
     DEQTransformerModel,
 )
+from deqzoo.models.deq_transformer.inputs import check_tokens
 
 TIGHT = {"tol": 1e-12, "max_steps": 400}
 
@@ -437,6 +440,51 @@ def test_wrong_calls() -> None:
         model(ids, cache=DEQTransformerCache(4))
     with pytest.raises(UserError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("changes", [{}, {"cutoffs": [], "div_val": 1}])
+def test_what_is_no_text(changes: dict) -> None:
+    model = lively_model(**changes)
+    empty = torch.tensor([[]])  # float32, as tokenizers return an empty text
+    for call in (model, model.transformer, partial(model.generate, max_new_tokens=2)):
+        with pytest.raises(UserError, match=r"\(1, 0\)"):
+            call(empty)
+        with pytest.raises(UserError, match="holds 60, .* 0 to 59"):
+            call(torch.tensor([[1, 60]]))
+    with pytest.raises(UserError, match="holds -1"):
+        model.train()(torch.tensor([[-1, 1]]))
+    # Training does not wait for another device to read the indices; "meta" has none to read.
+    check_tokens(model.config, torch.zeros(1, 2, dtype=torch.int64, device="meta"), training=True)
+    with pytest.raises(UserError, match=r"\(batch, tokens\)"):
+        model(torch.tensor([1, 2]))
+
+
+def test_hidden_states() -> None:
+    model = lively_model()
+    ids = random_ids(2, 6)
+    assert model(ids).hidden_states is None
+    words, states = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(words, model.get_input_embeddings()(ids))
+    assert torch.equal(states, model.transformer(ids).last_hidden_state)
+    generated = model.generate(
+        ids, max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True
+    )
+    shapes = [[state.shape[1] for state in step] for step in generated.hidden_states]
+    assert shapes == [[6, 6], [1, 1], [1, 1]]
+    model.config.output_hidden_states = True
+    assert torch.equal(model(ids).hidden_states[1], states)
+    assert model(ids, output_hidden_states=False).hidden_states is None
+
+
+def test_the_vocabulary_keeps_its_size() -> None:
+    model = lively_model()
+    embedding = model.get_input_embeddings()
+    assert model.resize_token_embeddings() is embedding
+    assert model.resize_token_embeddings(59, pad_to_multiple_of=10) is embedding
+    with pytest.raises(NotImplementedError, match="adaptive .* from 60 to 64"):
+        model.resize_token_embeddings(61, pad_to_multiple_of=8)
+    with pytest.raises(NotImplementedError, match="from 60 to 61"):
+        model.transformer.resize_token_embeddings(61)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
+from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.layers_mdeq import WeightNormConv2d, row_norms
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification, MDEQModel
 from deqzoo.models.mdeq.presets_mdeq import PRESETS
@@ -249,6 +252,22 @@ def test_output_shapes_and_tuples():
     torch.testing.assert_close(as_tuple[0], output.logits)
     expected = torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(output.loss, expected)
+
+
+def test_feature_extraction_pipeline(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    MDEQImageProcessor.for_config(model.config).save_pretrained(tmp_path)
+    extract = pipeline("image-feature-extraction", model=str(tmp_path))
+    picture = Image.new("RGB", (8, 8), "orange")
+    processed = extract.image_processor(picture, return_tensors="pt")
+    with torch.no_grad():
+        features = extract.model(**processed).features
+    torch.testing.assert_close(torch.tensor(extract(picture)), features[-1])
+    pooled = torch.cat([z.mean((2, 3)) for z in features], dim=1)
+    torch.testing.assert_close(extract(picture, pool=True, return_tensors=True), pooled)
+    shallow = extract.model(**processed, shallow=True)
+    assert shallow.last_hidden_state is shallow.features[-1]
 
 
 def test_settings_per_call_per_model_and_from_the_config():

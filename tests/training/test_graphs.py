@@ -117,6 +117,9 @@ def test_commands(root, tmp_path, capsys):
     assert run(again) == 0
     assert not list((tmp_path / "fresh").glob("*.json"))
     capsys.readouterr()
+    recipe.write_text("epochs: 3\nbatch_size: 8\n")
+    assert run(again) == 2
+    assert "trained with other settings" in capsys.readouterr().err
     checkpoint = str(tmp_path / "folds" / "checkpoints" / "TINY-upg-5-0.5-honest-0")
     assert run(["predict-graphs", checkpoint, "--data", str(root), "--json"]) == 0
     predictions = json.loads(capsys.readouterr().out)
@@ -130,6 +133,12 @@ def test_commands(root, tmp_path, capsys):
     assert run(["evaluate", checkpoint, "--data", str(root), "--output", str(target)]) == 0
     content = json.loads(target.read_text())
     assert content["results"]["accuracy"] == pytest.approx(stored["test_accuracy"])
+    few = ["evaluate", checkpoint, "--data", str(root), "--output", str(target), "--limit", "2"]
+    assert run(few) == 0
+    part = json.loads(target.read_text())
+    assert part["results"]["samples"] == part["data"]["limit"] == 2
+    assert part["data"]["complete"] is False and part["command"].endswith("--limit 2")
+    capsys.readouterr()
     assert run(["evaluate", checkpoint, "--output", str(target)]) == 2
     assert "--data" in capsys.readouterr().err
 
@@ -192,15 +201,20 @@ def test_node_run_resumes_bit_for_bit(tmp_path, capsys):
     for key in ("recipe", "curve", "validation", "test", "data_fingerprint"):
         assert resumed[key] == whole[key]
     assert not (tmp_path / "cut" / "state.pt").exists()
+    capsys.readouterr()
+    assert run([*command, "--output", str(file)]) == 2
+    assert "cannot make the folder" in capsys.readouterr().err
     assert run(["train", str(file)]) == 2 and "--data" in capsys.readouterr().err
 
 
 def test_bad_recipes(tmp_path):
     file = tmp_path / "recipe.yaml"
     for text, message in (
-        ("name: a\ndata: PPI\nepoch: 3\n", "unknown epoch"),
+        ("name: a\ndata: PPI\nepoch: 3\n", "unknown key epoch"),
+        ("name: a\ndata: PPI\nlr: fast\n", "lr must be of type float"),
+        ("name: a\ndata: PPI\nevaluate_every: 0\n", "evaluate_every must be at least 1"),
         ("name: a\ndata: Reddit\n", "set data to one of"),
-        ("- 1\n", "no mapping"),
+        ("- 1\n", "must be a mapping"),
         ("data: PPI\n", "name"),
     ):
         file.write_text(text)

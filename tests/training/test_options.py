@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from deqzoo.training import images
 from deqzoo.training.callbacks import AverageCallback
-from deqzoo.training.recipe import Recipe, _build
+from deqzoo.training.recipe import Recipe, from_plain
 from deqzoo.training.run import run_recipe
 from deqzoo.training.task import Plan
 from deqzoo.training.trainer import moving_average
@@ -89,7 +89,7 @@ def weights(folder: Path, change: dict) -> dict[str, Tensor]:
     content = copy.deepcopy(RECIPE)
     for key, value in change.items():
         content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
-    run_recipe(_build(Recipe, content, ""), None, folder / "run", progress=False)
+    run_recipe(from_plain(Recipe, content, ""), None, folder / "run", progress=False)
     return load_file(folder / "run" / "model" / "model.safetensors")
 
 
@@ -129,7 +129,7 @@ def test_batch_statistics_of_the_average_belong_to_the_stage():
     model = nn.BatchNorm1d(1)
     rule = moving_average(0.9, warm_up=False)
     average = AveragedModel(model, multi_avg_fn=rule, use_buffers=True)
-    stages = _build(Recipe, {**RECIPE, "stages": [STAGE, STAGE]}, "").stages
+    stages = from_plain(Recipe, {**RECIPE, "stages": [STAGE, STAGE]}, "").stages
     plan = Plan(stages, (0, 100), (100, 100), 1, 200)
     callback = AverageCallback(SimpleNamespace(model=model, average=average, plan=plan))
 

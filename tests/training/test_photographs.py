@@ -15,7 +15,7 @@ from deqzoo import DEQModel
 from deqzoo.data.imagenet import load_imagenet
 from deqzoo.errors import UserError
 from deqzoo.training.photographs import random_resized_crop
-from deqzoo.training.recipe import Recipe, _build
+from deqzoo.training.recipe import Recipe, from_plain
 from deqzoo.training.run import build_task, run_recipe
 from deqzoo.training.task import Plan
 
@@ -70,7 +70,7 @@ def recipe(tmp_path: Path) -> Recipe:
             {"epochs": 1, "resolution": 32, "gradient": {"name": "upg", "steps": 1}},
         ],
     }
-    return _build(Recipe, content, "")
+    return from_plain(Recipe, content, "")
 
 
 def test_splits(folder: Path, tmp_path: Path) -> None:
@@ -129,13 +129,13 @@ def test_flip_is_drawn() -> None:
 
 @pytest.mark.parametrize(
     ("augment", "message"),
-    [({"crop": 4}, "unknown augmentation 'crop'"), ({"flip": "alternating"}, "must be 'random'")],
+    [({"crop": 4}, "unknown augmentation 'crop'"), ({"flip": "alternating"}, "must be random")],
 )
 def test_wrong_augmentation(recipe: Recipe, augment: dict, message: str) -> None:
     content = {**recipe.to_dict(), "augment": augment}
     content["stages"] = [{"epochs": 1}]
     with pytest.raises(UserError, match=message):
-        build_task(_build(Recipe, content, ""), None, stand_in=True)
+        build_task(from_plain(Recipe, content, ""), None, stand_in=True)
 
 
 def test_missing_folder_and_split(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import fcntl
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,12 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         (changed(["optimizer", "name"], "lion"), "optimizer.name must be one of"),
         (changed(["batch_size"], True), "batch_size must be of type int"),
         (changed(["stages"], []), "at least one"),
+        (changed(["stages", 0, "resolution"], -8), r"stages\[0\].resolution must be at least 1"),
+        (changed(["stages", 0, "jacobian"], {"every": 0}), r"jacobian.every must be at least 1"),
+        (changed(["optimizer", "lr"], -0.1), "optimizer.lr must be at least 0"),
+        ({**MINIMAL, "average": 1.0}, r"average must be in \[0, 1\)"),
+        ({**MINIMAL, "schedule": {"warmup": 3}}, "schedule.warmup is a share"),
+        (changed(["model", "family"], "deq_transformer"), "must be mdeq, got deq_transformer"),
         (
             {**changed(["stages", 0, "gradient"], {"name": "npg"}), "gradient_checkpointing": True},
             r"no effect on gradient 'npg' of stages\[0\]",
@@ -82,6 +89,39 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         load_recipe(write(tmp_path, content))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (["model", "preset"], "resnet", "unknown MDEQ preset 'resnet'"),
+        (["model", "overrides"], {"dropuot": 0.1}, "unknown key model.overrides.dropuot"),
+        (["model", "overrides"], {"dropout": "a"}, "model settings: .*'dropout'"),
+        (["model", "overrides"], {"solver": {"name": "newton"}}, "unknown solver 'newton'"),
+        (["data", "options"], {"size": 64}, "unknown key data.options.size; valid keys are seed"),
+        (["data", "options"], {"seed": "one"}, "data.options.seed must be a whole number"),
+        (["augment"], {"mixup": 1}, "unknown augmentation 'mixup'"),
+        (["augment"], {"crop": "a"}, "augment.crop must be a number of pixels"),
+        (["augment"], {"flip": "vertical"}, "augment.flip must be alternating or random"),
+        (["augment"], {"area": [0.5, 1.5]}, "augment.area must be two positive numbers"),
+    ],
+)
+def test_what_a_model_or_its_data_refuse(tmp_path, capsys, place, value, message):
+    path = write(tmp_path, changed(place, value))
+    assert run(["train", str(path), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"- {recipe: 3}", "got {'recipe': 3}"), (b"\xff\xfe", "is not YAML"), (b"a: 1", "a list")],
+)
+def test_wrong_queues(tmp_path, content, message):
+    path = tmp_path / "queue.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_queue(path)
 
 
 def test_missing_file():

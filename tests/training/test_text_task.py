@@ -15,7 +15,7 @@ from deqzoo.data import text
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 from deqzoo.training.estimate import estimate
-from deqzoo.training.recipe import Recipe, _build, load_recipe
+from deqzoo.training.recipe import Recipe, from_plain, load_recipe
 from deqzoo.training.run import export, run_recipe
 from deqzoo.training.task import Plan
 from deqzoo.training.text import LanguageModelingTask
@@ -50,7 +50,7 @@ def recipe(**changes: object) -> Recipe:
         "evaluation": {"per_epoch": 1, "samples": 100, "snapshots": 0},
         "stages": [{"epochs": 1, "gradient": {"name": "jfb"}, "jacobian": {"every": 2}}],
     }
-    return _build(Recipe, content | changes, "")
+    return from_plain(Recipe, content | changes, "")
 
 
 def test_batches_follow_the_text(data: Path) -> None:

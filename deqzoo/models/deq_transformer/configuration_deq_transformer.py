@@ -42,7 +42,8 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
     model_type = "deq_transformer"
     keys_to_ignore_at_inference = [
         "cache", "memory", "nll", "n_steps", "residual", "converged",
-        "token_steps", "token_residual", "token_converged", "state", "equilibrium_map",
+        "token_steps", "token_residual", "token_converged", "hidden_states", "state",
+        "equilibrium_map",
     ]  # fmt: skip
     # Where acceleration stalls the solver falls back to plain steps.
     default_solver = {"name": "anderson", "max_steps": 30, "tol": 1e-3, "patience": 8}

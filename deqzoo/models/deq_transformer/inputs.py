@@ -29,6 +29,30 @@ def targets_of(labels: Tensor | None, shift: bool, attention_mask: Tensor | None
     return labels if padding is None else labels.masked_fill(padding, IGNORED)
 
 
+def check_tokens(config: DEQTransformerConfig, input_ids: Tensor, training: bool) -> None:
+    """Refuse what is no batch of this model's words.
+
+    The indices themselves are read in training on the CPU only: elsewhere every step would wait
+    for the device.
+
+    Raises:
+        UserError: not (batch, tokens), no tokens, or an index outside the vocabulary.
+    """
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise UserError(
+            f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens) with at least "
+            "one token (an empty text has none)."
+        )
+    if training and input_ids.device.type != "cpu":
+        return
+    foreign = input_ids[(input_ids < 0) | (input_ids >= config.vocab_size)]
+    if foreign.numel():
+        raise UserError(
+            f"input_ids holds {foreign[0]}, but this model's words are numbered from 0 to "
+            f"{config.vocab_size - 1}; use the tokenizer that belongs to the model."
+        )
+
+
 def valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
     """(B, T) bool, or None when every token is real."""
     if attention_mask is None:

@@ -29,6 +29,7 @@ from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCa
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 from deqzoo.models.deq_transformer.inputs import (
     check_past,
+    check_tokens,
     joined_validity,
     past_length,
     targets_of,
@@ -128,6 +129,29 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         self._need_equilibrium()
         super().set_gradient(name, **settings)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> AdaptiveEmbedding:
+        """The embedding, where its size is to stay; arguments as in transformers.
+
+        Raises:
+            NotImplementedError: the size is to change.
+        """
+        size = self.config.vocab_size
+        wanted = size if new_num_tokens is None else new_num_tokens
+        wanted += -wanted % (pad_to_multiple_of or 1)
+        if wanted != size:
+            raise NotImplementedError(
+                f"an adaptive embedding and softmax cannot be resized from {size} to {wanted} "
+                "words, since clusters by frequency give new ones no place; leave new words to the "
+                "tokenizer's <unk>, or train a new model with "
+                f"DEQTransformerConfig(vocab_size={wanted}, ...)"
+            )
+        return self.get_input_embeddings()
+
     def _need_equilibrium(self) -> None:
         if not self.config.has_equilibrium:
             raise UserError(
@@ -194,6 +218,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         shallow: bool = False,
         warm_start: bool = False,
         dropout_masks: DropoutMasks | None = None,
+        output_hidden_states: bool | None = None,
         output_state: bool = False,
         past_key_values: DEQTransformerCache | None = None,
     ) -> DEQTransformerModelOutput:
@@ -210,9 +235,15 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
                 solving (the first phase of training).
             warm_start: start from the newest cached state instead of zero.
             dropout_masks: these instead of random ones.
+            output_hidden_states: also return the word vectors and the states; by default as
+                the configuration says.
             output_state: also return the map and the state, for ``jacobian_loss``.
             past_key_values: what ``cache`` is called before transformers 5.24.
+
+        Raises:
+            UserError: no tokens, indices of no word, or a past that this model cannot read.
         """
+        check_tokens(self.config, input_ids, self.training)
         cache = past_key_values if cache is None else cache
         check_past(self.config, cache, memory, use_cache)
         if use_cache and cache is None:
@@ -220,7 +251,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         valid = valid_tokens(attention_mask, input_ids)
         n_past = past_length(cache, memory)
         masks = dropout_masks or self._masks(input_ids, n_past)
-        injection = self.inject(input_ids, masks)
+        embedded = self.embed(input_ids, masks)
+        injection = self.injection(embedded)
         f = self.bind(injection, masks, cache, memory, valid)
         # Under autocast the injection is narrower than the state should be.
         start = self.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
@@ -234,10 +266,13 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             memory = updated_memory(memory, report.state, injection, self.config.mem_len)
         else:
             memory = None  # padding cannot be told from tokens in a memory
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return DEQTransformerModelOutput(
             last_hidden_state=report.state,
             cache=cache,
             memory=None if memory is None else tuple(memory),
+            hidden_states=(embedded, report.state) if output_hidden_states else None,
             state=report.state.detach() if output_state else None,
             equilibrium_map=f if output_state else None,
             **report.per_sample(valid),
@@ -260,10 +295,14 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             return DropoutMasks(layers=(LayerMasks(),) * self.config.n_sublayers)
         return draw_masks(self.config, *input_ids.shape, n_past, self.injection.weight)
 
+    def embed(self, input_ids: Tensor, masks: DropoutMasks) -> Tensor:
+        """Vectors (B, T, d) of words (B, T), dropout included."""
+        x = self.embedding(input_ids, masks.words)
+        return x if masks.input is None else x * masks.input
+
     def inject(self, input_ids: Tensor, masks: DropoutMasks) -> Tensor:
         """Injections (B, T, 3d) of words (B, T)."""
-        x = self.embedding(input_ids, masks.words)
-        return self.injection(x if masks.input is None else x * masks.input)
+        return self.injection(self.embed(input_ids, masks))
 
     def bind(
         self,
@@ -415,6 +454,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         shallow: bool = False,
         warm_start: bool = False,
         dropout_masks: DropoutMasks | None = None,
+        output_hidden_states: bool | None = None,
         output_state: bool = False,
         past_key_values: DEQTransformerCache | None = None,
     ) -> DEQTransformerCausalLMOutput:
@@ -440,6 +480,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             shallow=shallow,
             warm_start=warm_start,
             dropout_masks=dropout_masks,
+            output_hidden_states=output_hidden_states,
             output_state=output_state,
             return_dict=True,
         )

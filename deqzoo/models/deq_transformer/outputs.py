@@ -42,6 +42,8 @@ class DEQTransformerModelOutput(CachingOutput):
         n_steps, residual, converged: (B,) worst over the real tokens of a sample.
         token_steps, token_residual, token_converged: (B, T) the same token by token; a causal
             solver counts a token as converged when all before it are.
+        hidden_states: (B, T, d) word vectors and last_hidden_state, with
+            `output_hidden_states=True`.
         state: last_hidden_state detached, only with `output_state=True`.
         equilibrium_map: the map that was solved, only with `output_state=True`.
     """
@@ -55,6 +57,7 @@ class DEQTransformerModelOutput(CachingOutput):
     token_steps: Tensor | None = None
     token_residual: Tensor | None = None
     token_converged: Tensor | None = None
+    hidden_states: tuple[Tensor, Tensor] | None = None
     state: Tensor | None = None
     equilibrium_map: EquilibriumMap | None = None
 
@@ -81,6 +84,7 @@ class DEQTransformerCausalLMOutput(CachingOutput):
     token_steps: Tensor | None = None
     token_residual: Tensor | None = None
     token_converged: Tensor | None = None
+    hidden_states: tuple[Tensor, Tensor] | None = None
     state: Tensor | None = None
     equilibrium_map: EquilibriumMap | None = None
 

@@ -47,6 +47,7 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
     """
 
     model_type = "ignn"
+    keys_to_ignore_at_inference = ["n_steps", "residual", "converged", "hidden_states"]
     default_solver = {"name": "fixed_point", "max_steps": 300, "tol": 1e-5}
     default_gradient = {"name": "upg", "steps": 5, "damping": 0.5}
 

@@ -48,6 +48,9 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
     """
 
     model_type = "mdeq"
+    keys_to_ignore_at_inference = [
+        "n_steps", "residual", "converged", "hidden_states", "state", "equilibrium_map",
+    ]  # fmt: skip
 
     num_channels: int = 3
     image_size: int = 32

@@ -33,6 +33,8 @@ class MDEQModelOutput(ModelOutput):
     """Features of all resolutions and the solver's report.
 
     Args:
+        last_hidden_state: the coarsest branch's features (B, C_n, H_n, W_n).
+        pooler_output: means over the positions, of all branches side by side, (B, sum of C_i).
         features: per branch the equilibrium state (B, C_i, H_i, W_i), finest first.
         n_steps: updates of the state, int64 (B,).
         residual: residual of the returned state in the solver's stop mode, (B,).
@@ -41,6 +43,8 @@ class MDEQModelOutput(ModelOutput):
         equilibrium_map: the `MDEQMap` that was solved, only with `output_state=True`.
     """
 
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
     features: tuple[Tensor, ...] | None = None
     n_steps: Tensor | None = None
     residual: Tensor | None = None
@@ -210,10 +214,7 @@ class MDEQModel(MDEQPreTrainedModel):
             output = self._unroll(g, z0, tol=self._solver(solver)["tol"])
         else:
             solution = self.solve(g, z0, solver=solver, gradient=gradient)
-            output = MDEQModelOutput(
-                features=tuple(solution.state),
-                **per_sample(solution),
-            )
+            output = _model_output(tuple(solution.state), **per_sample(solution))
         if output_state:
             output.state = tuple(z.detach() for z in output.features)
             # The compiled norm cannot be differentiated twice, which the Jacobian penalty needs.
@@ -226,8 +227,8 @@ class MDEQModel(MDEQPreTrainedModel):
         with torch.no_grad():
             change = _squared_norms(tuple(a - b for a, b in zip(state, previous, strict=True)))
             residual = (change / _squared_norms(state).clamp_min(1e-30)).sqrt()
-        return MDEQModelOutput(
-            features=state,
+        return _model_output(
+            state,
             n_steps=torch.full_like(residual, layers, dtype=torch.int64),
             residual=residual,
             converged=residual <= tol,
@@ -320,6 +321,16 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
             state=base.state,
             equilibrium_map=base.equilibrium_map,
         )
+
+
+def _model_output(features: State, **report: Tensor) -> MDEQModelOutput:
+    """The output for the features of all branches, with the solver's report."""
+    return MDEQModelOutput(
+        last_hidden_state=features[-1],
+        pooler_output=torch.cat([z.mean((2, 3)) for z in features], dim=1),
+        features=features,
+        **report,
+    )
 
 
 def _squared_norms(state: State) -> Tensor:
