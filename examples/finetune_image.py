@@ -14,6 +14,7 @@ A tenth of the pictures is held out where there is no test split; its accuracy i
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -150,4 +151,8 @@ def main(argv: list[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"finetune_image.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import io
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +50,14 @@ def picture(label: int, seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 100, (20, 24, 3), dtype=np.uint8)
     pixels[..., label] += 150
     return Image.fromarray(pixels)
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), str(tmp_path / "nowhere")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("finetune_image.py: ") and "Traceback" not in done.stderr
 
 
 def test_folder_of_pictures(example: ModuleType, model: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from deqzoo.evaluation.files import weights_digest
 from deqzoo.hub.cards import snippet
 from deqzoo.hub.catalogue import Entry, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
-from deqzoo.models.auto import FAMILIES, DEQModel
+from deqzoo.models.auto import DEQModel
 from deqzoo.zoo import bundled_folder, resolve_folder, suggestion
 
 
@@ -34,11 +34,6 @@ def verify_model(name: str, *, revision: str | None = None) -> list[str]:
     """
     folder = resolve_folder(name) or _download(name, revision)
     found = entry(str(folder))
-    if found.config.get("model_type") not in FAMILIES:
-        raise UserError(
-            f"{name} is of model type {found.config.get('model_type')!r}; "
-            f"only {', '.join(FAMILIES)} can be verified"
-        )
     faults = []
     for check in (_files, _evaluations, _weights_and_prediction, _snippet):
         try:
