@@ -255,9 +255,8 @@ def test_random_crops_have_the_side_of_the_stage_and_stay_in_the_picture():
 
 
 def test_unknown_augmentation_is_named():
-    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(UserError, match="'zoom'; valid: area, aspect"):
-        images.augment(pixels, torch.arange(1), 0, {"zoom": 2}, torch.Generator())
+        images.check_augmentation({"zoom": 2}, ("area", "aspect"))
 
 
 def test_photographs_in_memory_are_validated_as_the_processor_shows_them(monkeypatch, tmp_path):
