@@ -224,14 +224,15 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
 
 #: Smallest values of numbers, by the kind of settings that holds them.
 _AT_LEAST: dict[type, dict[str, float]] = {
-    Recipe: {"batch_size": 1, "accumulate": 1, "checkpoint_minutes": 0, "label_smoothing": 0},
-    Optimizer: {"lr": 0, "other_lr": 0, "weight_decay": 0, "momentum": 0, "clip": 0},
+    Recipe: {"batch_size": 1, "accumulate": 1, "checkpoint_minutes": 0},
+    Optimizer: {"lr": 0, "other_lr": 0, "weight_decay": 0, "clip": 0},
     Schedule: {"warmup": 0, "final": 0},
     Jacobian: {"weight": 0, "every": 1, "probes": 1},
     Stage: {"resolution": 1},
     Evaluation: {"per_epoch": 0, "samples": 2, "snapshots": 0},
 }
-_BELOW_ONE = {Recipe: ("average", "label_smoothing"), Optimizer: ("momentum",)}
+#: Numbers in [0, 1).
+_SHARES = {Recipe: ("average", "label_smoothing"), Optimizer: ("momentum",)}
 #: Model families of the tasks.
 _FAMILIES = {"image-classification": "mdeq", "language-modeling": "deq_transformer"}
 
@@ -241,9 +242,10 @@ def _check_numbers(settings: Any, place: str = "") -> None:
         value = getattr(settings, key)
         if value is not None and not value >= least:
             raise ValueError(f"{_join(place, key)} must be at least {least}, got {value}")
-    for key in _BELOW_ONE.get(type(settings), ()):
-        if not 0 <= getattr(settings, key) < 1:
-            raise ValueError(f"{_join(place, key)} must be in [0, 1), got {getattr(settings, key)}")
+    for key in _SHARES.get(type(settings), ()):
+        value = getattr(settings, key)
+        if not 0 <= value < 1:
+            raise ValueError(f"{_join(place, key)} must be in [0, 1), got {value}")
 
 
 def _check(recipe: Recipe) -> None:

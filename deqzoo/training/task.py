@@ -162,13 +162,12 @@ def check_options(load: Callable[..., Any], options: Mapping[str, Any]) -> None:
     Raises:
         UserError: unknown option, or a value of another type than a whole number.
     """
-    parameters = inspect.signature(load).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(load).parameters
+    known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name, value in options.items():
         if name not in known:
             raise UserError(f"unknown key data.options.{name}; valid keys are {', '.join(known)}")
-        default = inspect.signature(load).parameters[name].default
-        if isinstance(default, int) and (type(value) is not int or value < 0):
+        if isinstance(parameters[name].default, int) and (type(value) is not int or value < 0):
             raise UserError(f"data.options.{name} must be a whole number, got {value!r}")
 
 
