@@ -174,12 +174,13 @@ def upload(
             _move_tag(api, repo_id, tag, commit.oid, kind)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
+        refused = "upload to" if commit is None else f"tag {tag} (the files are uploaded) of"
         if status in (401, 403):
             raise UserError(
-                f"the Hub refused the upload to {repo_id} ({status}): log in with `hf auth login`, "
+                f"the Hub refused the {refused} {repo_id} ({status}): log in with `hf auth login`, "
                 "or set HF_TOKEN to a token that may write there"
             ) from error
-        raise UserError(f"the Hub refused the upload to {repo_id}: {_line(error)}") from error
+        raise UserError(f"the Hub refused the {refused} {repo_id}: {_line(error)}") from error
     except Exception as error:  # connection errors differ between releases of the client
         done = "nothing was committed" if commit is None else f"without the tag {tag}"
         raise UserError(

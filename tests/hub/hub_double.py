@@ -1,6 +1,6 @@
 """A stand-in for the Hub on the loopback: the routes that the real client uses to publish and load.
 
-Repositories live in memory. Faults can be switched on: `refuse_uploads` breaks off large files,
+Repositories live in memory. Faults can be switched on: `refuse_uploads` breaks off large files, `refuse_tags` forbids tags,
 `corrupt` alters what is served. Standard library only.
 """
 
@@ -36,6 +36,7 @@ class HubDouble(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.n_commits = 0
         self.refuse_uploads = False
+        self.refuse_tags = False
         self.corrupt = ""
 
     def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
@@ -169,6 +170,8 @@ class Handler(BaseHTTPRequestHandler):
         refs = self.server.refs[repository]
         source = name if kind == "tag" else "main"
         target = wanted.get("tag", name) if kind == "tag" else name
+        if kind == "tag" and self.server.refuse_tags:
+            return self.answer(403, {"error": "Forbidden"})
         if target in refs:
             return self.answer(409, {"error": "Reference already exists"})
         refs[target] = refs.get(source, source)

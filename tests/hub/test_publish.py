@@ -233,6 +233,16 @@ def test_interrupted_upload_commits_nothing(
     assert "model.safetensors" in hub.files(REPOSITORY)
 
 
+def test_refused_tag_is_told_from_a_refused_upload(
+    hub: hub_double.HubDouble, client: Client, sealed: Path
+) -> None:
+    hub.refuse_tags = True
+    done = client.publish(sealed)
+    assert done.code == 2 and len(done.err.splitlines()) == 1
+    assert "refused the tag v" in done.err and "are uploaded" in done.err
+    assert "model.safetensors" in hub.files(REPOSITORY)
+
+
 def test_corrupted_download_is_found(
     hub: hub_double.HubDouble, client: Client, sealed: Path
 ) -> None:
