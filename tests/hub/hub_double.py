@@ -1,7 +1,7 @@
 """A stand-in for the Hub on the loopback: the routes that the real client uses to publish and load.
 
-Repositories live in memory. Faults can be switched on: `refuse_uploads` breaks off large files, `refuse_tags` forbids tags,
-`corrupt` alters what is served. Standard library only.
+Repositories live in memory. Faults can be switched on: `refuse_uploads` breaks off large files,
+`refuse_tags` forbids tags, `corrupt` alters what is served. Standard library only.
 """
 
 from __future__ import annotations
