@@ -7,7 +7,8 @@ For every model (zoo name or folder): accuracy, perplexity or F1 against the num
 (preparing the data included); how far logits move when a sample is computed alone instead of in its
 batch; and, for pictures and texts, the time that TorchDEQ's Anderson solver takes for the same map
 and tolerance, with the residual that both reach. ROOT holds the data sets in folders of their own
-(cifar10, imagenette, wikitext, ptb_text_only, graphs).
+(cifar10, imagenette, wikitext, ptb_text_only, graphs). Figures of weights that have been replaced
+since are measured anew.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from deqzoo.equilibrium.layout import Causal
 from deqzoo.equilibrium.solvers import make_solver
 from deqzoo.equilibrium.state import StatePacker
 from deqzoo.evaluation.chart import line_chart
+from deqzoo.evaluation.files import weights_digest
 from deqzoo.evaluation.gradient_batches import make_batch, part
 from deqzoo.hub.catalogue import entry
 
@@ -114,6 +116,12 @@ def loaded(name: str, root: Path, limit: int) -> tuple[Any, Measure]:
     """A model and how to score it, read once."""
     model = deqzoo.DEQModel.from_pretrained(name)
     return model, figure_of(model, folder_of(model, root), limit)
+
+
+@cache
+def digest(name: str) -> str | None:
+    """Digest of a model's stored weights, read once."""
+    return weights_digest(entry(name).folder)
 
 
 def measure(key: str, root: Path, limit: int) -> dict[str, Any]:
@@ -230,7 +238,11 @@ def main() -> None:
     names = arguments.models or deqzoo.list_models()
     cells = Cells("anytime")
     wanted = [key for name in names for key in wanted_of(name)]
-    missing = cells.fill(wanted, lambda key: measure(key, arguments.data, arguments.limit))
+    missing = cells.fill(
+        wanted,
+        lambda key: measure(key, arguments.data, arguments.limit),
+        weights_of=lambda key: digest(key.split(": ")[0]),
+    )
     print(report(cells.done))
     print("missing:", ", ".join(missing) or "nothing")
     write_text("anytime_table.md", report(cells.done))

@@ -24,17 +24,32 @@ class Cells:
         if self.path.is_file():
             self.done = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
 
-    def fill(self, wanted: Iterable[str], measure: Callable[[str], Any]) -> list[str]:
+    def fill(
+        self,
+        wanted: Iterable[str],
+        measure: Callable[[str], Any],
+        weights_of: Callable[[str], str | None] | None = None,
+    ) -> list[str]:
         """Measure the wanted cells that are missing, in order; returns those that still are.
 
         A cell whose measurement raises stays missing, with the reason on stderr.
+
+        Args:
+            weights_of: digest of the weights that a cell is measured on. It is kept in the cell
+                (which must be a dict), and a cell of other weights is measured anew.
         """
         wanted = list(wanted)
+        weights = {key: weights_of(key) for key in wanted} if weights_of else {}
         for key in wanted:
+            if key in self.done and weights:
+                if self.done[key].get("weights_sha256") != weights[key]:
+                    del self.done[key]
             if key in self.done:
                 continue
             try:
                 self.done[key] = measure(key)
+                if weights:
+                    self.done[key]["weights_sha256"] = weights[key]
             except Exception as error:  # whatever stops one cell must not stop the others
                 print(f"{key}: {type(error).__name__}: {error}", file=sys.stderr)
                 continue
