@@ -104,9 +104,7 @@ def info(name: ModelName, as_json: AsJson = False) -> None:
 @app.command()
 def classify(
     images: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
-    model: Annotated[
-        str | None, typer.Option(help="Image model; the best bundled one by default.")
-    ] = None,
+    model: Annotated[str, typer.Option(help="Image model.")] = deqzoo.zoo.DEFAULT_IMAGE_MODEL,
     top_k: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
     as_json: AsJson = False,
 ) -> None:
@@ -114,7 +112,7 @@ def classify(
     from deqzoo.evaluation import classify as classification
 
     pictures = [classification.read_picture(path) for path in images]
-    loaded = deqzoo.DEQModel.from_pretrained(model or _default_image_model())
+    loaded = deqzoo.DEQModel.from_pretrained(model)
     found = classification.classify(loaded, pictures, top_k=top_k)
     if as_json:
         from deqzoo.evaluation.files import finite
@@ -204,16 +202,6 @@ def _on_device(model: Any, device: str) -> Any:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
-
-
-def _default_image_model() -> str:
-    """The bundled CIFAR-10 model with the best test accuracy."""
-    from deqzoo.hub.catalogue import best_first, entry
-
-    known = [n for n in deqzoo.zoo.DEFAULT_IMAGE_MODELS if n in deqzoo.list_models()]
-    if not known:
-        raise UserError("no image model is bundled; name one with --model")
-    return best_first(map(entry, known), "accuracy")[0].name
 
 
 def _add_commands_of_other_rooms() -> None:

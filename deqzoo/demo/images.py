@@ -76,6 +76,22 @@ def open_picture(path: Any) -> Image.Image:
         raise UserError(str(error).replace(str(path), path.name)) from error
 
 
+def open_pictures(paths: Sequence[Any], loaded: Loaded) -> tuple[list[Image.Image], Tensor]:
+    """Thumbnails of several pictures, and the model's input (B, 3, H, W) made of them.
+
+    One after another, so that only one of them is in memory in full.
+
+    Raises:
+        UserError: as `open_picture`.
+    """
+    small, batch = [], []
+    for path in paths:
+        picture = open_picture(path)
+        small.append(thumbnail(picture))
+        batch.append(to_batch(loaded.reader, [picture], loaded.model))
+    return small, torch.cat(batch)
+
+
 @torch.inference_mode()
 def solve_picture(loaded: Loaded, picture: Image.Image, solver: dict[str, Any]) -> Solve:
     """Classify one picture and keep what the solver went through.
@@ -173,7 +189,7 @@ def check_count(paths: Sequence[Any] | None) -> list[Any]:
 def batch_html(
     pictures: Sequence[Image.Image], names: Sequence[str], found: Sequence[Classification]
 ) -> str:
-    """A card per picture with its answer and a bar for its solver steps."""
+    """A card per (small) picture with its answer and a bar for its solver steps."""
     longest = max(c.n_steps for c in found)
     cards = []
     for picture, name, result in zip(pictures, names, found, strict=True):
@@ -181,7 +197,7 @@ def batch_html(
         share = 100 * result.n_steps / max(longest, 1)
         state = "converged" if result.converged else "not converged"
         cards.append(
-            f'<div class="dz-card"><img alt="{escape(name)}" src="{data_url(thumbnail(picture))}"/>'
+            f'<div class="dz-card"><img alt="{escape(name)}" src="{data_url(picture)}"/>'
             f"<div><b>{escape(label)}</b> {probability:.0%}"
             f'<div class="dz-note">{escape(name)}</div>'
             f'<div class="dz-bar"><i class="{"" if result.converged else "dz-open"}" '

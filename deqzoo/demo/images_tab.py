@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from deqzoo.evaluation.classify import classify
+from deqzoo.evaluation.classify import classify_pixels
 
 from . import images
 from .controls import (
@@ -97,11 +97,11 @@ def batch_tab(shelf: Shelf, examples: list[Path]) -> None:
     @guarded
     def run(paths: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any) -> str:
         paths = images.check_count(paths)
-        opened = [images.open_picture(path) for path in paths]
         settings = settings_from(solver, budget, exponent)
         loaded = shelf.get(checkpoint, IMAGES)
-        found = classify(loaded.model, opened, top_k=1, processor=loaded.reader, solver=settings)
-        return images.batch_html(opened, [Path(p).name for p in paths], found)
+        small, batch = images.open_pictures(paths, loaded)
+        found = classify_pixels(loaded.model, batch, top_k=1, solver=settings)
+        return images.batch_html(small, [Path(p).name for p in paths], found)
 
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "images"}
     inputs = [files, *controls.inputs]

@@ -51,7 +51,7 @@ class Shelf:
         self._loaded: dict[str, Loaded] = {}
 
     def entries(self, task: str) -> list[Entry]:
-        """Sound checkpoints of a task, the best first."""
+        """Sound checkpoints of a task: the default one, then the others, the best first."""
         found = []
         for name in deqzoo.zoo.list_models():
             try:
@@ -61,14 +61,16 @@ class Shelf:
         metric = "perplexity" if task == TEXT else "accuracy"
         ranked = best_first((e for e in found if e.task == task), metric)
         # The text style of WikiText fits what people write; Penn Treebank's does not.
-        return sorted(ranked, key=lambda e: "ptb" in e.name)
+        return sorted(
+            ranked, key=lambda e: (e.name != deqzoo.zoo.DEFAULT_IMAGE_MODEL, "ptb" in e.name)
+        )
 
     def names(self, task: str) -> list[str]:
-        """Names of a task's checkpoints, the best first."""
+        """Names of a task's checkpoints, the default one first."""
         return [e.name for e in self.entries(task)]
 
     def get(self, name: Any, task: str) -> Loaded:
-        """A checkpoint of a task by its name; the best one where the name is empty.
+        """A checkpoint of a task by its name; the default one where the name is empty.
 
         Raises:
             UserError: no such checkpoint, or its files are damaged.

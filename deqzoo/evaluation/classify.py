@@ -60,19 +60,32 @@ def classify(
     found: list[Classification] = []
     for start in range(0, len(pictures), batch_size):
         batch = to_batch(processor, pictures[start : start + batch_size], model)
-        with torch.inference_mode():
-            output = model.eval()(pixel_values=batch, solver=solver)
-        best = output.logits.float().softmax(-1).topk(min(top_k, model.config.num_labels))
-        for row, (probabilities, classes) in enumerate(zip(*best, strict=True)):
-            names = [model.config.id2label[index] for index in classes.tolist()]
-            found.append(
-                Classification(
-                    labels=list(zip(names, probabilities.tolist(), strict=True)),
-                    n_steps=int(output.n_steps[row]),
-                    residual=float(output.residual[row]),
-                    converged=bool(output.converged[row]),
-                )
+        found += classify_pixels(model, batch, top_k=top_k, solver=solver)
+    return found
+
+
+@torch.inference_mode()
+def classify_pixels(
+    model: PreTrainedModel,
+    pixels: Tensor,
+    *,
+    top_k: int = 5,
+    solver: dict[str, Any] | str | None = None,
+) -> list[Classification]:
+    """Classify one batch of prepared pictures (B, 3, H, W), as `to_batch` makes them."""
+    output = model.eval()(pixel_values=pixels, solver=solver)
+    best = output.logits.float().softmax(-1).topk(min(top_k, model.config.num_labels))
+    found = []
+    for row, (probabilities, classes) in enumerate(zip(*best, strict=True)):
+        names = [model.config.id2label[index] for index in classes.tolist()]
+        found.append(
+            Classification(
+                labels=list(zip(names, probabilities.tolist(), strict=True)),
+                n_steps=int(output.n_steps[row]),
+                residual=float(output.residual[row]),
+                converged=bool(output.converged[row]),
             )
+        )
     return found
 
 

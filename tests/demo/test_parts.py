@@ -15,6 +15,7 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 
 import deqzoo.zoo
@@ -23,9 +24,10 @@ from deqzoo.cli import run
 from deqzoo.demo import charts, graphs, images, text
 from deqzoo.demo.app import build_demo
 from deqzoo.demo.guard import Deadline, guarded
+from deqzoo.demo.look import theme
 from deqzoo.demo.shelf import IMAGES, TEXT, Loaded, Shelf, solver_settings
 from deqzoo.errors import UserError
-from deqzoo.evaluation.classify import load_processor
+from deqzoo.evaluation.classify import classify, classify_pixels, load_processor, to_batch
 from deqzoo.evaluation.text import load_tokenizer
 from deqzoo.hub.catalogue import Entry
 
@@ -137,6 +139,48 @@ def test_large_pictures_are_refused(tmp_path, monkeypatch) -> None:
         images.open_picture(tmp_path / "big.png")
     with pytest.raises(UserError, match="too many"):
         images.check_count(["x"] * 25)
+
+
+def test_several_pictures_are_reduced_one_by_one(tiny_mdeq, tmp_path, monkeypatch) -> None:
+    reader = loaded(tiny_mdeq, load_processor)
+    paths = []
+    for number in range(3):
+        paths.append(tmp_path / f"{number}.png")
+        Image.effect_noise((400, 300), 40 * number + 1).save(paths[-1])
+    small, pixels = images.open_pictures(paths, reader)
+    whole = [images.open_picture(path) for path in paths]
+    assert torch.equal(pixels, to_batch(reader.reader, whole, reader.model))
+    assert max(side for picture in small for side in picture.size) <= 96
+    found = classify(reader.model, whole, processor=reader.reader)
+    assert classify_pixels(reader.model, pixels) == found
+    assert images.batch_html(small, ["<a>", "b", "c"], found).count("<img") == 3
+
+
+def test_contrast_of_buttons_and_labels() -> None:
+    """WCAG 2.1, 1.4.3 (AA): 4.5 to 1 for text of usual size, in light and dark mode."""
+    look = theme()
+
+    def colour(name: str, mode: str) -> str:
+        value = getattr(look, name + mode, None) or getattr(look, name)
+        if value.startswith("*"):
+            return colour(value[1:], mode)
+        return {"white": "#ffffff"}.get(value, value)
+
+    def luminance(value: str) -> float:
+        parts = [int(value[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for text_name, ground_name in [
+        ("button_primary_text_color", "button_primary_background_fill"),
+        ("button_primary_text_color_hover", "button_primary_background_fill_hover"),
+        ("checkbox_label_text_color_selected", "checkbox_label_background_fill_selected"),
+        ("block_label_text_color", "block_label_background_fill"),
+        ("block_title_text_color", "block_title_background_fill"),
+    ]:
+        for mode in ("", "_dark"):
+            pair = [luminance(colour(name, mode)) for name in (text_name, ground_name)]
+            assert (max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5, text_name + mode
 
 
 def test_uploaded_graphs(graph_folder, graph_data, tmp_path) -> None:
