@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from deqzoo import DEQModel
+from deqzoo.evaluation.files import describe_model
 from deqzoo.models.deq_transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 
 CONTEXTS = (128, 512, 1024)
@@ -131,8 +132,8 @@ def main() -> None:
             rows.append(row)
     name = Path(arguments.model or "untrained").name
     content = {
-        "model": name, "threads": arguments.threads, "solver": dict(model.config.solver),
-        "torch": torch.__version__, "rows": rows,
+        "model": describe_model(model, name),
+        "threads": arguments.threads, "torch": torch.__version__, "rows": rows,
     }  # fmt: skip
     stem = RESULTS / f"generation-{name}"
     stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

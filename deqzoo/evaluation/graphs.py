@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,7 @@ def _evaluate_fold(
         described |= {"complete": False, "limit": limit}
     results = {
         "accuracy": sum(p.label == p.target for p in found) / len(found),
+        "majority": max(Counter(p.target for p in found).values()) / len(found),
         "samples": len(found),
         "mean_steps": sum(p.n_steps for p in found) / len(found),
         "max_residual": max(p.residual for p in found),

@@ -12,18 +12,29 @@ class FamilyText:
     about: str
     pipeline_tag: str
     snippet: str
-    limits: str
     papers: tuple[str, ...]
+    language: str | None = None
 
 
 @dataclass(frozen=True)
 class DataText:
-    """A data set's part of a card: Hub id, name, what to know about it, published test figures."""
+    """A data set's part of a card.
 
-    repository: str
+    Attributes:
+        repository: on the Hub; None where none is known to hold these data.
+        title: its name.
+        note: what to know about it.
+        limits: what it means for a model trained on it.
+        published: test figures of others.
+        subset: what the Hub calls the part of the repository that is measured.
+    """
+
+    repository: str | None
     title: str
     note: str
+    limits: str = ""
     published: str = ""
+    subset: str = "default"
 
 
 EQUILIBRIUM = (
@@ -73,11 +84,6 @@ FAMILY_TEXTS = {
         "and a small head classifies them.",
         pipeline_tag="image-classification",
         snippet=_IMAGE_SNIPPET,
-        limits="It knows only the classes it was trained on and names one of them for every picture. "
-        "Pictures are scaled to a few pixels a side, so that small or off-centre objects are lost. "
-        "Its probabilities are those of its training data, whose selection of pictures it inherits; "
-        "do not decide anything about people with it. Where a picture's equilibrium is reported as "
-        "not converged, its label deserves less trust.",
         papers=("mdeq", "phantom"),
     ),
     "deq_transformer": FamilyText(
@@ -85,10 +91,8 @@ FAMILY_TEXTS = {
         "the states of all tokens stop changing, predicts the next word.",
         pipeline_tag="text-generation",
         snippet=_TEXT_SNIPPET,
-        limits="A small word-level model of a small corpus: words outside its vocabulary become <unk>, "
-        "and what it writes is fluent at best, never reliable. It repeats the views and errors of its "
-        "corpus. It is meant for research on equilibrium models.",
         papers=("deq", "phantom", "jacobian"),
+        language="en",
     ),
     "ignn": FamilyText(
         about="This is an IGNN: node states are the equilibrium of a graph convolution, so that a node "
@@ -96,53 +100,124 @@ FAMILY_TEXTS = {
         "unique.",
         pipeline_tag="graph-ml",
         snippet=_GRAPH_SNIPPET,
-        limits="It expects graphs with the node features of its data set, in their order. The data set "
-        "is small, so that figures vary by several points between folds; it is no tool for deciding "
-        "about molecules or medicine.",
         papers=("ignn", "phantom"),
     ),
 }
+
+#: By task, as `catalogue.TASKS` and `Entry.task` call them.
+TASK_LIMITS = {
+    "image classification": "It knows only the classes it was trained on and names one of them for "
+    "every picture. Its probabilities are those of its training data, whose selection of pictures it "
+    "inherits; do not decide anything about people with it. Where a picture's equilibrium is "
+    "reported as not converged, its label deserves less trust.",
+    "language modelling": "It is a word-level model: words outside its vocabulary become `<unk>`, and "
+    "what it writes is fluent at best, never reliable. It repeats the views and errors of its corpus. "
+    "It is meant for research on equilibrium models.",
+    "graph classification": "It expects graphs with the node features of its data set, in their "
+    "order, and names one of its classes for every graph.",
+    "node classification": "It expects graphs with the node features of its data set, in their "
+    "order, and knows no other labels than that set's.",
+    "features": "It gives states and no predictions; where an equilibrium is reported as not "
+    "converged, they deserve less trust.",
+}
+
+PICTURE_LIMITS = (
+    "Every picture is scaled and cut to its middle {size} × {size} pixels: what is small or near its "
+    "border can be lost."
+)
+
+_FOLD_LIMITS = (
+    "The data set is small, so that figures vary by several points between folds; these weights are "
+    "those of one fold."
+)
+
+_PROTEIN_LIMITS = (
+    "The figures are those of one run on one split. The proteins asked about lie in the same graph as "
+    "those learnt from: nothing was measured on other graphs. It is no tool for deciding about "
+    "proteins or medicine."
+)
 
 DATA_TEXTS = {
     "cifar10": DataText(
         "uoft-cs/cifar10",
         "CIFAR-10",
         "45,000 pictures to train and 5,000 to choose by, taken from the published training split by "
-        "a seeded hash of the pixels; the 10,000 test pictures were used once, for the figures here. "
-        "The pictures' licence is unknown.",
+        "a seeded hash of the pixels; the 10,000 test pictures were never used to choose "
+        "anything, and are measured at each release. The pictures' licence is unknown.",
+        "Its training pictures have 32 × 32 pixels; photographs scaled down to that look different.",
+        subset="plain_text",
     ),
     "imagenette": DataText(
         "frgfm/imagenette",
         "Imagenette",
         "The published validation split serves as test split; 950 training pictures are kept to "
         "choose by.",
+        "Imagenette's ten classes were picked from ImageNet's because they are easy to tell apart, so "
+        "that its accuracy says little about others.",
         "from scratch at 128 pixels, on the leaderboard of its authors: 85.8 / 91.6 / 93.6 / 94.2 % after "
         "5 / 20 / 80 / 200 epochs (convolutional networks)",
+        subset="160px",
     ),
     "wikitext-2": DataText(
         "Salesforce/wikitext",
         "WikiText-2",
         "The word-level corpus with its published splits and vocabulary (CC BY-SA 3.0).",
+        "Its corpus is small: two million words of articles of the English Wikipedia.",
         "perplexity 65.8 (AWD-LSTM, 33M parameters, hundreds of epochs; Merity et al. 2018), a single "
         "model without pre-training or dynamic evaluation",
+        subset="wikitext-2-v1",
     ),
     "ptb": DataText(
         "ptb-text-only/ptb_text_only",
         "Penn Treebank (words)",
         "The usual preparation with 10,000 words; the underlying text is licensed by the LDC.",
+        "Its corpus is small and old: 0.9 million words of the Wall Street Journal of 1989, in lower "
+        "case, without punctuation and with N for numbers.",
         "perplexity 57.3 (AWD-LSTM; Merity et al. 2018) and 57.1 (a DEQ of the TrellisNet kind; Bai et al. "
         "2019), each a single model of 24M parameters, trained for hundreds of epochs, without dynamic "
         "evaluation",
+        subset="penn_treebank",
     ),
     "twitch": DataText(
-        "graphs-datasets/twitch",
+        None,
         "Twitch social networks",
-        "Networks of users in several languages, one graph each: trained on some, tested on another.",
+        "Networks of users in several languages, one graph each, in two classes of users (mature "
+        "content or not): trained on DE, ES, FR and RU, the epoch chosen on PT, tested on EN (Rozemberczki, Allen, Sarkar 2021; "
+        "the files are those of EdisonLeeeee/GraphData on GitHub).",
+        "The figures are those of one run and one test network, in which the classes are shared out "
+        "otherwise than in those trained on: the area under the ROC curve is the measure, and the "
+        "accuracy says little. Do not decide anything about people with it.",
+    ),
+    "humloc": DataText(
+        None,
+        "HumLoc",
+        "One graph of 3,106 human proteins with 32 features and 14 labels, the places in the cell "
+        "where a protein is found, 1.19 of them per protein; 1,675 proteins to train, 187 to choose "
+        "by and 1,244 to test (Zhao, Dong, Hanjalic, Khosla 2023; the files are those of "
+        "Tianqi-py/MLGNC on GitHub, without a stated licence).",
+        _PROTEIN_LIMITS,
+    ),
+    "eukloc": DataText(
+        None,
+        "EukLoc",
+        "One graph of 7,766 proteins of eukaryotes with 32 features and 22 labels, the places in the "
+        "cell where a protein is found, 1.15 of them per protein; 4,192 proteins to train, 466 to "
+        "choose by and 3,108 to test (Zhao, Dong, Hanjalic, Khosla 2023; the files are those of "
+        "Tianqi-py/MLGNC on GitHub, without a stated licence).",
+        _PROTEIN_LIMITS,
     ),
     "proteins": DataText(
-        "graphs-datasets/PROTEINS", "PROTEINS", "1,113 graphs in two classes (TU collection)."
+        "graphs-datasets/PROTEINS",
+        "PROTEINS",
+        "1,113 graphs in two classes (TU collection).",
+        f"{_FOLD_LIMITS} It is no tool for deciding about proteins or medicine.",
     ),
-    "cox2": DataText("graphs-datasets/COX2", "COX2", "467 graphs in two classes (TU collection)."),
+    "cox2": DataText(
+        None,
+        "COX2",
+        "467 graphs in two classes (TU collection).",
+        f"{_FOLD_LIMITS} It is no tool for deciding about molecules or medicine.",
+    ),
 }
 
 PAPERS = {
@@ -189,47 +264,64 @@ class ConvertedText:
     """A card for weights that their authors publish and the user converts."""
 
     family: str
+    task: str
     title: str
     command: str
     source: str
     figure: str
+    limits: str
     papers: tuple[str, ...]
 
+
+_IMAGENET_LIMITS = (
+    f"{PICTURE_LIMITS.format(size=224)} Its classes are the thousand of ImageNet, many of them breeds "
+    "of dogs."
+)
 
 CONVERTED = {
     "mdeq-imagenet-small": ConvertedText(
         "mdeq",
+        "image classification",
         "MDEQ SMALL on ImageNet",
         "deqzoo convert mdeq MDEQ_Small_Cls.pkl --config mdeq-imagenet-small --output {name}",
         "the model zoo in the README of github.com/locuslab/deq",
         "75.5 % top-1 on the ImageNet validation set (Bai, Koltun, Kolter 2020)",
+        _IMAGENET_LIMITS,
         ("mdeq",),
     ),
     "mdeq-imagenet-xl": ConvertedText(
         "mdeq",
+        "image classification",
         "MDEQ XL on ImageNet",
         "deqzoo convert mdeq MDEQ_XL_Cls.pkl --config mdeq-imagenet-xl --output {name}",
         "the model zoo in the README of github.com/locuslab/deq",
         "79.2 % top-1 on the ImageNet validation set (Bai, Koltun, Kolter 2020)",
+        _IMAGENET_LIMITS,
         ("mdeq",),
     ),
     "deq-transformer-wikitext103": ConvertedText(
         "deq_transformer",
+        "language modelling",
         "DEQ-Transformer on WikiText-103",
         "deqzoo convert deq-transformer pretrained_wt103_deqtrans_v3.pkl "
         "--config deq-transformer-wikitext103-post --output {name}",
         "the model zoo in the README of github.com/locuslab/deq",
         "test perplexity 23.1 with at most 30 solver steps and a memory of 300 tokens (README of "
         "locuslab/deq)",
+        "Its corpus is 103 million words of articles of the English Wikipedia, little beside that of "
+        "later language models.",
         ("deq",),
     ),
     "ignn-ppi": ConvertedText(
         "ignn",
+        "node classification",
         "IGNN on PPI",
         "deqzoo convert ignn STATE_DICT.pt --config ppi --output {name}",
         "a state dict saved by the code of github.com/SwiftieH/IGNN, or, with `--config "
         "ppi-torchdeq`, the model zoo of github.com/locuslab/torchdeq",
         "micro-averaged F1 of 97.6 % on the test graphs (Gu et al. 2020)",
+        "Its data set has 24 graphs of proteins in human tissues, of which two are tested, so that the "
+        "figure says little about other graphs. It is no tool for deciding about proteins or medicine.",
         ("ignn",),
     ),
 }

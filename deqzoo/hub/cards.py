@@ -7,57 +7,78 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import line_chart
 from deqzoo.hub import training_curve
-from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, EQUILIBRIUM, FAMILY_TEXTS, PAPERS
+from deqzoo.hub.card_texts import (
+    CONVERTED,
+    DATA_TEXTS,
+    EQUILIBRIUM,
+    FAMILY_TEXTS,
+    PAPERS,
+    PICTURE_LIMITS,
+    TASK_LIMITS,
+)
 from deqzoo.hub.catalogue import Entry, entries, main_figure
+from deqzoo.hub.metadata import measuring_command, metadata, own_repository
 from deqzoo.zoo import checkpoints_root, read_json
 
 #: A checkpoint's own part of its card, written by the command that made its figures.
 NOTES = "notes.md"
 
-_METRICS = {
-    "accuracy": ("accuracy", "Accuracy"),
-    "perplexity": ("perplexity", "Perplexity"),
-    "micro_f1": ("f1", "Micro-averaged F1"),
-    "auc": ("roc_auc", "Area under the ROC curve"),
+#: Figures whose recorded name says too little, in results and in what a run left.
+_LABELS = {
+    "majority": "accuracy of always naming the most frequent class",
+    "validation_accuracy": "validation accuracy in training, by which the epoch was chosen",
 }
+#: What a record counts anew in every part of a run.
+_OF_A_PART = ("steps", "total_steps", "epochs", "seconds", "peak_memory_mib")
 _TABLE_BEGIN, _TABLE_END = "<!-- models:begin -->", "<!-- models:end -->"
 
 
-def snippet(entry: Entry) -> str:
-    """The card's example; it runs as it stands where a file picture.png exists."""
-    return FAMILY_TEXTS[entry.config["model_type"]].snippet.format(name=f"deqzoo/{entry.name}")
+def snippet(entry: Entry, repository: str | None = None) -> str:
+    """The card's example; it runs as it stands where a file picture.png exists.
+
+    Args:
+        entry: the checkpoint.
+        repository: or folder that the example loads; the zoo's own by default.
+    """
+    name = repository or own_repository(entry)
+    return FAMILY_TEXTS[entry.config["model_type"]].snippet.format(name=name)
 
 
-def render_card(entry: Entry) -> str:
-    """The README of a checkpoint's repository, metadata first."""
+def render_card(entry: Entry, repository: str | None = None) -> str:
+    """The README of a checkpoint's repository, metadata first.
+
+    Args:
+        entry: the checkpoint.
+        repository: on the Hub, which examples and commands name; the zoo's own by default.
+    """
     family = FAMILY_TEXTS[entry.config["model_type"]]
     sections = [
         f"# {entry.name}",
         f"{EQUILIBRIUM} {family.about}",
         "## Use",
         "```bash\npip install deqzoo\n```",
-        f"```python\n{snippet(entry)}```",
+        f"```python\n{snippet(entry, repository)}```",
         "Importing `deqzoo` makes the Auto classes and pipelines of transformers know this model; "
         "without it they refuse the model type. No remote code is involved.",
         "## Model",
         _model_table(entry),
         "## Results",
-        *_results(entry),
+        *_results(entry, repository),
         "## Training",
         _training(entry),
         "## Limits and biases",
-        family.limits,
+        _limits(entry),
         "## Licence and citation",
         "Weights and code: Apache-2.0. The data sets keep their own terms. If you use this model, "
         "please cite",
         "```bibtex\n" + "\n".join(PAPERS[key] for key in family.papers) + "\n```",
     ]
-    return f"---\n{_metadata(entry)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{metadata(entry)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def render_converted_card(name: str) -> str:
@@ -69,6 +90,7 @@ def render_converted_card(name: str) -> str:
         library_name="deqzoo",
         pipeline_tag=family.pipeline_tag,
         tags=["deep-equilibrium-model", text.family],
+        language=family.language,
     )
     sections = [
         f"# {text.title}",
@@ -80,7 +102,7 @@ def render_converted_card(name: str) -> str:
         f'by `DEQModel.from_pretrained("{name}")` with the same outputs.',
         f"Published by the authors, not measured here: {text.figure}.",
         "## Limits and biases",
-        family.limits,
+        f"{TASK_LIMITS[text.task]} {text.limits}",
         "## Citation",
         "```bibtex\n" + "\n".join(PAPERS[key] for key in text.papers) + "\n```",
     ]
@@ -88,16 +110,18 @@ def render_converted_card(name: str) -> str:
 
 
 def budget_plot(entry: Entry) -> str | None:
-    """Accuracy against solver steps of the test evaluation as SVG; None without that curve."""
+    """Quality against solver steps of the test evaluation as SVG; None without that curve."""
     for evaluation in entry.tests():
         steps = (evaluation.get("budget") or {}).get("steps") or []
-        if len(steps) > 1 and "accuracy" in steps[0]:
-            points = [(row["max_steps"], 100 * row["accuracy"]) for row in steps]
+        if len(steps) > 1:
+            metric = _budget_metric(steps)
+            scale = 100 if metric == "accuracy" else 1
+            points = [(row["max_steps"], scale * row[metric]) for row in steps]
             return line_chart(
                 {"fixed effort": points},
-                title=f"{entry.name}: accuracy against solver steps",
+                title=f"{entry.name}: {metric} against solver steps",
                 x_label="solver steps",
-                y_label="accuracy, %",
+                y_label=metric + (", %" if metric == "accuracy" else ""),
                 log_x=True,
             )
     return None
@@ -110,21 +134,6 @@ def plots(entry: Entry) -> dict[str, str]:
         f"{entry.name}-training.svg": training_curve.draw(entry.name, _record(entry)),
     }
     return {file: plot for file, plot in drawn.items() if plot is not None}
-
-
-def eval_results_yaml(entry: Entry) -> str | None:
-    """Content of `.eval_results/deqzoo.yaml`; None before the first test evaluation."""
-    rows = [
-        {
-            "dataset": {"id": DATA_TEXTS[data["name"]].repository, "task_id": data["split"]},
-            "value": value,
-            "date": evaluation["environment"]["date"],
-            "notes": f"{key}; {evaluation['command']}",
-        }
-        for evaluation, data, key, value in _test_figures(entry)
-        if data["name"] in DATA_TEXTS
-    ]
-    return yaml.safe_dump(rows, sort_keys=False) if rows else None
 
 
 def render_table() -> str:
@@ -181,45 +190,6 @@ def source_root() -> Path:
     return root
 
 
-def _test_figures(entry: Entry) -> list[tuple[dict[str, Any], dict[str, Any], str, float]]:
-    """(evaluation, data, metric, value) of every figure measured on a test split."""
-    return [
-        (evaluation, evaluation["data"], key, evaluation["results"][key])
-        for evaluation in entry.tests()
-        for key in _METRICS
-        if key in evaluation["results"]
-    ]
-
-
-def _metadata(entry: Entry) -> str:
-    family = FAMILY_TEXTS[entry.config["model_type"]]
-    figures = _test_figures(entry)
-    known = [data["name"] for _, data, _, _ in figures if data["name"] in DATA_TEXTS]
-    results = [
-        EvalResult(
-            task_type=family.pipeline_tag,
-            dataset_type=DATA_TEXTS[data["name"]].repository,
-            dataset_name=DATA_TEXTS[data["name"]].title,
-            dataset_split=data["split"],
-            metric_type=_METRICS[key][0],
-            metric_name=_METRICS[key][1],
-            metric_value=value,
-        )
-        for _, data, key, value in figures
-        if data["name"] in DATA_TEXTS
-    ]
-    card = ModelCardData(
-        model_name=entry.name,
-        license="apache-2.0",
-        library_name="deqzoo",
-        pipeline_tag=family.pipeline_tag,
-        tags=["deep-equilibrium-model", entry.config["model_type"]],
-        datasets=sorted({DATA_TEXTS[name].repository for name in known}) or None,
-        eval_results=results or None,
-    )
-    return card.to_yaml()
-
-
 def _model_table(entry: Entry) -> str:
     tested = next((e["model"] for e in entry.evaluations.values() if "model" in e), {})
     rows = [
@@ -233,7 +203,17 @@ def _model_table(entry: Entry) -> str:
     return _table(("", ""), rows)
 
 
-def _results(entry: Entry) -> list[str]:
+def _limits(entry: Entry) -> str:
+    """What the model cannot do, by its task, the size of its pictures and its data."""
+    parts = [TASK_LIMITS[entry.task]]
+    if "image_size" in entry.config:
+        parts.append(PICTURE_LIMITS.format(size=entry.config["image_size"]))
+    names = dict.fromkeys(e.get("data", {}).get("name") for e in entry.evaluations.values())
+    parts += [DATA_TEXTS[name].limits for name in names if name in DATA_TEXTS]
+    return " ".join(filter(None, parts))
+
+
+def _results(entry: Entry, repository: str | None) -> list[str]:
     if not entry.evaluations:
         return ["Not evaluated yet."]
     parts = []
@@ -249,12 +229,14 @@ def _results(entry: Entry) -> list[str]:
         if facts:
             parts.append(f"Data evaluated: {facts}.")
         rows = [
-            (name.replace("_", " "), _number(value))
+            (_label(name), _number(value))
             for name, value in evaluation.get("results", {}).items()
             if isinstance(value, (int, float))
         ]
         parts.append(_table(("figure", "value"), rows))
-        parts.append(f"Measured by `{evaluation.get('command', '?')}`: {main_figure(evaluation)}.")
+        parts += _against_majority(evaluation.get("results", {}))
+        command = measuring_command(entry, evaluation, repository)
+        parts.append(f"Measured by `{command}`: {main_figure(evaluation)}.")
         if text and text.published and data.get("split") == "test":
             parts.append(f"Published by others: {text.published}.")
         per_class = evaluation.get("results", {}).get("per_class_accuracy")
@@ -266,12 +248,25 @@ def _results(entry: Entry) -> list[str]:
     return [*parts, notes.read_text(encoding="utf-8").strip()] if notes.is_file() else parts
 
 
+def _against_majority(results: dict[str, Any]) -> list[str]:
+    """A sentence where a classifier's accuracy is not above that of a constant answer."""
+    if "majority" not in results or results["accuracy"] > results["majority"]:
+        return []
+    accuracy, majority = (f"{100 * results[key]:.1f} %" for key in ("accuracy", "majority"))
+    relation = "less than" if results["accuracy"] < results["majority"] else "no more than"
+    measure = "; the measure here is the area under the ROC curve" if "auc" in results else ""
+    return [
+        f"The accuracy on these {_number(results['samples'])} samples, {accuracy}, is {relation} "
+        f"the {majority} of always naming the most frequent class{measure}."
+    ]
+
+
 def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
     """Quality against effort, for evaluations that measured it."""
     budget = evaluation.get("budget")
     if not budget:
         return []
-    metric = next(key for key in ("accuracy", "perplexity") if key in budget["steps"][0])
+    metric = _budget_metric(budget["steps"])
     rows = [
         (str(row["max_steps"]), _number(row[metric]), _number(row["residual_median"]))
         for row in budget["steps"]
@@ -285,9 +280,13 @@ def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
         f"{samples:,} {unit} of this split (default solver there: {default}).",
         _table(("solver steps", metric, "median relative residual"), rows),
     ]
-    if metric == "accuracy":
+    if evaluation["data"]["split"] == "test" and budget_plot(entry) is not None:
         parts.append(f"![{metric} against solver steps]({entry.name}-budget.svg)")
     return parts
+
+
+def _budget_metric(steps: list[dict[str, Any]]) -> str:
+    return next(key for key in ("accuracy", "perplexity") if key in steps[0])
 
 
 def _record(entry: Entry) -> dict[str, Any]:
@@ -303,8 +302,8 @@ def _training(entry: Entry) -> str:
     if not content:
         return "No training record is stored beside these weights."
     rows = [
-        (name.replace("_", " "), _number(value))
-        for name, value in content.items()
+        (label, _number(value))
+        for label, value in _record_rows(content)
         if isinstance(value, (int, float, str))
     ]
     parts = [_table(("", ""), rows)] if rows else []
@@ -316,6 +315,24 @@ def _training(entry: Entry) -> str:
         text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)
         parts += ["The recipe as it was run:", f"```yaml\n{text}```"]
     return "\n\n".join(parts)
+
+
+def _record_rows(content: dict[str, Any]) -> list[tuple[str, Any]]:
+    """A record's values by what they are called; of a run in parts, which are the last part's."""
+    inherited = content.get("pflop_inherited", 0.0)
+    part = " of this part" if inherited else ""
+    rows = []
+    for name, value in content.items():
+        if name == "pflop":
+            rows.append((f"PFLOP{part}", value - inherited))
+            rows += [("PFLOP in all parts", value)] if inherited else []
+        elif name != "pflop_inherited":
+            rows.append((_label(name) + (part if name in _OF_A_PART else ""), value))
+    return rows
+
+
+def _label(name: str) -> str:
+    return _LABELS.get(name, name.replace("_", " "))
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -97,21 +97,33 @@ def best_first(found: Iterable[Entry], metric: str) -> list[Entry]:
     return sorted(found, key=rank)
 
 
+def main_metric(evaluation: dict[str, Any]) -> str | None:
+    """The figure that an evaluation is known by; None for other files.
+
+    The area under the curve goes first: where classes are of different frequency, accuracy says
+    little.
+    """
+    known = ("auc", "accuracy", "perplexity", "micro_f1")
+    return next((metric for metric in known if metric in evaluation.get("results", {})), None)
+
+
 def main_figure(evaluation: dict[str, Any]) -> str | None:
     """ "85.2 % on cifar10 test" or "71.3 perplexity on wikitext2 test"; None for other files."""
     results, data = evaluation.get("results", {}), evaluation.get("data", {})
     where = f"{data.get('name', '?')} {data.get('split', '?')}"
     if "fold" in data:
         where += f", fold {data['fold']}"
-    if "auc" in results:  # classes of different frequency: accuracy says little
-        return f"AUC {results['auc']:.4f} on {where}"
-    if "accuracy" in results:
-        return f"{results['accuracy']:.2%}".replace("%", " %") + f" on {where}"
-    if "perplexity" in results:
-        return f"perplexity {results['perplexity']:.2f} on {where}"
-    if "micro_f1" in results:
-        return f"micro-F1 {results['micro_f1']:.4f} on {where}"
-    return None
+    metric = main_metric(evaluation)
+    if metric is None:
+        return None
+    value = results[metric]
+    shown = {
+        "auc": f"AUC {value:.4f}",
+        "accuracy": f"{value:.2%}".replace("%", " %"),
+        "perplexity": f"perplexity {value:.2f}",
+        "micro_f1": f"micro-F1 {value:.4f}",
+    }
+    return f"{shown[metric]} on {where}"
 
 
 def entry(name: str) -> Entry:

@@ -14,9 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 
 import deqzoo
 from deqzoo.errors import UserError
-from deqzoo.hub.cards import eval_results_yaml, plots, render_card
+from deqzoo.hub.cards import plots, render_card
 from deqzoo.hub.catalogue import Entry, entry
 from deqzoo.hub.integrity import CHECKSUMS, UNSEALED, check_checksums, published_files
+from deqzoo.hub.metadata import eval_results_yaml
 
 #: Files that are a checkpoint's own, whether or not the checksums in the repository name them.
 _OWN = re.compile(
@@ -89,7 +90,7 @@ def publish(
     faults = check_checksums(found.folder)
     if faults:
         raise UserError(f"{found.name} is not as sealed: {'; '.join(faults)}")
-    contents = _contents(found)
+    contents = _contents(found, repo_id)
     files = {
         path: len(source) if isinstance(source, bytes) else source.stat().st_size
         for path, source in contents.items()
@@ -121,15 +122,15 @@ def check_repository_name(repo_id: str) -> None:
         raise UserError(f"{repo_id!r} is no repository name; write ORG/NAME")
 
 
-def _contents(found: Entry) -> dict[str, Path | bytes]:
-    """Repository path -> file or content, the card included."""
+def _contents(found: Entry, repo_id: str) -> dict[str, Path | bytes]:
+    """Repository path -> file or content, the card included, which names the repository."""
     contents: dict[str, Path | bytes] = {
         path.as_posix(): found.folder / path for path in published_files(found.folder)
     }
     contents[CHECKSUMS] = found.folder / CHECKSUMS
-    contents["README.md"] = render_card(found).encode()
+    contents["README.md"] = render_card(found, repo_id).encode()
     contents |= {file: plot.encode() for file, plot in plots(found).items()}
-    results = eval_results_yaml(found)
+    results = eval_results_yaml(found, repo_id)
     if results is not None:
         contents[".eval_results/deqzoo.yaml"] = results.encode()
     return contents

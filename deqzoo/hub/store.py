@@ -16,6 +16,8 @@ from deqzoo.zoo import checkpoints_root, read_json
 
 MAX_RESIDUAL = 5e-3
 MAX_ACCURACY_GAP = 0.003
+# Differences of accuracies such as 0.865 - 0.862 come out a little above their decimal value.
+_ROUNDING = 1e-9
 
 
 def store_run(
@@ -58,7 +60,8 @@ def store_run(
     files = {}
     for split in ("validation", "test"):
         content = evaluate_model(model, name, split=split, data=data)
-        faults = instabilities(content)
+        # A test figure that could refuse a model would be choosing among models.
+        faults = instabilities(content) if split == "validation" else []
         if faults and not force:
             raise UserError(f"{run} is no stable equilibrium model: {'; '.join(faults)}")
         files[f"{content['data']['name']}-{split}.json"] = content
@@ -91,7 +94,7 @@ def instabilities(evaluation: dict[str, Any]) -> list[str]:
     if budget and "default_accuracy" in budget:
         last = budget["steps"][-1]
         gap = abs(last["accuracy"] - budget["default_accuracy"])
-        if gap > MAX_ACCURACY_GAP:
+        if gap > MAX_ACCURACY_GAP + _ROUNDING:
             faults.append(
                 f"accuracy after {last['max_steps']} steps differs by {gap:.2%} from the default's"
             )

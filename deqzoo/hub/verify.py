@@ -74,7 +74,7 @@ def _snippet(found: Entry) -> list[str]:
     if bundled_folder(found.name) == found.folder:
         code = snippet(found)
     else:
-        code = snippet(found).replace(f"deqzoo/{found.name}", str(found.folder))
+        code = snippet(found, str(found.folder))
     try:
         with _scratch_folder(), contextlib.redirect_stdout(io.StringIO()):
             exec(compile(code, f"card of {found.name}", "exec"), {})

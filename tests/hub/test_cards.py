@@ -14,9 +14,10 @@ from deqzoo.cli import run
 from deqzoo.evaluation.files import write_evaluation
 from deqzoo.evaluation.images import evaluate_images
 from deqzoo.hub import cards
-from deqzoo.hub.card_texts import CONVERTED
-from deqzoo.hub.catalogue import Entry, best_first, entry
+from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, TASK_LIMITS
+from deqzoo.hub.catalogue import TASKS, Entry, best_first, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
+from deqzoo.hub.metadata import eval_results_yaml
 from deqzoo.hub.verify import verify_model
 
 
@@ -55,6 +56,7 @@ def test_card_quotes_the_evaluation_file(checkout: Path) -> None:
     assert f"{evaluation['results']['expected_calibration_error']:.4g}" in text
     assert "deqzoo evaluate mdeq-test --split test" in text
     assert "geng2021training" in text and "bai2020multiscale" in text
+    assert "were never used to choose anything" in text
 
 
 def test_test_results_stand_beside_published_ones(checkout: Path) -> None:
@@ -69,8 +71,87 @@ def test_newer_result_format_parses(checkout: Path) -> None:
     import yaml
     from huggingface_hub import parse_eval_result_entries
 
-    (row,) = parse_eval_result_entries(yaml.safe_load(cards.eval_results_yaml(entry("mdeq-test"))))
-    assert row.dataset_id == "uoft-cs/cifar10"
+    (row,) = parse_eval_result_entries(yaml.safe_load(eval_results_yaml(entry("mdeq-test"))))
+    assert (row.dataset_id, row.task_id) == ("uoft-cs/cifar10", "plain_text")
+    assert row.notes.startswith("accuracy on the test split; deqzoo evaluate mdeq-test ")
+    elsewhere = yaml.safe_load(eval_results_yaml(entry("mdeq-test"), "org/x"))
+    assert "deqzoo evaluate org/x --split test" in elsewhere[0]["notes"]
+
+
+def test_each_data_set_gives_one_row_of_results() -> None:
+    import yaml
+
+    found = made_entry("proteins", accuracy=0.7, majority=0.6, auc=0.8)
+    (row,) = yaml.safe_load(eval_results_yaml(found))
+    assert row["value"] == 0.8 and row["notes"].startswith("auc")
+    assert eval_results_yaml(made_entry("humloc", micro_f1=0.4)) is None  # not on the Hub
+
+
+def test_data_that_the_hub_lacks_are_described() -> None:
+    card = ModelCard(cards.render_card(made_entry("humloc", micro_f1=0.4)))
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("humloc", "HumLoc")
+    assert result.metric_value == 0.4 and card.data.datasets is None
+    assert DATA_TEXTS["humloc"].note in card.text
+
+
+def test_card_names_the_repository_it_is_rendered_for(checkout: Path) -> None:
+    text = cards.render_card(entry("mdeq-test"), "org/other")
+    assert 'from_pretrained("org/other")' in text
+    assert "`deqzoo evaluate org/other --split test`" in text
+    assert "deqzoo/mdeq-test" not in text and "evaluate mdeq-test" not in text
+    assert 'from_pretrained("deqzoo/mdeq-test")' in cards.render_card(entry("mdeq-test"))
+
+
+def test_limits_follow_task_data_and_picture_size(checkout: Path) -> None:
+    assert TASK_LIMITS.keys() == {*TASKS.values(), "features"}
+    found = entry("mdeq-test")
+    assert "middle 32 × 32 pixels" in cards.render_card(found)
+    found.config["image_size"] = 96
+    assert "middle 96 × 96 pixels" in cards.render_card(found)
+    for name, others in (("humloc", ("cox2", "twitch")), ("cox2", ("humloc", "twitch"))):
+        limits = cards.render_card(made_entry(name, samples=47)).partition("## Limits and biases")[
+            2
+        ]
+        assert DATA_TEXTS[name].limits in limits
+        assert not any(DATA_TEXTS[other].limits in limits for other in others)
+    for name, text in CONVERTED.items():
+        limits = cards.render_converted_card(name).partition("## Limits and biases")[2]
+        assert TASK_LIMITS[text.task] in limits and text.limits in limits
+
+
+def test_accuracy_stands_beside_the_majority_rate() -> None:
+    for accuracy, said in ((0.5, "50.0 %, is less than the 60.0 %"), (0.6, "is no more than the")):
+        text = cards.render_card(made_entry("cox2", accuracy=accuracy, majority=0.6, samples=47))
+        assert "| accuracy of always naming the most frequent class | 0.6 |" in text
+        assert f"accuracy on these 47 samples, {accuracy:.0%}".replace("%", "") in text
+        assert said in text and "ROC" not in text.partition("## Results")[2]
+    better = cards.render_card(made_entry("cox2", accuracy=0.7, majority=0.6, samples=47))
+    assert "accuracy on these" not in better
+    ranked = made_entry("twitch", accuracy=0.5, majority=0.6, samples=47, auc=0.7)
+    assert "the measure here is the area under the ROC curve" in cards.render_card(ranked)
+
+
+def test_text_cards_say_their_language() -> None:
+    converted = ModelCard(cards.render_converted_card("deq-transformer-wikitext103"))
+    assert converted.data.language == "en"
+    assert ModelCard(cards.render_converted_card("mdeq-imagenet-xl")).data.language is None
+
+
+def made_entry(data: str, **results: float) -> Entry:
+    """A graph model with one evaluation on a test split, without files."""
+    evaluation = {
+        "data": {"name": data, "split": "test"},
+        "results": results,
+        "environment": {"date": "2026-01-01"},
+        "command": "deqzoo evaluate ignn-made --split test",
+    }
+    node = data in ("twitch", "humloc", "eukloc")
+    config = {
+        "model_type": "ignn",
+        "architectures": [f"IGNNFor{'Node' if node else 'Graph'}Classification"],
+    }
+    return Entry("ignn-made", Path("ignn-made"), config, {f"{data}-test": evaluation})
 
 
 def test_converted_cards_name_a_preset_that_exists() -> None:
@@ -108,6 +189,46 @@ def test_card_shows_quality_against_compute(checkout: Path) -> None:
     text = cards.render_card(entry("mdeq-test"))
     assert "perplexity after so many PFLOP: 200.0 after 0.5, 100.0 after 1." in text
     assert "LARGE, test" not in cards.plots(entry("mdeq-test"))[name]
+
+
+def test_text_models_show_quality_against_steps(checkout: Path) -> None:
+    file = checkout / "hub_configs" / "mdeq-test" / "evaluation" / "cifar10-test.json"
+    content = json.loads(file.read_text())
+    steps = [{"max_steps": n, "perplexity": 100.0 + n, "residual_median": 0.1} for n in (2, 4)]
+    content["budget"] = {"steps": steps, "tokens": 10, "default_perplexity": 104.0}
+    file.write_text(json.dumps(content))
+    assert (
+        "perplexity against solver steps" in cards.plots(entry("mdeq-test"))["mdeq-test-budget.svg"]
+    )
+    shown = "![perplexity against solver steps](mdeq-test-budget.svg)"
+    assert shown in cards.render_card(entry("mdeq-test"))
+    content["data"]["split"] = "validation"  # the plot is that of the test split
+    file.write_text(json.dumps(content))
+    assert shown not in cards.render_card(entry("mdeq-test"))
+
+
+def test_training_of_a_run_in_parts(checkout: Path) -> None:
+    folder = checkout / "hub_configs" / "mdeq-test"
+    record = {"steps": 5, "seconds": 60.0, "pflop": 2.0, "pflop_inherited": 1.5, "parameters": 7}
+    (folder / "training.json").write_text(json.dumps(record))
+    text = cards.render_card(entry("mdeq-test"))
+    for row in ("steps of this part | 5", "seconds of this part | 60", "PFLOP of this part | 0.5"):
+        assert f"| {row} |" in text
+    assert "| PFLOP in all parts | 2 |" in text and "inherited" not in text
+    (folder / "training.json").write_text(json.dumps(record | {"pflop_inherited": 0.0}))
+    text = cards.render_card(entry("mdeq-test"))
+    assert (
+        "| PFLOP | 2 |" in text
+        and "| seconds | 60 |" in text
+        and "part" not in (text.partition("## Training")[2].partition("## Limits")[0])
+    )
+
+
+def test_epoch_choice_is_told_from_the_measured_accuracy(checkout: Path) -> None:
+    fold = {"validation_accuracy": 0.81, "test_accuracy": 0.7}
+    (checkout / "hub_configs" / "mdeq-test" / "fold.json").write_text(json.dumps(fold))
+    text = cards.render_card(entry("mdeq-test"))
+    assert "| validation accuracy in training, by which the epoch was chosen | 0.81 |" in text
 
 
 def test_cards_command(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +281,7 @@ def test_golden_prediction_sees_other_weights(checkout: Path) -> None:
 
 
 def test_broken_snippet_is_a_fault(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deqzoo.hub.verify.snippet", lambda found: "raise KeyError('gone')")
+    monkeypatch.setattr("deqzoo.hub.verify.snippet", lambda *_: "raise KeyError('gone')")
     assert verify_model("mdeq-test") == ["the card's example fails: KeyError: 'gone'"]
 
 

@@ -144,6 +144,8 @@ def test_round_trip(hub: hub_double.HubDouble, client: Client, sealed: Path) -> 
     files = hub.files(REPOSITORY)
     assert files["model.safetensors"] == (sealed / "model.safetensors").read_bytes()
     assert files["README.md"].startswith(b"---\n")
+    assert f'from_pretrained("{REPOSITORY}")' in files["README.md"].decode()
+    assert "deqzoo/mdeq-test" not in files["README.md"].decode()
     tag = f"v{deqzoo.__version__}"
     assert hub.files(REPOSITORY, tag) == files
     commits = hub.n_commits

@@ -66,6 +66,17 @@ def test_unstable_models_are_refused_before_the_test_split(
     assert not list((finished.parent / "hub_configs").iterdir())
 
 
+def test_the_test_split_refuses_nothing(
+    finished: Path, cifar_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(model, name, *, split, data):
+        return evaluation(residual=0.5 if split == "test" else 1e-3)
+
+    monkeypatch.setattr("deqzoo.hub.store.evaluate_model", evaluate)
+    folder = store.store_run(finished, cifar_folder)
+    assert (folder / "evaluation" / "cifar10-test.json").is_file()
+
+
 def evaluation(residual: float = 1e-3, last: float = 0.85) -> dict:
     return {
         "data": {"name": "cifar10"},
@@ -80,3 +91,6 @@ def test_instabilities() -> None:
     assert "above" in store.instabilities(evaluation(residual=float("nan")))[0]
     assert "after 30 steps" in store.instabilities(evaluation(last=0.84))[0]
     assert store.instabilities(evaluation(last=0.852)) == []
+    at_the_bound = evaluation(last=0.862)
+    at_the_bound["budget"]["default_accuracy"] = 0.865  # their difference comes out above 0.003
+    assert store.instabilities(at_the_bound) == []

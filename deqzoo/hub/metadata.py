@@ -1,0 +1,98 @@
+"""What the Hub reads of a checkpoint beside its files: the card's metadata and its test results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from deqzoo.hub.card_texts import DATA_TEXTS, FAMILY_TEXTS
+from deqzoo.hub.catalogue import Entry, main_metric
+from deqzoo.zoo import ORGANISATION
+
+_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "perplexity": ("perplexity", "Perplexity"),
+    "micro_f1": ("f1", "Micro-averaged F1"),
+    "auc": ("roc_auc", "Area under the ROC curve"),
+}
+
+
+def own_repository(entry: Entry) -> str:
+    """Where the zoo itself publishes a checkpoint."""
+    return f"{ORGANISATION}/{entry.name}"
+
+
+def measuring_command(entry: Entry, evaluation: dict[str, Any], repository: str | None) -> str:
+    """The command of an evaluation, for the repository where it is not the zoo's own."""
+    command = evaluation.get("command", "?")
+    if repository in (None, own_repository(entry)):
+        return command
+    name = evaluation.get("model", {}).get("name", entry.name)
+    return f"{command} ".replace(f" {name} ", f" {repository} ", 1).rstrip()
+
+
+def metadata(entry: Entry) -> str:
+    """The YAML at the head of a checkpoint's card."""
+    family = FAMILY_TEXTS[entry.config["model_type"]]
+    figures = _test_figures(entry)
+    known = {data["name"] for _, data, _, _ in figures if data["name"] in DATA_TEXTS}
+    results = [
+        EvalResult(
+            task_type=family.pipeline_tag,
+            # The format asks for some name, even of data of which no repository is known.
+            dataset_type=DATA_TEXTS[data["name"]].repository or data["name"],
+            dataset_name=DATA_TEXTS[data["name"]].title,
+            dataset_split=data["split"],
+            metric_type=_METRICS[key][0],
+            metric_name=_METRICS[key][1],
+            metric_value=value,
+        )
+        for _, data, key, value in figures
+        if data["name"] in DATA_TEXTS
+    ]
+    card = ModelCardData(
+        model_name=entry.name,
+        license="apache-2.0",
+        library_name="deqzoo",
+        pipeline_tag=family.pipeline_tag,
+        tags=["deep-equilibrium-model", entry.config["model_type"]],
+        language=family.language,
+        datasets=sorted({DATA_TEXTS[name].repository for name in known} - {None}) or None,
+        eval_results=results or None,
+    )
+    return card.to_yaml()
+
+
+def eval_results_yaml(entry: Entry, repository: str | None = None) -> str | None:
+    """Content of `.eval_results/deqzoo.yaml`; None without test figures on data of the Hub.
+
+    The Hub keeps one figure per data set and task, so that each evaluation gives its main one.
+    """
+    rows = []
+    for evaluation in entry.tests():
+        text = DATA_TEXTS.get(evaluation["data"]["name"])
+        metric = main_metric(evaluation)
+        if text is None or text.repository is None or metric is None:
+            continue
+        command = measuring_command(entry, evaluation, repository)
+        rows.append(
+            {
+                "dataset": {"id": text.repository, "task_id": text.subset},
+                "value": evaluation["results"][metric],
+                "date": evaluation["environment"]["date"],
+                "notes": f"{metric} on the {evaluation['data']['split']} split; {command}",
+            }
+        )
+    return yaml.safe_dump(rows, sort_keys=False) if rows else None
+
+
+def _test_figures(entry: Entry) -> list[tuple[dict[str, Any], dict[str, Any], str, float]]:
+    """(evaluation, data, metric, value) of every figure measured on a test split."""
+    return [
+        (evaluation, evaluation["data"], key, evaluation["results"][key])
+        for evaluation in entry.tests()
+        for key in _METRICS
+        if key in evaluation["results"]
+    ]
