@@ -34,7 +34,8 @@ _ABOUT = """
   its size. The solve has *converged* when it is below the **tolerance**.
 - **Budget**: the largest number of steps. Lower it, and see what the model would have said earlier.
 - **Method**: how the next step is chosen. All methods look for the same equilibrium; Anderson and
-  Broyden learn from earlier steps and usually need fewer.
+  Broyden learn from earlier steps and usually need fewer. Plain iteration finds it only where the
+  map draws states together; with the small picture model it does not, and the residual stays up.
 
 Everything runs on this server's processor. What you upload is used for nothing else, and is
 deleted within two hours.

@@ -23,6 +23,7 @@ def theme() -> gr.themes.Base:
         block_label_text_color="*primary_800",
         block_label_background_fill_dark="*primary_700",
         block_title_text_color="*primary_800",
+        body_text_color_subdued="*neutral_600",
     )
 
 
@@ -52,6 +53,8 @@ CSS = """
   .tab-container { flex-wrap: wrap; overflow: visible !important; }
   .tab-container button { padding: .45rem .55rem !important; }
 }
+.tab-container button.selected { color: #0f766e !important; }
+.dark .tab-container button.selected { color: #5eead4 !important; }
 #dz-head h1 { font-size: 1.7rem; margin: .4rem 0 .2rem; letter-spacing: -.01em; }
 #dz-head p { font-size: 1.02rem; color: var(--dz-faint); max-width: 52rem; margin: 0; }
 .dz-waiting, .dz-note { color: var(--dz-faint); }

@@ -177,6 +177,7 @@ def test_contrast_of_buttons_and_labels() -> None:
         ("checkbox_label_text_color_selected", "checkbox_label_background_fill_selected"),
         ("block_label_text_color", "block_label_background_fill"),
         ("block_title_text_color", "block_title_background_fill"),
+        ("block_info_text_color", "block_background_fill"),
     ]:
         for mode in ("", "_dark"):
             pair = [luminance(colour(name, mode)) for name in (text_name, ground_name)]
