@@ -193,11 +193,17 @@ def honest_folds(labels: Tensor) -> list[Fold]:
 
 
 def collate_graphs(graphs: Sequence[Any]) -> dict[str, Tensor]:
-    """Collate `Data` objects for `Trainer`: the keyword arguments of a graph classifier."""
+    """Collate `Data` objects for `Trainer`: the keyword arguments of a graph classifier.
+
+    x (n, p) float, edge_index (2, e) int64, batch (n,) int64, and where the graphs have them
+    edge_weight (e,) float and labels, their `y`.
+    """
     from torch_geometric.data import Batch
 
     batch = Batch.from_data_list(list(graphs))
     fields = {"x": batch.x, "edge_index": batch.edge_index, "batch": batch.batch}
+    if batch.edge_weight is not None:
+        fields["edge_weight"] = batch.edge_weight
     if batch.y is not None:
         fields["labels"] = batch.y
     return fields

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +120,33 @@ def load_pictures(
     stored, part = source.parts[split]
     folder = data_folder(source, data)
     pixels, labels = _decode(source, _split_files(source, folder, stored), transform)
-    digests = picture_digests(pixels, labels)
-    whole = _fingerprint(digests)
+    fingerprint = _fingerprint(picture_digests(pixels, labels))
     known = (source.fingerprints or {}).get(stored)
-    complete = whole == known if known else len(labels) == source.rows[stored]
+    complete = fingerprint == known if known else len(labels) == source.rows[stored]
     if len(labels) != source.rows[stored]:
         logger.warning(
             "%s holds %d pictures of %s %s, the published split has %d",
             folder, len(labels), source.title, stored, source.rows[stored],
         )  # fmt: skip
-    if part is not None:
-        keep = validation_rows(digests, labels, source.validation_per_class, seed)
-        keep = keep if part == "validation" else ~keep
-        pixels, labels = pixels[keep], labels[keep]
-        digests = [digest for digest, kept in zip(digests, keep.tolist(), strict=True) if kept]
-    return Pictures(
-        pixels, labels, source.classes, split, _fingerprint(digests), complete, source.name
-    )
+    whole = Pictures(pixels, labels, source.classes, split, fingerprint, complete, source.name)
+    if part is None:
+        return whole
+    return divide(whole, source, seed)[0 if part == "train" else 1]
+
+
+def divide(whole: Pictures, source: ImageSource, seed: int = SPLIT_SEED) -> tuple[Pictures, ...]:
+    """Training and validation part of a published training split.
+
+    What `load_pictures` gives for "train" and "validation", from pictures decoded once.
+    """
+    digests = picture_digests(whole.pixels, whole.labels)
+    held_out = validation_rows(digests, whole.labels, source.validation_per_class, seed)
+    parts = []
+    for split, keep in (("train", ~held_out), ("validation", held_out)):
+        kept = [digest for digest, here in zip(digests, keep.tolist(), strict=True) if here]
+        part = {"pixels": whole.pixels[keep], "labels": whole.labels[keep], "split": split}
+        parts.append(replace(whole, **part, fingerprint=_fingerprint(kept)))
+    return tuple(parts)
 
 
 def data_folder(source: ImageSource, data: str | os.PathLike[str] | None) -> Path:

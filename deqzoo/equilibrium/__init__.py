@@ -23,6 +23,7 @@ from deqzoo.equilibrium.gradients import (
     Unrolled,
     make_gradient,
 )
+from deqzoo.equilibrium.gradients.base import Problem, attach_cotangent
 from deqzoo.equilibrium.layer import BoundMap, Equilibrium, fixed_point
 from deqzoo.equilibrium.layout import Causal, Layout, Rows, Segments, Selection
 from deqzoo.equilibrium.regularization import (
@@ -40,6 +41,7 @@ from deqzoo.equilibrium.solvers import (
     Status,
     make_solver,
 )
+from deqzoo.equilibrium.solvers.base import StepRule
 
 __all__ = [
     "GRADIENTS",
@@ -57,13 +59,16 @@ __all__ = [
     "Gradient",
     "Implicit",
     "Layout",
+    "Problem",
     "Rows",
     "Segments",
     "Selection",
     "Solution",
     "Solver",
     "Status",
+    "StepRule",
     "Unrolled",
+    "attach_cotangent",
     "correction_weights",
     "fixed_point",
     "fixed_point_correction",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from deqzoo.equilibrium.gradients import Gradient, make_gradient
 from deqzoo.equilibrium.layer import GradientSpec, SolverSpec
-from deqzoo.equilibrium.layout import Layout, Rows
-from deqzoo.equilibrium.solvers import make_solver
+from deqzoo.equilibrium.layout import Layout, Rows, start_matrix
+from deqzoo.equilibrium.solvers import Solver, make_solver
 from deqzoo.equilibrium.solvers.loop import cell_norm
 from deqzoo.equilibrium.state import State
 
@@ -51,9 +51,11 @@ def spectral_radius(
     if n_iter < 1:
         raise ValueError(f"n_iter must be at least 1, got {n_iter}")
     layout = layout or Rows()
-    point = layout.to_matrix(state).detach().requires_grad_()
+    point = start_matrix(layout, state).detach().requires_grad_()
     with torch.enable_grad():
         out = layout.to_matrix(f(layout.to_state(point)))
+    if not out.requires_grad:  # a constant map
+        return cell_norm(point.detach(), layout) * 0
     if v0 is None:
         v = torch.randn(point.shape, generator=generator, dtype=point.dtype).to(point.device)
     else:
@@ -62,7 +64,7 @@ def spectral_radius(
     logs = []
     quotient = v.new_zeros(layout.cell_shape())
     for _ in range(n_iter):
-        (w,) = torch.autograd.grad(out, point, v, retain_graph=True)
+        (w,) = torch.autograd.grad(out, point, v, retain_graph=True, materialize_grads=True)
         norm_v = cell_norm(v, layout).clamp_min(tiny)
         norm_w = cell_norm(w, layout)
         quotient = (layout.total((w * v).sum(1)) / norm_v.square()).abs()
@@ -113,9 +115,9 @@ def gradient_fidelity(
     """Compare gradient modes with the exact implicit gradient on one batch.
 
     Args:
-        model: called as `model(**batch, solver=..., gradient=...)`, returns an object with `loss`.
-            Its training mode is left as it is, and so are its buffers (batch statistics);
-            random masks are drawn alike for every mode.
+        model: called as `model(**batch, solver=..., gradient=...)` with a `Solver` (or None) and a
+            `Gradient`, returns an object with `loss`. Its training mode is left as it is, and so
+            are its buffers (batch statistics); random masks are drawn alike for every mode.
         batch: keyword arguments with labels.
         gradients: modes to compare.
         solver: forward solver for all of them; None keeps the model's own.
@@ -126,11 +128,11 @@ def gradient_fidelity(
         One `Fidelity` per mode.
     """
     group_of = groups or (lambda name: name.split(".", 1)[0])
-    chosen = None if solver is None else make_solver(solver).to_dict()
+    chosen = None if solver is None else make_solver(solver)
+    modes = [make_gradient(spec) for spec in gradients]  # mistakes come before any work
     reference, _, _ = _gradients(model, batch, chosen, make_gradient(exact))
     results = []
-    for spec in gradients:
-        gradient = make_gradient(spec)
+    for gradient in modes:
         found, seconds, saved = _gradients(model, batch, chosen, gradient)
         cosine, error, ratio = compare_gradients(
             found, reference, lambda name: ("all", group_of(name))
@@ -140,7 +142,7 @@ def gradient_fidelity(
 
 
 def _gradients(
-    model: nn.Module, batch: Mapping[str, Any], solver: dict[str, Any] | None, gradient: Gradient
+    model: nn.Module, batch: Mapping[str, Any], solver: Solver | None, gradient: Gradient
 ) -> tuple[dict[str, Tensor], float, int]:
     """Gradient by parameter name, seconds, and bytes saved for the backward pass."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -149,7 +151,7 @@ def _gradients(
         torch.manual_seed(0)
         started = time.perf_counter()
         with SavedTensors() as saved:
-            loss = model(**batch, solver=solver, gradient=gradient.to_dict()).loss
+            loss = model(**batch, solver=solver, gradient=gradient).loss
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         seconds = time.perf_counter() - started
     with torch.no_grad():

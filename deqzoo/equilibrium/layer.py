@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from deqzoo.equilibrium.gradients import Gradient, Unrolled, make_gradient
 from deqzoo.equilibrium.gradients.base import Problem
-from deqzoo.equilibrium.layout import Layout, Rows, Selection
+from deqzoo.equilibrium.layout import Layout, Rows, Selection, start_matrix
 from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, Status, make_solver
 from deqzoo.equilibrium.solvers.loop import Matrices, StepCallback, cell_norm
 from deqzoo.equilibrium.state import State, leaves, rebuild
@@ -117,9 +118,9 @@ def fixed_point(
     start = rebuild(z0, [t.detach() for t in leaves(z0)])
     solution = chosen_solver.solve(bound, start, layout, compact, trace, callback)
     if wants_graph and chosen_gradient.needs_solve:
+        matrix = layout.to_matrix(solution.state)
         problem = _problem(bound, layout, checkpoint)
         solution.backward = problem.report
-        matrix = layout.to_matrix(solution.state)
         solution.state = layout.to_state(chosen_gradient.attach(problem, matrix))
         kept = {k: chosen_gradient.attach(problem, z) for k, z in kept.items()}
     if sample_steps:
@@ -128,6 +129,7 @@ def fixed_point(
 
 
 def _problem(bound: Callable[[State], State], layout: Layout, checkpoint: bool) -> Problem:
+    layout = copy(layout)  # the backward pass may come after the caller's next solve with it
     on_matrices = products = Matrices(bound, layout)
     if hasattr(bound, "detached"):
         products = Matrices(bound.detached(), layout)
@@ -149,7 +151,7 @@ def _unroll(
     started = time.perf_counter()
     steps = gradient.steps or solver.max_steps
     step = replace(gradient, steps=1)
-    z = layout.to_matrix(z0)
+    z = start_matrix(layout, z0)
     problem = _problem(bound, layout, checkpoint)
     residuals, samples = [], []
     for k in range(1, steps + 1):

@@ -108,6 +108,17 @@ class Layout(Protocol):
         ...
 
 
+def start_matrix(layout: Layout, start: State) -> Tensor:
+    """Return the matrix (R, D) in which a solve begins; the layout may have served others before.
+
+    Raises:
+        ValueError: the state does not fit the layout.
+    """
+    if isinstance(layout, Rows):
+        layout.forget()
+    return layout.to_matrix(start)
+
+
 class Rows:
     """Each sample of the batch on its own: state (B, ...) or a structure of such; cells (B,)."""
 
@@ -124,6 +135,10 @@ class Rows:
             self._n = matrix.shape[0]
             return matrix
         return self._packer.pack(state)
+
+    def forget(self) -> None:
+        """Serve states of any shape again, as a new object does."""
+        self._packer = None
 
     def to_state(self, matrix: Tensor) -> State:
         assert self._packer is not None

@@ -23,6 +23,7 @@ def jacobian_penalty(
     Hutchinson's estimator: mean over probes v ~ N(0, I) of ‖vᵀJ‖² / numel. The result can be
     differentiated with respect to whatever F depends on, but not through the state, which is
     detached; this needs F's double backward, so an F that was compiled must be run uncompiled.
+    What F does not depend on adds nothing: it is zero for a constant F.
 
     Args:
         f: the map.
@@ -45,10 +46,19 @@ def jacobian_penalty(
                 for _ in range(n_probes)
             ]
         size = sum(t.numel() for t in points)
+        moving = [i for i, t in enumerate(outputs) if t.requires_grad]
+        if not moving:
+            return points[0].new_zeros(())
         terms = []
         for probe in probes:
+            directions = leaves(probe)
             products = torch.autograd.grad(
-                outputs, points, leaves(probe), retain_graph=True, create_graph=True
+                [outputs[i] for i in moving],
+                points,
+                [directions[i] for i in moving],
+                retain_graph=True,
+                create_graph=True,
+                materialize_grads=True,
             )
             squares = torch.stack([p.square().sum() for p in products])
             terms.append(squares.sum() / size)

@@ -97,11 +97,12 @@ class StatePacker:
         """Return the matrix (B, D) of a state; a view where the state is one tensor.
 
         Raises:
-            ValueError: keys or shapes differ from the packer's state.
+            ValueError: keys or shapes differ from the packer's state, or the tensors of the state
+                differ in batch size.
         """
         tensors = leaves(_in_order_of(state, self._structure))
-        shapes = [t.shape[1:] for t in tensors]
-        if shapes != [leaf.shape for leaf in self._shapes]:
+        n = next((t.shape[0] for t in tensors if t.ndim), -1)
+        if [tuple(t.shape) for t in tensors] != [(n, *leaf.shape) for leaf in self._shapes]:
             raise ValueError(
                 f"expected tensors of shapes {[(-1, *leaf.shape) for leaf in self._shapes]}, got "
                 f"{[tuple(t.shape) for t in tensors]}: the map must return a state like its input"

@@ -11,7 +11,15 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from deqzoo.equilibrium import UPG, Anderson, Broyden, Unrolled, make_gradient, make_solver
+from deqzoo.equilibrium import (
+    UPG,
+    Anderson,
+    Broyden,
+    Implicit,
+    Unrolled,
+    make_gradient,
+    make_solver,
+)
 from deqzoo.training.cost import (
     ONE_STEP,
     PENALTY_EVALUATIONS,
@@ -126,15 +134,20 @@ def step_evaluations(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> fl
         per_layer = 3.0 + float(recipe.gradient_checkpointing)
         evaluations = per_layer * model.config.unroll_layers
     else:
-        gradient = stage.gradient or model.config.gradient
-        solver = make_solver(stage.solver or model.config.solver)
-        adjoint = gradient.get("solver", {}).get("max_steps", ADJOINT_EVALUATIONS)
-        evaluations = solver.max_steps + 1
+        gradient = make_gradient(stage.gradient or model.config.gradient)
+        adjoint = ADJOINT_EVALUATIONS
+        if isinstance(gradient, Implicit):
+            adjoint = min(make_solver(gradient.solver).max_steps, adjoint)
+        forward = _unrolled_steps(stage, model)
+        if not forward:
+            forward = make_solver(stage.solver or model.config.solver).max_steps
+        evaluations = forward + 1
         evaluations += gradient_cost(
             gradient,
-            min(adjoint, ADJOINT_EVALUATIONS),
+            adjoint,
             detached=recipe.compile,
             recomputed=recipe.gradient_checkpointing,
+            n_steps=forward,
         )
     if stage.jacobian is not None:
         evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
@@ -143,10 +156,20 @@ def step_evaluations(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> fl
 
 def _graphs(stage: Stage, model: PreTrainedModel) -> int:
     """How many evaluations of the map a step keeps for its backward pass."""
+    if unrolled := _unrolled_steps(stage, model):
+        return unrolled
+    chosen = make_gradient(stage.gradient or model.config.gradient)
+    return chosen.steps if isinstance(chosen, UPG) else 1
+
+
+def _unrolled_steps(stage: Stage, model: PreTrainedModel) -> int:
+    """Recorded applications of the map that take the place of a solve; 0 where there is one."""
     if stage.shallow:
         return model.config.unroll_layers
     chosen = make_gradient(stage.gradient or model.config.gradient)
-    return chosen.steps if isinstance(chosen, (UPG, Unrolled)) and chosen.steps else 1
+    if not isinstance(chosen, Unrolled):
+        return 0
+    return chosen.steps or make_solver(stage.solver or model.config.solver).max_steps
 
 
 def _kept(
@@ -159,7 +182,7 @@ def _kept(
 
 def _history(stage: Stage, model: PreTrainedModel) -> int:
     """How many copies of the state a solve keeps."""
-    if stage.shallow:
+    if _unrolled_steps(stage, model):
         return 1
     solver = make_solver(stage.solver or model.config.solver)
     if isinstance(solver, Anderson):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
-from deqzoo.data.images import ImageSource, Pictures
+from deqzoo.data.images import SPLIT_SEED, ImageSource, Pictures, divide
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
@@ -65,7 +65,9 @@ class ImageClassificationTask:
         check_options(LOADERS[name], options)
         if stand_in:
             return stand_in_pictures(SOURCES[name], options.get("size"))
-        return LOADERS[name]("train", data, **options), LOADERS[name]("validation", data, **options)
+        whole = LOADERS[name]("train+validation", data, **options)
+        training, validation = divide(whole, SOURCES[name], options.get("seed", SPLIT_SEED))
+        return training, validation
 
     def _config(self) -> MDEQConfig:
         names = self.training.classes

@@ -223,6 +223,10 @@ def work(entries: list[Entry], runs: Path, data: Path | None, threads: int) -> N
             process.terminate()
             process.wait()
             raise
+        if code and status(entry, runs)["state"] in ("done", "running"):
+            # It shows only once a process has loaded everything that its run is under way.
+            print(f"{entry.name}: passed over, another process trains or has trained it")
+            continue
         if code:
             raise UserError(f"{entry.name} ended with exit code {code}; see its output above")
 

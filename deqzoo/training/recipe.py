@@ -196,7 +196,8 @@ def _derive(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(change) - allowed)
     if unknown:
         raise ValueError(
-            f"key {unknown[0]} beside base; such a recipe has {', '.join(sorted(allowed))} only"
+            f"key {unknown[0]} beside base; such a recipe has {', '.join(sorted(allowed))} "
+            "only; to change anything else, copy the file"
         )
     if "name" not in change:
         raise ValueError("missing key name")

@@ -86,7 +86,8 @@ def run_recipe(
         out: folder of the run.
         resume: go on from the last complete checkpoint, or start if there is none.
         progress: show a progress bar.
-        max_steps: stop early after so many optimiser steps, with a checkpoint.
+        max_steps: stop early after so many optimiser steps, with a checkpoint; a run that has made
+            them is left as it is.
 
     Returns:
         The folder with the model.
@@ -110,6 +111,12 @@ def _run(
     max_steps: int | None,
 ) -> Path:
     last = latest_checkpoint(out / "checkpoints") if resume else None
+    if last is not None and max_steps is not None:
+        done = int(_recorded(out, "steps"))
+        if done >= max_steps:
+            if _is_first_process():
+                print(f"{out} has made {done} steps already; nothing to do up to step {max_steps}")
+            return out / "model"
     set_seed(recipe.seed)
     torch.set_flush_denormal(True)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -189,7 +196,7 @@ class Keeper(TrainerCallback):
         self.trainer = trainer
         self.recipe = recipe
         self.out = out
-        self.past = _past_seconds(out)
+        self.past = _recorded(out, "seconds")
         self.started = time.time()
 
     def on_save(
@@ -384,9 +391,10 @@ def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
     replace_text(path, json.dumps(recipe.to_dict(), indent=2) + "\n")
 
 
-def _past_seconds(out: Path) -> float:
+def _recorded(out: Path, key: str) -> float:
+    """A number of the record of a run so far; 0 where there is none yet."""
     try:
-        return float(json.loads((out / "record.json").read_text())["seconds"])
+        return float(json.loads((out / "record.json").read_text())[key])
     except (OSError, ValueError, KeyError):
         return 0.0
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from deqzoo.equilibrium import jacobian_penalty
 from deqzoo.errors import UserError
 from deqzoo.models.base import DEQPreTrainedModel
+from deqzoo.models.deq_transformer import DEQTransformerForCausalLM
 from deqzoo.training.constraints import ProjectionCallback
 from deqzoo.training.cost import PENALTY_EVALUATIONS, gradient_cost, sample_flops
 from deqzoo.training.recipe import Jacobian, Stage
@@ -73,7 +74,8 @@ class DEQTrainer(Trainer):
     Works as `Trainer` does, with the same arguments, for any model of the zoo. With
     `DEQTrainingArguments` the training steps have a solver, a gradient and a Jacobian penalty of
     their own; else they have those of the model's config. A model whose weights are constrained
-    (IGNN's norm bound) is projected after every optimiser step.
+    (IGNN's norm bound) is projected after every optimiser step. With `label_smoothing_factor` a
+    text model's labels are shifted here, which `Trainer` does for classes of transformers only.
 
     Raises:
         UserError: settings of the arguments that the model's solver or gradient does not have, or
@@ -113,6 +115,7 @@ class DEQTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
+        inputs = self.smoothed_inputs(inputs)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalised = self.wants_penalty()
@@ -122,17 +125,35 @@ class DEQTrainer(Trainer):
         before = solver_seconds(model)
         loss, outputs = self.training_loss(model, inputs, num_items_in_batch)
         self.statistics.solver_seconds += solver_seconds(model) - before
-        self.statistics.add(outputs)
+        logs = self.args.logging_strategy != "no"  # nothing else empties the statistics
+        if logs:
+            self.statistics.add(outputs)
         if penalised and outputs.state is not None:
             assert self.jacobian is not None
             with self.accelerator.autocast():  # the map's weights are in the forward's precision
                 penalty = jacobian_penalty(
                     outputs.equilibrium_map, outputs.state, n_probes=self.jacobian.probes
                 )
-            self.penalties.append(penalty.detach())
+            if logs:
+                self.penalties.append(penalty.detach())
             # A mean, as the loss is: Trainer divides both where gradients are accumulated.
             loss = loss + self.jacobian.weight * penalty
         return (loss, outputs) if return_outputs else loss
+
+    def smoothed_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch, its labels being the next words where Trainer smooths those of a text model.
+
+        Trainer's smoother compares labels with logits place by place.
+        """
+        smooths = self.label_smoother is not None and self.compute_loss_func is None
+        if not smooths or "labels" not in inputs:
+            return inputs
+        for module in self.model.modules():
+            if isinstance(module, DEQTransformerForCausalLM):
+                names = ("input_ids", "labels", "shift", "attention_mask")
+                known = {name: inputs[name] for name in names if name in inputs}
+                return {**inputs, "labels": module.next_words(**known)}
+        return inputs
 
     def training_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None
@@ -240,6 +261,7 @@ class RecipeTrainer(DEQTrainer):
                 stage.gradient or self.model.config.gradient,
                 detached=self.recipe.compile,
                 recomputed=self.recipe.gradient_checkpointing,
+                n_steps=float(outputs.n_steps.float().max()),
             )
         if self.wants_penalty():
             evaluations += PENALTY_EVALUATIONS

@@ -106,6 +106,10 @@ def test_collate(tmp_path):
     fields = collate_graphs(data.graphs[:3])
     assert set(fields) == {"x", "edge_index", "batch", "labels"}
     assert fields["batch"].bincount().tolist() == [3, 4, 5]
+    for weight, graph in enumerate(data.graphs[:3]):
+        graph.edge_weight = torch.full((graph.num_edges,), float(weight))
+    weights = collate_graphs(data.graphs[:3])["edge_weight"]
+    assert torch.equal(weights, fields["batch"][fields["edge_index"][0]].float())
 
 
 def test_node_sets(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium import Causal, Segments, Selection, fixed_point, make_solver
-from deqzoo.equilibrium.layout import SuffixSelection
+from deqzoo.equilibrium import Causal, Rows, Segments, Selection, fixed_point, make_solver
+from deqzoo.equilibrium.layout import Layout, SuffixSelection
 from deqzoo.equilibrium.state import StatePacker, leaves, rebuild
 
 Pair = namedtuple("Pair", "fine coarse")
@@ -89,6 +89,71 @@ def test_other_objects_are_refused() -> None:
 def test_a_map_that_changes_shapes_is_refused() -> None:
     with pytest.raises(ValueError, match="must return a state like its input"):
         fixed_point(lambda z: z[:, :2], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "unrolled"])
+@pytest.mark.parametrize(
+    ("f", "start", "layout"),
+    [
+        (lambda z: torch.tanh(z.mean(0, keepdim=True)), torch.zeros(5, 6), None),
+        (lambda z: z.mean(), torch.zeros(5), None),
+        (lambda z: (z[0], z[1][:1]), (torch.zeros(5, 6), torch.zeros(5, 2)), None),
+        (lambda z: torch.cat((z, z)), torch.zeros(5, 6), None),
+        (lambda z: z[:, :1], torch.zeros(4, 6), Segments(torch.tensor([0, 0, 1, 1]), 2)),
+        (lambda z: z[:1], torch.zeros(4, 6), Segments(torch.tensor([0, 0, 1, 1]), 2)),
+        (lambda z: 0.5 * z[:1], torch.zeros(5, 3, 6), Causal()),
+        (lambda z: 0.5 * z.transpose(0, 1), torch.zeros(5, 3, 6), Causal()),
+    ],
+)
+def test_a_map_that_changes_the_batch_is_refused(
+    f: object, start: object, layout: object, gradient: str
+) -> None:
+    with pytest.raises(ValueError, match="must return a state like its input|segmented state"):
+        fixed_point(
+            f, start, solver={"name": "anderson", "max_steps": 3}, layout=layout, gradient=gradient
+        )
+
+
+def test_a_map_that_keeps_the_batch_when_others_leave_is_refused() -> None:
+    class Stubborn:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+        def __call__(self, z: Tensor) -> Tensor:
+            return 0.5 * torch.tanh(z[:1]) * self.x + self.x
+
+        def select(self, selection: Selection) -> Stubborn:
+            return self
+
+    x = torch.zeros(8, 3)
+    x[0] = 1
+    with pytest.raises(ValueError, match=r"\[\(1, 3\)\], got \[\(8, 3\)\]"):
+        make_solver({"name": "anderson", "tol": 1e-6}).solve(Stubborn(x), x, compact=True)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "upg", "unrolled"])
+@pytest.mark.parametrize("layout", [Rows(), Causal()])
+def test_a_layout_serves_one_batch_after_another(layout: Layout, gradient: str) -> None:
+    """Also before the backward pass of the first, which may evaluate the map again."""
+
+    def gradients(shared: Layout | None) -> list[Tensor]:
+        losses, weights = [], []
+        for shape in ((2, 3, 4), (5, 2, 4), (5, 6, 4)):
+            weight = (0.1 * randn(4, 4)).requires_grad_()
+            f = lambda z, w=weight: torch.tanh(z.cumsum(1) @ w + 1)  # noqa: E731
+            solution = fixed_point(
+                f,
+                torch.zeros(shape),
+                layout=shared or type(layout)(),
+                gradient=gradient,
+                checkpoint=gradient != "implicit",
+            )
+            losses.append(solution.state.square().sum())
+            weights.append(weight)
+        return list(torch.autograd.grad(losses, weights))
+
+    for shared, own in zip(gradients(layout), gradients(None), strict=True):
+        assert torch.equal(shared, own)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -37,6 +37,20 @@ def test_jacobian_penalty_reaches_the_weights() -> None:
     assert g.any()
 
 
+def test_what_the_map_does_not_read_adds_nothing_to_the_penalty() -> None:
+    weight = torch.tensor(2.0, requires_grad=True)
+    state = (torch.ones(3, 4), torch.ones(3, 4))
+    whole = jacobian_penalty(lambda z: (weight * z[0], torch.ones(3, 4)), state, 50)
+    assert whole.item() == pytest.approx(4 / 2, rel=0.3)
+    (g,) = torch.autograd.grad(whole, weight)
+    assert g.item() == pytest.approx(whole.item(), rel=1e-5)
+    for constant in (torch.ones(3, 4), weight * torch.ones(3, 4)):
+        penalty = jacobian_penalty(lambda z, c=constant: c, state[0])
+        assert penalty.shape == () and penalty.item() == 0
+    unread = jacobian_penalty(lambda z: (0.5 * z[0], z[0]), state)
+    assert unread > 0
+
+
 def test_spectral_radius_of_both_cases() -> None:
     v0 = torch.ones(1, 3, dtype=F64)
     found = spectral_radius(affine, H_STAR.unsqueeze(0), n_iter=3000, v0=v0)

@@ -13,7 +13,7 @@ from deqzoo.models.deq_transformer import (
     DEQTransformerForCausalLM,
     DEQTransformerModel,
 )
-from deqzoo.models.deq_transformer.inputs import check_tokens
+from deqzoo.models.deq_transformer.inputs import check_labels, check_tokens
 
 TIGHT = {"tol": 1e-12, "max_steps": 400}
 
@@ -350,6 +350,22 @@ def test_bfloat16() -> None:
     assert output.converged.all() and torch.isfinite(output.loss)
 
 
+@torch.no_grad()
+def test_tolerance_in_half_precision(caplog: pytest.LogCaptureFixture) -> None:
+    """Rounding keeps residuals above the configured 1e-3; the solve must not wait for them."""
+    caplog.set_level("WARNING", logger="deqzoo.models")  # commands raise it
+    model = lively_model(0.7, dtype=torch.bfloat16)
+    ids = random_ids(4, 16)
+    output = model(ids)
+    assert output.converged.all() and 1e-3 < output.residual.max() <= 3 * 2**-7
+    model(ids)
+    assert caplog.text.count("cannot resolve the tolerance 1.0e-03") == 1
+    assert not model(ids, solver={"tol": 0.0, "max_steps": 9}).converged.any()
+    wide = model._solver(None)
+    for dtype in (torch.float32, torch.float64):
+        assert model._resolvable(wide, dtype) is wide
+
+
 @pytest.mark.parametrize("gradient", ["implicit", "upg", "npg", "jfb", "unrolled"])
 def test_every_gradient_reaches_every_parameter(gradient: str) -> None:
     model = lively_model(0.7)
@@ -457,6 +473,39 @@ def test_what_is_no_text(changes: dict) -> None:
     check_tokens(model.config, torch.zeros(1, 2, dtype=torch.int64, device="meta"), training=True)
     with pytest.raises(UserError, match=r"\(batch, tokens\)"):
         model(torch.tensor([1, 2]))
+
+
+def test_what_are_no_labels() -> None:
+    model = lively_model()
+    ids = random_ids(2, 6)
+    for labels, shift in ((ids[:, 1:], False), (ids[:, :-2], True), (ids[:1], True)):
+        with pytest.raises(UserError, match="one label per token"):
+            model(ids, labels=labels, shift=shift)
+    for word in (60, -1):
+        labels = ids.clone()
+        labels[1, 3] = word
+        with pytest.raises(UserError, match=f"labels holds {word}, .* 0 to 59; use -100"):
+            model.train()(ids, labels=labels)
+    away = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    check_labels(model.config, away, away, training=True)
+    with pytest.raises(ValueError, match="one target per state"):
+        model.lm_head.nll(torch.zeros(2, 5, 32, dtype=torch.float64), ids)
+
+
+@torch.no_grad()
+def test_padding_behind_a_memory() -> None:
+    model = lively_model(0.7)
+    memory = model(random_ids(1, 6), solver=TIGHT).memory
+    ids = random_ids(1, 4, seed=2)
+    plain = model(ids, memory=memory, labels=ids, solver=TIGHT)
+    mask = torch.tensor([[1, 1, 1, 0]])
+    padded = model(ids, memory=memory, attention_mask=mask, solver=TIGHT)
+    torch.testing.assert_close(padded.logits[:, :3], plain.logits[:, :3])
+    # A mask may cover the past, too; nothing is scored at its padding either.
+    longer = torch.tensor([[1] * 6 + [1, 1, 1, 0]])
+    scored = model(ids, memory=memory, attention_mask=longer, labels=ids, solver=TIGHT).nll
+    torch.testing.assert_close(scored[:, :2], plain.nll[:, :2])
+    assert (scored[:, 2:] == 0).all()
 
 
 def test_hidden_states() -> None:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 from deqzoo.errors import UserError
+from deqzoo.models.deq_transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
     build_tokenizer,
     detokenize,
@@ -40,6 +41,27 @@ def test_save_and_load(tmp_path: Path, style: str) -> None:
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert loaded(text)["input_ids"][0] == (1 if style == "ptb" else 4)
     assert text_style(loaded) == style and loaded.padding_side == "left"
+
+
+def test_continuations_append_to_prompts(tmp_path: Path) -> None:
+    build_tokenizer(WORDS, "wikitext").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [2, 1, 0, 0, 4, 7, 3]
+    text = "the" + tokenizer.decode(ids)
+    assert text == "the , the\n\n<unk> dog ."
+    assert tokenizer(text)["input_ids"] == [1, *ids]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " , the dog ."
+    config = DEQTransformerConfig(
+        vocab_size=len(WORDS), d_model=16, d_embed=16, n_head=2, d_inner=16, eos_token_id=None
+    )
+    generate = pipeline(
+        "text-generation", model=DEQTransformerForCausalLM(config), tokenizer=tokenizer
+    )
+    how = {"max_new_tokens": 3, "do_sample": False, "skip_special_tokens": False}
+    written = generate("the dog", **how)[0]["generated_text"]
+    assert len(tokenizer(written)["input_ids"]) == 5 and written.startswith(
+        ("the dog ", "the dog\n")
+    )
 
 
 @pytest.mark.parametrize("words", [["a", "<eos>"], ["<eos>", "<unk>", "a", "a"]])

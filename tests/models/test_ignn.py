@@ -394,6 +394,81 @@ def test_half_precision(model, graphs):
     torch.testing.assert_close(half.logits.float(), expected, rtol=0, atol=5e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hubs_in_half_precision(dtype):
+    """A degree of 1001 is counted, though a sum of ones in bfloat16 stops at 256."""
+    leaves = torch.arange(1, 1001)
+    star = torch.stack([torch.zeros_like(leaves), leaves])
+    star = torch.cat([star, star.flip(0)], dim=1)
+    batch = GraphBatch.build(config(), torch.rand(1001, 3, dtype=dtype), star)
+    for adjacency in (
+        batch.adjacency,
+        batch.to(batch.features).adjacency,
+        Adjacency.from_edges(star, 1001, dtype=dtype),
+    ):
+        loop = adjacency.values[(adjacency.index == 0).all(0)]
+        assert float(loop) == pytest.approx(1 / 1001, rel=1e-5)
+        assert adjacency.spectral_radius == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_meets_the_bound(model, dtype, tmp_path, caplog):
+    """Rounded weights exceed the bound by a rounding: no reason to complain or to project."""
+    caplog.set_level("WARNING", logger="deqzoo.models")  # commands raise it
+    with torch.no_grad():
+        for layer in model.implicit_layers:
+            layer.state_weight.mul_(5)
+    model.project_()
+    model.save_pretrained(tmp_path)
+    again = IGNNForGraphClassification.from_pretrained(tmp_path, dtype=dtype)
+    assert "norm bound" not in caplog.text
+    for half, full in zip(again.implicit_layers, model.implicit_layers, strict=True):
+        assert torch.equal(half.state_weight, full.state_weight.to(dtype))
+        assert half.allows(1.0) and row_norm(half.state_weight) > 0.9
+    with torch.no_grad():
+        half.state_weight.mul_(1.1)
+    assert again.enforce_constraint() > 0
+    assert half.allows(1.0) and again.enforce_constraint() == 0
+
+
+@torch.no_grad()
+def test_batch_mates_do_not_matter_where_radii_are_measured(graphs):
+    torch.manual_seed(0)
+    settings = config(normalization="none", solver={"tol": 1e-6, "max_steps": 500})
+    model = IGNNForGraphClassification(settings).eval()
+    batch = Batch.from_data_list(graphs)
+    radii = GraphBatch.build(settings, batch.x, batch.edge_index, batch=batch.batch).radii
+    middle = sum(radii) / len(radii)
+    for layer in model.implicit_layers:
+        layer.state_weight.mul_(0.9 / middle / row_norm(layer.state_weight))
+        assert sum(layer.allows(radius) for radius in radii) in (1, 2, 3)
+    output = model(batch)
+    assert output.converged.all()
+    for number, one in enumerate(graphs):
+        alone = model(one)
+        torch.testing.assert_close(output.logits[number], alone.logits[0], rtol=1e-4, atol=1e-5)
+    order = torch.randperm(batch.num_nodes)
+    moved = model(batch.x[order], order.argsort()[batch.edge_index], batch=batch.batch[order])
+    torch.testing.assert_close(moved.logits, output.logits, rtol=1e-4, atol=1e-5)
+    starts = model(batch, output_hidden_states=True).hidden_states
+    assert int(model(batch, initial_states=starts).n_steps.max()) <= 4
+
+
+@torch.no_grad()
+def test_many_directed_graphs_are_bound_by_their_own_radii():
+    """Chains have the radius 0; of more than 512 nodes together only a loose bound is measured."""
+    torch.manual_seed(0)
+    model = IGNNModel(config(hidden_sizes=[6], normalization="none", directed=True)).eval()
+    model.layers[0].state_weight.mul_(60)
+    path = torch.stack([torch.arange(9), torch.arange(1, 10)])
+    chains = [Data(x=torch.rand(10, 3), edge_index=path) for _ in range(52)]
+    batch = Batch.from_data_list(chains)
+    adjacency = Adjacency.from_edges(batch.edge_index, batch.num_nodes, None, "none")
+    assert not model.layers[0].allows(adjacency.spectral_radius)
+    together = model(batch).last_hidden_state[:10]
+    torch.testing.assert_close(together, model(chains[0]).last_hidden_state)
+
+
 def test_products_agree_with_plain_ones():
     x, weight, plus = torch.randn(50, 7), torch.randn(5, 7), torch.randn(50, 5)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
+from deqzoo.equilibrium import JFB, Broyden
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
@@ -82,6 +83,17 @@ def test_preset_details():
 def test_config_refuses(settings, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         MDEQConfig(**(TINY | settings))
+
+
+def test_config_takes_names_and_objects():
+    for spec in ("broyden", Broyden(max_steps=30, tol=1e-3)):
+        config = MDEQConfig(solver=spec)
+        assert config.solver["name"] == "broyden" and config.solver["max_steps"] == 30
+        assert MDEQConfig.from_dict(config.to_dict()).solver == config.solver
+    for spec in ("jfb", JFB()):
+        assert MDEQConfig(gradient=spec).gradient == {"name": "jfb"}
+    with pytest.raises((ValueError, StrictDataclassError), match="newton"):
+        MDEQConfig(solver="newton")
 
 
 def test_config_round_trip(tmp_path):
@@ -252,6 +264,18 @@ def test_output_shapes_and_tuples():
     torch.testing.assert_close(as_tuple[0], output.logits)
     expected = torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(output.loss, expected)
+
+
+def test_a_subclass_of_any_name_has_the_loss():
+    class Classifier(MDEQForImageClassification):
+        pass
+
+    model, labels = tiny_model(), torch.tensor([0, 1, 2])
+    other = Classifier(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model(pictures(), labels=labels).loss
+        torch.testing.assert_close(other(pictures(), labels=labels).loss, expected)
 
 
 def test_feature_extraction_pipeline(tmp_path):

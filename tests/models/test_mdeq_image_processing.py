@@ -82,6 +82,9 @@ def test_transparency_is_laid_on_white():
     assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
     half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
     assert to_rgb(half).getpixel((0, 0)) == (127, 127, 127)
+    grey = Image.new("LA", (2, 2), (0, 128))
+    for mode in ("LA", "La"):  # La: multiplied by its transparency
+        assert to_rgb(grey.convert(mode)).getpixel((0, 0)) == (127, 127, 127)
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([10, 20, 30])
     palette.info["transparency"] = 0

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import math
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
-from deqzoo.models.mdeq import map_mdeq
+from deqzoo.models.mdeq import map_mdeq, native_norm
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 
 from .mdeq_helpers import flat_gradient, pictures, tiny_model
@@ -167,6 +171,33 @@ def test_compiled_model():
     with torch.no_grad():
         torch.testing.assert_close(compiled(pictures()).logits, model(pictures()).logits)
     torch._dynamo.reset()
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_compilation_of_the_norm_does_not_block_later_ones(tmp_path, monkeypatch):
+    """torch's own locking, with nothing compiled."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    fresh = type(cpp_extension.JIT_EXTENSION_VERSIONER)()
+    monkeypatch.setattr(cpp_extension, "JIT_EXTENSION_VERSIONER", fresh)
+    built = []
+
+    def build(build_directory: str, **_: object) -> None:
+        folder = Path(build_directory)
+        assert (folder / "lock").exists()
+        with (folder / "deqzoo.lock").open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a second process waits
+        built.append(folder)
+
+    monkeypatch.setattr(cpp_extension, "_write_ninja_file_and_build_library", build)
+    monkeypatch.setattr(
+        cpp_extension, "_import_module_from_library", lambda name, *_: ModuleType(name)
+    )
+    leftover = tmp_path / "deqzoo_group_norm" / "lock"
+    leftover.parent.mkdir()
+    leftover.touch()
+    extension = native_norm._extension.__wrapped__()  # past the cache
+    assert extension.__name__ == "deqzoo_group_norm" and built == [leftover.parent]
+    assert not leftover.exists()
 
 
 # Diagnostics

@@ -20,7 +20,8 @@ from deqzoo import DEQModel
 from deqzoo.errors import UserError
 from deqzoo.hub.store import store_run
 from deqzoo.training import images
-from deqzoo.training.estimate import estimate
+from deqzoo.training.cost import gradient_cost
+from deqzoo.training.estimate import _graphs, _history, estimate
 from deqzoo.training.recipe import load_recipe
 from deqzoo.training.run import build_task, run_recipe
 from deqzoo.training.task import Plan
@@ -67,6 +68,7 @@ def pictures(monkeypatch):
         return images.Pictures(pixels, labels, names, split, "made", False, "cifar10")
 
     monkeypatch.setitem(images.LOADERS, "cifar10", load)
+    monkeypatch.setattr(images, "divide", lambda *_: (load("train"), load("validation")))
 
 
 @pytest.fixture
@@ -268,6 +270,7 @@ def test_photographs_in_memory_are_validated_as_the_processor_shows_them(monkeyp
         return images.Pictures(pixels, torch.arange(4), names, split, "made", False, "imagenette")
 
     monkeypatch.setitem(images.LOADERS, "imagenette", load)
+    monkeypatch.setattr(images, "divide", lambda *_: (load("train"), load("validation")))
     model = {"family": "mdeq", "preset": "mdeq-phantom-imagenet-small"}
     path = tmp_path / "photographs.yaml"
     path.write_text(yaml.safe_dump({**RECIPE, "data": {"name": "imagenette"}, "model": model}))
@@ -304,6 +307,25 @@ def test_estimate_grows_with_the_solver_budget(pictures, recipe, tmp_path):
     assert large["pflop"] > small["pflop"]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("gradient", [{"name": "unrolled"}, {"name": "unrolled", "steps": 5}])
+def test_unrolled_steps_cost_their_graph(pictures, recipe, gradient, checkpointing):
+    """Forward, product and weight gradients of each, and one evaluation that measures the end."""
+    stage = replace(recipe.stages[0], gradient=gradient, jacobian=None)
+    recipe = replace(recipe, stages=(stage,), gradient_checkpointing=checkpointing)
+    task = build_task(recipe, None)
+    n = gradient.get("steps", 2)  # the solver's max_steps
+    (found,) = estimate(recipe, task)["stages"]
+    assert found["evaluations"] == (4 if checkpointing else 3) * n + 1
+    # As a training step counts it, which knows how many steps there were.
+    counted = n + 1 + gradient_cost(gradient, recomputed=checkpointing, n_steps=n)
+    assert counted == found["evaluations"]
+    model = task.model()
+    assert _graphs(stage, model) == n
+    shallow = replace(stage, gradient={}, shallow=True)
+    assert _history(stage, model) == _history(shallow, model) == 1
+
+
 KILLABLE = """
 import sys, torch
 from deqzoo.training import images
@@ -315,6 +337,7 @@ def load(split, data=None):
     return images.Pictures(pixels, torch.arange(n) % 10, names, split, "made", False, "cifar10")
 
 images.LOADERS["cifar10"] = load
+images.divide = lambda *_: (load("train"), load("validation"))
 from deqzoo.cli import run
 sys.exit(run(sys.argv[1:]))
 """

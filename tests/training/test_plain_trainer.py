@@ -8,6 +8,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from deqzoo import DEQTrainer, DEQTrainingArguments
 from deqzoo.errors import UserError
+from deqzoo.models.deq_transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
@@ -83,6 +84,20 @@ def test_compiled_model_gives_the_same_losses(plain: Trainer, tmp_path: Path) ->
     )
     torch._dynamo.reset()
     assert losses(compiled) == pytest.approx(losses(plain)[:3], abs=2e-3)
+
+
+def test_compiled_model_is_penalised_alike(tmp_path: Path) -> None:
+    found = []
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        trainer = penalised(tmp_path, jacobian_every=1, max_steps=2, **changes)
+        trainer.train()
+        logs = trainer.state.log_history[:2]
+        found.append([e[key] for e in logs for key in ("loss", "jacobian_penalty")])
+        assert bool(torch._dynamo.utils.counters["frames"]) == bool(changes)
+    torch._dynamo.reset()
+    assert found[1] == pytest.approx(found[0], rel=2e-3) and min(found[0]) > 0
 
 
 def test_checkpointing_changes_nothing_but_memory(plain: Trainer, tmp_path: Path) -> None:
@@ -200,6 +215,44 @@ def test_penalty_needs_a_model_with_a_map(tmp_path: Path) -> None:
     model = IGNNForGraphClassification(IGNNConfig(num_features=3, hidden_sizes=[4]))
     with pytest.raises(UserError, match="IGNNForGraphClassification has no output_state"):
         DEQTrainer(model, DEQTrainingArguments(str(tmp_path), jacobian_weight=1.0, use_cpu=True))
+
+
+def smoothed_loss(model: torch.nn.Module, batch: dict, folder: Path, factor: float) -> float:
+    settings = arguments(folder, label_smoothing_factor=factor)
+    with torch.no_grad():
+        return float(DEQTrainer(model, settings).compute_loss(model, batch))
+
+
+def test_label_smoothing(tmp_path: Path) -> None:
+    """Text is smoothed against the next words, as the model's own loss is; pictures as ever."""
+    torch.manual_seed(0)
+    config = DEQTransformerConfig(
+        vocab_size=30, d_model=16, d_embed=16, n_head=2, d_inner=16, initializer_range=0.2
+    )
+    text = DEQTransformerForCausalLM(config)
+    ids = torch.arange(16).reshape(2, 8) * 7 % 30
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
+    for training in (True, False):
+        with torch.no_grad():
+            loss = float(text.train(training)(**batch).loss)
+        assert smoothed_loss(text, batch, tmp_path, 1e-9) == pytest.approx(loss, rel=1e-4)
+    words = text.next_words(ids, ids, attention_mask=mask).flatten()
+    with torch.no_grad():
+        logits = text(ids, attention_mask=mask).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, words, label_smoothing=0.3)
+    assert smoothed_loss(text, batch, tmp_path, 0.3) == pytest.approx(float(expected), rel=1e-4)
+    assert torch.equal(batch["labels"], ids)
+    with pytest.raises(UserError, match="one label per token"):
+        smoothed_loss(text, {**batch, "labels": ids[:, 1:]}, tmp_path, 0.3)
+    pictures = tiny_model().eval()
+    batch = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 1, 0])}
+    with torch.no_grad():
+        logits = pictures(batch["pixel_values"]).logits
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.3)
+    found = smoothed_loss(pictures, batch, tmp_path, 0.3)
+    assert found == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_arguments_are_read_from_a_command_line(tmp_path: Path) -> None:

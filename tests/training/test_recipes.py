@@ -270,6 +270,31 @@ def test_queue_passes_over_what_starts_from_a_running_recipe(tmp_path, monkeypat
     assert "y: passed over, it starts from x, which is running" in capsys.readouterr().out
 
 
+def test_queue_passes_over_what_another_process_began_first(tmp_path, monkeypatch, capsys):
+    """Whose run looks like a waiting one until it has loaded everything."""
+    for name in ("x", "y", "z"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**MINIMAL, "name": name}))
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    queue = tmp_path / "queue.yaml"
+    queue.write_text("- {recipe: x.yaml}\n- {recipe: y.yaml}\n- {recipe: z.yaml}\n")
+    started, locks = [], []
+
+    def start(command, **_):
+        name = Path(command[4]).stem
+        started.append(name)
+        if name == "x":
+            locks.append((tmp_path / "runs" / name / "lock").open("w"))
+            fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return SimpleNamespace(wait=lambda: {"x": 2, "y": 0, "z": 2}[name])
+
+    monkeypatch.setattr("deqzoo.training.queue.subprocess.Popen", start)
+    with pytest.raises(UserError, match="z ended with exit code 2"):
+        work(load_queue(queue), tmp_path / "runs", None, threads=1)
+    locks[0].close()
+    assert started == ["x", "y", "z"]
+    assert "x: passed over, another process trains" in capsys.readouterr().out
+
+
 def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
     monkeypatch.setattr("deqzoo.training.queue.checkpoints_root", lambda: tmp_path / "zoo")
     recipe = load_recipe(write(tmp_path, MINIMAL))

@@ -19,6 +19,7 @@ from deqzoo.training.recipe import Recipe, from_plain, load_recipe
 from deqzoo.training.run import export, run_recipe
 from deqzoo.training.task import Plan
 from deqzoo.training.text import LanguageModelingTask
+from deqzoo.training.trainer import latest_checkpoint
 
 ROW = "the dog saw the cat and the cat saw a <unk> dog"
 
@@ -111,6 +112,24 @@ def test_run_stop_resume_and_result(data: Path, tmp_path: Path) -> None:
     assert record["finished"] and record["epochs"] == 1
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
     assert any("eval_perplexity" in line for line in lines)
+
+
+def test_resuming_to_a_step_that_is_reached_does_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    run_recipe(recipe(), data, out, progress=False, max_steps=2)
+    before = {path: path.stat().st_mtime_ns for path in (*out.glob("model/*"), out / "record.json")}
+    lines = (out / "metrics.jsonl").read_text()
+    for steps in (1, 2):
+        folder = run_recipe(recipe(), data, out, resume=True, progress=False, max_steps=steps)
+        assert folder == out / "model"
+        assert f"made 2 steps already; nothing to do up to step {steps}" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert (out / "metrics.jsonl").read_text() == lines
+    assert latest_checkpoint(out / "checkpoints").endswith("checkpoint-2")
+    run_recipe(recipe(), data, out, resume=True, progress=False, max_steps=3)
+    assert latest_checkpoint(out / "checkpoints").endswith("checkpoint-3")
 
 
 def test_estimate(data: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium.layout import Layout, Rows, Selection
+from deqzoo.equilibrium.layout import Layout, Rows, Selection, start_matrix
 from deqzoo.equilibrium.solvers.loop import Loop, Matrices, StepCallback
 from deqzoo.equilibrium.solvers.solution import Solution
 from deqzoo.equilibrium.state import State
@@ -71,6 +71,7 @@ class Solver(ABC):
     def start(self, matrix: Tensor, layout: Layout) -> StepRule:
         """Return the rule's memory for a solve that starts at a matrix (R, D)."""
 
+    @torch.compiler.disable  # how often the loop turns depends on values; compiling f is up to f
     @torch.no_grad()
     def solve(
         self,
@@ -90,9 +91,13 @@ class Solver(ABC):
             compact: let converged cells leave the batch.
             trace: record the residual after every update; switches `compact` off.
             callback: sees every iterate; switches `compact` off.
+
+        Raises:
+            ValueError: a start that does not fit the layout, or a map whose states have other
+                shapes than its start.
         """
         layout = layout or Rows()
-        matrix = layout.to_matrix(z0)
+        matrix = start_matrix(layout, z0)
         compact = compact and callback is None and not trace
         loop = Loop(self, layout, matrix, trace)
         return loop.run(Matrices(f, layout), matrix, compact, callback)

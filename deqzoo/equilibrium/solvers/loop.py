@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout, Rows, Selection
 from deqzoo.equilibrium.solvers.solution import Solution, Status
+from deqzoo.equilibrium.state import State, leaves
 
 if TYPE_CHECKING:
     from deqzoo.equilibrium.solvers.base import Solver
@@ -31,17 +32,35 @@ def cell_norm(rows: Tensor, layout: Layout) -> Tensor:
 
 
 class Matrices:
-    """A map on states, seen as one on matrices."""
+    """A map on states, seen as one on matrices.
+
+    Raises:
+        ValueError: (when called) the map returns a state of another shape than its argument's.
+    """
 
     def __init__(self, f: Any, layout: Layout) -> None:
         self.f = f
         self.layout = layout
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        return self.layout.to_matrix(self.f(self.layout.to_state(matrix))).to(matrix.dtype)
+        state, cells = self.layout.to_state(matrix), self.layout.cell_shape()
+        found = self.f(state)
+        out = self.layout.to_matrix(found)
+        # Sums with one row in place of many would go through, and a causal layout, which takes its
+        # sequences from the state, would have others.
+        if out.shape != matrix.shape or self.layout.cell_shape() != cells:
+            raise ValueError(
+                f"expected tensors of shapes {_shapes(state)}, got {_shapes(found)}: the map must "
+                "return a state like its input"
+            )
+        return out.to(matrix.dtype)
 
     def select(self, selection: Selection, layout: Layout) -> Matrices:
         return Matrices(self.f.select(selection), layout)
+
+
+def _shapes(state: State) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in leaves(state)]
 
 
 @dataclass

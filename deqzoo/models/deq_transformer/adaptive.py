@@ -157,7 +157,15 @@ class AdaptiveSoftmax(nn.Module):
 
         A cluster is evaluated for the positions whose targets lie in it alone, so
         that no (..., vocab_size) tensor exists when there are cutoffs.
+
+        Raises:
+            ValueError: the targets' shape is not that of ``hidden`` without its last dimension.
         """
+        if targets.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"targets {tuple(targets.shape)} do not fit states {tuple(hidden.shape)}: one "
+                "target per state"
+            )
         flat, words = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         kept = (words != IGNORED).nonzero().squeeze(1)
         if kept.numel() < words.numel():

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from deqzoo.equilibrium import Gradient, Solver
 from deqzoo.models.base import DEQConfigMixin
 from deqzoo.models.deq_transformer.presets_deq_transformer import PRESETS
 
@@ -36,7 +37,9 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
         unroll_layers: applications of F in the shallow (unrolled) mode of early training.
         causal: strictly causal solver. False mixes Anderson and Broyden over the whole sequence,
             as the official code does; later tokens then leak into earlier states.
-        solver, gradient: settings of the equilibrium, see `deqzoo.equilibrium`.
+        solver, gradient: settings of the equilibrium, see `deqzoo.equilibrium`. A model in half
+            precision is solved to 3 eps of its dtype at the finest (0.023 in bfloat16), whatever
+            `tol` says: rounding alone moves F by about as much.
     """
 
     model_type = "deq_transformer"
@@ -77,8 +80,8 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
     fixed_iterations: int | None = None
     unroll_layers: int = 2
     causal: bool = True
-    solver: dict | None = None
-    gradient: dict | None = None
+    solver: dict | str | Solver | None = None
+    gradient: dict | str | Gradient | None = None
     initializer_range: float | int = 0.01
     use_cache: bool | None = None
     bos_token_id: int | None = 0

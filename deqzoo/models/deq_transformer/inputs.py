@@ -11,17 +11,15 @@ from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCa
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 
 
-def targets_of(labels: Tensor | None, shift: bool, attention_mask: Tensor | None) -> Tensor | None:
-    """Next words (B, T), -100 where nothing follows, or None without labels.
+def targets_of(labels: Tensor, shift: bool, attention_mask: Tensor | None) -> Tensor:
+    """Next words (B, T), -100 where nothing follows.
 
     Nothing is scored at padding, be it the next word or the token before it: what stands there
     has seen no text.
     """
-    if labels is None:
-        return None
     padding = None
-    if attention_mask is not None and attention_mask.shape == labels.shape:
-        padding = attention_mask == 0
+    if attention_mask is not None:
+        padding = attention_mask[:, -labels.shape[1] :] == 0
     if shift:
         if padding is not None:
             labels = labels.masked_fill(padding, IGNORED)
@@ -50,6 +48,32 @@ def check_tokens(config: DEQTransformerConfig, input_ids: Tensor, training: bool
         raise UserError(
             f"input_ids holds {foreign[0]}, but this model's words are numbered from 0 to "
             f"{config.vocab_size - 1}; use the tokenizer that belongs to the model."
+        )
+
+
+def check_labels(
+    config: DEQTransformerConfig, labels: Tensor, input_ids: Tensor, training: bool
+) -> None:
+    """Refuse labels that are not one word, or -100, per token.
+
+    As with `check_tokens`, the labels themselves are read in training on the CPU only.
+
+    Raises:
+        UserError: another shape than that of input_ids (B, T), or a label outside the vocabulary.
+    """
+    if labels.shape != input_ids.shape:
+        raise UserError(
+            f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; pass one "
+            "label per token: the tokens themselves, or with shift=False the words after them."
+        )
+    if training and labels.device.type != "cpu":
+        return
+    outside = (labels < 0) | (labels >= config.vocab_size)
+    foreign = labels[outside & (labels != IGNORED)]
+    if foreign.numel():
+        raise UserError(
+            f"labels holds {foreign[0]}, but this model's words are numbered from 0 to "
+            f"{config.vocab_size - 1}; use {IGNORED} where nothing is to be scored."
         )
 
 

@@ -5,6 +5,7 @@ with injected word embeddings u. F is causal, hence so is its equilibrium; the s
 keeps that property at every tolerance.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from deqzoo.equilibrium import Causal, make_solver
+from deqzoo.equilibrium import Causal, Gradient, Layout, Solution, Solver, make_solver
 from deqzoo.errors import UserError
-from deqzoo.models.base import DEQPreTrainedModel
+from deqzoo.models.base import DEQPreTrainedModel, Settings, joined
 from deqzoo.models.deq_transformer.adaptive import IGNORED, AdaptiveEmbedding, AdaptiveSoftmax
 from deqzoo.models.deq_transformer.block import (
     CompiledMap,
@@ -28,6 +29,7 @@ from deqzoo.models.deq_transformer.block import (
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 from deqzoo.models.deq_transformer.inputs import (
+    check_labels,
     check_past,
     check_tokens,
     joined_validity,
@@ -53,8 +55,6 @@ from deqzoo.models.deq_transformer.outputs import (
     SolveReport,
     token_residual,
 )
-
-Spec = str | dict[str, Any] | None
 
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
@@ -105,7 +105,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         """Run the equilibrium map under torch.compile, or no longer."""
         self.base_model.map_compiled = enabled
 
-    def set_solver(self, name: str | None = None, **settings: Any) -> None:
+    def set_solver(self, name: Settings = None, **settings: Any) -> None:
         """Change the solver from now on; without an equilibrium, `max_steps` applications of F.
 
         Raises:
@@ -115,11 +115,10 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         if self.config.has_equilibrium:
             super().set_solver(name, **settings)
             return
-        change = settings if name is None else {"name": name, **settings}
-        self.config.fixed_iterations, tol = self._iterations(change)
+        self.config.fixed_iterations, tol = self._iterations(joined(name, settings))
         self.config.solver = {**self.config.solver, "tol": tol}
 
-    def set_gradient(self, name: str | None = None, **settings: Any) -> None:
+    def set_gradient(self, name: Settings = None, **settings: Any) -> None:
         """Change the gradient from now on (stored in the config).
 
         Raises:
@@ -128,6 +127,18 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         """
         self._need_equilibrium()
         super().set_gradient(name, **settings)
+
+    def solve(
+        self,
+        f: Callable[[Tensor], Tensor],
+        z0: Tensor,
+        layout: Layout | None = None,
+        **options: Any,
+    ) -> Solution:
+        """As the base class's; by default every token of a causal model is a sample of its own."""
+        if layout is None and self.config.causal:
+            layout = Causal()
+        return super().solve(f, z0, layout, **options)
 
     def resize_token_embeddings(
         self,
@@ -159,8 +170,13 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
                 "iterations; leave gradient out."
             )
 
-    def _iterations(self, solver: Spec) -> tuple[int, float]:
+    def _iterations(self, solver: Settings) -> tuple[int, float]:
         """How often F is applied where nothing is solved, and the residual that counts as met."""
+        if isinstance(solver, (Solver, Gradient)):
+            raise UserError(
+                f"{self.config.variant} has no equilibrium that {type(solver).__name__} could "
+                "find; use a dict with max_steps and tol."
+            )
         settings = {"name": solver} if isinstance(solver, str) else dict(solver or {})
         name = settings.get("name", "fixed_point")
         if name != "fixed_point" or settings.keys() - {"name", "max_steps", "tol"}:
@@ -176,6 +192,8 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
 
 class DEQTransformerModel(DEQTransformerPreTrainedModel):
     """Word indices to equilibrium states."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: DEQTransformerConfig) -> None:
         super().__init__(config)
@@ -213,8 +231,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         cache: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
         use_cache: bool | None = None,
-        solver: Spec = None,
-        gradient: Spec = None,
+        solver: Settings = None,
+        gradient: Settings = None,
         shallow: bool = False,
         warm_start: bool = False,
         dropout_masks: DropoutMasks | None = None,
@@ -227,6 +245,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, T) or longer, 0 at left padding; its last T columns are used.
+                Padding behind a cache or memory counts in the distances to what they hold.
             cache: cache of earlier tokens; it is extended in place.
             memory: states and injections of the previous segment, as returned by its forward.
             use_cache: return a cache; excludes ``memory``.
@@ -322,13 +341,14 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
                 for layer in layers
                 for key, value in [context_key_value(*memory, layer, self.config.kind)]
             )
-        key_valid = valid
+        past_valid = None  # a memory holds real tokens only
         if cache is not None and n_past:
             past = cache.layer
             layers = tuple(
                 layer._replace(past_key=past.keys, past_value=past.values) for layer in layers
             )
-            key_valid = joined_validity(past.valid, valid, injection.shape[0], n_past, n_new)
+            past_valid = past.valid
+        key_valid = joined_validity(past_valid, valid, injection.shape[0], n_past, n_new)
         bias = visibility(
             n_new,
             n_keys,
@@ -370,8 +390,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         f: EquilibriumMap,
         start: Tensor,
         valid: Tensor | None,
-        solver: Spec,
-        gradient: Spec,
+        solver: Settings,
+        gradient: Settings,
         shallow: bool,
     ) -> SolveReport:
         if shallow:
@@ -402,7 +422,11 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
-    """DEQ-Transformer with an adaptive softmax over the next word."""
+    """DEQ-Transformer with an adaptive softmax over the next word.
+
+    Train with label smoothing under `DEQTrainer` only: transformers' own `Trainer` shifts the
+    labels for the classes it knows by name, and would score this model against unshifted ones.
+    """
 
     accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it where it accumulates
 
@@ -449,8 +473,8 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
-        solver: Spec = None,
-        gradient: Spec = None,
+        solver: Settings = None,
+        gradient: Settings = None,
         shallow: bool = False,
         warm_start: bool = False,
         dropout_masks: DropoutMasks | None = None,
@@ -461,14 +485,20 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         """Score the next words.
 
         Args:
-            labels: (B, T) the tokens themselves; -100 is not scored.
+            labels: (B, T) int64, the tokens themselves; -100 is not scored.
             shift: False where the labels are the next tokens already.
             logits_to_keep: compute logits for that many last positions (0: all), or for these.
             return_logits: False leaves logits out; with labels the loss then touches only the
                 clusters that occur, and no (B, T, vocab_size) tensor is made.
 
         The other arguments are those of :meth:`DEQTransformerModel.forward`.
+
+        Raises:
+            UserError: labels of another shape or of no word, and what the base model refuses.
         """
+        targets = None
+        if labels is not None:
+            targets = self.next_words(input_ids, labels, shift, attention_mask)
         base = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -485,7 +515,6 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         hidden = self._dropped(base.last_hidden_state, dropout_masks)
-        targets = targets_of(labels, shift, attention_mask)
         loss = nll = logits = None
         if targets is not None:
             nll = self.lm_head.nll(hidden, targets)
@@ -497,6 +526,31 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden[:, kept])
         report = {k: v for k, v in base.items() if k != "last_hidden_state"}
         return DEQTransformerCausalLMOutput(loss=loss, logits=logits, nll=nll, **report)
+
+    def equilibrium_map(
+        self,
+        input_ids: Tensor,
+        memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
+        dropout_masks: DropoutMasks | None = None,
+    ) -> tuple[EquilibriumMap, Tensor]:
+        """As :meth:`DEQTransformerModel.equilibrium_map`; for `solve` and its trace."""
+        return self.transformer.equilibrium_map(input_ids, memory, dropout_masks)
+
+    def next_words(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        shift: bool = True,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What a forward with these arguments scores: the words after each token, (B, T) int64,
+        -100 where nothing is scored.
+
+        Raises:
+            UserError: labels of another shape than input_ids, or of no word.
+        """
+        check_labels(self.config, labels, input_ids, self.training)
+        return targets_of(labels, shift, attention_mask)
 
     def _dropped(self, hidden: Tensor, masks: DropoutMasks | None) -> Tensor:
         """Equilibrium (B, T, d) behind the output dropout of training."""

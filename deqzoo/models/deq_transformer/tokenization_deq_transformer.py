@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deqzoo.errors import UserError
@@ -25,6 +25,14 @@ def build_tokenizer(
     vocabulary: Sequence[str], style: Style, model_max_length: int | None = None
 ) -> PreTrainedTokenizerFast:
     """Tokenizer of a corpus.
+
+    Decoding puts a space before every word, the first one too, and makes `<eos>` a line break: a
+    pipeline appends the decoded continuation to the prompt as it is. Pipelines leave out `<unk>`
+    and `<eos>`, which are special tokens, unless called with ``skip_special_tokens=False``.
+
+    Padding is `<eos>`, since the corpora have no word for it. Therefore
+    `DataCollatorForLanguageModeling(mlm=False)`, which sets the label of every padding index to
+    -100, lets no line end be learnt: make labels of the tokens and the attention mask instead.
 
     Args:
         vocabulary: words in index order; holds `<eos>` and `<unk>`.
@@ -47,6 +55,14 @@ def build_tokenizer(
     steps = [normalizers.Lowercase()] if style == "ptb" else []
     tokenizer.normalizer = normalizers.Sequence([*steps, line_break])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex("^"), " "),
+            decoders.Fuse(),
+            decoders.Replace(f" {END}", "\n"),
+            decoders.Replace("\n ", "\n"),
+        ]
+    )
     settings = {} if model_max_length is None else {"model_max_length": model_max_length}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from deqzoo.equilibrium import Gradient, Solver
 from deqzoo.models.base import DEQConfigMixin
 
 
@@ -27,7 +28,9 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
             self loops, "none".
         directed: accept graphs whose edges have no reverse.
         spectral_radius: of the adjacency, where it is known beforehand; None takes 1 for
-            normalised undirected graphs, which is exact with self loops, and measures others.
+            normalised undirected graphs, which is exact with self loops, and measures others:
+            of each graph in evaluation, so that its output does not depend on its batch, and of
+            the whole batch in training, where a larger graph narrows W for the others, too.
         weight_norm: "spectral" scales each weight below its estimated spectral norm (TorchDEQ's
             PPI recipe), "none" leaves it.
         dropout: probability, before the last classifier.
@@ -51,8 +54,8 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
     default_solver = {"name": "fixed_point", "max_steps": 300, "tol": 1e-5}
     default_gradient = {"name": "upg", "steps": 5, "damping": 0.5}
 
-    solver: dict | None = None
-    gradient: dict | None = None
+    solver: dict | str | Solver | None = None
+    gradient: dict | str | Gradient | None = None
     num_features: int = 1
     hidden_sizes: list[int] | tuple[int, ...] = (64, 64, 64)
     skip_connections: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,13 +31,24 @@ class GraphBatch:
     index: Tensor
     n_graphs: int
     counts: Tensor | None = None
+    _radii: list[float] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def radii(self) -> list[float]:
+        """Spectral radius of each graph's adjacency; measured once and kept."""
+        if not self._radii:
+            for number in range(self.n_graphs):
+                rows = (self.index == number).nonzero().squeeze(1)
+                self._radii.append(self.adjacency.select(rows).spectral_radius)
+        return self._radii
 
     def to(self, like: Tensor) -> GraphBatch:
         """Return the batch on the device and in the dtype of a tensor."""
         features = self.features.to(like)
         index = self.index.to(like.device)
         counts = None if self.counts is None else self.counts.to(like)
-        return GraphBatch(features, self.adjacency.to(like), index, self.n_graphs, counts)
+        adjacency = self.adjacency.to(like)
+        return GraphBatch(features, adjacency, index, self.n_graphs, counts, self._radii)
 
     @classmethod
     def build(

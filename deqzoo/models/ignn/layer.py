@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from deqzoo.models.ignn.dense import times_transposed
-from deqzoo.models.ignn.projection import project_rows
+from deqzoo.models.ignn.projection import project_rows, row_norm
 from deqzoo.models.ignn.sparse import Adjacency
 
-_ROUNDING = 1e-6
-"""Relative excess over the norm bound that counts as met: float32 sums are not exact."""
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Relative excess over the norm bound that counts as met: weights and sums are rounded."""
+    return max(1e-6, torch.finfo(dtype).eps)
 
 
 class _Selection(Protocol):
@@ -209,7 +211,11 @@ class ImplicitGraphLayer(nn.Module):
         if self.official:
             self.project_(radius)
         state_weight, neighbor_weight, *local_weight = self.weights()
-        weight = self._within_bound(state_weight, radius)
+        weight = state_weight
+        if not self._meets(weight, radius):
+            # The optimiser left it outside; its gradient passes unchanged.
+            values = project_rows(weight.detach(), self.bound(radius))
+            weight = _StraightThrough.apply(weight, values)
         if features.is_sparse or features.shape[1] >= self.out_features:
             injection = adjacency.propagate(linear(features, neighbor_weight))
         else:
@@ -224,13 +230,18 @@ class ImplicitGraphLayer(nn.Module):
             return None
         return self.kappa / radius
 
+    @torch.no_grad()
+    def allows(self, radius: float) -> bool:
+        """Whether graphs of a spectral radius are solved with the weight as it is."""
+        return self._meets(self.weights()[0], radius)
+
     def excess(self, radius: float) -> float:
         """Return by how much the stored weight's infinity norm exceeds the bound (0: it is met)."""
         bound = self.bound(radius)
         if bound is None or self.norms:
             return 0.0
-        norm = float(self.state_weight.detach().abs().sum(dim=1).max())
-        return max(0.0, norm - bound * (1 + _ROUNDING))
+        tolerance = _rounding(self.state_weight.dtype)
+        return max(0.0, row_norm(self.state_weight) - bound * (1 + tolerance))
 
     @torch.no_grad()
     def project_(self, radius: float) -> None:
@@ -239,15 +250,9 @@ class ImplicitGraphLayer(nn.Module):
         if bound is not None and not self.norms:
             self.state_weight.copy_(project_rows(self.state_weight, bound))
 
-    def _within_bound(self, weight: Tensor, radius: float) -> Tensor:
-        """Project a weight that the optimiser left outside; its gradient passes unchanged."""
+    def _meets(self, weight: Tensor, radius: float) -> bool:
         bound = self.bound(radius)
-        if bound is None:
-            return weight
-        values = weight.detach()
-        if bool((values.abs().sum(dim=1) <= bound * (1 + _ROUNDING)).all()):
-            return weight
-        return _StraightThrough.apply(weight, project_rows(values, bound))
+        return bound is None or row_norm(weight) <= bound * (1 + _rounding(weight.dtype))
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -16,12 +16,13 @@ from deqzoo.errors import UserError
 from deqzoo.models.base import DEQPreTrainedModel, Settings
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
-from deqzoo.models.ignn.layer import ClippedSpectralNorm, ImplicitGraphLayer, linear
+from deqzoo.models.ignn.layer import ClippedSpectralNorm, GraphMap, ImplicitGraphLayer, linear
 from deqzoo.models.ignn.outputs import (
     IGNNClassifierOutput,
     IGNNModelOutput,
     combined_report,
     extended_report,
+    joined_solution,
 )
 from deqzoo.models.ignn.projection import project_rows
 
@@ -40,6 +41,7 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
     main_input_name = "x"
     input_modalities = ("graph",)
     supports_gradient_checkpointing = True
+    narrow_tol_in_eps = 0.0  # contractions without norms: bfloat16 reaches residuals of 1e-4
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -87,8 +89,7 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
         if excess > 0:
             logger.warning(
                 f"a weight exceeded its norm bound {self.config.kappa / radius:.3g} by "
-                f"{excess:.3g} and was projected: the checkpoint was saved between an optimiser "
-                "step and the projection"
+                f"{excess:.3g} and was projected; without the bound an equilibrium is not certain"
             )
             self.project_()
         return excess
@@ -97,7 +98,9 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
         """Project every stored W onto its norm ball: after each optimiser step in training.
 
         Where the spectral radius depends on the graph, the largest one that training has seen
-        counts; before the first forward there is nothing to project onto.
+        (`largest_radius` of the base model) counts; before the first forward there is nothing to
+        project onto. Several processes must agree on it first, and a resumed run must restore it:
+        `ProjectionCallback`, which `DEQTrainer` adds, does both; a loop of your own has to.
         """
         radius = self.config.known_radius or self.base_model.largest_radius
         if radius > 0:
@@ -138,6 +141,8 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
 class IGNNModel(IGNNPreTrainedModel):
     """The stack of implicit layers, without a head."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^dense\."]
+
     def __init__(self, config: IGNNConfig) -> None:
         super().__init__(config)
         widths = [config.num_features, *config.hidden_sizes]
@@ -146,7 +151,7 @@ class IGNNModel(IGNNPreTrainedModel):
         self.skips = nn.ModuleList(
             nn.Linear(p, m) for p, m in (pairs if config.skip_connections else [])
         )
-        self.largest_radius = 0.0
+        self.largest_radius = 0.0  # measured in training so far
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -171,11 +176,45 @@ class IGNNModel(IGNNPreTrainedModel):
     ) -> Solution:
         """Solve one implicit layer fed with x (n, p).
 
-        The solve starts from `start` (n, m), or from the injection, as upstream's does.
+        The solve starts from `start` (n, m), or from the injection, as upstream's does. In
+        evaluation a graph whose radius W is too large for is solved apart, so that the projection
+        made for it does not reach the others of its batch.
         """
-        equation = layer(x, graphs.adjacency, self.radius(graphs))
+        radius = self.radius(graphs)
+        measured = self.config.known_radius is None and graphs.n_graphs > 1
+        if not measured or self.training or self.config.official or layer.allows(radius):
+            layout = Segments(graphs.index, graphs.n_graphs)
+            equation = layer(x, graphs.adjacency, radius)
+            return self._solve_part(equation, start, layout, solver, gradient)
+        solutions, rows, numbers = [], [], self._groups(layer, graphs)
+        for group in numbers:
+            place = graphs.index.new_full((graphs.n_graphs,), -1)
+            place[group] = torch.arange(len(group), device=place.device)
+            kept = (place[graphs.index] >= 0).nonzero().squeeze(1)
+            own = max(graphs.radii[i] for i in group) + _RADIUS_MARGIN
+            equation = layer(x.index_select(0, kept), graphs.adjacency.select(kept), own)
+            layout = Segments(place[graphs.index[kept]], len(group))
+            begin = None if start is None else start[kept]
+            solutions.append(self._solve_part(equation, begin, layout, solver, gradient))
+            rows.append(kept)
+        cells = [place.new_tensor(group) for group in numbers]
+        return joined_solution(solutions, rows, cells)
+
+    def _groups(self, layer: ImplicitGraphLayer, graphs: GraphBatch) -> list[list[int]]:
+        """Graphs that W is small enough for, all together, and each of the others."""
+        fits = [layer.allows(radius + _RADIUS_MARGIN) for radius in graphs.radii]
+        inside = [i for i, fit in enumerate(fits) if fit]
+        return [[i] for i, fit in enumerate(fits) if not fit] + ([inside] if inside else [])
+
+    def _solve_part(
+        self,
+        equation: GraphMap,
+        start: Tensor | None,
+        layout: Segments,
+        solver: Settings,
+        gradient: Settings,
+    ) -> Solution:
         start = equation.injection.detach() if start is None else start
-        layout = Segments(graphs.index, graphs.n_graphs)
         return self.solve(equation, start, layout=layout, solver=solver, gradient=gradient)
 
     @can_return_tuple
@@ -301,9 +340,10 @@ class IGNNForGraphClassification(_IGNNClassifier):
         nodes = base.last_hidden_state
         if graphs.counts is not None:
             nodes = nodes * graphs.counts[:, None]
-        pooled = nodes.new_zeros(graphs.n_graphs, nodes.shape[1])
-        pooled = pooled.index_add(0, graphs.index, nodes)
-        logits = self.classifier(self.dropout(self.dense(pooled).relu()))
+        # In float32 or wider: a sum of ones in bfloat16 stops at 256.
+        wide = nodes.to(torch.promote_types(nodes.dtype, torch.float32))
+        pooled = wide.new_zeros(graphs.n_graphs, nodes.shape[1]).index_add(0, graphs.index, wide)
+        logits = self.classifier(self.dropout(self.dense(pooled.to(nodes.dtype)).relu()))
         return self._classified(logits, labels, base)
 
 

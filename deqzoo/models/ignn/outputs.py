@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +52,29 @@ def combined_report(x: Tensor, solutions: list[Solution], keep_states: bool) -> 
         residual=torch.stack([s.residual for s in solutions]).amax(0),
         converged=torch.stack([s.converged for s in solutions]).all(0),
         hidden_states=tuple(s.state.detach() for s in solutions) if keep_states else None,
+    )
+
+
+def joined_solution(
+    solutions: Sequence[Solution], rows: Sequence[Tensor], numbers: Sequence[Tensor]
+) -> Solution:
+    """Return the solution of a batch from those of its parts.
+
+    Args:
+        solutions: of the parts.
+        rows: per part the nodes (n_i,) int64 that it holds.
+        numbers: per part its graphs (G_i,) int64.
+    """
+    order = torch.cat(list(numbers)).argsort()
+    names = ("status", "n_steps", "abs_residual", "rel_residual", "residual")
+    books = {name: torch.cat([getattr(s, name) for s in solutions])[order] for name in names}
+    return replace(
+        solutions[0],
+        state=torch.cat([s.state for s in solutions])[torch.cat(list(rows)).argsort()],
+        n_evals=sum(s.n_evals for s in solutions),
+        row_evals=sum(s.row_evals for s in solutions),
+        seconds=sum(s.seconds for s in solutions),
+        **books,
     )
 
 

@@ -15,19 +15,19 @@ def project_rows(weight: Tensor, bound: float) -> Tensor:
     """Return the closest matrix whose absolute row sums are at most `bound`; weight (m, k).
 
     Rows inside the ball come back unchanged, bit for bit. Sorting method of Duchi et al. (2008),
-    all rows at once.
+    all rows at once, in float32 or wider.
     """
-    magnitude = weight.abs()
+    magnitude = _wide(weight).abs()
     outside = magnitude.sum(dim=1, keepdim=True) > bound
     if bound <= 0:
         return torch.zeros_like(weight)
     ordered = magnitude.sort(dim=1, descending=True).values
     excess = ordered.cumsum(dim=1) - bound
-    rank = torch.arange(1, weight.shape[1] + 1, dtype=weight.dtype, device=weight.device)
+    rank = torch.arange(1, weight.shape[1] + 1, dtype=magnitude.dtype, device=weight.device)
     active = (ordered * rank > excess).sum(dim=1, keepdim=True).clamp_min(1)
     threshold = excess.gather(1, active - 1) / active
     shrunk = weight.sign() * (magnitude - threshold).clamp_min(0)
-    return torch.where(outside, shrunk, weight)
+    return torch.where(outside, shrunk.to(weight.dtype), weight)
 
 
 def project_columns(weight: Tensor, bound: float) -> Tensor:
@@ -45,5 +45,13 @@ def project_rows_and_columns(weight: Tensor, bound: float) -> Tensor:
 
 def row_norm(weight: Tensor) -> float:
     """Return the infinity norm: the largest absolute row sum."""
-    weight = weight.detach()
-    return float(weight.abs().sum(dim=1).max()) if weight.numel() else 0.0
+    return float(row_sums(weight.detach()).max()) if weight.numel() else 0.0
+
+
+def row_sums(weight: Tensor) -> Tensor:
+    """Return the absolute row sums of weight (m, k), (m,) in float32 or wider."""
+    return _wide(weight).abs().sum(dim=1)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

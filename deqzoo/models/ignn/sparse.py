@@ -140,11 +140,12 @@ class _Product(torch.autograd.Function):
 class Adjacency(SparseMatrix):
     """The adjacency A of one graph or of a block-diagonal batch of graphs: (n, n), non-negative.
 
-    Entry (i, j) carries information from node i to node j.
+    Entry (i, j) carries information from node i to node j. Entries are float32 at least, whatever
+    a model's dtype: in bfloat16 degrees would stop at 256, and products are made in float32 anyway.
     """
 
     def __init__(self, index: Tensor, values: Tensor, n: int) -> None:
-        super().__init__(index, values, (n, n))
+        super().__init__(index, values.to(_widened(values.dtype)), (n, n))
         self._spectral_radius: float | None = None
         self._evaluation: Adjacency | None = None
 
@@ -165,7 +166,8 @@ class Adjacency(SparseMatrix):
             edge_weight: (e,) non-negative; 1 where not given.
             normalization: "augmented" is D^-1/2 (A + I) D^-1/2, "symmetric" the same without
                 self loops, "none" leaves A as it is. D holds the row sums on both sides.
-            dtype: of the entries; that of `edge_weight` or torch's default where not given.
+            dtype: of the entries, float32 at least; that of `edge_weight` or torch's default where
+                not given.
 
         Raises:
             UserError: indices out of range, wrong shapes, negative or non-finite weights, or an
@@ -198,9 +200,12 @@ class Adjacency(SparseMatrix):
         return Adjacency(index, torch.cat([self.values, self.values]), self.shape[0])
 
     def to(self, like: Tensor) -> Adjacency:
-        if self.values.device == like.device and self.values.dtype == like.dtype:
+        """Return the adjacency on the device and in the dtype of a tensor, float32 at least."""
+        dtype = _widened(like.dtype)
+        if self.values.device == like.device and self.values.dtype == dtype:
             return self
-        moved = Adjacency(self.index.to(like.device), self.values.to(like), self.shape[0])
+        values = self.values.to(like.device, dtype)
+        moved = Adjacency(self.index.to(like.device), values, self.shape[0])
         moved._spectral_radius = self._spectral_radius
         return moved
 
@@ -234,6 +239,10 @@ class Adjacency(SparseMatrix):
         return self._spectral_radius
 
 
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     with warnings.catch_warnings():  # torch announces once that CSR support is in beta
         warnings.simplefilter("ignore", UserWarning)
@@ -254,6 +263,7 @@ def _checked_weights(
             f"edge_index names node {int(edge_index.max())} (smallest {int(edge_index.min())}), "
             f"but the graph has the nodes 0 to {n - 1}"
         )
+    dtype = None if dtype is None else _widened(dtype)
     if edge_weight is None:
         dtype = dtype or torch.get_default_dtype()
         return torch.ones(n_edges, dtype=dtype, device=edge_index.device)

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from deqzoo.equilibrium import Gradient, Solver
 from deqzoo.models.base import DEQConfigMixin
 
 from .presets_mdeq import PRESETS
@@ -40,8 +41,9 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
         unroll_layers: applications of the map in the shallow (unrolled) mode.
         initializer_range: standard deviation of convolutions without weight norm; None for
             PyTorch's defaults.
-        solver: the equilibrium solver's settings, as in `deqzoo.equilibrium.make_solver`.
-        gradient: the gradient's settings, as in `deqzoo.equilibrium.make_gradient`.
+        solver: the equilibrium solver or its settings, as in `deqzoo.equilibrium.make_solver`; kept
+            as a dict of all settings.
+        gradient: the gradient or its settings, as in `deqzoo.equilibrium.make_gradient`; likewise.
 
     Raises:
         ValueError: settings that contradict each other, with the offending value.
@@ -70,8 +72,8 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
     dropout: float | int = 0.0
     unroll_layers: int = 10
     initializer_range: float | None = 0.01
-    solver: dict | None = None
-    gradient: dict | None = None
+    solver: dict | str | Solver | None = None
+    gradient: dict | str | Gradient | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         n = len(self.channels)

@@ -77,9 +77,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     whatever colour they hide.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "La":  # Pillow converts it to this mode only
+        image = image.convert("LA")
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_grey_to_8_bit(np.asarray(image), image.mode))
-    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

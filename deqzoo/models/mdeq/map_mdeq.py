@@ -195,6 +195,11 @@ class MDEQMap:
             tuple(state), self.injections, self.masks, self.tensors, self.num_groups, self.norm
         )
 
+    @torch.compiler.disable  # which fails at the construction of a frozen dataclass
+    def with_norm(self, norm: Norm) -> MDEQMap:
+        """The same map with another implementation of the group norm."""
+        return dataclasses.replace(self, norm=norm)
+
     def select(self, selection: Selection) -> MDEQMap:
         """The same map for the rows of the batch that are still being solved."""
         return dataclasses.replace(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -211,14 +210,14 @@ class MDEQModel(MDEQPreTrainedModel):
         f, z0 = self.build_map(pixel_values, dropout_masks)
         g = CompiledMDEQMap(f) if self.map_compiled else f
         if shallow:
-            output = self._unroll(g, z0, tol=self._solver(solver)["tol"])
+            output = self._unroll(g, z0, tol=self._solver(solver).tol)
         else:
             solution = self.solve(g, z0, solver=solver, gradient=gradient)
             output = _model_output(tuple(solution.state), **per_sample(solution))
         if output_state:
             output.state = tuple(z.detach() for z in output.features)
             # The compiled norm cannot be differentiated twice, which the Jacobian penalty needs.
-            output.equilibrium_map = dataclasses.replace(f, norm=group_norm)
+            output.equilibrium_map = f.with_norm(group_norm)
         return output
 
     def _unroll(self, f: Callable[[State], State], state: State, tol: float) -> MDEQModelOutput:
@@ -274,6 +273,7 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
 
     def __init__(self, config: MDEQConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForImageClassification"  # which transformers guesses from a class's name
         self.num_labels = config.num_labels
         self.mdeq = MDEQModel(config)
         self.head = MDEQHead(config)

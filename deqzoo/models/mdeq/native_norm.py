@@ -7,7 +7,9 @@ torch) and fuses the rectifier before or after the norm. It has a first derivati
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -89,15 +91,41 @@ class _GroupNorm(torch.autograd.Function):
 
 @lru_cache(maxsize=1)
 def _extension() -> ModuleType:
-    from torch.utils.cpp_extension import load
+    from torch.utils.cpp_extension import _get_build_directory, load
 
-    source = Path(__file__).parent / "native" / "group_norm.cpp"
-    return load(
-        "deqzoo_group_norm",
-        [str(source)],
-        extra_cflags=["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"],
-        extra_ldflags=["-fopenmp"],
-    )
+    name, source = "deqzoo_group_norm", Path(__file__).parent / "native" / "group_norm.cpp"
+    folder = _get_build_directory(name, verbose=False)
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+    with _sole_builder(Path(folder)):
+        return load(
+            name,
+            [str(source)],
+            extra_cflags=flags,
+            extra_ldflags=["-fopenmp"],
+            build_directory=folder,
+        )
+
+
+@contextlib.contextmanager
+def _sole_builder(folder: Path) -> Iterator[None]:
+    """Hold the folder in which torch builds.
+
+    torch's own lock is the mere presence of a file: a process killed while it compiles leaves it
+    behind, and all later ones wait for ever. This lock ends with its holder, so that whoever has
+    it may remove the other.
+
+    Raises:
+        OSError: the folder cannot be written to, or its file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no Unix: torch's own lock has to do
+        yield
+        return
+    with (folder / "deqzoo.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
 
 
 def native_norm_available() -> bool:
