@@ -14,6 +14,7 @@ from deqzoo.models.auto import CLASSES, register
 
 __version__ = "0.1.0"
 
+_TOKENIZATION = "deqzoo.models.deq_transformer.tokenization_deq_transformer"
 _NAMES = {
     **CLASSES,
     "DEQModel": "deqzoo.models.auto",
@@ -23,11 +24,14 @@ _NAMES = {
     "Solution": "deqzoo.equilibrium",
     "Status": "deqzoo.equilibrium",
     "UserError": "deqzoo.errors",
+    "detokenize": _TOKENIZATION,
     "fixed_point": "deqzoo.equilibrium",
     "gradient_fidelity": "deqzoo.equilibrium",
     "list_models": "deqzoo.zoo",
     "make_gradient": "deqzoo.equilibrium",
     "make_solver": "deqzoo.equilibrium",
+    "prepare_text": _TOKENIZATION,
+    "text_style": _TOKENIZATION,
 }
 
 __all__ = ["__version__", *sorted(_NAMES)]

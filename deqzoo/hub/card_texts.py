@@ -57,13 +57,16 @@ print(output.n_steps, output.residual, output.converged)
 
 _TEXT_SNIPPET = """\
 from transformers import AutoTokenizer
-from deqzoo import DEQModel
+from deqzoo import DEQModel, detokenize, prepare_text, text_style
 
 model = DEQModel.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-inputs = tokenizer("the film was released in", return_tensors="pt")
+# The tokenizer reads words between spaces, as the corpus writes them: "wasn 't", not "wasn't".
+text = "The company, which wasn't well-known, said"
+text = prepare_text(text, tokenizer.get_vocab(), text_style(tokenizer)).text
+inputs = tokenizer(text, return_tensors="pt")
 tokens = model.generate(inputs["input_ids"], max_new_tokens=20, do_sample=False)
-print(tokenizer.decode(tokens[0]))
+print(detokenize(tokenizer.decode(tokens[0])))
 """
 
 _GRAPH_SNIPPET = """\

@@ -200,7 +200,8 @@ _JOINED = (
 
 
 def detokenize(text: str) -> str:
-    """Readable text from a corpus's form; lossy, for display."""
+    """Readable text from a corpus's form, as a tokenizer decodes it; lossy, for display."""
+    text = text.lstrip(" ")
     for pattern, replacement in _JOINED:
         text = pattern.sub(replacement, text)
     return text
