@@ -1,11 +1,12 @@
 """The paper's comparison at TINY: four gradients, equal epochs, three seeds, the test split.
 
     deqzoo train --queue recipes/QUEUE.yaml --data DATA      # trains the runs, in order of value
-    python benchmarks/studies/comparison.py --data CIFAR [--runs runs] [--threads 1]
+    python benchmarks/studies/comparison.py --data CIFAR [--pictures 2000] [--runs runs]
 
 A cell is a finished run of one of the recipes `mdeq-tiny-cifar-{implicit,upg55,npg,jfb}`: its test
-accuracy is measured once, on the stored half-precision weights, at the model's default budget. What
-a training step of each gradient costs is measured here too, one after another on one machine, since
+accuracy is measured once, on the stored half-precision weights, at the model's default budget, on
+the first `--pictures` of the split (all by default, about seven minutes a run on one core). What a
+training step of each gradient costs is measured here too, one after another on one machine, since
 the runs' own wall time depends on what else ran beside them.
 """
 
@@ -45,15 +46,19 @@ def run_folder(runs: Path, gradient: str, seed: int) -> Path:
     return folder
 
 
-def score(folder: Path, data: Path) -> dict[str, Any]:
+def score(folder: Path, data: Path, pictures: int | None) -> dict[str, Any]:
     """Test accuracy of a run, and what its log says about its training."""
     record = json.loads((folder / "record.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     model = DEQModel.from_pretrained(folder / "model")
-    results = evaluate_images(model, folder.name, data=data, budget_pictures=0)["results"]
+    evaluation = evaluate_images(
+        model, folder.name, data=data, limit=pictures, budget_pictures=0, progress=False
+    )
+    results = evaluation["results"]
     return {
         "accuracy": results["accuracy"],
+        "test_pictures": evaluation["data"]["pictures"],
         "negative_log_likelihood": results["negative_log_likelihood"],
         "residual_median": results["residual_median"],
         "evaluations_per_step": statistics.mean(line["evaluations"] for line in logged),
@@ -109,7 +114,9 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
                 *step,
             ]
         )
-    head = ["gradient", "seeds", "test accuracy, %", "validation accuracy, %"]
+    counts = sorted({run["test_pictures"] for runs in by_gradient(cells).values() for run in runs})
+    tested = f"test accuracy, % ({' or '.join(f'{n:,}' for n in counts)} pictures)"
+    head = ["gradient", "seeds", tested, "validation accuracy, % (1,000 pictures)"]
     head += ["median relative residual", "evaluations of F per step (backward: 2)"]
     head += ["PFLOP", "minutes"]
     head += [f"CPU s of a step ({BATCH} pictures, 32 px)", "peak MiB of it"]
@@ -137,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--pictures", type=int, help="test pictures; all by default")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
@@ -145,7 +153,8 @@ def main() -> None:
         if what == "step":
             folder = run_folder(arguments.runs, gradient, SEEDS[0])
             return step_cost(folder, GRADIENTS[gradient], arguments.threads)
-        return score(run_folder(arguments.runs, gradient, int(what[5:])), arguments.data)
+        folder = run_folder(arguments.runs, gradient, int(what[5:]))
+        return score(folder, arguments.data, arguments.pictures)
 
     wanted = [f"{g}, seed {seed}" for seed in SEEDS for g in GRADIENTS]
     wanted += [f"{g}, step" for g in GRADIENTS]
