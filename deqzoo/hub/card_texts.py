@@ -185,8 +185,8 @@ DATA_TEXTS = {
         None,
         "Twitch social networks",
         "Networks of users in several languages, one graph each, in two classes of users (mature "
-        "content or not): trained on DE, ES, FR and RU, the epoch chosen on PT, tested on EN (Rozemberczki, Allen, Sarkar 2021; "
-        "the files are those of EdisonLeeeee/GraphData on GitHub).",
+        "content or not): trained on DE, ES, FR and RU, the epoch chosen on PT, tested on EN "
+        "(Rozemberczki, Allen, Sarkar 2021; the files are those of EdisonLeeeee/GraphData on GitHub).",
         "The figures are those of one run and one test network, in which the classes are shared out "
         "otherwise than in those trained on: the area under the ROC curve is the measure, and the "
         "accuracy says little. Do not decide anything about people with it.",
@@ -310,7 +310,7 @@ CONVERTED = {
         "--config deq-transformer-wikitext103-post --output {name}",
         "the model zoo in the README of github.com/locuslab/deq",
         "test perplexity 23.1 with at most 30 solver steps and a memory of 300 tokens (README of "
-        "locuslab/deq)",
+        "locuslab/deq); this preset keeps the 150 of their evaluation script",
         "Its corpus is 103 million words of articles of the English Wikipedia, little beside that of "
         "later language models.",
         ("deq",),
