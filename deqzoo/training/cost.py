@@ -82,7 +82,8 @@ def gradient_cost(
     """Cost of the graph and the backward pass in forward evaluations of the map.
 
     Forward counts 1, a product with the transposed Jacobian 1, weight gradients 1 more. Those that
-    led to the state are not counted; for `unrolled` they are the recorded ones.
+    led to the state are not counted; for `unrolled` they are the recorded ones. A gradient of a class
+    of your own counts as one recorded step.
 
     Args:
         gradient: its settings.
@@ -102,5 +103,6 @@ def gradient_cost(
         return (chosen.steps - 1) + 3.0 + float(detached)
     if isinstance(chosen, Implicit):
         return adjoint_evals + 3.0 + float(detached)
-    assert isinstance(chosen, Unrolled)
-    return (step - 1) * (chosen.steps or n_steps)
+    if isinstance(chosen, Unrolled):
+        return (step - 1) * (chosen.steps or n_steps)
+    return step
