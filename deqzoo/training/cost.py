@@ -82,8 +82,8 @@ def gradient_cost(
     """Cost of the graph and the backward pass in forward evaluations of the map.
 
     Forward counts 1, a product with the transposed Jacobian 1, weight gradients 1 more. Those that
-    led to the state are not counted; for `unrolled` they are the recorded ones. A gradient of a class
-    of your own counts as one recorded step.
+    led to the state are not counted; for `unrolled` they are the recorded ones. A gradient of a
+    class of your own counts as one recorded step.
 
     Args:
         gradient: its settings.
