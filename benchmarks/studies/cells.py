@@ -41,9 +41,8 @@ class Cells:
         wanted = list(wanted)
         weights = {key: weights_of(key) for key in wanted} if weights_of else {}
         for key in wanted:
-            if key in self.done and weights:
-                if self.done[key].get("weights_sha256") != weights[key]:
-                    del self.done[key]
+            if weights and self.done.get(key, {}).get("weights_sha256") != weights[key]:
+                self.done.pop(key, None)
             if key in self.done:
                 continue
             try:

@@ -120,7 +120,8 @@ def load_pictures(
     stored, part = source.parts[split]
     folder = data_folder(source, data)
     pixels, labels = _decode(source, _split_files(source, folder, stored), transform)
-    fingerprint = _fingerprint(picture_digests(pixels, labels))
+    digests = picture_digests(pixels, labels)
+    fingerprint = _fingerprint(digests)
     known = (source.fingerprints or {}).get(stored)
     complete = fingerprint == known if known else len(labels) == source.rows[stored]
     if len(labels) != source.rows[stored]:
@@ -131,22 +132,33 @@ def load_pictures(
     whole = Pictures(pixels, labels, source.classes, split, fingerprint, complete, source.name)
     if part is None:
         return whole
-    return divide(whole, source, seed)[0 if part == "train" else 1]
+    held_out = validation_rows(digests, labels, source.validation_per_class, seed)
+    return _part(whole, digests, part, held_out if part == "validation" else ~held_out)
 
 
-def divide(whole: Pictures, source: ImageSource, seed: int = SPLIT_SEED) -> tuple[Pictures, ...]:
+def divide(
+    whole: Pictures, source: ImageSource, seed: int = SPLIT_SEED
+) -> tuple[Pictures, Pictures]:
     """Training and validation part of a published training split.
 
     What `load_pictures` gives for "train" and "validation", from pictures decoded once.
     """
     digests = picture_digests(whole.pixels, whole.labels)
     held_out = validation_rows(digests, whole.labels, source.validation_per_class, seed)
-    parts = []
-    for split, keep in (("train", ~held_out), ("validation", held_out)):
-        kept = [digest for digest, here in zip(digests, keep.tolist(), strict=True) if here]
-        part = {"pixels": whole.pixels[keep], "labels": whole.labels[keep], "split": split}
-        parts.append(replace(whole, **part, fingerprint=_fingerprint(kept)))
-    return tuple(parts)
+    training = _part(whole, digests, "train", ~held_out)
+    return training, _part(whole, digests, "validation", held_out)
+
+
+def _part(whole: Pictures, digests: list[bytes], split: str, keep: Tensor) -> Pictures:
+    """The pictures of a mask (N,), as a split of their own."""
+    kept = [digest for digest, here in zip(digests, keep.tolist(), strict=True) if here]
+    return replace(
+        whole,
+        pixels=whole.pixels[keep],
+        labels=whole.labels[keep],
+        split=split,
+        fingerprint=_fingerprint(kept),
+    )
 
 
 def data_folder(source: ImageSource, data: str | os.PathLike[str] | None) -> Path:

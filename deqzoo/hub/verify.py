@@ -71,10 +71,8 @@ def _weights_and_prediction(found: Entry) -> list[str]:
 
 def _snippet(found: Entry) -> list[str]:
     """Run the card's example on a stand-in picture, with the name that finds this folder."""
-    if bundled_folder(found.name) == found.folder:
-        code = snippet(found)
-    else:
-        code = snippet(found, str(found.folder))
+    bundled = bundled_folder(found.name) == found.folder
+    code = snippet(found, None if bundled else str(found.folder))
     try:
         with _scratch_folder(), contextlib.redirect_stdout(io.StringIO()):
             exec(compile(code, f"card of {found.name}", "exec"), {})

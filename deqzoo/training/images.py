@@ -66,8 +66,7 @@ class ImageClassificationTask:
         if stand_in:
             return stand_in_pictures(SOURCES[name], options.get("size"))
         whole = LOADERS[name]("train+validation", data, **options)
-        training, validation = divide(whole, SOURCES[name], options.get("seed", SPLIT_SEED))
-        return training, validation
+        return divide(whole, SOURCES[name], options.get("seed", SPLIT_SEED))
 
     def _config(self) -> MDEQConfig:
         names = self.training.classes

@@ -164,7 +164,7 @@ class LanguageModelingTask:
             torch.zeros(n, config.mem_len, config.d_model, device=model.device),
             torch.zeros(n, config.mem_len, 3 * config.d_model, device=model.device),
         )
-        f, state = model.base_model.equilibrium_map(words, memory)
+        f, state = model.equilibrium_map(words, memory)
         forward = partial(
             model, words, labels=words, shift=False, memory=memory, return_logits=False
         )

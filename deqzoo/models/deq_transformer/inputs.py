@@ -43,12 +43,8 @@ def check_tokens(config: DEQTransformerConfig, input_ids: Tensor, training: bool
         )
     if training and input_ids.device.type != "cpu":
         return
-    foreign = input_ids[(input_ids < 0) | (input_ids >= config.vocab_size)]
-    if foreign.numel():
-        raise UserError(
-            f"input_ids holds {foreign[0]}, but this model's words are numbered from 0 to "
-            f"{config.vocab_size - 1}; use the tokenizer that belongs to the model."
-        )
+    advice = "use the tokenizer that belongs to the model"
+    _refuse_foreign(config, "input_ids", input_ids, advice)
 
 
 def check_labels(
@@ -68,12 +64,21 @@ def check_labels(
         )
     if training and labels.device.type != "cpu":
         return
-    outside = (labels < 0) | (labels >= config.vocab_size)
-    foreign = labels[outside & (labels != IGNORED)]
+    advice = f"use {IGNORED} where nothing is to be scored"
+    _refuse_foreign(config, "labels", labels[labels != IGNORED], advice)
+
+
+def _refuse_foreign(config: DEQTransformerConfig, name: str, words: Tensor, advice: str) -> None:
+    """Refuse indices outside the vocabulary.
+
+    Raises:
+        UserError: there are some.
+    """
+    foreign = words[(words < 0) | (words >= config.vocab_size)]
     if foreign.numel():
         raise UserError(
-            f"labels holds {foreign[0]}, but this model's words are numbered from 0 to "
-            f"{config.vocab_size - 1}; use {IGNORED} where nothing is to be scored."
+            f"{name} holds {foreign[0]}, but this model's words are numbered from 0 to "
+            f"{config.vocab_size - 1}; {advice}."
         )
 
 

@@ -128,6 +128,19 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         self._need_equilibrium()
         super().set_gradient(name, **settings)
 
+    def equilibrium_map(
+        self,
+        input_ids: Tensor,
+        memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
+        dropout_masks: DropoutMasks | None = None,
+    ) -> tuple[EquilibriumMap, Tensor]:
+        """The map of a segment (B, T) and the state (B, T, d) from which its solve starts."""
+        base = self.base_model
+        masks = dropout_masks or base._masks(input_ids, past_length(None, memory))
+        injection = base.inject(input_ids, masks)
+        start = base.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
+        return base.bind(injection, masks, None, memory), start
+
     def solve(
         self,
         f: Callable[[Tensor], Tensor],
@@ -296,18 +309,6 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             equilibrium_map=f if output_state else None,
             **report.per_sample(valid),
         )
-
-    def equilibrium_map(
-        self,
-        input_ids: Tensor,
-        memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
-        dropout_masks: DropoutMasks | None = None,
-    ) -> tuple[EquilibriumMap, Tensor]:
-        """The map of a segment (B, T) and the state (B, T, d) from which its solve starts."""
-        masks = dropout_masks or self._masks(input_ids, past_length(None, memory))
-        injection = self.inject(input_ids, masks)
-        start = self.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
-        return self.bind(injection, masks, None, memory), start
 
     def _masks(self, input_ids: Tensor, n_past: int) -> DropoutMasks:
         if not self.training:
@@ -526,15 +527,6 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden[:, kept])
         report = {k: v for k, v in base.items() if k != "last_hidden_state"}
         return DEQTransformerCausalLMOutput(loss=loss, logits=logits, nll=nll, **report)
-
-    def equilibrium_map(
-        self,
-        input_ids: Tensor,
-        memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
-        dropout_masks: DropoutMasks | None = None,
-    ) -> tuple[EquilibriumMap, Tensor]:
-        """As :meth:`DEQTransformerModel.equilibrium_map`; for `solve` and its trace."""
-        return self.transformer.equilibrium_map(input_ids, memory, dropout_masks)
 
     def next_words(
         self,
