@@ -187,7 +187,7 @@ class RecordedModel:
 
         def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, __: Any) -> Solution:
             with torch.no_grad():
-                solution = fixed_point(f, z0, solver=owner._solver(solver), layout=layout)
+                solution = fixed_point(f, z0, solver=owner.resolve_solver(solver), layout=layout)
             self.maps.append(f)
             self.solutions.append(solution)
             self.layouts.append(layout)
@@ -222,7 +222,9 @@ class RecordedModel:
 
         def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, change: Any) -> Solution:
             held = Held(solution=self.solutions[0])
-            return fixed_point(f, z0, solver=held, gradient=owner._gradient(change), layout=layout)
+            return fixed_point(
+                f, z0, solver=held, gradient=owner.resolve_gradient(change), layout=layout
+            )
 
         with intercepted(self.model, solve):
             return self.model(**self.batch, gradient=dict(gradient)).loss

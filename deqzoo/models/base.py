@@ -160,7 +160,7 @@ class DEQPreTrainedModel(PreTrainedModel):
             ValueError: unknown name or option, a value out of range, or a solver of a class of
                 your own that is not in `deqzoo.equilibrium.SOLVERS`.
         """
-        self.config.solver = stored(self._solver(joined(name, settings)))
+        self.config.solver = stored(self.resolve_solver(joined(name, settings)))
 
     def set_gradient(self, name: Settings = None, **settings: Any) -> None:
         """Change the gradient from now on (stored in the config).
@@ -173,12 +173,14 @@ class DEQPreTrainedModel(PreTrainedModel):
             ValueError: unknown name or option, a value out of range, or a gradient of a class of
                 your own that is not in `deqzoo.equilibrium.GRADIENTS`.
         """
-        self.config.gradient = stored(self._gradient(joined(name, settings)))
+        self.config.gradient = stored(self.resolve_gradient(joined(name, settings)))
 
-    def _solver(self, change: Settings) -> Solver:
+    def resolve_solver(self, change: Settings = None) -> Solver:
+        """The solver that a call with these settings uses: the config's own, with the change."""
         return make_solver(merge_settings(self.config.solver, change, SHARED_BY_SOLVERS))
 
-    def _gradient(self, change: Settings) -> Gradient:
+    def resolve_gradient(self, change: Settings = None) -> Gradient:
+        """The gradient that a call with these settings uses."""
         return make_gradient(merge_settings(self.config.gradient, change, ()))
 
     def solve(
@@ -212,8 +214,8 @@ class DEQPreTrainedModel(PreTrainedModel):
         solution = fixed_point(
             f,
             z0,
-            solver=self._resolvable(self._solver(solver), leaves(z0)[0].dtype),
-            gradient=self._gradient(gradient),
+            solver=self._resolvable(self.resolve_solver(solver), leaves(z0)[0].dtype),
+            gradient=self.resolve_gradient(gradient),
             layout=getattr(f, "layout", None) if layout is None else layout,
             checkpoint=self._recomputing,
             **options,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
 from deqzoo.equilibrium import (
     UPG,
@@ -17,9 +16,9 @@ from deqzoo.equilibrium import (
     Broyden,
     Implicit,
     Unrolled,
-    make_gradient,
     make_solver,
 )
+from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.training.cost import (
     ONE_STEP,
     PENALTY_EVALUATIONS,
@@ -95,7 +94,7 @@ class _Sample:
     state_bytes: int
 
 
-def _measure(task: Task, model: PreTrainedModel, stage: Stage) -> _Sample:
+def _measure(task: Task, model: DEQPreTrainedModel, stage: Stage) -> _Sample:
     per_evaluation, rest = sample_flops(task.probe, model, stage)
     settings = {"solver": ONE_STEP, "gradient": {"name": "jfb"}}
     with evaluation_mode(model):
@@ -107,7 +106,7 @@ def _measure(task: Task, model: PreTrainedModel, stage: Stage) -> _Sample:
 
 
 def _stage(
-    recipe: Recipe, model: PreTrainedModel, stage: Stage, sample: _Sample, steps: int
+    recipe: Recipe, model: DEQPreTrainedModel, stage: Stage, sample: _Sample, steps: int
 ) -> dict[str, Any]:
     evaluations = step_evaluations(recipe, stage, model)
     samples = steps * recipe.batch_size * recipe.accumulate
@@ -128,19 +127,19 @@ def _stage(
     }
 
 
-def step_evaluations(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> float:
+def step_evaluations(recipe: Recipe, stage: Stage, model: DEQPreTrainedModel) -> float:
     """Evaluations of the map that a training step costs at most, backward passes included."""
     if stage.shallow:
         per_layer = 3.0 + float(recipe.gradient_checkpointing)
         evaluations = per_layer * model.config.unroll_layers
     else:
-        gradient = make_gradient(stage.gradient or model.config.gradient)
+        gradient = model.resolve_gradient(stage.gradient)
         adjoint = ADJOINT_EVALUATIONS
         if isinstance(gradient, Implicit):
             adjoint = min(make_solver(gradient.solver).max_steps, adjoint)
         forward = _unrolled_steps(stage, model)
         if not forward:
-            forward = make_solver(stage.solver or model.config.solver).max_steps
+            forward = model.resolve_solver(stage.solver).max_steps
         evaluations = forward + 1
         evaluations += gradient_cost(
             gradient,
@@ -154,37 +153,37 @@ def step_evaluations(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> fl
     return evaluations
 
 
-def _graphs(stage: Stage, model: PreTrainedModel) -> int:
+def _graphs(stage: Stage, model: DEQPreTrainedModel) -> int:
     """How many evaluations of the map a step keeps for its backward pass."""
     if unrolled := _unrolled_steps(stage, model):
         return unrolled
-    chosen = make_gradient(stage.gradient or model.config.gradient)
+    chosen = model.resolve_gradient(stage.gradient)
     return chosen.steps if isinstance(chosen, UPG) else 1
 
 
-def _unrolled_steps(stage: Stage, model: PreTrainedModel) -> int:
+def _unrolled_steps(stage: Stage, model: DEQPreTrainedModel) -> int:
     """Recorded applications of the map that take the place of a solve; 0 where there is one."""
     if stage.shallow:
         return model.config.unroll_layers
-    chosen = make_gradient(stage.gradient or model.config.gradient)
+    chosen = model.resolve_gradient(stage.gradient)
     if not isinstance(chosen, Unrolled):
         return 0
-    return chosen.steps or make_solver(stage.solver or model.config.solver).max_steps
+    return chosen.steps or model.resolve_solver(stage.solver).max_steps
 
 
 def _kept(
-    task: Task, model: PreTrainedModel, stage: Stage, call: Callable[[Probe], Any]
+    task: Task, model: DEQPreTrainedModel, stage: Stage, call: Callable[[Probe], Any]
 ) -> tuple[int, int]:
     """Bytes kept per sample, and once per batch (normalised weights), from one and two samples."""
     one, two = (saved_bytes(partial(call, task.probe(model, stage, n)), model) for n in (1, 2))
     return two - one, max(2 * one - two, 0)
 
 
-def _history(stage: Stage, model: PreTrainedModel) -> int:
+def _history(stage: Stage, model: DEQPreTrainedModel) -> int:
     """How many copies of the state a solve keeps."""
     if _unrolled_steps(stage, model):
         return 1
-    solver = make_solver(stage.solver or model.config.solver)
+    solver = model.resolve_solver(stage.solver)
     if isinstance(solver, Anderson):
         return 2 * min(solver.window, solver.max_steps) + 3
     if isinstance(solver, Broyden):

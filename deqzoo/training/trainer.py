@@ -95,7 +95,7 @@ class DEQTrainer(Trainer):
             change = getattr(self.args, name, None)
             if change and isinstance(self.model, DEQPreTrainedModel):
                 try:
-                    getattr(self.model, f"_{name}")(change)
+                    getattr(self.model, f"resolve_{name}")(change)
                 except ValueError as error:
                     raise UserError(f"{name}: {error}") from error
 
@@ -258,7 +258,7 @@ class RecipeTrainer(DEQTrainer):
         else:
             evaluations = float(outputs.n_steps.float().max()) + 1
             evaluations += gradient_cost(
-                stage.gradient or self.model.config.gradient,
+                self.model.resolve_gradient(stage.gradient),
                 detached=self.recipe.compile,
                 recomputed=self.recipe.gradient_checkpointing,
                 n_steps=float(outputs.n_steps.float().max()),

@@ -86,7 +86,9 @@ def test_text_batches_have_the_memory_of_the_words_before() -> None:
     torch.manual_seed(0)
     config = load_class("DEQTransformerConfig")(
         vocab_size=20, d_model=8, d_embed=8, n_head=2, d_inner=16, tgt_len=6, mem_len=5,
-        local_size=6, cutoffs=[], solver={"max_steps": 60, "tol": 1e-5},
+        local_size=6, cutoffs=[],
+        # An untrained map need not contract: a few steps of it are the same on every machine.
+        solver={"name": "fixed_point", "max_steps": 3, "tol": 0.0},
     )  # fmt: skip
     model = load_class("DEQTransformerForCausalLM")(config).eval()
     batch, described = make_batch(model, size=3)

@@ -307,6 +307,26 @@ def test_estimate_grows_with_the_solver_budget(pictures, recipe, tmp_path):
     assert large["pflop"] > small["pflop"]
 
 
+def test_stages_are_counted_with_the_settings_that_they_are_trained_with(
+    pictures, recipe, tmp_path
+):
+    """A stage that names the config's own solver and gradient leaves the other settings alone."""
+    own = {
+        "solver": {"name": "anderson", "max_steps": 3, "tol": 0.0},
+        "gradient": {"name": "upg", "steps": 2, "damping": 0.5},
+    }
+    model = replace(recipe.model, overrides={**recipe.model.overrides, **own})
+    named = {key: {"name": settings["name"]} for key, settings in own.items()}
+    stage = replace(recipe.stages[0], **named, jacobian=None)
+    recipe = replace(recipe, model=model, stages=(replace(stage, epochs=7),), average=0.0)
+    (found,) = estimate(recipe, build_task(recipe, None))["stages"]
+    assert found["evaluations"] == 3 + 1 + 3 * 2
+    run_recipe(recipe, None, tmp_path / "run", progress=False)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [line["evaluations"] for line in map(json.loads, lines) if "evaluations" in line]
+    assert logged == [found["evaluations"]]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("gradient", [{"name": "unrolled"}, {"name": "unrolled", "steps": 5}])
 def test_unrolled_steps_cost_their_graph(pictures, recipe, gradient, checkpointing):

@@ -210,7 +210,7 @@ class MDEQModel(MDEQPreTrainedModel):
         f, z0 = self.build_map(pixel_values, dropout_masks)
         g = CompiledMDEQMap(f) if self.map_compiled else f
         if shallow:
-            output = self._unroll(g, z0, tol=self._solver(solver).tol)
+            output = self._unroll(g, z0, tol=self.resolve_solver(solver).tol)
         else:
             solution = self.solve(g, z0, solver=solver, gradient=gradient)
             output = _model_output(tuple(solution.state), **per_sample(solution))
