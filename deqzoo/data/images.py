@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from pyarrow.lib import ArrowException
 from torch import Tensor
 
 from deqzoo.errors import UserError
+from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -199,13 +201,37 @@ def _fetch(source: ImageSource, repository: str, revision: str | None) -> Path:
 
 
 def _split_files(source: ImageSource, folder: Path, stored: str) -> list[Path]:
-    """Parquet files of a stored split, of the wanted variant where the folder holds several."""
+    """Parquet files of a stored split, of the wanted variant where the folder holds several.
+
+    Raises:
+        UserError: there are none, not all of them, or those of several copies.
+    """
     inside = folder / source.config if (folder / source.config).is_dir() else folder
-    for pattern in (f"{stored}-*.parquet", f"{stored}/*.parquet"):
-        files = sorted(inside.rglob(pattern))
-        if files:
-            return files
-    raise UserError(f"folder {folder} does not hold {source.title}: it has no {stored}-*.parquet")
+    # As the Hub and `datasets` name them: train-00000-of-00002.parquet, with a hash in old ones.
+    name = re.compile(rf"{stored}-\d+(-of-(?P<parts>\d+))?(-[0-9a-f]{{8,}})?\.parquet")
+    shards = [
+        (path, match)
+        for path in sorted(inside.rglob(f"{stored}-*.parquet"))
+        if (match := name.fullmatch(path.name))
+    ]
+    files = [path for path, _ in shards] or sorted(inside.rglob(f"{stored}/*.parquet"))
+    if not files:
+        raise UserError(
+            f"folder {folder} does not hold {source.title}: it has no {stored}-*.parquet"
+        )
+    folders = sorted({str(path.parent) for path in files})
+    if len(folders) > 1:
+        raise UserError(
+            f"{folder} holds the {stored} split more than once: {', '.join(folders[:3])}; name one "
+            "of these folders"
+        )
+    parts = {int(match["parts"]) for _, match in shards if match["parts"]}
+    if parts and parts != {len(shards)}:
+        raise UserError(
+            f"{folders[0]} holds {len(shards)} files of the {stored} split, whose names say that "
+            f"there are {' or '.join(map(str, sorted(parts)))}"
+        )
+    return files
 
 
 def _decode(
@@ -216,7 +242,7 @@ def _decode(
     """All pictures (N, 3, H, W) uint8 and labels (N,) int64 of a stored split."""
 
     def to_array(encoded: bytes) -> np.ndarray:
-        picture = Image.open(io.BytesIO(encoded)).convert("RGB")
+        picture = to_rgb(Image.open(io.BytesIO(encoded)))
         return np.asarray(picture if transform is None else transform(picture))
 
     arrays: list[np.ndarray] = []
@@ -226,9 +252,11 @@ def _decode(
             for encoded, numbers in _row_groups(source, files):
                 arrays.extend(pool.map(to_array, encoded, chunksize=64))
                 labels.extend(numbers)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"cannot read {source.title} from {files[0].parent}: {reason}") from error
+    if not arrays:
+        raise UserError(f"folder {files[0].parent} holds no picture of {source.title}")
     sizes = {array.shape[:2] for array in arrays}
     expected = {(source.side, source.side)} if transform is None and source.side else sizes
     if sizes != expected or len(sizes) != 1:
@@ -236,17 +264,12 @@ def _decode(
             f"folder {files[0].parent} does not hold {source.title}: pictures of "
             f"{len(sizes)} sizes, e.g. {sorted(sizes)[:2]}"
         )
-    if not set(labels) <= set(range(len(source.classes))):
-        raise UserError(
-            f"folder {files[0].parent} does not hold {source.title}: labels outside "
-            f"0..{len(source.classes) - 1}"
-        )
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.tensor(labels, dtype=torch.int64)
 
 
 def _row_groups(source: ImageSource, files: list[Path]) -> Iterator[tuple[list[bytes], list[int]]]:
-    """Encoded pictures and labels, one row group at a time."""
+    """Encoded pictures and labels in the order of `source.classes`, one row group at a time."""
     for path in files:
         parquet = pq.ParquetFile(path)
         schema = parquet.schema_arrow
@@ -255,22 +278,70 @@ def _row_groups(source: ImageSource, files: list[Path]) -> Iterator[tuple[list[b
             raise UserError(
                 f"{path} does not hold {source.title}: its columns are {', '.join(schema.names)}"
             )
-        names = _class_names(schema.metadata)
-        if names is not None and len(names) != len(source.classes):
-            raise UserError(
-                f"{path} does not hold {source.title}: its labels are {', '.join(names[:5])}, ..."
-            )
+        numbers = _label_numbers(source, path, _class_names(path, schema.metadata))
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group, columns=[image, "label"])
-            encoded = [row["bytes"] for row in table.column(image).to_pylist()]
-            yield encoded, table.column("label").to_pylist()
+            encoded = [_encoded(path, cell) for cell in table.column(image).to_pylist()]
+            labels = table.column("label").to_pylist()
+            for label in labels:
+                if not isinstance(label, (int, str)) or label not in numbers:
+                    raise UserError(
+                        f"{path} does not hold {source.title}: labels outside "
+                        f"0..{len(source.classes) - 1}, e.g. {label!r}"
+                    )
+            yield encoded, [numbers[label] for label in labels]
 
 
-def _class_names(metadata: Mapping[bytes, bytes] | None) -> list[str] | None:
-    """Class names as the Hub stores them in a parquet file, if they are there."""
+def _encoded(path: Path, cell: Any) -> bytes:
+    """The file of one picture: its bytes, or a mapping that holds them."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(content, bytes):
+        raise UserError(f"{path} has a row whose picture is empty or not stored in the file")
+    return content
+
+
+def _label_numbers(source: ImageSource, path: Path, names: list[str] | None) -> dict[Any, int]:
+    """Stored label, a number or a class name, to its index in `source.classes`.
+
+    Raises:
+        UserError: the file names other classes.
+    """
+    index = {_plain(name): number for number, name in enumerate(source.classes)}
+    if names is None:
+        named = {name: number for number, name in enumerate(source.classes)}
+        return {number: number for number in range(len(source.classes))} | named
+    if sorted(map(_plain, names)) != sorted(index):
+        raise UserError(
+            f"{path} does not hold {source.title}: its classes are {', '.join(names[:5])}, ..."
+        )
+    return {number: index[_plain(name)] for number, name in enumerate(names)}
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", " ").strip()
+
+
+def _class_names(path: Path, metadata: Mapping[bytes, bytes] | None) -> list[str] | None:
+    """Class names as the Hub stores them in a parquet file, if they are there.
+
+    Raises:
+        UserError: the description is damaged, so that the order of the classes is not known.
+    """
     stored = (metadata or {}).get(b"huggingface")
-    info = json.loads(stored).get("info", {}) if stored else {}
-    return info.get("features", {}).get("label", {}).get("names")
+    if not stored:
+        return None
+    try:
+        label = json.loads(stored).get("info", {}).get("features", {}).get("label", {})
+        names = label.get("names")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"the description of the columns in {path} is damaged: write the file anew"
+        ) from error
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"the class names in {path} are no list of names: write the file anew")
+    return names
 
 
 def picture_digests(pixels: Tensor, labels: Tensor) -> list[bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from PIL import Image
 from deqzoo.data import CIFAR10, IMAGENETTE, load_cifar10, load_imagenette
 from deqzoo.data.images import picture_digests, validation_rows
 from deqzoo.errors import UserError
+from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
+from tests.conftest import write_pictures
 
 
 def test_splits_partition_the_stored_one(cifar_folder: Path) -> None:
@@ -93,6 +97,81 @@ def test_other_folders_are_refused(tmp_path: Path, cifar_folder: Path) -> None:
     with pytest.raises(UserError, match="columns are text, label"):
         load_cifar10("test", tmp_path)
     file.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="cannot read CIFAR-10"):
+        load_cifar10("test", tmp_path)
+
+
+def png(picture: Image.Image, **options) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+def named(names: object) -> dict[bytes, bytes]:
+    """Class names as `datasets` writes them into a parquet file."""
+    label = {"names": names, "_type": "ClassLabel"}
+    return {b"huggingface": json.dumps({"info": {"features": {"label": label}}}).encode()}
+
+
+def test_labels_are_mapped_by_the_names_in_the_file(tmp_path: Path) -> None:
+    pictures = [png(Image.new("RGB", (32, 32), (i, 0, 0))) for i in range(10)]
+    order = sorted(CIFAR10.classes, reverse=True)
+    labels = [order.index(name) for name in CIFAR10.classes]
+    table = pa.table({"img": [{"bytes": p} for p in pictures], "label": labels})
+    file = tmp_path / "test-0.parquet"
+    pq.write_table(table.replace_schema_metadata(named(order)), file)
+    assert load_cifar10("test", tmp_path).labels.tolist() == list(range(10))
+    pq.write_table(pa.table({"img": pictures, "label": list(CIFAR10.classes)}), file)
+    assert load_cifar10("test", tmp_path).labels.tolist() == list(range(10))
+    for names in ([f"thing {i}" for i in range(10)], list(CIFAR10.classes)[:9]):
+        pq.write_table(table.replace_schema_metadata(named(names)), file)
+        with pytest.raises(UserError, match="does not hold CIFAR-10: its classes are"):
+            load_cifar10("test", tmp_path)
+    for broken in ({b"huggingface": b"{no"}, {b"huggingface": b"[]"}, named(3)):
+        pq.write_table(table.replace_schema_metadata(broken), file)
+        with pytest.raises(UserError, match="write the file anew"):
+            load_cifar10("test", tmp_path)
+
+
+def test_pictures_are_decoded_as_the_processor_does(tmp_path: Path) -> None:
+    ramp = np.arange(1024).reshape(32, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cases = [
+        png(Image.fromarray((ramp // 4).astype(np.uint8)).convert("RGB"), exif=exif),
+        png(Image.new("RGBA", (32, 32), (255, 0, 0, 0))),
+        png(Image.fromarray((ramp * 64).astype(np.uint16))),
+    ]
+    table = pa.table({"img": [{"bytes": case} for case in cases], "label": [0, 1, 2]})
+    pq.write_table(table, tmp_path / "test-0.parquet")
+    found = load_cifar10("test", tmp_path).pixels
+    for seen, case in zip(found, cases, strict=True):
+        right = np.asarray(to_rgb(Image.open(io.BytesIO(case))))
+        assert np.array_equal(seen.permute(1, 2, 0).numpy(), right)
+
+
+def test_copies_and_missing_parts_are_no_guess(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "a" / "test-00000-of-00001.parquet", 20, seed=0)
+    write_pictures(tmp_path / "a" / "test-old.parquet", 20, seed=1)
+    assert len(load_cifar10("test", tmp_path)) == 20
+    write_pictures(tmp_path / "backup" / "test-00000-of-00001.parquet", 20, seed=0)
+    with pytest.raises(UserError, match="more than once"):
+        load_cifar10("test", tmp_path)
+    assert len(load_cifar10("test", tmp_path / "a")) == 20
+    write_pictures(tmp_path / "b" / "test-00000-of-00002.parquet", 20, seed=0)
+    with pytest.raises(UserError, match="1 files .* there are 2"):
+        load_cifar10("test", tmp_path / "b")
+
+
+def test_rows_without_a_picture(tmp_path: Path) -> None:
+    content = png(Image.new("RGB", (32, 32)))
+    for cells in ([None, {"bytes": content}], [{"bytes": None, "path": "x.png"}] * 2):
+        cells = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        pq.write_table(pa.table({"img": cells, "label": [0, 1]}), tmp_path / "test-0.parquet")
+        with pytest.raises(UserError, match="picture is empty"):
+            load_cifar10("test", tmp_path)
+    table = pa.table({"img": [{"bytes": content[:60]}], "label": [0]})
+    pq.write_table(table, tmp_path / "test-0.parquet")
     with pytest.raises(UserError, match="cannot read CIFAR-10"):
         load_cifar10("test", tmp_path)
 

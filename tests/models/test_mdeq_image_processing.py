@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,106 @@ def test_16_bit_grey_keeps_its_brightness():
         image = Image.fromarray(values)
         assert image.mode == mode
         assert to_rgb(image).getpixel((0, 0)) == (expected,) * 3
+
+
+def test_white_is_not_set_by_one_value_that_overshoots():
+    for values, expected in (
+        (np.array([[0.5, 1.002]], np.float32), 128),  # a filter's overshoot
+        (np.array([[127.5, 256.0]], np.float32), 128),
+        (np.array([[0.5, np.inf]], np.float32), 128),
+        (np.array([[0.5, np.nan]], np.float32), 128),
+        (np.array([[128, 256]], np.int32), 128),
+        (np.array([[2048, 4000]], np.int32), 128),  # 12 bit
+    ):
+        assert abs(to_rgb(Image.fromarray(values)).getpixel((0, 0))[0] - expected) <= 1, values
+
+
+def processed(image, **options) -> torch.Tensor:
+    return MDEQImageProcessor()(image, return_tensors="pt", **options)["pixel_values"]
+
+
+@pytest.mark.parametrize("size", ((32, 32), (50, 31)))
+def test_arrays_of_every_range_and_layout_equal_the_picture(size):
+    array = np.asarray(picture("RGB", size))
+    expected = processed(Image.fromarray(array))
+    first = torch.tensor(array).permute(2, 0, 1)
+    for given in (
+        array,
+        (array / 255).astype(np.float32),
+        array / 255,
+        array.astype(np.float32),
+        array.astype(np.int64),
+        array.astype(np.uint16) * 257,
+        array.transpose(2, 0, 1),
+        first,
+        first / 255,
+        [first / 255],
+        first[None],
+        np.concatenate([array, np.full((*array.shape[:2], 1), 255, np.uint8)], axis=2),
+    ):
+        assert torch.equal(processed(given), expected)
+    half = processed((first / 255).bfloat16())
+    assert (half - expected).abs().max() < 0.03  # bfloat16 has eight bits
+
+
+def test_grey_and_thin_arrays():
+    grey = np.asarray(picture("L", (40, 36)))
+    expected = processed(Image.fromarray(grey))
+    for given in (grey, grey[..., None], grey[None], torch.tensor(grey), [grey], grey / 255):
+        assert torch.equal(processed(given), expected)
+    thin = np.asarray(picture("RGB", (40, 3)))  # (3, 40, 3): either side may be the channels
+    assert torch.equal(processed(thin), processed(Image.fromarray(thin)))
+    tensor = torch.tensor(thin).permute(2, 0, 1)  # (3, 3, 40)
+    assert torch.equal(processed(tensor), processed(Image.fromarray(thin)))
+    other = torch.tensor(np.asarray(picture("RGB", (3, 40)))).permute(2, 0, 1)
+    assert torch.equal(processed(other), processed(picture("RGB", (3, 40))))
+    assert torch.equal(
+        processed(thin.transpose(2, 0, 1), input_data_format="channels_first"), processed(thin)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    (
+        (np.zeros((0, 4, 3), np.uint8), "shape"),
+        (np.zeros((5, 7, 9), np.uint8), "1, 3 or 4 channels"),
+        (np.full((8, 8, 3), np.nan), "NaN"),
+        (np.random.default_rng(0).normal(size=(8, 8, 3)), "do_rescale=False"),
+        (np.full((8, 8, 3), "a"), "numbers"),
+        ([], "no picture"),
+    ),
+)
+def test_arrays_that_are_no_pictures(given, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        processed(given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ((33, 32), (32, 400), (5, 3000), (3001, 7), (777, 130), (64, 300)))
+@pytest.mark.parametrize("stem_downsamples", (0, 2))
+def test_only_the_centre_is_scaled_and_equals_the_crop_of_the_whole(size, stem_downsamples):
+    image = picture("RGB", size)
+    kind = MDEQConfig(image_size=32, stem_downsamples=stem_downsamples)
+    processor = MDEQImageProcessor.for_config(kind)
+    found = processor(image, return_tensors="pt", do_normalize=False)["pixel_values"]
+    short = processor.size["shortest_edge"]
+    scaled = (short if side == min(size) else short * side // min(size) for side in size)
+    whole = image.resize(tuple(scaled), processor.resample)
+    left, top = ((side - 32) // 2 for side in whole.size)
+    expected = np.asarray(whole.crop((left, top, left + 32, top + 32)), np.float32) / 255
+    difference = (found[0].permute(1, 2, 0) - torch.tensor(expected)).abs().max()
+    assert difference <= 1.01 / 255  # Pillow's fixed-point weights
+
+
+def test_a_strip_costs_what_its_centre_costs():
+    tracemalloc.start()
+    strip = np.zeros((1, 300_000, 3), np.uint8)
+    strip[:, 149_990:150_010] = 255
+    pixels = processed(strip, do_normalize=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(pixels, torch.ones_like(pixels))
+    assert peak < 20e6  # scaled as a whole it is 0.9 GB
 
 
 def test_transparency_is_laid_on_white():
