@@ -14,6 +14,7 @@ from deqzoo.models.deq_transformer import (
     DEQTransformerModel,
 )
 from deqzoo.models.deq_transformer.inputs import check_labels, check_tokens
+from deqzoo.models.deq_transformer.layers import draw_masks
 
 TIGHT = {"tol": 1e-12, "max_steps": 400}
 
@@ -303,6 +304,19 @@ def test_losses_and_labels() -> None:
     torch.testing.assert_close(kept, shifted.logits[:, -1:])
 
 
+@pytest.mark.parametrize("cutoffs", [[], [15, 35]])
+def test_losses_from_all_scores(cutoffs: list[int]) -> None:
+    model = lively_model(cutoffs=cutoffs)
+    hidden = torch.randn(2, 9, 32, dtype=torch.float64)
+    words = random_ids(2, 9)
+    words[0, 2] = words[1, 5] = -100
+    found, expected = model.lm_head.dense_nll(hidden, words), model.lm_head.nll(hidden, words)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    scores = torch.log_softmax(model.lm_head(hidden), -1)
+    picked = -scores.gather(2, words.clamp(min=0).unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(found, picked * (words != -100), rtol=1e-12, atol=1e-12)
+
+
 def test_logits_are_log_probabilities_under_cutoffs() -> None:
     logits = lively_model()(random_ids(2, 5)).logits
     assert logits.shape == (2, 5, 60)
@@ -384,13 +398,51 @@ def test_gradient_reaches_weights_through_the_memory() -> None:
     assert model.transformer.layers[0].attention.relative.gain.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("option", ["dropout", "dropatt", "dropword"])
+PLACES = ["input_dropout", "position_dropout", "hidden_dropout", "final_dropout"]
+
+
+@pytest.mark.parametrize("option", ["dropout", "dropatt", "dropword", *PLACES])
 def test_dropout_acts_in_training_only(option: str) -> None:
     model = lively_model(0.7, **{option: 0.3})
     ids = random_ids(2, 8)
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_dropouts_are_separate(place: str) -> None:
+    def drawn(**changes: float) -> dict[str, torch.Tensor | None]:
+        config = tiny_config(dropatt=0.1, dropword=0.1, **changes)
+        torch.manual_seed(3)
+        masks = draw_masks(config, 2, 5, 3, torch.zeros(()))
+        layer = masks.layers[0]
+        return {
+            "word": masks.words, "attention": layer.attention, "input_dropout": masks.input,
+            "position_dropout": masks.positions, "hidden_dropout": layer.up, "output": layer.output,
+            "down": layer.down,
+        }  # fmt: skip
+
+    others = dict.fromkeys(PLACES, 0.0)
+    masks = drawn(dropout=0.4, **{**others, place: None})
+    assert (masks.get(place) is not None) == (place != "final_dropout")
+    hidden = [masks[name] is not None for name in ("hidden_dropout", "output", "down")]
+    assert hidden == [place == "hidden_dropout"] * 3
+    assert all(masks.get(p) is None for p in PLACES if p != place)
+    assert masks["word"] is not None and masks["attention"] is not None
+    # One rate for all draws what it always drew.
+    for mine, theirs in zip(
+        drawn(dropout=0.4).values(), drawn(**dict.fromkeys(PLACES, 0.4)).values(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_configurations_of_before_keep_one_dropout() -> None:
+    stored = tiny_config(dropout=0.3).to_dict()
+    for place in PLACES:
+        del stored[place]
+    config = DEQTransformerConfig.from_dict(stored)
+    assert [config.dropout_rate(place.split("_")[0]) for place in PLACES] == [0.3] * 4
 
 
 def test_output_dropout_of_features_keeps_tokens() -> None:
@@ -435,6 +487,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         ({"n_sublayers": 2}, "one sub-layer"),
         ({"variant": "torchdeq-lm"}, "pre-LN"),
         ({"dropout": 1.0}, "dropout"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout"),
         ({"solver": {"name": "newton"}}, "newton"),
         ({"variant": "xl"}, "variant"),
     ],
@@ -555,6 +608,17 @@ def test_sizes_of_the_official_presets(preset: str, total: int, distinct: int) -
     assert sum(p.numel() for n, p in named.items() if n not in tables) == total
     tied = model.all_tied_weights_keys
     assert sum(p.numel() for n, p in named.items() if n not in tied) == distinct
+
+
+@pytest.mark.parametrize("corpus", ["wikitext2", "ptb"])
+def test_large_presets_fit_three_files(corpus: str) -> None:
+    with torch.device("meta"):
+        config = DEQTransformerConfig.from_preset(f"deq-transformer-{corpus}-large")
+        model = DEQTransformerForCausalLM(config)
+    tied = model.all_tied_weights_keys
+    named = model.named_parameters(remove_duplicate=False)
+    assert sum(2 * p.numel() for n, p in named if n not in tied) < 45e6
+    assert config.mem_len == config.window - 1 and config.cutoffs == []
 
 
 def test_presets_accept_overrides() -> None:

@@ -34,7 +34,6 @@ class AdaptiveEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.bounds = cluster_bounds(vocab_size, cutoffs)
-        self.d_model = d_model
         self.scale = math.sqrt(d_model)
         if div_val == 1:
             sizes, widths = [vocab_size], [d_embed]
@@ -57,22 +56,24 @@ class AdaptiveEmbedding(nn.Module):
             if self.projections:
                 vectors = self.projections[0](vectors)
         else:
-            vectors = self._clustered(input_ids.reshape(-1)).view(*input_ids.shape, self.d_model)
+            vectors = self._clustered(input_ids)
         vectors = vectors * self.scale
         if word_mask is not None:
             vectors = vectors * word_mask[input_ids].unsqueeze(-1).to(vectors.dtype)
         return vectors
 
     def _clustered(self, words: Tensor) -> Tensor:
-        parts, places = [], []
-        for (start, end), table, projection in zip(
-            self.bounds, self.tables, self.projections, strict=True
+        """Every word is looked up in every cluster: to select some would wait for the device."""
+        first, last = self.bounds[0], self.bounds[-1]
+        vectors = self.projections[0](self.tables[0](words.clamp(max=first[1] - 1)))
+        for bound, table, projection in zip(
+            self.bounds[1:], self.tables[1:], self.projections[1:], strict=True
         ):
-            place = ((words >= start) & (words < end)).nonzero().squeeze(1)
-            parts.append(projection(table(words[place] - start)))
-            places.append(place)
-        order = torch.cat(places).argsort()
-        return torch.cat(parts)[order]
+            start, end = bound
+            nearest = words.clamp(start, None if bound == last else end - 1)
+            part = projection(table(nearest - start))
+            vectors = torch.where((words >= start).unsqueeze(-1), part, vectors)
+        return vectors
 
 
 def _log_softmax(scores: Tensor) -> Tensor:
@@ -140,6 +141,9 @@ class AdaptiveSoftmax(nn.Module):
 
         Either way their log-softmax is the model's log-probability.
         """
+        return self._scores(hidden).to(hidden.dtype)
+
+    def _scores(self, hidden: Tensor) -> Tensor:
         tables = self._cluster_tables()
         if self.clusters is None:
             return F.linear(self._project(hidden, 0), *tables[0])
@@ -149,14 +153,15 @@ class AdaptiveSoftmax(nn.Module):
         for index in range(1, len(self.bounds)):
             gate = head[..., first + len(self.bounds) - 1 - index].unsqueeze(-1)
             parts.append(gate + self._tail(hidden, index, tables[index]))
-        return torch.cat(parts, dim=-1).to(hidden.dtype)
+        return torch.cat(parts, dim=-1)
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihoods in nats of ``targets`` (...), zero where the target is -100,
         in float32 or wider.
 
         A cluster is evaluated for the positions whose targets lie in it alone, so
-        that no (..., vocab_size) tensor exists when there are cutoffs.
+        that no (..., vocab_size) tensor exists when there are cutoffs. To find them waits for the
+        device; see `dense_nll`.
 
         Raises:
             ValueError: the targets' shape is not that of ``hidden`` without its last dimension.
@@ -166,6 +171,8 @@ class AdaptiveSoftmax(nn.Module):
                 f"targets {tuple(targets.shape)} do not fit states {tuple(hidden.shape)}: one "
                 "target per state"
             )
+        if self.clusters is None:
+            return self.dense_nll(hidden, targets)
         flat, words = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         kept = (words != IGNORED).nonzero().squeeze(1)
         if kept.numel() < words.numel():
@@ -175,11 +182,14 @@ class AdaptiveSoftmax(nn.Module):
             losses = self._flat_nll(flat, words)
         return losses.view(targets.shape)
 
+    def dense_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`nll` from all scores (..., vocab_size): nothing is selected, so no step waits."""
+        scores = _log_softmax(self._scores(hidden)).flatten(0, -2)
+        losses = F.nll_loss(scores, targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view(targets.shape)
+
     def _flat_nll(self, hidden: Tensor, words: Tensor) -> Tensor:
         tables = self._cluster_tables()
-        if self.clusters is None:
-            scores = F.linear(self._project(hidden, 0), *tables[0])
-            return F.nll_loss(_log_softmax(scores), words, reduction="none")
         first, n_tails = self.bounds[0][1], len(self.bounds) - 1
         column, parts, places = words, [], []
         for index, (start, end) in enumerate(self.bounds[1:], start=1):

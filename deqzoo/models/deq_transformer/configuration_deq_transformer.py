@@ -29,7 +29,10 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
         local_size: window of the attention in tokens, 0 for 1000; distances 0 .. window-1 are seen.
         mem_len: solved tokens handed from one training segment to the next.
         tgt_len: segment length of training and evaluation.
-        dropout, dropatt, dropword: variational, attention and whole-word dropout.
+        dropout, dropatt, dropword: variational, attention and whole-word dropout (embedding rows).
+        input_dropout, position_dropout, hidden_dropout, final_dropout: variational dropout of the
+            word vectors, of the position vectors, inside the block, and before the softmax, where
+            they are to differ from ``dropout`` (None: they do not).
         output_dropout: what the mask before the softmax drops: whole tokens (as upstream) or
             features (the same ones at every position of a sequence).
         fixed_iterations: apply F this often instead of solving; for the variants that have no
@@ -76,6 +79,10 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
     dropout: float | int = 0.0
     dropatt: float | int = 0.0
     dropword: float | int = 0.0
+    input_dropout: float | int | None = None
+    position_dropout: float | int | None = None
+    hidden_dropout: float | int | None = None
+    final_dropout: float | int | None = None
     output_dropout: Literal["token", "feature"] = "token"
     fixed_iterations: int | None = None
     unroll_layers: int = 2
@@ -109,6 +116,11 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
     def window(self) -> int:
         """Number of distances a token sees, itself included."""
         return self.local_size or DEFAULT_WINDOW
+
+    def dropout_rate(self, place: str) -> float:
+        """Rate of the variational dropout at "input", "position", "hidden" or "final"."""
+        rate = getattr(self, f"{place}_dropout")
+        return self.dropout if rate is None else rate
 
     @property
     def d_head(self) -> int:
@@ -186,6 +198,8 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"{self.variant} has one sub-layer, got n_sublayers={self.n_sublayers}."
             )
-        for name in ("dropout", "dropatt", "dropword"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        places = [f"{place}_dropout" for place in ("input", "position", "hidden", "final")]
+        for name in ("dropout", "dropatt", "dropword", *places):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {rate}.")

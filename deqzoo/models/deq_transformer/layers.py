@@ -116,21 +116,22 @@ def draw_masks(
 ) -> DropoutMasks:
     """Random masks of one training forward; the one before the softmax is drawn there."""
     n_keys, width = n_past + n_tokens, config.d_model
+    hidden = config.dropout_rate("hidden")
     # Upstream's variants drop different things: whole distances, or features of all of them.
     position = (1, n_keys, 1) if config.variant == "torchdeq-seq" else (1, 1, width)
     layers = tuple(
         LayerMasks(
             attention=draw_mask((batch, config.n_head, n_tokens, n_keys), config.dropatt, like),
-            output=draw_mask((batch, 1, width), config.dropout, like),
-            up=draw_mask((batch, 1, config.d_inner), config.dropout, like),
-            down=draw_mask((batch, 1, width), config.dropout, like),
+            output=draw_mask((batch, 1, width), hidden, like),
+            up=draw_mask((batch, 1, config.d_inner), hidden, like),
+            down=draw_mask((batch, 1, width), hidden, like),
         )
         for _ in range(config.n_sublayers)
     )
     return DropoutMasks(
         words=draw_mask((config.vocab_size,), config.dropword, like),
-        input=draw_mask((batch, 1, width), config.dropout, like),
-        positions=draw_mask(position, config.dropout, like),
+        input=draw_mask((batch, 1, width), config.dropout_rate("input"), like),
+        positions=draw_mask(position, config.dropout_rate("position"), like),
         layers=layers,
     )
 

@@ -548,9 +548,10 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         """Equilibrium (B, T, d) behind the output dropout of training."""
         if masks is not None:
             return hidden if masks.hidden is None else hidden * masks.hidden
-        if not self.training or self.config.dropout == 0:
+        rate = self.config.dropout_rate("final")
+        if not self.training or rate == 0:
             return hidden
         batch, n_tokens, width = hidden.shape
         whole_tokens = self.config.output_dropout == "token"
         shape = (batch, n_tokens, 1) if whole_tokens else (batch, 1, width)
-        return hidden * draw_mask(shape, self.config.dropout, hidden)
+        return hidden * draw_mask(shape, rate, hidden)
