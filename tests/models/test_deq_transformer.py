@@ -375,7 +375,7 @@ def test_tolerance_in_half_precision(caplog: pytest.LogCaptureFixture) -> None:
     model(ids)
     assert caplog.text.count("cannot resolve the tolerance 1.0e-03") == 1
     assert not model(ids, solver={"tol": 0.0, "max_steps": 9}).converged.any()
-    wide = model._solver(None)
+    wide = model.resolve_solver(None)
     for dtype in (torch.float32, torch.float64):
         assert model._resolvable(wide, dtype) is wide
 
