@@ -11,15 +11,40 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import deqzoo
 import deqzoo.zoo
 from deqzoo.errors import UserError
 
+#: Order of the groups in the help; a command names its own by `rich_help_panel`.
+GROUPS = ("Use models", "Measure", "Train", "Publish", "Maintain the zoo")
+
+
+class _Grouped(TyperGroup):
+    """Commands in the help by group, each with the whole first sentence of what it does."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is None or command.hidden:
+                continue
+            group = getattr(command, "rich_help_panel", None)
+            group = group if isinstance(group, str) else "Other commands"
+            rows.setdefault(group, []).append((name, command.get_short_help_str(limit=500)))
+        # One column of names for all groups.
+        widest = max((len(name) for group in rows.values() for name, _ in group), default=0)
+        for group, commands in rows.items():
+            if commands:
+                with formatter.section(group):
+                    formatter.write_dl([(name.ljust(widest), text) for name, text in commands])
+
+
 app = typer.Typer(
     name="deqzoo",
-    help="Deep equilibrium models: classify, evaluate, convert and train.",
-    add_completion=False,
+    cls=_Grouped,
+    help="Deep equilibrium models: use, measure, train and publish them.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -28,7 +53,18 @@ app = typer.Typer(
 # typer may carry its own copy of click, so the base of its usage errors is looked up.
 _USAGE_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-ModelName = Annotated[str, typer.Argument(help="Zoo name, local folder, or repository on the Hub.")]
+
+def _complete_model(incomplete: str) -> list[str]:
+    """Names of the zoo that begin so, for the shell's completion."""
+    return [name for name in deqzoo.zoo.list_models() if name.startswith(incomplete)]
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        help="Zoo name, local folder, or repository on the Hub.", autocompletion=_complete_model
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Local copy of the data set; else it is fetched.")
@@ -40,7 +76,7 @@ def options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Deep equilibrium models: classify, evaluate, convert and train."""
+    """Deep equilibrium models: use, measure, train and publish them."""
     if version:
         typer.echo(f"deqzoo {deqzoo.__version__}")
         raise typer.Exit()
@@ -48,7 +84,7 @@ def options(
         typer.echo(context.get_help())
 
 
-@app.command("list")
+@app.command("list", rich_help_panel="Use models")
 def list_command(as_json: AsJson = False) -> None:
     """List the bundled checkpoints."""
     from deqzoo.hub.catalogue import entries
@@ -73,7 +109,7 @@ def list_command(as_json: AsJson = False) -> None:
             typer.echo(f"{row['name']:<{width}}  {size:>8}  {row['task']:<22}  {row['result']}")
 
 
-@app.command()
+@app.command(rich_help_panel="Use models")
 def info(name: ModelName, as_json: AsJson = False) -> None:
     """Show what a checkpoint is and what it scores."""
     from deqzoo.hub.catalogue import entry as find
@@ -101,10 +137,12 @@ def info(name: ModelName, as_json: AsJson = False) -> None:
         typer.echo(f"{key:<13} {value}")
 
 
-@app.command()
+@app.command(rich_help_panel="Use models")
 def classify(
     images: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
-    model: Annotated[str, typer.Option(help="Image model.")] = deqzoo.zoo.DEFAULT_IMAGE_MODEL,
+    model: Annotated[
+        str, typer.Option(help="Image model.", autocompletion=_complete_model)
+    ] = deqzoo.zoo.DEFAULT_IMAGE_MODEL,
     top_k: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
     as_json: AsJson = False,
 ) -> None:
@@ -129,7 +167,7 @@ def classify(
         typer.echo(f"  equilibrium: {report}")
 
 
-@app.command()
+@app.command(rich_help_panel="Measure")
 def evaluate(
     name: ModelName,
     data: DataFolder = None,
@@ -166,7 +204,7 @@ def evaluate(
     typer.echo(f"{main_figure(content)}; written to {output}")
 
 
-@app.command()
+@app.command(rich_help_panel="Train")
 def convert(
     family: Annotated[str, typer.Argument(help="mdeq, deq-transformer or ignn.")],
     source: Annotated[Path, typer.Argument(help="Official state dict (.safetensors or pickle).")],

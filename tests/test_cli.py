@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import deqzoo
+from deqzoo import cli
 from deqzoo.cli import run
 
 PICTURES = Path(__file__).parents[1] / "examples" / "pictures"
@@ -36,6 +38,25 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     assert "classify" in capsys.readouterr().out
+
+
+def test_help_groups_the_commands_and_cuts_no_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "..." not in text.split("Options:")[1]
+    places = [text.index(f"{group}:") for group in cli.GROUPS]
+    assert places == sorted(places) and "Other commands" not in text
+    assert places[0] < text.index("classify") < places[1] < text.index("evaluate")
+
+
+def test_shells_complete_model_names() -> None:
+    environment = dict(os.environ, _DEQZOO_COMPLETE="complete_bash", COMP_CWORD="2",
+                       COMP_WORDS="deqzoo info mdeq-t")  # fmt: skip
+    code = "import sys; sys.argv = ['deqzoo']; from deqzoo.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == ["mdeq-tiny-cifar-upg"]
 
 
 def test_python_m_prints_one_line_on_mistakes() -> None:

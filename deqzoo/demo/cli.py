@@ -11,7 +11,7 @@ import typer
 
 def add_commands(app: typer.Typer) -> None:
     """Add this room's command."""
-    app.command("publish-space")(publish_space)
+    app.command("publish-space", rich_help_panel="Publish")(publish_space)
 
 
 def publish_space(

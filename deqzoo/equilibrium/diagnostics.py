@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deqzoo.equilibrium.gradients import Gradient, make_gradient
-from deqzoo.equilibrium.layer import GradientSpec, SolverSpec
+from deqzoo.equilibrium.layer import GradientSpec, SolverSpec, fixed_point
 from deqzoo.equilibrium.layout import Layout, Rows, start_matrix
 from deqzoo.equilibrium.solvers import Solver, make_solver
 from deqzoo.equilibrium.solvers.loop import cell_norm
@@ -104,36 +104,59 @@ EXACT = {
 
 
 def gradient_fidelity(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    gradients: Sequence[GradientSpec],
+    model: nn.Module | Callable[[State], State],
+    batch: Mapping[str, Any] | State,
+    gradients: GradientSpec | Sequence[GradientSpec],
     *,
+    loss: Callable[[State], Tensor] | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
+    layout: Layout | None = None,
     solver: SolverSpec | None = None,
     exact: GradientSpec = EXACT,
     groups: Callable[[str], str] | None = None,
 ) -> list[Fidelity]:
     """Compare gradient modes with the exact implicit gradient on one batch.
 
+    For a whole model, or, where `loss` is given, for a map of your own:
+
+        gradient_fidelity(f, h0, ["jfb", "npg"], loss=lambda h: h.sum(), parameters={"weight": w})
+
     Args:
         model: called as `model(**batch, solver=..., gradient=...)` with a `Solver` (or None) and a
             `Gradient`, returns an object with `loss`. Its training mode is left as it is, and so
             are its buffers (batch statistics); random masks are drawn alike for every mode.
-        batch: keyword arguments with labels.
-        gradients: modes to compare.
-        solver: forward solver for all of them; None keeps the model's own.
+            With `loss`: the map on states.
+        batch: keyword arguments with labels. With `loss`: the start state.
+        gradients: modes to compare, or one.
+        loss: of the solution, a scalar; makes `model` a map.
+        parameters: of a map that is no module, by name: tensors that require a gradient.
+        layout: of a map: what one sample is, `Rows()` by default.
+        solver: forward solver for all of them; None keeps the model's own, or a tight one for maps.
         exact: the mode that counts as exact.
         groups: group of a parameter name; by default its first component.
 
     Returns:
         One `Fidelity` per mode.
+
+    Raises:
+        ValueError: arguments for maps without `loss`, or a map without parameters.
     """
     group_of = groups or (lambda name: name.split(".", 1)[0])
+    if isinstance(gradients, (str, Mapping, Gradient)):
+        gradients = [gradients]
+    owner: Any = model
+    inputs: Any = batch
+    if loss is not None:
+        owner, inputs = _MapWithLoss(model, loss, parameters, layout), {"start": batch}
+        solver = _TIGHT if solver is None else solver
+    elif parameters is not None or layout is not None or not isinstance(model, nn.Module):
+        raise ValueError("for a map of your own, pass loss=, a function of the solution")
     chosen = None if solver is None else make_solver(solver)
     modes = [make_gradient(spec) for spec in gradients]  # mistakes come before any work
-    reference, _, _ = _gradients(model, batch, chosen, make_gradient(exact))
+    reference, _, _ = _gradients(owner, inputs, chosen, make_gradient(exact))
     results = []
     for gradient in modes:
-        found, seconds, saved = _gradients(model, batch, chosen, gradient)
+        found, seconds, saved = _gradients(owner, inputs, chosen, gradient)
         cosine, error, ratio = compare_gradients(
             found, reference, lambda name: ("all", group_of(name))
         )
@@ -141,8 +164,46 @@ def gradient_fidelity(
     return results
 
 
+_TIGHT = {"name": "anderson", "max_steps": 200, "tol": 1e-6}
+
+
+@dataclass(frozen=True)
+class _WithLoss:
+    loss: Tensor
+
+
+class _MapWithLoss:
+    """A map on states in the place of a model: solves, and returns the loss of the solution."""
+
+    def __init__(
+        self,
+        f: Callable[[State], State],
+        loss: Callable[[State], Tensor],
+        parameters: Mapping[str, Tensor] | None,
+        layout: Layout | None,
+    ) -> None:
+        self.f, self.loss, self.layout = f, loss, layout
+        self.module = f if isinstance(f, nn.Module) else nn.Module()
+        self.parameters = dict(self.module.named_parameters() if parameters is None else parameters)
+        if not any(p.requires_grad for p in self.parameters.values()):
+            raise ValueError(
+                "the map has no parameters to compare gradients of: make it a module, or pass "
+                "parameters={name: tensor} with tensors that require a gradient"
+            )
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        return self.parameters.items()
+
+    def buffers(self) -> Iterable[Tensor]:
+        return self.module.buffers()
+
+    def __call__(self, start: State, solver: Solver, gradient: Gradient) -> _WithLoss:
+        solution = fixed_point(self.f, start, solver=solver, gradient=gradient, layout=self.layout)
+        return _WithLoss(self.loss(solution.state))
+
+
 def _gradients(
-    model: nn.Module, batch: Mapping[str, Any], solver: Solver | None, gradient: Gradient
+    model: Any, batch: Mapping[str, Any], solver: Solver | None, gradient: Gradient
 ) -> tuple[dict[str, Tensor], float, int]:
     """Gradient by parameter name, seconds, and bytes saved for the backward pass."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

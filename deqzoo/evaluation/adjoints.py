@@ -30,16 +30,18 @@ class AdjointSystem:
         powers: g, Jᵀg, Jᵀ²g, … of the last cotangent, as far as they were needed; every Neumann
             series is a combination of them.
         residual: largest relative residual of the last solve of the system.
+        on_evaluation: called before every product.
     """
 
     layout: Layout
     product: Map | None = None
     powers: list[Tensor] = field(default_factory=list)
     residual: float = 0.0
+    on_evaluation: Callable[[], None] | None = None
 
     def receive(self, product: Map, cotangent: Tensor) -> None:
         """Take the cotangent of a backward pass; products of an equal one are kept."""
-        self.product = product
+        self.product = watched(product, self.on_evaluation)
         if not self.powers or not torch.equal(self.powers[0], cotangent):
             self.powers = [cotangent]
 
@@ -107,11 +109,12 @@ class Switchable(Gradient):
 
     current: list[Rule] = field(default_factory=lambda: [no_rule])
     systems: list[AdjointSystem] = field(default_factory=list)
+    on_evaluation: Callable[[], None] | None = None
 
     name: ClassVar[str] = "switchable"
 
     def attach(self, problem: Problem, state: Tensor) -> Tensor:
-        system = AdjointSystem(problem.layout)
+        system = AdjointSystem(problem.layout, on_evaluation=self.on_evaluation)
         self.systems.append(system)
 
         def turn(product: Map, cotangent: Tensor) -> Tensor:
@@ -169,6 +172,8 @@ class RecordedModel:
         model: called as `model(**batch)`, returns an object with `loss`.
         batch: keyword arguments with labels.
         solver: settings of the forward solver, over the model's own.
+        on_evaluation: called before every evaluation of a map and every product with its Jacobian;
+            what it raises ends the work.
 
     Attributes:
         maps: the equilibrium maps, in the order of the forward pass.
@@ -176,16 +181,22 @@ class RecordedModel:
     """
 
     def __init__(
-        self, model: nn.Module, batch: Mapping[str, Any], solver: Mapping[str, Any] | None = None
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        solver: Mapping[str, Any] | None = None,
+        on_evaluation: Callable[[], None] | None = None,
     ) -> None:
         self.model, self.batch = model, batch
+        self.on_evaluation = on_evaluation
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.maps: list[Any] = []
         self.solutions: list[Solution] = []
         self.layouts: list[Layout | None] = []
-        self._switch = Switchable()
+        self._switch = Switchable(on_evaluation=on_evaluation)
 
         def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, __: Any) -> Solution:
+            f = watched(f, on_evaluation)
             with torch.no_grad():
                 solution = fixed_point(f, z0, solver=owner.resolve_solver(solver), layout=layout)
             self.maps.append(f)
@@ -222,12 +233,25 @@ class RecordedModel:
 
         def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, change: Any) -> Solution:
             held = Held(solution=self.solutions[0])
+            f = watched(f, self.on_evaluation)
             return fixed_point(
                 f, z0, solver=held, gradient=owner.resolve_gradient(change), layout=layout
             )
 
         with intercepted(self.model, solve):
             return self.model(**self.batch, gradient=dict(gradient)).loss
+
+
+def watched(f: Callable[[Any], Any], on_evaluation: Callable[[], None] | None) -> Callable:
+    """A function that announces every call."""
+    if on_evaluation is None:
+        return f
+
+    def call(argument: Any) -> Any:
+        on_evaluation()
+        return f(argument)
+
+    return call
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from deqzoo.errors import UserError
 
 def add_commands(app: typer.Typer) -> None:
     """Add this room's commands to the command line."""
-    app.command()(perplexity)
+    app.command(rich_help_panel="Use models")(perplexity)
 
 
 def perplexity(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deqzoo.equilibrium import Segments, make_gradient, spectral_radius
 from deqzoo.equilibrium.diagnostics import SavedTensors, compare_gradients
+from deqzoo.errors import UserError
 from deqzoo.evaluation.adjoints import (
     RecordedModel,
     named,
@@ -70,7 +71,8 @@ class Study:
 
     Attributes:
         rows: in the order of the table.
-        spectral_radius: ρ(∂F/∂h) at h*, per sample (of a graph batch: the largest, one entry).
+        spectral_radius: ρ(∂F/∂h) at h*, per sample (of a graph batch: the largest, one entry);
+            empty where the time did not suffice.
         solve: seconds and steps of the model's own forward solve.
         own: the model's configured gradient.
         exact_residuals: how far the forward and the adjoint solve behind the exact gradient came.
@@ -108,12 +110,18 @@ class Fidelity:
     Args:
         model: a model of the zoo whose output has a loss.
         batch: its keyword arguments, labels among them.
+        on_evaluation: called before every evaluation and product; what it raises ends the work.
     """
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        on_evaluation: Callable[[], None] | None = None,
+    ) -> None:
         self.model, self.batch = model, dict(batch)
         self.weights = list(model.parameters()) + list(model.buffers())
-        tight = RecordedModel(model, batch, EXACT_FORWARD)
+        tight = RecordedModel(model, batch, EXACT_FORWARD, on_evaluation)
         self.exact = tight.gradients(solver_rule(EXACT_ADJOINT))
         self.exact_residuals = tight.residuals()
         head = tight.gradients(no_rule)
@@ -121,7 +129,7 @@ class Fidelity:
             name for name, g in self.exact.items() if not bool(head[name].any()) and bool(g.any())
         }
         del tight
-        self.recorded = RecordedModel(model, batch)
+        self.recorded = RecordedModel(model, batch, on_evaluation=on_evaluation)
         self.prefix = f"{model.base_model_prefix}."
 
     def groups_of(self, name: str) -> tuple[str, ...]:
@@ -216,30 +224,58 @@ def study(
         batch: keyword arguments with labels.
         steps: k of the phantom gradients.
         dampings: their λ.
-        seconds: settings are left out once so much time has passed; the study says how many.
+        seconds: the work ends after so much time; the study says how many settings it left out.
         on_row: called with every row, for progress.
+
+    Raises:
+        OutOfTime: the time did not suffice for the exact gradient and one setting.
     """
-    started = time.perf_counter()
-    fidelity = Fidelity(model, batch)
-    own = fidelity.recorded.solutions
-    result = Study(own=dict(model.config.gradient), exact_residuals=fidelity.exact_residuals)
+    clock = Clock(seconds)
+    settings = plan(steps, dampings, model.config.solver["max_steps"])
+    try:
+        fidelity = Fidelity(model, batch, clock.check)
+        own = fidelity.recorded.solutions
+        result = Study(own=dict(model.config.gradient), exact_residuals=fidelity.exact_residuals)
+        result.rows.append(_row(fidelity, settings[0], []))
+    except OutOfTime as error:
+        raise OutOfTime(
+            "the time allowed ended before the exact gradient of this batch was found; allow more "
+            "(--seconds) or take fewer samples (--batch-size)"
+        ) from error
     result.solve = {
         "seconds": sum(s.seconds for s in own),
         "steps_mean": float(own[0].n_steps.double().mean()),
         "residual_max": float(own[0].rel_residual.max()),
         "equilibria": len(own),
     }
-    result.spectral_radius = fidelity.radius()
-    settings = plan(steps, dampings, model.config.solver["max_steps"])
-    for number, gradient in enumerate(settings):
-        if time.perf_counter() - started > seconds:
-            result.missing = len(settings) - number
-            break
-        result.rows.append(_row(fidelity, gradient, result.rows))
+    try:
         if on_row is not None:
             on_row(result.rows[-1])
+        result.spectral_radius = fidelity.radius()
+        for gradient in settings[1:]:
+            clock.check()
+            result.rows.append(_row(fidelity, gradient, result.rows))
+            if on_row is not None:
+                on_row(result.rows[-1])
+    except OutOfTime:
+        result.missing = len(settings) - len(result.rows)
     result.rows.sort(key=_order)
     return result
+
+
+class OutOfTime(UserError):
+    """The time that a user allowed is over."""
+
+
+class Clock:
+    """`check` raises `OutOfTime` once so many seconds have passed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.perf_counter() + seconds
+
+    def check(self) -> None:
+        if time.perf_counter() > self.end:
+            raise OutOfTime
 
 
 def _row(fidelity: Fidelity, gradient: dict[str, Any], before: Sequence[Row]) -> Row:

@@ -13,7 +13,7 @@ import typer
 from deqzoo.errors import UserError
 
 if TYPE_CHECKING:
-    from deqzoo.evaluation.gradients import Row, Study
+    from deqzoo.evaluation.gradients import Clock, Row, Study
 
 _DOUBTFUL = 1e-3  # residual above which the exact gradient does not deserve its name
 _SHOWN_STEPS = (1, 2, 3, 5, 10, 20)
@@ -22,7 +22,7 @@ _SHOWN_DAMPINGS = (0.5, 0.8, 1.0)
 
 def add_commands(app: typer.Typer) -> None:
     """Add this module's command to the command line."""
-    app.command()(gradients)
+    app.command(rich_help_panel="Measure")(gradients)
 
 
 def gradients(
@@ -39,7 +39,7 @@ def gradients(
         float, typer.Option(min=0.0, max=1.0, help="What the recommended setting must reach.")
     ] = 0.95,
     seconds: Annotated[
-        float, typer.Option(min=1.0, help="Leave settings out after this time.")
+        float, typer.Option(min=1.0, help="Time allowed; what does not fit is left out.")
     ] = 150.0,
     seed: Annotated[int, typer.Option(help="Chooses the batch.")] = 0,
     output: Annotated[
@@ -53,13 +53,14 @@ def gradients(
     import deqzoo
     from deqzoo.evaluation.files import describe_environment, describe_model, finite
     from deqzoo.evaluation.gradient_batches import make_batch
-    from deqzoo.evaluation.gradients import study
+    from deqzoo.evaluation.gradients import Clock, study
 
     model = deqzoo.DEQModel.from_pretrained(name)
     batch, described = make_batch(model, data, split=split, size=batch_size, seed=seed)
+    clock = Clock(seconds)
     bar = tqdm(desc="settings", disable=as_json or not sys.stderr.isatty())
-    found = study(model, batch, seconds=seconds, on_row=lambda _: bar.update())
-    bar.close()
+    with bar:  # a fifth of the time is kept for Theorem 1
+        found = study(model, batch, seconds=0.8 * seconds, on_row=lambda _: bar.update())
     best = found.recommendation(cosine)
     content = finite(
         {
@@ -67,7 +68,7 @@ def gradients(
             "model": describe_model(model, name),
             "batch": described,
             **found.to_dict(),
-            "theorem1": _theorem(model, batch, data),
+            "theorem1": _theorem(model, batch, data, clock),
             "threshold": cosine,
             "recommendation": None if best is None else best.gradient,
             "environment": describe_environment(model),
@@ -93,11 +94,13 @@ def _write(folder: Path, content: dict[str, Any], drawing: str) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def _theorem(model: Any, batch: dict[str, Any], data: Path | None) -> list[dict[str, Any]]:
-    """Theorem 1's condition on one sample, where the map can be differentiated as it asks."""
+def _theorem(
+    model: Any, batch: dict[str, Any], data: Path | None, clock: Clock
+) -> list[dict[str, Any]]:
+    """Theorem 1's condition on one sample, where map and time allow it."""
     from deqzoo.evaluation.adjoints import RecordedModel
     from deqzoo.evaluation.gradient_batches import first_sample, make_batch
-    from deqzoo.evaluation.gradients import EXACT_FORWARD
+    from deqzoo.evaluation.gradients import EXACT_FORWARD, OutOfTime
     from deqzoo.evaluation.theorem import check
 
     single = first_sample(batch)
@@ -105,11 +108,15 @@ def _theorem(model: Any, batch: dict[str, Any], data: Path | None) -> list[dict[
         single, _ = make_batch(model, data, size=1)
     if single is None:
         return []
-    recorded = RecordedModel(model, single, EXACT_FORWARD)
     settings = [(k, x) for x in (1.0, 0.5) for k in (1, 5, 20)]
-    parameters = list(recorded.parameters.values())
-    state = recorded.solutions[0].state
-    return [asdict(c) for c in check(recorded.maps[0], state, parameters, settings)]
+    try:
+        recorded = RecordedModel(model, single, EXACT_FORWARD, clock.check)
+        parameters = list(recorded.parameters.values())
+        state = recorded.solutions[0].state
+        found = check(recorded.maps[0], state, parameters, settings, clock.check)
+    except OutOfTime:
+        return []
+    return [asdict(c) for c in found]
 
 
 def report(found: Study, content: dict[str, Any], threshold: float) -> str:
@@ -122,7 +129,8 @@ def report(found: Study, content: dict[str, Any], threshold: float) -> str:
         f"batch       {content['batch']}",
         f"solve       {found.solve['steps_mean']:.1f} steps, relative residual at most "
         f"{found.solve['residual_max']:.1e}, {found.solve['seconds']:.2f} s",
-        f"radius      ρ(∂F/∂h) at the solution: {min(radii):.3f} to {max(radii):.3f}",
+        "radius      ρ(∂F/∂h) at the solution: "
+        + (f"{min(radii):.3f} to {max(radii):.3f}" if radii else "left out for time"),
         f"Theorem 1   {summary(content['theorem1'])}",
         "",
         *_table(found),

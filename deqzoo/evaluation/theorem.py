@@ -44,7 +44,14 @@ class Condition:
 class Linearization:
     """Products with the transposes of X and J at one sample's equilibrium."""
 
-    def __init__(self, f: Callable[[Any], Any], state: Any, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        f: Callable[[Any], Any],
+        state: Any,
+        parameters: Sequence[Tensor],
+        on_product: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.on_product = on_product
         packer = StatePacker(state)
         self.point = packer.pack(state).detach().requires_grad_()
         self.parameters = list(parameters)
@@ -53,11 +60,13 @@ class Linearization:
 
     def to_state(self, u: Tensor) -> Tensor:
         """Jᵀu."""
+        self.on_product()
         (out,) = torch.autograd.grad(self.value, self.point, u, retain_graph=True)
         return out
 
     def to_parameters(self, u: Tensor, create_graph: bool = False) -> list[Tensor]:
         """Xᵀu, over the parameters that take part."""
+        self.on_product()
         found = torch.autograd.grad(
             self.value, self.parameters, u, retain_graph=True, create_graph=create_graph,
             allow_unused=True,
@@ -85,6 +94,7 @@ def check(
     state: Any,
     parameters: Sequence[Tensor],
     settings: Sequence[tuple[int, float]],
+    on_product: Callable[[], None] = lambda: None,
 ) -> list[Condition]:
     """Theorem 1's condition for Neumann gradients on one sample.
 
@@ -96,8 +106,9 @@ def check(
         state: its equilibrium.
         parameters: θ.
         settings: pairs (k, λ).
+        on_product: called before every product with a Jacobian; what it raises ends the work.
     """
-    linear = Linearization(f, state, parameters)
+    linear = Linearization(f, state, parameters, on_product)
     d = linear.point.numel()
     if d * sum(p.numel() for p in parameters) <= _DENSE_ENTRIES:
         return _dense(linear, d, settings)

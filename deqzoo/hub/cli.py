@@ -12,8 +12,10 @@ from deqzoo.errors import UserError
 
 def add_commands(app: typer.Typer) -> None:
     """Add this room's commands."""
-    for command in (store, seal, cards, verify, publish):
-        app.command()(command)
+    for command in (store, publish):
+        app.command(rich_help_panel="Publish")(command)
+    for command in (verify, cards, seal):
+        app.command(rich_help_panel="Maintain the zoo")(command)
 
 
 def store(

@@ -16,6 +16,8 @@ from deqzoo.zoo import checkpoints_root, read_json
 
 MAX_RESIDUAL = 5e-3
 MAX_ACCURACY_GAP = 0.003
+#: Share of the validation split whose equilibrium the default budget of steps must reach.
+MIN_CONVERGED = 0.99
 # Differences of accuracies such as 0.865 - 0.862 come out a little above their decimal value.
 _ROUNDING = 1e-9
 
@@ -83,13 +85,19 @@ def store_run(
 def instabilities(evaluation: dict[str, Any]) -> list[str]:
     """Why an evaluated model is no stable equilibrium model, one line each.
 
-    The median relative residual within the default budget must be small, and more steps must not
-    change the accuracy.
+    The default budget must reach the equilibrium of nearly every sample, with a small median
+    relative residual, and more steps must not change the accuracy.
     """
     faults = []
     residual = evaluation["results"].get("residual_median")
     if residual is not None and not residual <= MAX_RESIDUAL:
         faults.append(f"median relative residual {residual:.1e} is above {MAX_RESIDUAL:.0e}")
+    share = evaluation["results"].get("converged_share")
+    if share is not None and share < MIN_CONVERGED:
+        faults.append(
+            f"{share:.1%} of the samples converge within the default budget, and not "
+            f"{MIN_CONVERGED:.0%}: raise max_steps of the solver in its config.json, or train on"
+        )
     budget = evaluation.get("budget")
     if budget and "default_accuracy" in budget:
         last = budget["steps"][-1]

@@ -14,7 +14,7 @@ from deqzoo.errors import UserError
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    app.command("train")(train)
+    app.command("train", rich_help_panel="Train")(train)
 
 
 def train(

@@ -16,8 +16,8 @@ DataRoot = Annotated[Path, typer.Option("--data", help="Folder of the graph data
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    app.command("predict-graphs")(predict_graphs)
-    app.command("ignn-table")(ignn_table)
+    app.command("predict-graphs", rich_help_panel="Use models")(predict_graphs)
+    app.command("ignn-table", rich_help_panel="Train")(ignn_table)
 
 
 def predict_graphs(

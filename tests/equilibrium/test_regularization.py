@@ -129,3 +129,43 @@ def test_fidelity_leaves_the_model_as_it_was() -> None:
     (row,) = gradient_fidelity(model, {"x": torch.randn(8, 4)}, ["implicit"])
     assert row.cosine["all"] > 0.999
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_fidelity_of_a_plain_map() -> None:
+    torch.manual_seed(0)
+    weight = (0.4 * torch.randn(6, 6, dtype=torch.float64)).requires_grad_()
+    x, start = torch.randn(5, 6, dtype=torch.float64), torch.zeros(5, 6, dtype=torch.float64)
+
+    def f(h: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(h @ weight + x)
+
+    def loss(h: torch.Tensor) -> torch.Tensor:
+        return h.square().sum()
+
+    options = {"loss": loss, "solver": {"name": "anderson", "tol": 1e-10, "max_steps": 200}}
+    implicit, one = gradient_fidelity(
+        f, start, ["implicit", "jfb"], parameters={"weight": weight}, **options
+    )
+    assert implicit.cosine["weight"] > 0.999 > one.cosine["weight"]
+    # One mode needs no list, and a module brings its own parameters.
+    module = nn.Linear(6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight.copy_(weight.T), module.bias.zero_()
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = module
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.linear(h) + x)
+
+    (same,) = gradient_fidelity(Step(), start, "jfb", groups=lambda name: name, **options)
+    assert same.cosine["linear.weight"] == pytest.approx(one.cosine["weight"], abs=1e-6)
+
+
+def test_fidelity_of_a_map_says_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match="loss="):
+        gradient_fidelity(torch.tanh, torch.zeros(1, 2), "jfb")
+    with pytest.raises(ValueError, match="parameters="):
+        gradient_fidelity(torch.tanh, torch.zeros(1, 2), "jfb", loss=torch.sum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from deqzoo import cli
 from deqzoo.equilibrium.diagnostics import compare_gradients
-from deqzoo.evaluation import theorem
+from deqzoo.evaluation import gradients, theorem
 from deqzoo.evaluation.adjoints import RecordedModel, named, neumann_rule, seeded
 from deqzoo.evaluation.chart import dot_chart, line_chart
 from deqzoo.evaluation.gradient_batches import first_sample, make_batch, part
@@ -182,3 +183,35 @@ def test_command_refuses_models_without_a_loss(tmp_path, capsys) -> None:
     load_class("IGNNModel")(config).save_pretrained(tmp_path / "bare")
     assert cli.run(["gradients", str(tmp_path / "bare")]) == 2
     assert "no loss" in capsys.readouterr().err
+
+
+def test_command_ends_in_time_and_prints_no_empty_table(tmp_path, capsys) -> None:
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    config = picture_model().config
+    config.channels, config.image_size, config.final_channels = [32, 32], 32, 32
+    load_class("MDEQForImageClassification")(config).save_pretrained(folder)
+    started = time.perf_counter()
+    assert cli.run(["gradients", str(folder), "--seconds", "1", "--batch-size", "64"]) == 2
+    assert time.perf_counter() - started < 20
+    printed = capsys.readouterr()
+    assert "--seconds" in printed.err and printed.out == ""
+
+
+def test_study_stops_between_settings_and_says_how_many_it_left_out(monkeypatch) -> None:
+    model = graph_model()
+    batch, _ = make_batch(model, size=2)
+    seen = []
+
+    class ThreeRows:
+        def __init__(self, seconds: float) -> None: ...
+
+        def check(self) -> None:
+            if len(seen) >= 3:
+                raise gradients.OutOfTime
+
+    monkeypatch.setattr(gradients, "Clock", ThreeRows)
+    found = study(model, batch, steps=(1, 3), dampings=(1.0,), on_row=seen.append)
+    assert len(found.rows) == 3 and found.spectral_radius
+    settings = plan((1, 3), (1.0,), model.config.solver["max_steps"])
+    assert found.missing == len(settings) - 3 > 0

@@ -11,6 +11,7 @@ import pytest
 from deqzoo import UserError
 from deqzoo.cli import run
 from deqzoo.hub import store
+from deqzoo.hub.catalogue import entries
 from deqzoo.hub.verify import verify_model
 
 
@@ -91,6 +92,23 @@ def test_instabilities() -> None:
     assert "above" in store.instabilities(evaluation(residual=float("nan")))[0]
     assert "after 30 steps" in store.instabilities(evaluation(last=0.84))[0]
     assert store.instabilities(evaluation(last=0.852)) == []
+    for share, faults in ((0.98, 1), (0.99, 0)):
+        content = evaluation()
+        content["results"]["converged_share"] = share
+        assert len(store.instabilities(content)) == faults
     at_the_bound = evaluation(last=0.862)
     at_the_bound["budget"]["default_accuracy"] = 0.865  # their difference comes out above 0.003
     assert store.instabilities(at_the_bound) == []
+
+
+def test_the_zoo_converges_within_its_default_budgets() -> None:
+    """Of every figure measured with the budget that the checkpoint has now."""
+    shares = {
+        entry.name: file["results"]["converged_share"]
+        for entry in entries()
+        for file in entry.tests()
+        if "converged_share" in file["results"]
+        and file["model"]["solver"]["max_steps"] == entry.config["solver"]["max_steps"]
+    }
+    assert len(shares) >= 7
+    assert min(shares.values()) >= store.MIN_CONVERGED, shares
