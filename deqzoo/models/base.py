@@ -26,6 +26,7 @@ from deqzoo.equilibrium import (
     make_solver,
     spectral_radius,
 )
+from deqzoo.equilibrium.fixed import fixed_point_of_steps, has_fixed_steps
 from deqzoo.equilibrium.solvers import BackwardReport
 from deqzoo.equilibrium.state import State, leaves
 
@@ -146,6 +147,7 @@ class DEQPreTrainedModel(PreTrainedModel):
     narrow_tol_in_eps = 3.0
     _warned_unsolved = False
     _warned_narrow = False
+    fixed_steps = False  # see `use_fixed_steps`
     solver_seconds = 0.0  # wall time in solvers so far; training logs its share
     backward_report: BackwardReport | None = None  # of the newest solve; its backward fills it in
 
@@ -174,6 +176,25 @@ class DEQPreTrainedModel(PreTrainedModel):
                 your own that is not in `deqzoo.equilibrium.GRADIENTS`.
         """
         self.config.gradient = stored(self.resolve_gradient(joined(name, settings)))
+
+    def use_fixed_steps(self, enabled: bool = True) -> None:
+        """Take training solves with `tol` 0 without books, by `fixed_point_of_steps`, or no longer.
+
+        Nothing in such a forward pass waits for a GPU. It changes nothing where the solver or the
+        gradient is another one, nor in evaluation mode.
+        """
+        self.base_model.fixed_steps = enabled
+
+    def use_training_kernels(
+        self, compiled: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        """Prepare the map for training on the device the model is on: fixed steps where `tol` is 0.
+
+        Args:
+            compiled: run the map under torch.compile, where the family offers it.
+            dtype: precision of the map in training, where the family offers it; None: autocast's.
+        """
+        self.use_fixed_steps()
 
     def resolve_solver(self, change: Settings = None) -> Solver:
         """The solver that a call with these settings uses: the config's own, with the change."""
@@ -211,11 +232,17 @@ class DEQPreTrainedModel(PreTrainedModel):
             ValueError: unknown settings; or gradient checkpointing is on in training and the
                 gradient records the map only once (implicit, npg, jfb), so that it saves nothing.
         """
+        chosen_solver = self._resolvable(self.resolve_solver(solver), leaves(z0)[0].dtype)
+        chosen_gradient = self.resolve_gradient(gradient)
+        lean = self.fixed_steps and self.training and torch.is_grad_enabled() and not options
+        lean = lean and not self._recomputing
+        if lean and has_fixed_steps(chosen_solver, chosen_gradient):
+            return fixed_point_of_steps(f, z0, chosen_solver, chosen_gradient)
         solution = fixed_point(
             f,
             z0,
-            solver=self._resolvable(self.resolve_solver(solver), leaves(z0)[0].dtype),
-            gradient=self.resolve_gradient(gradient),
+            solver=chosen_solver,
+            gradient=chosen_gradient,
             layout=getattr(f, "layout", None) if layout is None else layout,
             checkpoint=self._recomputing,
             **options,

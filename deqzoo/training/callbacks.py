@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from deqzoo.training.trainer import RecipeTrainer, _flat
 
@@ -107,16 +113,16 @@ class Snapshots(TrainerCallback):
             self.take(state.global_step)
 
     def take(self, step: int) -> None:
-        if not self.steps or not self.trainer.is_world_process_zero():
-            return
-        folder = self.trainer.out / "snapshots"
-        folder.mkdir(exist_ok=True)
-        half = {
-            name: t.half() if t.is_floating_point() else t
-            for name, t in _flat(self.trainer.model).items()
-        }
-        save_file(half, folder / f"step-{step:07d}.safetensors")
-        self.trainer.model.config.save_pretrained(folder)
+        if self.steps and self.trainer.is_world_process_zero():
+            save_snapshot(self.trainer.model, self.trainer.out / "snapshots", step)
+
+
+def save_snapshot(model: PreTrainedModel, folder: Path, step: int) -> None:
+    """Write the current weights in half precision as `step-STEP.safetensors`."""
+    folder.mkdir(exist_ok=True)
+    half = {name: t.half() if t.is_floating_point() else t for name, t in _flat(model).items()}
+    save_file(half, folder / f"step-{step:07d}.safetensors")
+    model.config.save_pretrained(folder)
 
 
 class MetricsFile(TrainerCallback):

@@ -35,6 +35,14 @@ def train(
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Stop, resumably, after so many steps in all.")
     ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(help="Train for so long, as in 8m; the epochs of the stages are its shares."),
+    ] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(help="With a time budget: everything is written after so long, as in 10m."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Instead of the recipe's; the run is then called NAME-sSEED.")
     ] = None,
@@ -57,12 +65,18 @@ def train(
     if _of_nodes(recipe):
         _nodes(recipe, data, output, resume, dry_run, max_steps, seed, quiet)
         return
+    from deqzoo.training.clock import seconds_of
     from deqzoo.training.recipe import load_recipe, with_seed
     from deqzoo.training.run import build_task, leave_process_group, run_recipe
 
     loaded = load_recipe(recipe)
     if seed is not None:
         loaded = with_seed(loaded, seed)
+    if time_budget is not None:
+        seconds_of(time_budget, "--time-budget")
+        loaded = replace(loaded, time_budget=time_budget)
+    if deadline is not None and not loaded.time_budget:
+        raise UserError("--deadline is for a run with a time budget; add --time-budget 8m")
     if dry_run:
         from deqzoo.training.estimate import commands, estimate
 
@@ -76,6 +90,7 @@ def train(
         resume=resume,
         progress=not quiet,
         max_steps=max_steps,
+        deadline=None if deadline is None else seconds_of(deadline, "--deadline"),
     )
     leave_process_group()
     typer.echo(f"weights in {folder}")

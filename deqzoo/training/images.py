@@ -124,6 +124,10 @@ class ImageClassificationTask:
     def _normalised(self, pixels: Tensor) -> Tensor:
         return (pixels.float() / 255 - self.mean) / self.std
 
+    def resident(self, device: torch.device) -> ResidentPictures:
+        """The training pictures on a device; see `Resident`."""
+        return ResidentPictures(self, device)
+
     def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
         return F.cross_entropy(
             outputs.logits.float(), batch["labels"], label_smoothing=self.recipe.label_smoothing
@@ -185,6 +189,41 @@ class ImageClassificationTask:
 
     def save_processor(self, folder: str) -> None:
         self.processor.save_pretrained(folder)
+
+
+class ResidentPictures:
+    """Training pictures that live on the device, augmented there; implements `Resident`."""
+
+    def __init__(self, task: ImageClassificationTask, device: torch.device) -> None:
+        self.task = task
+        self.pixels = task.training.pixels.to(device)
+        self.labels = task.training.labels.to(device)
+        self.mean, self.std = task.mean.to(device), task.std.to(device)
+
+    def epoch(self, number: int, stage: Stage) -> Tensor:
+        """Which pictures each step of an epoch takes, (steps, batch) int64."""
+        size = self.task.recipe.batch_size * self.task.recipe.accumulate
+        order = self.task._epoch_order(number)
+        order = order[: len(order) // size * size].reshape(-1, size)
+        return order.to(self.labels.device, non_blocking=True)
+
+    def inputs(self, rows: Tensor, epoch: Tensor, stage: Stage) -> dict[str, Any]:
+        """Pictures (B, 3, S, S) float32, channels last, and labels (B,)."""
+        side = stage.resolution or self.task.config.image_size
+        options = self.task.recipe.augment
+        pixels = augment(self.pixels[rows], rows, epoch, options, None, side)
+        pixels = resize((pixels.float() / 255 - self.mean) / self.std, stage.resolution)
+        return {
+            "pixel_values": pixels.contiguous(memory_format=torch.channels_last),
+            "labels": self.labels[rows],
+        }
+
+    def keep(self, outputs: Any) -> None:
+        """Steps leave nothing behind."""
+
+    def tensors(self) -> list[Tensor]:
+        """What steps leave behind: nothing."""
+        return []
 
 
 def stand_in_pictures(source: ImageSource, side: int | None = None) -> tuple[Pictures, Pictures]:
@@ -250,12 +289,12 @@ def _is_range(value: Any, limit: float) -> bool:
 def augment(
     pixels: Tensor,
     rows: Tensor,
-    epoch: int,
+    epoch: int | Tensor,
     options: dict[str, Any],
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     side: int | None = None,
 ) -> Tensor:
-    """Augment uint8 pictures (B, 3, H, W).
+    """Augment uint8 pictures (B, 3, H, W) where they are, without a look at any value.
 
     Args:
         pixels: the batch.
@@ -264,24 +303,26 @@ def augment(
         options: `crop`: pixels of reflected padding around which a crop of the old size is drawn;
             `flip`: "alternating" (every picture is flipped every other epoch, the first time at
             random) or "random"; `cutout`: side of a square that is blanked; `area` and `aspect`: a
-            random part of each picture (see `random_box`), scaled to `side`.
-        generator: source of the draws.
+            random part of each picture (see `random_boxes`), scaled to `side`.
+        generator: source of the draws, on the pictures' device; None for the device's own.
         side: of the results of `area`; that of the pictures if None.
     """
-    n = len(pixels)
+    n, device = len(pixels), pixels.device
     flip = options.get("flip")
     if flip == "alternating":
         # A fixed pseudo-random bit per picture, then every other epoch.
         chosen = ((rows * 2654435761 >> 7) + epoch) % 2 == 1
     elif flip == "random":
-        chosen = torch.rand(n, generator=generator) < 0.5
+        chosen = torch.rand(n, generator=generator, device=device) < 0.5
     else:
         chosen = None
     if chosen is not None:
         pixels = torch.where(chosen.reshape(n, 1, 1, 1), pixels.flip(3), pixels)
     if "area" in options or "aspect" in options:
         area, aspect = options.get("area", AREA), options.get("aspect", ASPECT)
-        pixels = _random_resized_crop(pixels, side or pixels.shape[-1], area, aspect, generator)
+        height, width = pixels.shape[-2:]
+        boxes = random_boxes(n, width, height, area, aspect, generator, device)
+        pixels = cropped(pixels, boxes, side or width).round().to(pixels.dtype)
     if pad := options.get("crop"):
         pixels = _random_crop(pixels, pad, generator)
     if square := options.get("cutout"):
@@ -289,32 +330,67 @@ def augment(
     return pixels
 
 
-def _random_crop(pixels: Tensor, pad: int, generator: torch.Generator) -> Tensor:
+def _random_crop(pixels: Tensor, pad: int, generator: torch.Generator | None) -> Tensor:
     n, channels, height, width = pixels.shape
+    device = pixels.device
     padded = F.pad(pixels.float(), (pad,) * 4, mode="reflect").to(pixels.dtype)
-    tops = torch.randint(2 * pad + 1, (n,), generator=generator)
-    lefts = torch.randint(2 * pad + 1, (n,), generator=generator)
-    rows = (tops[:, None] + torch.arange(height))[:, None, :, None]
-    columns = (lefts[:, None] + torch.arange(width))[:, None, None, :]
-    index = torch.arange(n)[:, None, None, None]
-    return padded[index, torch.arange(channels)[None, :, None, None], rows, columns]
+    tops = torch.randint(2 * pad + 1, (n,), generator=generator, device=device)
+    lefts = torch.randint(2 * pad + 1, (n,), generator=generator, device=device)
+    rows = (tops[:, None] + torch.arange(height, device=device))[:, None, :, None]
+    columns = (lefts[:, None] + torch.arange(width, device=device))[:, None, None, :]
+    index = torch.arange(n, device=device)[:, None, None, None]
+    return padded[index, torch.arange(channels, device=device)[None, :, None, None], rows, columns]
 
 
-def _random_resized_crop(
-    pixels: Tensor,
-    side: int,
+def random_boxes(
+    n: int,
+    width: int,
+    height: int,
     area: tuple[float, float],
     aspect: tuple[float, float],
-    generator: torch.Generator,
+    generator: torch.Generator | None,
+    device: torch.device,
 ) -> Tensor:
-    draws = np.random.default_rng(int(torch.randint(1 << 31, (1,), generator=generator)))
+    """`random_box` for n pictures of one size at once: left, top, width and height, (n, 4)."""
+    draws = torch.rand(4, n, 10, generator=generator, device=device)
+    target = width * height * (area[0] + (area[1] - area[0]) * draws[0])
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    ratio = torch.exp(low + (high - low) * draws[1])
+    w, h = (target * ratio).sqrt().round(), (target / ratio).sqrt().round()
+    left, top = ((width - w + 1) * draws[2]).floor(), ((height - h + 1) * draws[3]).floor()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    boxes = torch.stack((left, top, w, h), dim=-1)
+    first = fits.int().argmax(1).reshape(n, 1, 1).expand(n, 1, 4)
+    chosen = boxes.gather(1, first).squeeze(1)
+    limits = _central_box(width, height, aspect)
+    central = torch.stack([torch.full((n,), float(x), device=device) for x in limits], dim=1)
+    return torch.where(fits.any(1, keepdim=True), chosen, central)
+
+
+def cropped(pixels: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """The boxes (B, 4) of pictures (B, C, H, W), scaled to side × side, float32.
+
+    Bilinear with antialiasing, as `F.interpolate` does it for one box, written as two products
+    with a matrix of weights for each picture.
+    """
     height, width = pixels.shape[-2:]
-    parts = []
-    for picture in pixels:
-        left, top, w, h = random_box(width, height, area, aspect, draws)
-        part = picture[None, :, top : top + h, left : left + w].float()
-        parts.append(F.interpolate(part, size=(side, side), mode="bilinear", antialias=True))
-    return torch.cat(parts).round().to(pixels.dtype)
+    left, top, w, h = boxes.unbind(1)
+    columns, rows = _resampling(left, w, width, side), _resampling(top, h, height, side)
+    across = pixels.float() @ columns.mT.unsqueeze(1)
+    return rows.unsqueeze(1) @ across
+
+
+def _resampling(start: Tensor, length: Tensor, size: int, side: int) -> Tensor:
+    """Weights (B, side, size) that scale `length` pixels from `start` on to `side`, linearly."""
+    device = start.device
+    scale = (length / side)[:, None, None]
+    target = torch.arange(side, device=device)[None, :, None]
+    source = torch.arange(size, device=device)[None, None, :]
+    centre = start[:, None, None] + (target + 0.5) * scale - 0.5
+    weights = (1 - (source - centre).abs() / scale.clamp_min(1)).clamp_min(0)
+    last = (start + length)[:, None, None]
+    weights = weights * ((source >= start[:, None, None]) & (source < last))
+    return weights / weights.sum(2, keepdim=True)
 
 
 def random_box(
@@ -343,17 +419,22 @@ def random_box(
         if 0 < w <= width and 0 < h <= height:
             left = int(generator.integers(width - w + 1))
             return left, int(generator.integers(height - h + 1)), w, h
+    return _central_box(width, height, aspect)
+
+
+def _central_box(width: int, height: int, aspect: tuple[float, float]) -> tuple[int, int, int, int]:
     ratio = min(max(width / height, aspect[0]), aspect[1])
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _cutout(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
+def _cutout(pixels: Tensor, side: int, generator: torch.Generator | None) -> Tensor:
     n, _, height, width = pixels.shape
-    y = torch.randint(height, (n, 1), generator=generator)
-    x = torch.randint(width, (n, 1), generator=generator)
-    rows = (torch.arange(height) - y).abs() <= side // 2
-    columns = (torch.arange(width) - x).abs() <= side // 2
+    device = pixels.device
+    y = torch.randint(height, (n, 1), generator=generator, device=device)
+    x = torch.randint(width, (n, 1), generator=generator, device=device)
+    rows = (torch.arange(height, device=device) - y).abs() <= side // 2
+    columns = (torch.arange(width, device=device) - x).abs() <= side // 2
     return pixels.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 128)
 
 

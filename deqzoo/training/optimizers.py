@@ -3,51 +3,52 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from deqzoo.errors import UserError
+from deqzoo.training.muon import Muon
 from deqzoo.training.recipe import Optimizer, Schedule
 
 
-def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, settings: Optimizer, capturable: bool = False
+) -> torch.optim.Optimizer:
     """Build the optimiser of a recipe.
 
-    Raises:
-        UserError: Muon is wanted and pytorch-optimizer is not installed.
+    Args:
+        model: its trainable parameters.
+        settings: of the recipe.
+        capturable: learning rates are tensors on the model's device, to be filled in place.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for _, p in named if _is_matrix(p)]
-    vectors = [p for _, p in named if not _is_matrix(p)]
-    decay = settings.weight_decay
     if settings.name == "muon":
-        return _muon(model, named, settings)
+        return Muon(_muon_groups(model, settings), capturable)
+    named = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in named if _is_matrix(p)]
+    vectors = [p for p in named if not _is_matrix(p)]
     groups = [
-        {"params": matrices, "weight_decay": decay},
+        {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    device = named[0].device
+    lr = torch.tensor(settings.lr, device=device) if capturable else settings.lr
     if settings.name == "sgd":
         nesterov = settings.nesterov and settings.momentum > 0
-        return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=nesterov)
+        return torch.optim.SGD(groups, lr, settings.momentum, nesterov=nesterov)
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return kind(groups, settings.lr, betas=settings.betas)
+    # On the CPU torch counts steps on the host anyway.
+    return kind(groups, lr, betas=settings.betas, capturable=capturable and device.type != "cpu")
 
 
-def _muon(
-    model: nn.Module, named: list[tuple[str, nn.Parameter]], settings: Optimizer
-) -> torch.optim.Optimizer:
-    try:
-        from pytorch_optimizer import Muon
-    except ImportError as error:
-        raise UserError(
-            "optimizer muon needs pytorch-optimizer: pip install 'deqzoo[train]'"
-        ) from error
+def _muon_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+    """Parameter groups of Muon: hidden matrices, other matrices, gains and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     ends = _input_and_output(model)
-    hidden = [p for _, p in named if _is_matrix(p) and id(p) not in ends]
-    matrices = [p for _, p in named if _is_matrix(p) and id(p) in ends]
-    vectors = [p for _, p in named if not _is_matrix(p)]
+    hidden = [p for p in parameters if _is_matrix(p) and id(p) not in ends]
+    matrices = [p for p in parameters if _is_matrix(p) and id(p) in ends]
+    vectors = [p for p in parameters if not _is_matrix(p)]
     other = {"use_muon": False, "lr": settings.other_lr, "betas": settings.betas, "eps": 1e-8}
     groups = [
         {
@@ -61,7 +62,7 @@ def _muon(
         {"params": matrices, **other, "weight_decay": settings.weight_decay},
         {"params": vectors, **other, "weight_decay": 0.0},
     ]
-    return Muon([group for group in groups if group["params"]])
+    return [group for group in groups if group["params"]]
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -86,10 +87,21 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, total: 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        if schedule.name == "constant":
-            return 1.0
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        fall = progress if schedule.name == "linear" else (1 - math.cos(math.pi * progress)) / 2
-        return 1 - fall * (1 - schedule.final)
+        return decay(schedule, min(1.0, (step - warmup) / max(1, total - warmup)))
 
     return LambdaLR(optimizer, factor)
+
+
+def rate_factor(schedule: Schedule, progress: float) -> float:
+    """Learning-rate factor once a share of the run, in [0, 1], is over."""
+    if progress < schedule.warmup:
+        return max(progress / schedule.warmup, 0.01)
+    return decay(schedule, (progress - schedule.warmup) / max(1e-9, 1 - schedule.warmup))
+
+
+def decay(schedule: Schedule, progress: float) -> float:
+    """Factor once a share of the decay is over."""
+    if schedule.name == "constant":
+        return 1.0
+    fall = progress if schedule.name == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return 1 - fall * (1 - schedule.final)

@@ -37,13 +37,21 @@ from deqzoo.training.callbacks import (
     Snapshots,
     StopFile,
 )
+from deqzoo.training.clock import seconds_of
 from deqzoo.training.images import ImageClassificationTask
 from deqzoo.training.optimizers import build_optimizer, build_schedule
 from deqzoo.training.photographs import LazyImageClassificationTask
 from deqzoo.training.recipe import Recipe, recorded_recipe
 from deqzoo.training.task import Plan, Task
 from deqzoo.training.text import LanguageModelingTask
-from deqzoo.training.trainer import RecipeTrainer, knows_start, latest_checkpoint
+from deqzoo.training.timed import TimedRun
+from deqzoo.training.trainer import (
+    COMPLETE,
+    RecipeTrainer,
+    keep_newest,
+    knows_start,
+    latest_checkpoint,
+)
 from deqzoo.zoo import read_json, replace_text
 
 
@@ -72,6 +80,7 @@ def run_recipe(
     resume: bool = False,
     progress: bool = True,
     max_steps: int | None = None,
+    deadline: float | None = None,
 ) -> Path:
     """Train a recipe; a run that was cut off at any moment goes on with `resume`.
 
@@ -88,6 +97,7 @@ def run_recipe(
         progress: show a progress bar.
         max_steps: stop early after so many optimiser steps, with a checkpoint; a run that has made
             them is left as it is.
+        deadline: seconds after which a run with a `time_budget` has written everything.
 
     Returns:
         The folder with the model.
@@ -99,7 +109,7 @@ def run_recipe(
     with _lock(out):
         if _is_first_process():
             _claim(out, recipe, resume)
-        return _run(recipe, data, out, resume, progress, max_steps)
+        return _run(recipe, data, out, resume, progress, max_steps, deadline)
 
 
 def _run(
@@ -109,7 +119,10 @@ def _run(
     resume: bool,
     progress: bool,
     max_steps: int | None,
+    deadline: float | None,
 ) -> Path:
+    if deadline is not None:
+        deadline += time.monotonic()
     last = latest_checkpoint(out / "checkpoints") if resume else None
     if last is not None and max_steps is not None:
         done = int(_recorded(out, "steps"))
@@ -126,10 +139,12 @@ def _run(
     set_seed(recipe.seed)
     model = task.model()
     earlier = {}
-    if recipe.model.start and not (last and knows_start(last)):
+    if recipe.model.start and not (last and (recipe.time_budget or knows_start(last))):
         earlier = start_from(model, recipe.model.start, out.parent)
     if recipe.channels_last and recipe.task == "image-classification":
         model = model.to(memory_format=torch.channels_last)
+    if recipe.time_budget:
+        return _run_timed(recipe, task, model, earlier, out, last, progress, max_steps, deadline)
     if processes > 1 and torch.cuda.is_available():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     plan = Plan.of(recipe, task)
@@ -143,6 +158,49 @@ def _run(
     _cut_metrics(out / "metrics.jsonl", 0 if last is None else int(last.rsplit("-", 1)[1]))
     trainer.train(resume_from_checkpoint=last)
     keeper.keep()
+    return out / "model"
+
+
+def _run_timed(
+    recipe: Recipe,
+    task: Task,
+    model: PreTrainedModel,
+    earlier: dict[str, Any],
+    out: Path,
+    last: str | None,
+    progress: bool,
+    max_steps: int | None,
+    deadline: float | None,
+) -> Path:
+    """Train by the clock, on one device."""
+    run = TimedRun(
+        recipe,
+        task,
+        model,
+        out,
+        seconds_of(recipe.time_budget, "time_budget"),
+        None if deadline is None else deadline - time.monotonic(),
+        use_bf16(recipe),
+        progress,
+        max_steps,
+    )
+    run.earlier = earlier.get("validation", [])
+    run.spent = run.inherited = 1e15 * earlier.get("pflop", 0.0)
+    if last is not None:
+        run.load_state_dict(torch.load(Path(last) / "run.pt", weights_only=True))
+    _cut_metrics(out / "metrics.jsonl", run.count)
+    past, started = _recorded(out, "seconds"), time.time()
+
+    def keep() -> None:
+        folder = out / "checkpoints" / f"checkpoint-{run.count}"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(run.state_dict(), folder / "run.pt")
+        (folder / COMPLETE).touch()
+        keep_newest(folder.parent)
+        save_result(run, out)
+        _record(out, recipe, run, run.figures(), past + time.time() - started)
+
+    run.train(keep)
     return out / "model"
 
 
@@ -208,7 +266,22 @@ class Keeper(TrainerCallback):
         if self.trainer.is_world_process_zero():
             save_result(self.trainer, self.out)
             seconds = self.past + time.time() - self.started
-            _record(self.out, self.recipe, self.trainer, seconds)
+            _record(self.out, self.recipe, self.trainer, self.figures(), seconds)
+
+    def figures(self) -> dict[str, Any]:
+        """What the record says of the Trainer's run."""
+        trainer, plan = self.trainer, self.trainer.plan
+        steps = trainer.state.global_step
+        return {
+            "finished": steps >= plan.total,
+            "steps": steps,
+            "total_steps": plan.total,
+            "epochs": round(plan.epoch(steps), 4),
+            "pflop": round(trainer.spent / 1e15, 6),
+            "pflop_inherited": round(trainer.inherited / 1e15, 6),
+            "precision": "bf16" if trainer.args.bf16 else "float32",
+            "processes": trainer.args.world_size,
+        }
 
 
 def _is_first_process() -> bool:
@@ -345,7 +418,7 @@ def use_bf16(recipe: Recipe) -> bool:
         return False
 
 
-def save_result(trainer: RecipeTrainer, out: Path) -> Path:
+def save_result(trainer: RecipeTrainer | TimedRun, out: Path) -> Path:
     """Write the weights of a run so far, in half precision, as a `from_pretrained` folder."""
     folder = out / "model"
     fresh = out / "model.new"
@@ -399,29 +472,34 @@ def _recorded(out: Path, key: str) -> float:
         return 0.0
 
 
-def _record(out: Path, recipe: Recipe, trainer: RecipeTrainer, seconds: float) -> None:
+def _record(
+    out: Path,
+    recipe: Recipe,
+    run: RecipeTrainer | TimedRun,
+    figures: dict[str, Any],
+    seconds: float,
+) -> None:
     """What a reader needs to judge or repeat the run."""
-    plan = trainer.plan
-    steps = trainer.state.global_step
     record = {
         "recipe": recipe.to_dict(),
-        "data": trainer.task.describe(),
-        "finished": steps >= plan.total,
-        "steps": steps,
-        "total_steps": plan.total,
-        "epochs": round(plan.epoch(steps), 4),
+        "data": run.task.describe(),
+        **figures,
         "seconds": round(seconds, 1),
-        "pflop": round(trainer.spent / 1e15, 6),
-        "pflop_inherited": round(trainer.inherited / 1e15, 6),
         **peak_memory(),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "precision": "bf16" if trainer.args.bf16 else "float32",
-        "processes": trainer.args.world_size,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
         "threads": torch.get_num_threads(),
+        "device": device_name(),
         "versions": versions(),
-        "validation": trainer.earlier + _validation_curve(out / "metrics.jsonl"),
+        "validation": run.earlier + _validation_curve(out / "metrics.jsonl"),
     }
     replace_text(out / "record.json", json.dumps(record, indent=2, default=str) + "\n")
+
+
+def device_name() -> str:
+    """What computes: the GPU's name, or the processor's architecture."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return platform.machine()
 
 
 def _validation_curve(path: Path) -> list[dict[str, float]]:
@@ -448,7 +526,7 @@ def peak_memory() -> dict[str, int]:
 def versions() -> dict[str, str]:
     """Versions of what computed a result."""
     found = {"python": platform.python_version()}
-    for name in ("deqzoo", "torch", "transformers", "pytorch-optimizer", "torch_geometric"):
+    for name in ("deqzoo", "torch", "transformers", "torch_geometric"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

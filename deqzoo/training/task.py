@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -40,6 +41,10 @@ class Task(Protocol):
         A function of its arguments and the recipe's seed alone, so that a resumed run sees the
         same batches.
         """
+        ...
+
+    def resident(self, device: torch.device) -> Resident:
+        """The training data on a device, for steps that never wait for it."""
         ...
 
     def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
@@ -74,6 +79,30 @@ class Task(Protocol):
 
     def save_processor(self, folder: str) -> None:
         """Write the image processor or tokenizer beside the weights."""
+        ...
+
+
+class Resident(Protocol):
+    """Training data that live on the device, and what one step leaves to the next.
+
+    `inputs` and `keep` read no tensor on the host and make no shape that depends on a value: they
+    are captured with the step. Draws come from the device's own generator.
+    """
+
+    def epoch(self, number: int, stage: Stage) -> Tensor:
+        """What `inputs` wants to know of every optimiser step of an epoch, (steps, ...) int64."""
+        ...
+
+    def inputs(self, rows: Tensor, epoch: Tensor, stage: Stage) -> dict[str, Any]:
+        """Keyword arguments of the model for some rows of a step, "labels" among them."""
+        ...
+
+    def keep(self, outputs: Any) -> None:
+        """Write what the next step needs into tensors that stay (a language model's memory)."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Those tensors, for checkpoints."""
         ...
 
 

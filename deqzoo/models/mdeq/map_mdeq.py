@@ -9,6 +9,7 @@ per forward and so that the function can be compiled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
@@ -131,6 +132,7 @@ def mdeq_step(
     tensors: MapTensors,
     num_groups: int,
     norm: Norm = group_norm,
+    compute: torch.dtype | None = None,
 ) -> State:
     """One application of the equilibrium map.
 
@@ -141,11 +143,15 @@ def mdeq_step(
         tensors: the effective weights.
         num_groups: groups of every norm but the last ones, which have half as many.
         norm: implementation of the group norm.
+        compute: dtype of everything inside, that of weights, injections and masks; None for the
+            state's own (under autocast: what autocast makes of it).
 
     Returns:
         The next state, same shapes and dtypes.
     """
-    outputs = []
+    given, outputs = state, []
+    if compute is not None:
+        state = tuple(z.to(compute) for z in state)
     for i, blocks in enumerate(tensors.branches):
         h = state[i]
         for b, block in enumerate(blocks):
@@ -161,7 +167,7 @@ def mdeq_step(
         for part in parts[1:]:
             y = y + part
         y = _conv_norm(F.relu(y), post, num_groups // 2, norm)
-        result.append(y.to(state[i].dtype))  # under autocast a convolution answers in low precision
+        result.append(y.to(given[i].dtype))  # under autocast a convolution answers in low precision
     return tuple(result)
 
 
@@ -179,21 +185,64 @@ def compiled_step() -> Callable[..., State]:
     return torch.compile(mdeq_step, dynamic=False, fullgraph=True)
 
 
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    if device.type == "meta":  # which has none
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class MDEQMap:
-    """The map z -> F(z) of one batch: effective weights, injections and masks fixed for a solve."""
+    """The map z -> F(z) of one batch: effective weights, injections and masks fixed for a solve.
+
+    With a `dtype` everything inside a step is of that precision, whatever autocast would choose;
+    see `in_precision`.
+    """
 
     tensors: MapTensors
     injections: tuple[Tensor | None, ...]
     masks: Masks | None
     num_groups: int
     norm: Norm = group_norm
+    dtype: torch.dtype | None = None
 
     def __call__(self, state: State) -> State:
         """Apply the map once to a tuple of (B, C_i, H_i, W_i)."""
-        return mdeq_step(
-            tuple(state), self.injections, self.masks, self.tensors, self.num_groups, self.norm
+        return self.apply(mdeq_step, state)
+
+    def apply(self, step: Callable[..., State], state: State) -> State:
+        """Apply `mdeq_step`, compiled or not, with this map's tensors."""
+        arguments = (
+            tuple(state), self.injections, self.masks, self.tensors, self.num_groups, self.norm,
+            self.dtype,
+        )  # fmt: skip
+        if self.dtype is None:
+            return step(*arguments)
+        with _no_autocast(state[0].device):
+            return step(*arguments)
+
+    @torch.compiler.disable
+    def in_precision(self, dtype: torch.dtype) -> MDEQMap:
+        """The same map computing in one precision: kernels, injections and masks are cast once.
+
+        Gains and biases of the norms stay as they are; so do their statistics. States keep their
+        own dtype from step to step.
+        """
+
+        def narrow(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.ndim == 4 else tensor
+
+        return dataclasses.replace(
+            self,
+            tensors=map_tensors(narrow, self.tensors),
+            injections=map_tensors(narrow, self.injections),
+            masks=map_tensors(narrow, self.masks),
+            dtype=dtype,
         )
+
+    def twice_differentiable(self) -> MDEQMap:
+        """The same map with a norm that has a second derivative, as the exact penalty needs."""
+        return self.with_norm(group_norm)
 
     @torch.compiler.disable  # which fails at the construction of a frozen dataclass
     def with_norm(self, norm: Norm) -> MDEQMap:
@@ -221,8 +270,16 @@ class CompiledMDEQMap:
 
     def __call__(self, state: State) -> State:
         """Apply the map once to a tuple of (B, C_i, H_i, W_i)."""
-        f = self.plain
-        return compiled_step()(tuple(state), f.injections, f.masks, f.tensors, f.num_groups)
+        return self.plain.apply(compiled_step(), state)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Precision inside a step; see `MDEQMap.in_precision`."""
+        return self.plain.dtype
+
+    def twice_differentiable(self) -> MDEQMap:
+        """The map uncompiled, as the exact Jacobian penalty needs it."""
+        return self.plain.twice_differentiable()
 
     def detached(self) -> CompiledMDEQMap:
         """The same map with nothing tracked but its argument."""

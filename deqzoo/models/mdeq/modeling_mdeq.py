@@ -23,8 +23,14 @@ from .layers_mdeq import (
     WeightNormConv2d,
     row_norms,
 )
-from .map_mdeq import CompiledMDEQMap, Masks, MDEQMap, State
-from .native_norm import group_norm, native_group_norm, native_norm_available
+from .map_mdeq import CompiledMDEQMap, Masks, MDEQMap, Norm, State
+from .native_norm import (
+    cast_group_norm,
+    group_norm,
+    native_group_norm,
+    native_norm_available,
+    plain_group_norm,
+)
 
 
 @dataclass
@@ -122,8 +128,23 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
         Returns:
             Whether it is in use; it is not where it cannot be compiled.
         """
-        self.base_model.native_norm = enabled and native_norm_available()
-        return self.base_model.native_norm
+        native = enabled and native_norm_available()
+        self.base_model.norm = native_group_norm if native else group_norm
+        return native
+
+    def use_training_kernels(
+        self, compiled: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        """Prepare the map for training; see `DEQPreTrainedModel.use_training_kernels`."""
+        super().use_training_kernels(compiled, dtype)
+        self.compile_map(compiled)
+        self.base_model.map_precision = dtype
+        if compiled:
+            self.base_model.norm = plain_group_norm
+        elif self.device.type != "cpu":
+            self.base_model.norm = cast_group_norm
+        else:
+            self.use_native_norm()
 
     def equilibrium_map(
         self, pixel_values: Tensor, dropout_masks: Masks | None = None
@@ -148,7 +169,8 @@ class MDEQModel(MDEQPreTrainedModel):
         self.injection = MDEQInjection(config) if config.injection_transform else None
         self.transformation = MDEQTransformation(config)
         self.map_compiled = False
-        self.native_norm = False
+        self.map_precision: torch.dtype | None = None  # in training; None: what autocast says
+        self.norm: Norm = group_norm
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -177,7 +199,7 @@ class MDEQModel(MDEQPreTrainedModel):
             injections=(injection,) + (None,) * (len(state) - 1),
             masks=dropout_masks,
             num_groups=self.config.num_groups,
-            norm=native_group_norm if self.native_norm else group_norm,
+            norm=self.norm,
         )
         return f, state
 
@@ -208,6 +230,8 @@ class MDEQModel(MDEQPreTrainedModel):
             UserError: pictures of a wrong shape or dtype.
         """
         f, z0 = self.build_map(pixel_values, dropout_masks)
+        if self.map_precision is not None and self.training:
+            f = f.in_precision(self.map_precision)
         g = CompiledMDEQMap(f) if self.map_compiled else f
         if shallow:
             output = self._unroll(g, z0, tol=self.resolve_solver(solver).tol)
@@ -216,8 +240,8 @@ class MDEQModel(MDEQPreTrainedModel):
             output = _model_output(tuple(solution.state), **per_sample(solution))
         if output_state:
             output.state = tuple(z.detach() for z in output.features)
-            # The compiled norm cannot be differentiated twice, which the Jacobian penalty needs.
-            output.equilibrium_map = f.with_norm(group_norm)
+            # The compiled map and norm cannot be differentiated twice, as the exact penalty needs.
+            output.equilibrium_map = g if self.fixed_steps else f.twice_differentiable()
         return output
 
     def _unroll(self, f: Callable[[State], State], state: State, tol: float) -> MDEQModelOutput:

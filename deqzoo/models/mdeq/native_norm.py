@@ -1,6 +1,6 @@
-"""Group normalisation compiled for the CPU at hand, an option for training runs.
+"""Implementations of the map's group norm: PyTorch's, one for compilers, one compiled for the CPU.
 
-With a few channels per group PyTorch's kernel takes about half of an MDEQ step on the CPU. This
+On the CPU, with a few channels per group PyTorch's kernel takes about half of an MDEQ step. The native
 one is compiled at first use (a C++ compiler and ninja are needed; half a minute, then cached by
 torch) and fuses the rectifier before or after the norm. It has a first derivative only.
 """
@@ -35,6 +35,53 @@ def group_norm(
     """PyTorch's group norm of (B, C, H, W), a rectifier before or after it; scale, shift (C,)."""
     x = F.group_norm(F.relu(x) if relu_before else x, groups, scale, shift, NORM_EPS)
     return F.relu(x) if relu_after else x
+
+
+def plain_group_norm(
+    x: Tensor,
+    groups: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu_before: bool = False,
+    relu_after: bool = False,
+) -> Tensor:
+    """`group_norm` written as ordinary operations, for a compiler.
+
+    On GPUs PyTorch's kernel copies channels-last pictures to the other layout and answers in it,
+    and autocast runs it in float32. Here sums per channel are taken in float32 and each element is
+    multiplied and added to once; result in dtype and layout of x. A compiler makes two passes
+    over x of it.
+    """
+    batch, channels = x.shape[:2]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    v = x.to(wide)
+    if relu_before:
+        v = F.relu(v)
+    n = (channels // groups) * x.shape[2] * x.shape[3]
+    mean = v.sum((2, 3)).reshape(batch, groups, -1).sum(2) / n
+    square = v.square().sum((2, 3)).reshape(batch, groups, -1).sum(2) / n
+    rstd = torch.rsqrt((square - mean.square()).clamp_min(0) + NORM_EPS)
+    mean, rstd = (
+        t.unsqueeze(2).expand(batch, groups, channels // groups).reshape(batch, channels)
+        for t in (mean, rstd)
+    )
+    gain = rstd if scale is None else rstd * scale
+    offset = -mean * gain if shift is None else shift - mean * gain
+    y = v * gain[:, :, None, None] + offset[:, :, None, None]
+    return (F.relu(y) if relu_after else y).to(x.dtype)
+
+
+def cast_group_norm(
+    x: Tensor,
+    groups: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu_before: bool = False,
+    relu_after: bool = False,
+) -> Tensor:
+    """`group_norm` with scale and shift in the dtype of x: CUDA's kernel takes no mixed ones."""
+    scale, shift = (None if t is None else t.to(x.dtype) for t in (scale, shift))
+    return group_norm(x, groups, scale, shift, relu_before, relu_after)
 
 
 def native_group_norm(

@@ -1,0 +1,291 @@
+"""A solve with a fixed number of steps, as a pure function of tensors: nothing in it waits.
+
+`Solver.solve` keeps books: it measures every evaluation, keeps the best iterate of each cell and
+looks at flags, which on a GPU waits for the device. Training with `tol` 0 needs none of that. The
+same steps are done here on the tensors of a state themselves (never packed into one matrix),
+without control flow that depends on values, so that a whole solve can be traced by torch.compile
+with `fullgraph=True` and captured in a CUDA graph. Every entry of the batch is a cell of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqzoo.equilibrium.gradients import JFB, NPG, UPG, Gradient
+from deqzoo.equilibrium.solvers import Anderson, FixedPointIteration, Solution, Solver, Status
+from deqzoo.equilibrium.state import State, leaves, rebuild
+
+Map = Callable[[State], State]
+RIDGE = 1e-8
+"""Of Anderson's small systems, relative to the mean of their diagonal."""
+
+
+def has_fixed_steps(solver: Solver, gradient: Gradient) -> bool:
+    """Whether `fixed_point_of_steps` can take these settings: exactly these classes, and tol 0."""
+    solvers, gradients = (Anderson, FixedPointIteration), (UPG, NPG, JFB)
+    return type(solver) in solvers and solver.tol == 0 and type(gradient) in gradients
+
+
+def fixed_point_of_steps(f: Map, start: State, solver: Solver, gradient: Gradient) -> Solution:
+    """What `fixed_point` does for a solver with `tol` 0, without its books.
+
+    Where the residual falls from step to step, result and gradient are those of `fixed_point`,
+    which returns its best iterate; here it is the last one. The residuals reported are those of
+    the state that the gradient starts from: F is evaluated there anyway.
+
+    Args:
+        f: the map, weights and inputs attached to the graph; it may offer `detached()`, and
+            `dtype`, in which it computes.
+        start: batch-first tensors, one cell per entry of the batch.
+        solver: settings for which `has_fixed_steps` holds.
+        gradient: likewise.
+
+    Returns:
+        A `Solution` whose state carries the graph; no cell of it is `converged`.
+
+    Raises:
+        ValueError: settings that need the books of `fixed_point`.
+    """
+    if not has_fixed_steps(solver, gradient):
+        raise ValueError(
+            "a fixed number of steps needs solver 'anderson' or 'fixed_point' with tol 0 and "
+            f"gradient 'upg', 'npg' or 'jfb', got {solver} and {gradient}"
+        )
+    window, ridge = 1, RIDGE
+    if isinstance(solver, Anderson):
+        window, ridge = solver.window, RIDGE if solver.ridge is None else solver.ridge
+    first = start
+    precision = getattr(f, "dtype", None)
+    if window == 1 and solver.damping == 1 and precision is not None:
+        # Plain iterates are values of F: kept in its precision they lose nothing.
+        first = _map(lambda t: t.to(precision), start)
+    with torch.no_grad():
+        z = fixed_steps(
+            _detached(f), first, solver.max_steps,
+            window=window, damping=solver.damping, ridge=ridge,
+        )  # fmt: skip
+    z = rebuild(z, [t.detach().to(s.dtype) for t, s in zip(leaves(z), leaves(start), strict=True)])
+    if isinstance(gradient, NPG):
+        state, first = attach_series(f, z, gradient.steps, gradient.damping)
+    else:
+        steps, damping = (1, 1.0) if isinstance(gradient, JFB) else _phantom(gradient)
+        state, first = recorded_fixed_steps(f, z, steps, damping)
+    absolute, relative = _residuals(z, first)
+    n_steps = torch.full_like(absolute, solver.max_steps, dtype=torch.int64)
+    recorded = gradient.steps if isinstance(gradient, UPG) else 1
+    return Solution(
+        state=state,
+        status=torch.full_like(n_steps, int(Status.MAX_STEPS)),
+        n_steps=n_steps,
+        abs_residual=absolute,
+        rel_residual=relative,
+        residual=relative if solver.stop_mode == "rel" else absolute,
+        n_evals=solver.max_steps + recorded,
+        row_evals=(solver.max_steps + recorded) * absolute.shape[0],
+    )
+
+
+def fixed_steps(
+    f: Map,
+    start: State,
+    steps: int,
+    *,
+    window: int = 1,
+    damping: float = 1.0,
+    ridge: float = RIDGE,
+) -> State:
+    """`steps` updates of Anderson's iteration (window 1: of the damped one) from a start.
+
+    Returns what `Anderson(max_steps=steps, tol=0, window=window, damping=damping)` has after its
+    last update, with one evaluation of F fewer: the last one would only measure it.
+
+    Args:
+        f: the map.
+        start: where to begin; batch-first tensors.
+        steps: updates, each with one evaluation of F.
+        window: evaluations that are mixed.
+        damping: β.
+        ridge: relative to the mean diagonal of the Gram matrix.
+    """
+    window = min(window, steps)
+    maps: list[list[Tensor]] = []
+    residuals: list[list[Tensor]] = []
+    gram: list[list[Tensor]] = []  # gram[i][j], j <= i, of the kept evaluations, oldest first
+    z = start
+    for _ in range(steps):
+        fz = f(z)
+        if window == 1:
+            z = _step(z, fz, damping)
+            continue
+        pairs = list(zip(leaves(z), leaves(fz), strict=True))
+        if len(maps) == window:
+            maps, residuals, gram = maps[1:], residuals[1:], [row[1:] for row in gram[1:]]
+        maps.append(leaves(fz))
+        residuals.append([b.to(_wide(b)) - a.to(_wide(b)) for a, b in pairs])
+        gram.append([_inner(other, residuals[-1]) for other in residuals])
+        if len(maps) == 1:
+            z = _step(z, fz, damping)
+            continue
+        weights = mixing_weights(gram, ridge)
+        mixed = _mix(maps, weights)
+        if damping != 1:
+            shift = _mix(residuals, [w * (1 - damping) for w in weights])
+            mixed = [a - b.to(a.dtype) for a, b in zip(mixed, shift, strict=True)]
+        z = rebuild(fz, [m.to(t.dtype) for m, (_, t) in zip(mixed, pairs, strict=True)])
+    return z
+
+
+def recorded_fixed_steps(f: Map, z: State, steps: int, damping: float) -> tuple[State, State]:
+    """The recorded steps of `upg` from a state without a graph; also F at that state, detached."""
+    first = None
+    for _ in range(steps):
+        fz = f(z)
+        first = _map(Tensor.detach, fz) if first is None else first
+        z = _step(z, fz, damping)
+    return z, first
+
+
+def attach_series(f: Map, z: State, steps: int, damping: float) -> tuple[State, State]:
+    """The backward of `npg` for a state without a graph; also F at that state, detached."""
+    points = [t.detach().requires_grad_() for t in leaves(z)]
+    with torch.enable_grad():
+        value = leaves(f(rebuild(z, points)))
+    for point in points:  # the last backward pass reaches them too, for nobody
+        point.register_post_accumulate_grad_hook(_forget)
+    state = _Series.apply(steps, damping, len(points), *value, *points)
+    return rebuild(z, state), rebuild(z, [t.detach() for t in value])
+
+
+class _Series(torch.autograd.Function):
+    """Identity in value to the solved state; λ Σ_{t<k} (λJᵀ + (1−λ)I)ᵗ g enters F's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: int, damping: float, n: int, *tensors: Tensor) -> Any:
+        ctx.value, ctx.points, ctx.settings = tensors[:n], tensors[n:], (steps, damping)
+        return tuple(t.detach().clone() for t in tensors[n:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        steps, damping = ctx.settings
+        total = list(cotangents)
+        for _ in range(steps - 1):
+            with torch.enable_grad():
+                products = torch.autograd.grad(
+                    ctx.value, ctx.points, total, retain_graph=True, materialize_grads=True
+                )
+            total = [
+                g + damping * p + (1 - damping) * t
+                for g, p, t in zip(cotangents, products, total, strict=True)
+            ]
+        none = (None,) * len(ctx.points)
+        ctx.value = ctx.points = None
+        return (None, None, None, *(damping * t for t in total), *none)
+
+
+def mixing_weights(gram: Sequence[Sequence[Tensor]], ridge: float) -> list[Tensor]:
+    """Weights (B,) of n evaluations from the lower triangle of their Gram matrices, each (B,).
+
+    Elimination without pivots, written out: the systems are positive definite by their ridge, and
+    a library's batched LU may wait for the device. Where a system has no solution the newest
+    evaluation is taken alone.
+    """
+    n = len(gram)
+    scale = torch.stack([gram[i][i] for i in range(n)]).mean(0)
+    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    a = [[gram[max(i, j)][min(i, j)] / scale for j in range(n)] for i in range(n)]
+    for i in range(n):
+        a[i][i] = a[i][i] + ridge
+    right = [torch.ones_like(scale) for _ in range(n)]
+    for k in range(n):
+        for i in range(k + 1, n):
+            ratio = a[i][k] / a[k][k]
+            for j in range(k + 1, n):
+                a[i][j] = a[i][j] - ratio * a[k][j]
+            right[i] = right[i] - ratio * right[k]
+    weights: list[Tensor] = [scale] * n
+    for i in reversed(range(n)):
+        rest = right[i]
+        for j in range(i + 1, n):
+            rest = rest - a[i][j] * weights[j]
+        weights[i] = rest / a[i][i]
+    total = torch.stack(weights).sum(0)
+    shares = [w / total for w in weights]
+    unsolved = ~torch.isfinite(torch.stack(shares).sum(0))
+    return [w.masked_fill(unsolved, 1.0 if i == n - 1 else 0.0) for i, w in enumerate(shares)]
+
+
+def difference_penalty(f: Map, state: State, size: float) -> Tensor:
+    """Estimate ‖∂F/∂h‖²_F / d by a finite difference in place of a double backward.
+
+    Mean of ‖F(h + εv) − F(h)‖² / ε² over v ~ N(0, I), divided by d: E‖Jv‖² = ‖J‖²_F as E‖vᵀJ‖² is,
+    which `jacobian_penalty` takes. A map that has a first derivative only (a compiled one) will do.
+
+    Args:
+        f: the map, weights tracked.
+        state: h; it is detached.
+        size: ε; well above the rounding of F's dtype (0.1 for bfloat16).
+
+    Returns:
+        Scalar, float32 or wider.
+    """
+    points = [t.detach() for t in leaves(state)]
+    value = leaves(f(rebuild(state, points)))
+    moved = leaves(f(rebuild(state, [z + size * torch.randn_like(z) for z in points])))
+    change = [
+        (a.to(_wide(a)) - b.to(_wide(b))).square().sum() for a, b in zip(moved, value, strict=True)
+    ]
+    return torch.stack(change).sum() / (size * size * sum(z.numel() for z in points))
+
+
+def _phantom(gradient: Any) -> tuple[int, float]:
+    return gradient.steps, gradient.damping
+
+
+def _detached(f: Map) -> Map:
+    """The map without its graph where it offers that, so that compiled code records none."""
+    return f.detached() if hasattr(f, "detached") else f
+
+
+def _step(z: State, fz: State, damping: float) -> State:
+    if damping == 1:
+        return fz
+    pairs = zip(leaves(z), leaves(fz), strict=True)
+    return rebuild(fz, [torch.lerp(a, b, damping) for a, b in pairs])
+
+
+def _residuals(z: State, fz: State) -> tuple[Tensor, Tensor]:
+    """‖F(h) − h‖ and the same over ‖F(h)‖, per entry of the batch (B,)."""
+    with torch.no_grad():
+        change = [b.to(_wide(b)) - a.to(_wide(b)) for a, b in zip(leaves(z), leaves(fz), strict=True)]
+        absolute = _inner(change, change).sqrt()
+        return absolute, absolute / (_inner(leaves(fz), leaves(fz)).sqrt() + 1e-9)
+
+
+def _inner(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """Inner products per entry of the batch (B,), summed in float32 at least."""
+    parts = [(a.to(_wide(a)) * b.to(_wide(b))).flatten(1).sum(1) for a, b in zip(x, y, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def _mix(parts: Sequence[Sequence[Tensor]], weights: Sequence[Tensor]) -> list[Tensor]:
+    mixed = []
+    for leaf in zip(*parts, strict=True):
+        shape = (-1,) + (1,) * (leaf[0].ndim - 1)
+        mixed.append(sum(t * w.reshape(shape) for t, w in zip(leaf, weights, strict=True)))
+    return mixed
+
+
+def _map(function: Callable[[Tensor], Tensor], state: State) -> State:
+    return rebuild(state, [function(t) for t in leaves(state)])
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _forget(tensor: Tensor) -> None:
+    tensor.grad = None

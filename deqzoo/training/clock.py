@@ -1,0 +1,89 @@
+"""Training by the clock: how far a run is, when its stages change, and when it has to end."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from deqzoo.errors import UserError
+
+UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_of(text: str | float, place: str) -> float:
+    """Seconds from "90s", "8m", "1.5h", or a number.
+
+    Raises:
+        UserError: anything else, or nothing above 0; the message names the place.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", str(text))
+    seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
+    if not seconds > 0:
+        raise UserError(f"{place} is a time such as 90s, 8m or 1.5h, got {text!r}")
+    return seconds
+
+
+class TimeBudget:
+    """How much of a run's training time is over, so that its schedule ends when its time does.
+
+    Only what happens inside `running()` counts: compilation, evaluation and saving do not.
+
+    Args:
+        seconds: of training.
+        shares: of the stages, in any unit.
+        spent: what an earlier part of the run had used.
+        clock: for tests.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        shares: Sequence[float],
+        spent: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.seconds, self.clock, self.spent = seconds, clock, spent
+        total = sum(shares)
+        self.ends = [sum(shares[: i + 1]) / total for i in range(len(shares))]
+        self.ends[-1] = 1.0
+        self._since: float | None = None
+
+    @property
+    def used(self) -> float:
+        """Seconds of training so far."""
+        return self.spent + (0.0 if self._since is None else self.clock() - self._since)
+
+    @property
+    def progress(self) -> float:
+        """Share of the time that is over, in [0, 1]."""
+        return min(1.0, self.used / self.seconds)
+
+    @property
+    def stage(self) -> int | None:
+        """Number of the stage that is due; None once the time is over."""
+        done = self.progress
+        return next((i for i, end in enumerate(self.ends) if done < end), None)
+
+    def shorten(self, left: float) -> None:
+        """Let the rest of the run take so many seconds of training at most."""
+        self.seconds = min(self.seconds, self.used + max(left, 0.0))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time inside."""
+        self._since = self.clock()
+        try:
+            yield
+        finally:
+            self.spent, self._since = self.used, None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time inside, within `running()`."""
+        self.spent, self._since = self.used, None
+        try:
+            yield
+        finally:
+            self._since = self.clock()

@@ -1,0 +1,207 @@
+"""One optimiser step on tensors that stay where they are: it never waits for the device.
+
+A step reads which rows to take and how much to average from static tensors, forwards, goes
+backward, updates and averages. On a GPU it is captured in a CUDA graph where that is possible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deqzoo.equilibrium import jacobian_penalty
+from deqzoo.equilibrium.fixed import difference_penalty
+from deqzoo.training.recipe import Recipe, Stage
+from deqzoo.training.task import Resident, Task
+from deqzoo.training.trainer import backward_products
+
+FIGURES = ("loss", "right", "solver_steps", "solver_residual", "jacobian_penalty")
+"""What a step adds up on the device; a run reads the sums now and then."""
+
+
+class TrainingStep:
+    """A stage's step, with or without its Jacobian penalty.
+
+    Args:
+        task: gives the loss.
+        recipe: batch size, accumulation, clipping.
+        stage: solver, gradient, resolution, penalty.
+        data: the training data on the device.
+        model: what is trained.
+        average: a copy that receives the moving average, or None.
+        optimizer: steps on `p.grad`.
+        bf16: forward under autocast.
+        penalised: add the stage's Jacobian penalty.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        stage: Stage,
+        data: Resident,
+        model: PreTrainedModel,
+        average: PreTrainedModel | None,
+        optimizer: torch.optim.Optimizer,
+        bf16: bool,
+        penalised: bool = False,
+    ) -> None:
+        self.task, self.recipe, self.stage, self.data = task, recipe, stage, data
+        self.model, self.average, self.optimizer = model, average, optimizer
+        self.bf16, self.jacobian = bf16, stage.jacobian if penalised else None
+        device = model.device
+        self.rows: Tensor | None = None
+        self.epoch = torch.zeros((), dtype=torch.int64, device=device)
+        self.forget = torch.ones((), device=device)
+        """1 minus the decay of the average, filled in before every step."""
+        self.sums = {name: torch.zeros((), device=device) for name in FIGURES}
+        self.products = 0
+        """Vector-Jacobian products of implicit gradients since the last reading."""
+        self.graph: Any = None
+        self.pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
+        if average is not None:
+            theirs = [*model.parameters(), *model.buffers()]
+            mine = [*average.parameters(), *average.buffers()]
+            both = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
+            self.pairs = [a for a, _ in both], [b for _, b in both]
+
+    def set(self, rows: Tensor, epoch: int, decay: float) -> None:
+        """Say what the next step works on."""
+        if self.rows is None:
+            self.rows = rows.clone()
+        self.rows.copy_(rows)
+        self.epoch.fill_(epoch)
+        self.forget.fill_(1 - decay)
+
+    def __call__(self) -> None:
+        if self.graph is None:
+            self.run()
+        else:
+            self.graph.replay()
+
+    def run(self) -> None:
+        """The step itself, on whatever the static tensors hold."""
+        assert self.rows is not None
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.rows.chunk(self.recipe.accumulate)
+        for rows in parts:
+            loss = self.loss(rows)
+            (loss / len(parts) if len(parts) > 1 else loss).backward()
+            self.products += backward_products(self.model)
+        if self.recipe.optimizer.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
+        self.optimizer.step()
+        self._average()
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Loss of some rows with its graph; what is worth logging is added up."""
+        inputs = self.data.inputs(rows, self.epoch, self.stage)
+        own = {"solver": self.stage.solver or None, "gradient": self.stage.gradient or None}
+        if self.stage.shallow:
+            own["shallow"] = True
+        if self.jacobian is not None:
+            own["output_state"] = True
+        with self._autocast():
+            outputs = self.model(**inputs, **own)
+            loss = self.task.loss(outputs, inputs)
+            figures = {"loss": loss.detach(), "solver_steps": _mean(outputs.n_steps)}
+            figures["solver_residual"] = _mean(outputs.residual)
+            if outputs.logits is not None and inputs["labels"].shape == outputs.logits.shape[:-1]:
+                figures["right"] = _mean(outputs.logits.detach().argmax(-1) == inputs["labels"])
+            if self.jacobian is not None:
+                penalty = self._penalty(outputs)
+                figures["jacobian_penalty"] = penalty.detach()
+                loss = loss + self.jacobian.weight * penalty
+        self.data.keep(outputs)
+        with torch.no_grad():
+            for name, value in figures.items():
+                self.sums[name].add_(value.float())
+        return loss
+
+    def _penalty(self, outputs: Any) -> Tensor:
+        assert self.jacobian is not None
+        f = outputs.equilibrium_map
+        if self.jacobian.difference:
+            return difference_penalty(f, outputs.state, self.jacobian.difference)
+        if hasattr(f, "twice_differentiable"):
+            f = f.twice_differentiable()
+        return jacobian_penalty(f, outputs.state, n_probes=self.jacobian.probes)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        kind = self.model.device.type
+        if not self.bf16 or kind == "meta":  # meta tensors have no autocast
+            return contextlib.nullcontext()
+        return torch.autocast(kind, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        mine, theirs = self.pairs
+        if mine:
+            # A foreach lerp would read a weight that is a tensor on the host.
+            change = torch._foreach_sub(theirs, mine)
+            torch._foreach_mul_(change, self.forget)
+            torch._foreach_add_(mine, change)
+
+    def capture(self, pool: Any = None, warm: int = 3) -> None:
+        """Capture the step in a CUDA graph, after some steps that are undone again.
+
+        Args:
+            pool: memory of another graph that never runs at the same time.
+            warm: steps before the capture, for kernels that choose or compile themselves.
+
+        Raises:
+            RuntimeError: something in the step cannot be captured.
+        """
+        kept = [t.detach().clone() for t in self.moving()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                self.run()
+        finally:
+            self._restore(kept)
+            self.products = 0
+        self.graph = graph
+
+    @torch.no_grad()
+    def _restore(self, kept: Sequence[Tensor]) -> None:
+        # The optimiser's memory may be younger than the copies: it then starts from zero.
+        moving = self.moving()
+        for mine, old in zip(moving, kept, strict=False):
+            mine.copy_(old)
+        for mine in moving[len(kept) :]:
+            mine.zero_()
+
+    def moving(self) -> list[Tensor]:
+        """Everything that a step changes, the optimiser's memory last."""
+        tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers()]
+        if self.average is not None:
+            tensors += [*self.average.parameters(), *self.average.buffers()]
+        tensors += [*self.sums.values(), *self.data.tensors()]
+        tensors += [g["step"] for g in self.optimizer.param_groups if "step" in g]
+        for state in self.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return tensors
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Means since the last reading; the only place that waits for the device."""
+        values = torch.stack(list(self.sums.values())).tolist()
+        for total in self.sums.values():
+            total.zero_()
+        n = max(1, steps * self.recipe.accumulate)
+        return {name: value / n for name, value in zip(self.sums, values, strict=True)}
+
+
+def _mean(values: Tensor | None) -> Tensor:
+    return torch.zeros(()) if values is None else values.detach().float().mean()

@@ -1,0 +1,417 @@
+"""A run that ends when its time does: stages share a time budget, on one GPU or on the CPU.
+
+Every acceleration is tried, checked against the plain step on one batch, and left out where it
+fails: the compiled map, then the CUDA graph of the whole step. `metrics.jsonl` says which is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from deqzoo.errors import UserError
+from deqzoo.training.callbacks import save_snapshot
+from deqzoo.training.clock import TimeBudget
+from deqzoo.training.cost import PENALTY_EVALUATIONS, gradient_cost, sample_flops
+from deqzoo.training.optimizers import build_optimizer, rate_factor
+from deqzoo.training.recipe import Recipe, Stage
+from deqzoo.training.step import TrainingStep
+from deqzoo.training.task import Plan, Task
+
+AHEAD = 4
+"""Steps that the host may be ahead of the device: its clock is the device's to within them."""
+SETTLING = 50
+"""Steps of a stage after which the average takes over the model's batch statistics."""
+LOG_SECONDS = 10.0
+EVALUATION_SHARE = {False: 0.05, True: 0.25}
+"""Validation after a stage, and after the last, takes at most about this share of the time."""
+CHECK_LOSS, CHECK_COSINE = 0.02, 0.95
+"""How far a compiled map's loss may be from the plain one's, and their gradients' cosine."""
+
+
+class TimedRun:
+    """Trains the stages of a recipe for a given time.
+
+    Args:
+        recipe: its stages' `epochs` are shares of the time.
+        task: data, loss and figures.
+        model: what is trained; moved to the GPU where there is one.
+        out: folder of the run.
+        seconds: of training; compilation, evaluation and saving come on top.
+        deadline: seconds from now on after which nothing may run any more; the training time is
+            cut where it would not be met.
+        bf16: forward under autocast, the map in bfloat16.
+        progress: show a bar.
+        max_steps: stop, resumably, after so many optimiser steps in all.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: Task,
+        model: PreTrainedModel,
+        out: Path,
+        seconds: float,
+        deadline: float | None = None,
+        bf16: bool = False,
+        progress: bool = True,
+        max_steps: int | None = None,
+    ) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("time_budget is for one process; leave it out for several GPUs")
+        self.born = time.monotonic()
+        self.deadline = deadline
+        self.recipe, self.task, self.out, self.bf16 = recipe, task, out, bf16
+        self.progress, self.max_steps = progress, max_steps
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.plan = Plan.of(recipe, task)
+        self.flop_table = [sample_flops(task.probe, model, stage) for stage in recipe.stages]
+        self.model = model.to(self.device).train()
+        self.average = copy.deepcopy(self.model) if recipe.average else None
+        if self.device.type == "cpu" and hasattr(self.averaged(), "use_native_norm"):
+            self.averaged().use_native_norm()
+        self.data = task.resident(self.device)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer, capturable=True)
+        self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.budget = TimeBudget(seconds, [stage.epochs for stage in recipe.stages])
+        self.compiled = recipe.compile
+        self.count = self.epoch = self.position = 0
+        self.stage_start = self.stage_number = 0
+        self.spent = self.inherited = 0.0
+        self.earlier: list[dict[str, float]] = []
+        self.rows: Tensor | None = None
+        self.reserve = 0.0
+        self.stopped = False
+        self.events: list[Any] = []
+        self.evaluation_rate = 0.0  # of the map, samples per second
+        self.snapshots = 0
+        self.last_save = time.monotonic()
+
+    # What is kept of a run.
+
+    def averaged(self) -> PreTrainedModel:
+        """The weights that are evaluated and kept."""
+        return self.model if self.average is None else self.average
+
+    @property
+    def finished(self) -> bool:
+        """Whether the time is over."""
+        return self.budget.stage is None and not self.stopped
+
+    def figures(self) -> dict[str, Any]:
+        """What the record of the run says of this engine."""
+        seconds = max(self.budget.spent, 1e-9)
+        return {
+            "finished": self.finished,
+            "steps": self.count,
+            "total_steps": self.count,
+            "epochs": round(self.epochs, 4),
+            "time_budget_seconds": round(self.budget.seconds, 1),
+            "training_seconds": round(self.budget.spent, 1),
+            "samples_per_second": round(self.count * self._batch / seconds, 1),
+            "tflops": round((self.spent - self.inherited) / seconds / 1e12, 4),
+            "pflop": round(self.spent / 1e15, 6),
+            "pflop_inherited": round(self.inherited / 1e15, 6),
+            "precision": "bf16" if self.bf16 else "float32",
+            "processes": 1,
+        }
+
+    @property
+    def epochs(self) -> float:
+        """Epochs trained."""
+        return self.epoch + (self.position / len(self.rows) if self.rows is not None else 0.0)
+
+    @property
+    def _batch(self) -> int:
+        return self.recipe.batch_size * self.recipe.accumulate
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint holds."""
+        return {
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.data.tensors(),
+            "cpu_generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "seconds": self.budget.seconds,
+            "used": self.budget.spent,
+            "numbers": [self.count, self.epoch, self.position, self.stage_number, self.stage_start],
+            "spent": self.spent,
+            "inherited": self.inherited,
+            "earlier": self.earlier,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for mine, old in zip(self.data.tensors(), state["data"], strict=True):
+                mine.copy_(old)
+        torch.set_rng_state(state["cpu_generator"])
+        if self.device.type == "cuda" and state["cuda_generator"] is not None:
+            torch.cuda.set_rng_state(state["cuda_generator"])
+        self.budget.seconds, self.budget.spent = state["seconds"], state["used"]
+        (self.count, self.epoch, self.position, self.stage_number, self.stage_start) = state[
+            "numbers"
+        ]
+        self.spent, self.inherited = state["spent"], state["inherited"]
+        self.earlier = state["earlier"]
+
+    # Training.
+
+    def train(self, keep: Any) -> None:
+        """All stages that are left.
+
+        Args:
+            keep: called after every stage, and every `checkpoint_minutes`, to write what there is.
+        """
+        total = self.budget.seconds
+        bar = tqdm(total=round(total), unit="s", disable=not self.progress, desc=self.recipe.name)
+        while (number := self.budget.stage) is not None and not self.stopped:
+            if number != self.stage_number or self.count == 0:
+                self.stage_number, self.stage_start = number, self.count
+            self._stage(number, self.recipe.stages[number], bar, keep)
+            if not self.stopped:
+                self.evaluate(self.recipe.stages[number])
+            keep()
+            self.last_save = time.monotonic()
+        bar.close()
+
+    def _stage(self, number: int, stage: Stage, bar: tqdm, keep: Any) -> None:
+        rows = self._rows(stage)
+        step, penalised = self._steps(stage, rows[0])
+        how = "CUDA graph" if step.graph is not None else "eager"
+        self.log(event="stage", stage=number, step_is=how, map_compiled=self.compiled)
+        if self.deadline is not None:
+            self.budget.shorten(self.deadline - self._age() - self.reserve)
+        every = stage.jacobian.every if stage.jacobian else 0
+        steps = [s for s in (step, penalised) if s is not None]
+        told, done = time.monotonic(), 0
+        with self.budget.running():
+            while self.budget.stage == number and not self.stopped:
+                now = penalised if penalised is not None and self.count % every == 0 else step
+                self._set_rates()
+                now.set(rows[self.position], self.epoch, self._decay())
+                now()
+                self._hold_back()
+                self.count, self.position, done = self.count + 1, self.position + 1, done + 1
+                if self.count - self.stage_start == SETTLING and self.average is not None:
+                    for mine, theirs in zip(self.average.buffers(), self.model.buffers()):
+                        mine.copy_(theirs)
+                if self.position == len(rows):
+                    self.epoch, self.position, self.rows = self.epoch + 1, 0, None
+                    rows = self._rows(stage)
+                if time.monotonic() - told > LOG_SECONDS:
+                    self._tell(steps, done, told, stage)
+                    bar.n = min(round(self.budget.used), bar.total)
+                    bar.refresh()
+                    told, done = time.monotonic(), 0
+                reached = self.max_steps is not None and self.count >= self.max_steps
+                self.stopped = reached or (self.out / "stop").exists()
+                if self._snapshot_due() or self._checkpoint_due():
+                    with self.budget.paused():
+                        self._take_snapshot()
+                        if self._checkpoint_due():
+                            keep()
+                            self.last_save = time.monotonic()
+            if done:
+                self._tell(steps, done, told, stage)
+
+    def _checkpoint_due(self) -> bool:
+        return time.monotonic() - self.last_save > 60 * self.recipe.checkpoint_minutes
+
+    def _snapshot_due(self) -> bool:
+        parts = max(self.recipe.evaluation.snapshots - 1, 1)
+        return self.budget.progress * parts >= self.snapshots
+
+    def _take_snapshot(self) -> None:
+        if self.recipe.evaluation.snapshots and self._snapshot_due():
+            save_snapshot(self.model, self.out / "snapshots", self.count)
+        self.snapshots = (
+            int(self.budget.progress * max(self.recipe.evaluation.snapshots - 1, 1)) + 1
+        )
+
+    def _rows(self, stage: Stage) -> Tensor:
+        """What each step of the present epoch takes."""
+        if self.rows is None or self.position == 0:
+            self.rows = self.data.epoch(self.epoch, stage)
+        self.position %= len(self.rows)
+        return self.rows
+
+    def _set_rates(self) -> None:
+        factor = rate_factor(self.recipe.schedule, self.budget.progress)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"].fill_(rate * factor)
+
+    def _decay(self) -> float:
+        """Of the average; fresh weights are forgotten as it warms up, trained ones are not."""
+        if self.recipe.model.start:
+            return self.recipe.average
+        return min(self.recipe.average, (1 + self.count) / (10 + self.count))
+
+    def _hold_back(self) -> None:
+        """Wait for the step before the last few, so that the host's clock is the device's."""
+        if self.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.events.append(event)
+        if len(self.events) > AHEAD:
+            self.events.pop(0).synchronize()
+
+    def _steps(self, stage: Stage, rows: Tensor) -> tuple[TrainingStep, TrainingStep | None]:
+        """The stage's step and the one with its penalty, compiled and captured where that works."""
+        self._prepare(stage, rows)
+        made: list[TrainingStep | None] = []
+        pool = None
+        for penalised in (False, True):
+            if penalised and not (stage.jacobian and stage.jacobian.weight):
+                made.append(None)
+                continue
+            step = self._step(stage, penalised)
+            step.set(rows, self.epoch, self._decay())
+            if self.device.type == "cuda":
+                try:
+                    step.capture(pool)
+                    pool = step.graph.pool()
+                except RuntimeError:
+                    torch.cuda.synchronize()
+                    self.log(event="no CUDA graph", error=traceback.format_exc()[-800:])
+            made.append(step)
+        assert made[0] is not None
+        return made[0], made[1]
+
+    def _step(self, stage: Stage, penalised: bool) -> TrainingStep:
+        return TrainingStep(
+            self.task, self.recipe, stage, self.data, self.model, self.average, self.optimizer,
+            self.bf16, penalised,
+        )  # fmt: skip
+
+    def _prepare(self, stage: Stage, rows: Tensor) -> None:
+        """Set the model's kernels: the compiled map where it works and agrees with the plain one."""
+        dtype = torch.bfloat16 if self.bf16 else None
+        if self.compiled:
+            try:
+                started = time.monotonic()
+                (plain, a), (mine, b) = (
+                    self._gradient(stage, rows, compiled, dtype) for compiled in (False, True)
+                )
+                cosine = float(F.cosine_similarity(a, b, dim=0))
+                seconds = round(time.monotonic() - started, 1)
+                self.log(event="compiled map", losses=[plain, mine], cosine=cosine, seconds=seconds)
+                if abs(plain - mine) > CHECK_LOSS * plain or not cosine > CHECK_COSINE:
+                    raise RuntimeError("the compiled map disagrees with the plain one")
+            except Exception:  # a compiler fails in many ways, none of which is worth a run
+                self.log(event="map not compiled", error=traceback.format_exc()[-800:])
+                self.compiled = False
+        self.model.use_training_kernels(self.compiled, dtype)
+
+    def _gradient(
+        self, stage: Stage, rows: Tensor, compiled: bool, dtype: torch.dtype | None
+    ) -> tuple[float, Tensor]:
+        """Loss and gradient of a batch; weights, buffers and random numbers stay as they were."""
+        self.model.use_training_kernels(compiled, dtype)
+        step = self._step(stage, False)
+        kept = [t.detach().clone() for t in (*self.model.buffers(), *self.data.tensors())]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            loss = step.loss(rows.chunk(self.recipe.accumulate)[0])
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.no_grad():
+            for mine, old in zip((*self.model.buffers(), *self.data.tensors()), kept, strict=True):
+                mine.copy_(old)
+        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)]
+        return float(loss.detach()), torch.cat([g.flatten().float() for g in flat])
+
+    # Reports.
+
+    def evaluate(self, stage: Stage) -> dict[str, float]:
+        """Validation figures of the kept weights, logged; on fewer samples in a short run."""
+        started = time.monotonic()
+        last = self.budget.stage is None
+        # Evaluations of the map cost about as much here as in training.
+        allowed = EVALUATION_SHARE[last] * self.budget.seconds * self.evaluation_rate
+        steps = self.model.resolve_solver().max_steps
+        samples = max(2, min(self.recipe.evaluation.samples, round(allowed / steps)))
+        model = self.averaged()
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            figures = self.task.evaluate(model, stage, samples)
+        model.train(was_training)
+        self.log(**{f"eval_{key}": value for key, value in figures.items()}, pflop=self._pflop())
+        # A deadline leaves room for another one, and for writing the weights.
+        self.reserve = max(self.reserve, 1.5 * (time.monotonic() - started) + 5)
+        return figures
+
+    def log(self, **entry: Any) -> None:
+        """Append one line to metrics.jsonl, and show it where there is no bar."""
+        line = {"step": self.count, "time": round(time.time(), 1), **entry}
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.progress:
+            tqdm.write(json.dumps(line))
+
+    def _tell(self, steps: list[TrainingStep], n: int, since: float, stage: Stage) -> None:
+        sums: dict[str, float] = {}
+        for step in steps:
+            for key, value in step.read(n).items():
+                sums[key] = sums.get(key, 0.0) + value
+        products = sum(step.products for step in steps) / n
+        seconds = time.monotonic() - since
+        evaluations = self._evaluations(stage, sums["solver_steps"], products)
+        self.evaluation_rate = n * self._batch * evaluations / seconds
+        per_evaluation, rest = self.flop_table[self.stage_number]
+        self.spent += n * self._batch * (evaluations * per_evaluation + 3 * rest)
+        for step in steps:
+            step.products = 0
+        if not stage.jacobian:
+            sums.pop("jacobian_penalty")
+        else:
+            sums["jacobian_penalty"] *= stage.jacobian.every
+        self.log(
+            epoch=round(self.epochs, 3),
+            stage=self.stage_number,
+            progress=round(self.budget.progress, 4),
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            samples_per_second=round(n * self._batch / seconds, 1),
+            evaluations=round(evaluations, 2),
+            pflop=self._pflop(),
+            **{key: round(value, 5) for key, value in sums.items()},
+        )
+
+    def _evaluations(self, stage: Stage, n_steps: float, products: float) -> float:
+        """Evaluations of the map that a step cost on average, backward passes included."""
+        if stage.shallow:
+            evaluations = 3.0 * self.model.config.unroll_layers
+        else:
+            gradient = self.model.resolve_gradient(stage.gradient or None)
+            evaluations = n_steps + gradient_cost(gradient, products, n_steps=n_steps)
+            measured = not (stage.solver and stage.solver.get("tol") == 0)
+            evaluations += float(measured)
+        if stage.jacobian:
+            evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
+        return evaluations
+
+    def _pflop(self) -> float:
+        return round(self.spent / 1e15, 6)
+
+    def _age(self) -> float:
+        return time.monotonic() - self.born
