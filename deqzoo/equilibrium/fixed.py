@@ -260,7 +260,9 @@ def _step(z: State, fz: State, damping: float) -> State:
 def _residuals(z: State, fz: State) -> tuple[Tensor, Tensor]:
     """‖F(h) − h‖ and the same over ‖F(h)‖, per entry of the batch (B,)."""
     with torch.no_grad():
-        change = [b.to(_wide(b)) - a.to(_wide(b)) for a, b in zip(leaves(z), leaves(fz), strict=True)]
+        change = [
+            b.to(_wide(b)) - a.to(_wide(b)) for a, b in zip(leaves(z), leaves(fz), strict=True)
+        ]
         absolute = _inner(change, change).sqrt()
         return absolute, absolute / (_inner(leaves(fz), leaves(fz)).sqrt() + 1e-9)
 

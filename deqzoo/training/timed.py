@@ -211,7 +211,9 @@ class TimedRun:
                 self._hold_back()
                 self.count, self.position, done = self.count + 1, self.position + 1, done + 1
                 if self.count - self.stage_start == SETTLING and self.average is not None:
-                    for mine, theirs in zip(self.average.buffers(), self.model.buffers()):
+                    for mine, theirs in zip(
+                        self.average.buffers(), self.model.buffers(), strict=True
+                    ):
                         mine.copy_(theirs)
                 if self.position == len(rows):
                     self.epoch, self.position, self.rows = self.epoch + 1, 0, None
@@ -303,7 +305,7 @@ class TimedRun:
         )  # fmt: skip
 
     def _prepare(self, stage: Stage, rows: Tensor) -> None:
-        """Set the model's kernels: the compiled map where it works and agrees with the plain one."""
+        """Choose the map's kernels: compiled where that works and agrees with the plain ones."""
         dtype = torch.bfloat16 if self.bf16 else None
         if self.compiled:
             try:
@@ -337,7 +339,10 @@ class TimedRun:
         with torch.no_grad():
             for mine, old in zip((*self.model.buffers(), *self.data.tensors()), kept, strict=True):
                 mine.copy_(old)
-        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)]
+        flat = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
         return float(loss.detach()), torch.cat([g.flatten().float() for g in flat])
 
     # Reports.
