@@ -109,10 +109,13 @@ class TrainingStep:
         with self._autocast():
             outputs = self.model(**inputs, **own)
             loss = self.task.loss(outputs, inputs)
-            figures = {"loss": loss.detach(), "solver_steps": _mean(outputs.n_steps)}
-            figures["solver_residual"] = _mean(outputs.residual)
+            figures = {"loss": loss.detach()}
+            for name, value in (("steps", outputs.n_steps), ("residual", outputs.residual)):
+                if value is not None:
+                    figures[f"solver_{name}"] = value.detach().float().mean()
             if outputs.logits is not None and inputs["labels"].shape == outputs.logits.shape[:-1]:
-                figures["right"] = _mean(outputs.logits.detach().argmax(-1) == inputs["labels"])
+                right = outputs.logits.detach().argmax(-1) == inputs["labels"]
+                figures["right"] = right.float().mean()
             if self.jacobian is not None:
                 penalty = self._penalty(outputs)
                 figures["jacobian_penalty"] = penalty.detach()
@@ -201,7 +204,3 @@ class TrainingStep:
             total.zero_()
         n = max(1, steps * self.recipe.accumulate)
         return {name: value / n for name, value in zip(self.sums, values, strict=True)}
-
-
-def _mean(values: Tensor | None) -> Tensor:
-    return torch.zeros(()) if values is None else values.detach().float().mean()

@@ -1,8 +1,8 @@
 """Implementations of the map's group norm: PyTorch's, one for compilers, one built for the CPU.
 
 With a few channels per group PyTorch's kernel takes about half of an MDEQ step on the CPU. The
-native one is compiled at first use (a C++ compiler and ninja are needed; half a minute, then cached by
-torch) and fuses the rectifier before or after the norm. It has a first derivative only.
+native one is compiled at first use (a C++ compiler and ninja are needed; half a minute, then
+cached by torch) and fuses the rectifier before or after the norm. It has a first derivative only.
 """
 
 from __future__ import annotations

@@ -1,0 +1,143 @@
+"""Solves with a fixed number of steps: what `fixed_point` gives, traced as one graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deqzoo.equilibrium import fixed_point, jacobian_penalty, make_gradient, make_solver
+from deqzoo.equilibrium.fixed import (
+    difference_penalty,
+    fixed_point_of_steps,
+    fixed_steps,
+    mixing_weights,
+)
+
+GRADIENTS = ({"name": "upg", "steps": 3, "damping": 0.7}, {"name": "npg", "steps": 3}, "jfb")
+
+
+def problem(dtype: torch.dtype = torch.float64):
+    """A contraction on states of two tensors, with a weight that is trained."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 20, generator=generator, dtype=dtype)
+    weight = (0.6 * weight / torch.linalg.matrix_norm(weight, 2)).requires_grad_()
+    shift = torch.randn(7, 20, generator=generator, dtype=dtype)
+
+    def f(state):
+        z = torch.tanh(torch.cat([state[0], state[1].flatten(1)], 1) @ weight.T + shift)
+        return z[:, :8], z[:, 8:].reshape(-1, 3, 4)
+
+    start = torch.zeros(7, 8, dtype=dtype), torch.zeros(7, 3, 4, dtype=dtype)
+    return f, start, weight
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize("window", [1, 2, 4])
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+def test_steps_are_those_of_anderson(steps: int, window: int, damping: float) -> None:
+    f, start, _ = problem()
+    settings = {"max_steps": steps, "tol": 0.0, "window": window, "damping": damping}
+    with torch.no_grad():
+        found = fixed_point(f, start, solver={"name": "anderson", "ridge": 1e-8, **settings})
+        mine = fixed_steps(f, start, steps, window=window, damping=damping)
+    for a, b in zip(mine, found.state, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
+@pytest.mark.parametrize("name", ["anderson", "fixed_point"])
+def test_state_residual_and_gradient_are_those_of_fixed_point(name: str, gradient) -> None:
+    f, start, weight = problem()
+    ridge = {"ridge": 1e-8} if name == "anderson" else {}
+    solver = make_solver({"name": name, "max_steps": 6, "tol": 0.0, **ridge})
+    found = []
+    for solve in (fixed_point, fixed_point_of_steps):
+        solution = solve(f, start, solver=solver, gradient=make_gradient(gradient))
+        loss = sum(t.square().sum() for t in solution.state)
+        found.append((solution, loss, torch.autograd.grad(loss, weight)[0]))
+    (theirs, their_loss, their_gradient), (mine, my_loss, my_gradient) = found
+    torch.testing.assert_close(my_loss, their_loss, rtol=1e-7, atol=0)
+    torch.testing.assert_close(my_gradient, their_gradient, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(mine.residual, theirs.residual, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(mine.n_steps, theirs.n_steps)
+    assert mine.n_evals < theirs.n_evals + 3 and not mine.converged.any()
+
+
+def test_evaluations_are_counted() -> None:
+    f, start, _ = problem()
+    calls = []
+
+    def counted(z):
+        calls.append(1)
+        return f(z)
+
+    solver = make_solver({"name": "anderson", "max_steps": 5, "tol": 0.0})
+    solution = fixed_point_of_steps(counted, start, solver, make_gradient({"name": "upg"}))
+    assert len(calls) == solution.n_evals == 10  # none that only measures
+
+
+@pytest.mark.parametrize(
+    ("solver", "gradient"),
+    [
+        ({"name": "anderson", "tol": 1e-3}, "upg"),
+        ({"name": "broyden", "tol": 0.0}, "upg"),
+        ({"name": "anderson", "tol": 0.0}, "implicit"),
+    ],
+    ids=str,
+)
+def test_other_settings_are_refused(solver, gradient) -> None:
+    f, start, _ = problem()
+    with pytest.raises(ValueError, match="a fixed number of steps needs"):
+        fixed_point_of_steps(f, start, make_solver(solver), make_gradient(gradient))
+
+
+def test_series_keeps_nothing_alive() -> None:
+    """The graph of npg is gone with the state, without the cyclic collector."""
+    import gc
+    import weakref
+
+    f, start, weight = problem()
+    solver = make_solver({"name": "anderson", "max_steps": 3, "tol": 0.0})
+    gc.collect()
+    gc.disable()
+    try:
+        solution = fixed_point_of_steps(f, start, solver, make_gradient("npg"))
+        node = weakref.ref(solution.state[0].grad_fn)
+        solution.state[0].sum().backward()
+        del solution
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+def test_unsolvable_systems_take_the_newest_evaluation() -> None:
+    bad = torch.tensor([float("nan"), 1.0])
+    weights = mixing_weights([[bad], [torch.zeros(2), torch.ones(2)]], 1e-8)
+    assert [float(w[0]) for w in weights] == [0.0, 1.0]
+    torch.testing.assert_close(weights[0][1] + weights[1][1], torch.tensor(1.0))
+
+
+def test_a_whole_solve_is_one_graph() -> None:
+    f, start, _ = problem(torch.float32)
+
+    def solve(z):
+        return fixed_steps(f, z, 4, window=3, damping=0.9)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        traced = torch.compile(solve, backend="eager", fullgraph=True, dynamic=False)(start)
+        expected = solve(start)
+    for a, b in zip(traced, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_difference_penalty_is_the_jacobians() -> None:
+    torch.manual_seed(0)
+    weight, state = torch.randn(6, 6) / 6, torch.randn(4000, 6)
+
+    def f(z):
+        return torch.tanh(z @ weight.T)
+
+    exact = jacobian_penalty(f, state, n_probes=4)
+    found = difference_penalty(f, state, 0.03)
+    assert float(found) == pytest.approx(float(exact), rel=0.05)
