@@ -91,25 +91,6 @@ def test_other_settings_are_refused(solver, gradient) -> None:
         fixed_point_of_steps(f, start, make_solver(solver), make_gradient(gradient))
 
 
-def test_series_keeps_nothing_alive() -> None:
-    """The graph of npg is gone with the state, without the cyclic collector."""
-    import gc
-    import weakref
-
-    f, start, weight = problem()
-    solver = make_solver({"name": "anderson", "max_steps": 3, "tol": 0.0})
-    gc.collect()
-    gc.disable()
-    try:
-        solution = fixed_point_of_steps(f, start, solver, make_gradient("npg"))
-        node = weakref.ref(solution.state[0].grad_fn)
-        solution.state[0].sum().backward()
-        del solution
-        assert node() is None
-    finally:
-        gc.enable()
-
-
 def test_unsolvable_systems_take_the_newest_evaluation() -> None:
     bad = torch.tensor([float("nan"), 1.0])
     weights = mixing_weights([[bad], [torch.zeros(2), torch.ones(2)]], 1e-8)

@@ -1,0 +1,132 @@
+"""Ten minutes of one rented GPU: a trial of every stage, a run, its evaluation, what gradients cost.
+
+    python benchmarks/one_gpu.py trial RECIPE --data DATA
+    python benchmarks/one_gpu.py run RECIPE --data DATA --output OUT --deadline 9m
+    python benchmarks/one_gpu.py costs --output OUT
+
+Needs this checkout, torch and transformers, and neither an installation nor `hub_configs`. `trial`
+compiles and times each stage for 15 seconds and says what fell back; kernels that it compiled are
+found again by `run` where TORCHINDUCTOR_CACHE_DIR names the same folder. `run` leaves in OUT, in at
+most eight files of at most 16 MiB: `model.tar` in parts, the record, `metrics.jsonl`,
+`evaluation.json` of the test split and the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import shutil
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from deqzoo.training.clock import seconds_of  # noqa: E402
+from deqzoo.training.recipe import Recipe, load_recipe  # noqa: E402
+from deqzoo.training.run import device_name, run_recipe  # noqa: E402
+
+PART = 15 * 2**20
+"""Bytes of a part of `model.tar`."""
+STARTED = time.monotonic()
+
+
+def say(text: str) -> None:
+    """One line with the seconds since the start."""
+    print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
+
+
+def describe_machine() -> None:
+    """What runs here."""
+    say(f"python {platform.python_version()}, torch {torch.__version__}, ")
+    say(f"transformers {transformers.__version__}, {device_name()}")
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        say(f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB of GPU memory free")
+
+
+def trial(recipe: Recipe, data: Path | None, folder: Path, seconds: float) -> None:
+    """Every stage for a while, from fresh weights; prints pictures per second and what fell back."""
+    stages = tuple(dataclasses.replace(stage, epochs=1.0) for stage in recipe.stages)
+    short = dataclasses.replace(
+        recipe,
+        stages=stages,
+        time_budget=f"{seconds * len(stages)}s",
+        evaluation=dataclasses.replace(recipe.evaluation, samples=500, snapshots=0),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    run_recipe(short, data, folder, progress=False)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        print(line)
+
+
+def run(recipe: Recipe, data: Path | None, folder: Path, out: Path, deadline: float) -> None:
+    """Train, evaluate on the test split, and pack what is to be kept."""
+    out.mkdir(parents=True, exist_ok=True)
+    left = deadline - (time.monotonic() - STARTED)
+    model = run_recipe(recipe, data, folder, progress=True, deadline=left)
+    say("trained")
+    pack(folder, model, out)
+    say("packed")
+
+
+def pack(folder: Path, model: Path, out: Path) -> None:
+    """Weights in parts of a tar archive, the record and the log lines."""
+    archive = folder / "model.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(model, arcname="model")
+    content = archive.read_bytes()
+    for number, start in enumerate(range(0, len(content), PART)):
+        (out / f"model.tar.{number}").write_bytes(content[start : start + PART])
+    for name in ("record.json", "metrics.jsonl"):
+        shutil.copyfile(folder / name, out / name)
+
+
+def evaluate(model: Path, name: str, data: Path | None, out: Path) -> None:
+    """The evaluation file of the test split."""
+    from deqzoo.evaluation.dispatch import evaluate_model
+    from deqzoo.models.auto import DEQModel
+
+    network = DEQModel.from_pretrained(model)
+    if torch.cuda.is_available():
+        network = network.cuda()
+    content = evaluate_model(network, name, split="test", data=data)
+    (out / "evaluation.json").write_text(json.dumps(content, indent=1))
+    say(json.dumps(content["results"])[:400])
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=("trial", "run"))
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--data", type=Path, help="folder of the data set")
+    parser.add_argument("--output", type=Path, default=Path("one_gpu"), help="what is kept")
+    parser.add_argument("--work", type=Path, default=Path("runs/one_gpu"), help="folder of the run")
+    parser.add_argument("--time-budget", help="of training, over the recipe's")
+    parser.add_argument("--deadline", default="1h", help="by which everything is written")
+    parser.add_argument("--seconds", type=float, default=15.0, help="trial: of each stage")
+    options = parser.parse_args()
+    describe_machine()
+    recipe = load_recipe(options.recipe)
+    if options.time_budget:
+        recipe = dataclasses.replace(recipe, time_budget=options.time_budget)
+    if options.what == "trial":
+        trial(recipe, options.data, options.work, options.seconds)
+        return
+    deadline = seconds_of(options.deadline, "--deadline")
+    run(recipe, options.data, options.work, options.output, deadline)
+    if deadline - (time.monotonic() - STARTED) > 20:
+        evaluate(options.work / "model", recipe.name, options.data, options.output)
+
+
+if __name__ == "__main__":
+    main()
