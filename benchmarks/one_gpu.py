@@ -1,8 +1,7 @@
-"""Ten minutes of one rented GPU: a trial of every stage, a run, its evaluation, what gradients cost.
+"""Ten minutes of one rented GPU: a trial of every stage, a run, its evaluation.
 
     python benchmarks/one_gpu.py trial RECIPE --data DATA
     python benchmarks/one_gpu.py run RECIPE --data DATA --output OUT --deadline 9m
-    python benchmarks/one_gpu.py costs --output OUT
 
 Needs this checkout, torch and transformers, and neither an installation nor `hub_configs`. `trial`
 compiles and times each stage for 15 seconds and says what fell back; kernels that it compiled are
@@ -52,7 +51,7 @@ def describe_machine() -> None:
 
 
 def trial(recipe: Recipe, data: Path | None, folder: Path, seconds: float) -> None:
-    """Every stage for a while, from fresh weights; prints pictures per second and what fell back."""
+    """Every stage for a while, from fresh weights; prints its speed and what fell back."""
     stages = tuple(dataclasses.replace(stage, epochs=1.0) for stage in recipe.stages)
     short = dataclasses.replace(
         recipe,
