@@ -75,6 +75,8 @@ class TimedRun:
         self.recipe, self.task, self.out, self.bf16 = recipe, task, out, bf16
         self.progress, self.max_steps = progress, max_steps
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
         self.plan = Plan.of(recipe, task)
         self.flop_table = [sample_flops(task.probe, model, stage) for stage in recipe.stages]
         self.model = model.to(self.device).train()
