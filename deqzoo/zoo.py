@@ -90,13 +90,6 @@ def resolve_bundled(name: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill at any moment leaves the old or the new one, never a part."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 

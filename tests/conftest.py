@@ -20,6 +20,16 @@ from PIL import Image
 
 from deqzoo import MDEQConfig, MDEQForImageClassification, MDEQImageProcessor
 from deqzoo.data import CIFAR10
+from deqzoo.models.mdeq.native_norm import native_norm_available
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile the CPU's group norm before any test's time is counted; under load it takes minutes.
+
+    Training runs use it, in processes of their own too, and find it built then.
+    """
+    if any("training" in item.path.parts or "mdeq" in item.path.name for item in session.items):
+        native_norm_available()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
+from deqzoo.files import file_digest, replace_text
 
 _PACKAGES = ("deqzoo", "torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
 
@@ -30,12 +31,6 @@ def weights_digest(folder: Path) -> str | None:
     for file in files:
         digest.update(f"{file.name}\0{file_digest(file)}\0".encode())
     return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
@@ -93,7 +88,7 @@ def write_evaluation(path: Path, content: Mapping[str, Any]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        replace_text(path, text + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deqzoo.errors import UserError
+from deqzoo.files import replace_text
 
 if TYPE_CHECKING:
     from deqzoo.evaluation.gradients import Clock, Row, Study
@@ -88,8 +89,8 @@ def _write(folder: Path, content: dict[str, Any], drawing: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1, ensure_ascii=False)
-        (folder / "gradients.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "gradients.svg").write_text(drawing, encoding="utf-8")
+        replace_text(folder / "gradients.json", text + "\n")
+        replace_text(folder / "gradients.svg", drawing)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 

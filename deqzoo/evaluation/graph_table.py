@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deqzoo.files import replace_text
+
 PUBLISHED: dict[tuple[str, str], str] = {
     ("COX2", "implicit"): "84.1 ± 2.9",
     ("COX2", "upg-5-0.5"): "83.9 ± 3.0",
@@ -70,8 +72,8 @@ def write_table(folds: Mapping[str, Mapping[str, Any]], folder: str | Path) -> t
     folder.mkdir(parents=True, exist_ok=True)
     results, table = folder / "results.json", folder / "table.md"
     lines = [f" {json.dumps(k)}: {json.dumps(compact(folds[k]))}" for k in sorted(folds)]
-    results.write_text('{"folds": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
-    table.write_text(render(folds), encoding="utf-8")
+    replace_text(results, '{"folds": {\n' + ",\n".join(lines) + "\n}}\n")
+    replace_text(table, render(folds))
     return results, table
 
 

@@ -37,13 +37,13 @@ def seal(
 ) -> None:
     """Record the checksums and the golden prediction of finished checkpoints."""
     from deqzoo import DEQModel
-    from deqzoo.hub.integrity import write_checksums, write_golden
+    from deqzoo.hub.integrity import seal as record
     from deqzoo.zoo import resolve_bundled
 
     for name in names:
         folder = resolve_bundled(name)
-        write_golden(folder, DEQModel.from_pretrained(folder))
-        typer.echo(f"{folder.name}: {write_checksums(folder)} written")
+        written = record(folder, DEQModel.from_pretrained(folder))
+        typer.echo(f"{folder.name}: {'sealed' if written else 'sealed already'}")
 
 
 def cards(
@@ -52,6 +52,7 @@ def cards(
     ] = False,
 ) -> None:
     """Render model cards, plots and README's table from the checkpoints' files."""
+    from deqzoo.files import replace_text
     from deqzoo.hub.cards import rendered_files, source_root
 
     stale = []
@@ -60,7 +61,7 @@ def cards(
             stale.append(path)
             if not check:
                 path.parent.mkdir(exist_ok=True)
-                path.write_text(text, encoding="utf-8")
+                replace_text(path, text)
     if check and stale:
         names = ", ".join(path.name for path in stale)
         raise UserError(f"out of date: {names}; run `deqzoo cards`")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
-from deqzoo.evaluation.files import file_digest
+from deqzoo.files import file_digest, replace_text
 from deqzoo.zoo import read_json
 
 CHECKSUMS = "SHA256SUMS"
@@ -48,7 +48,7 @@ def write_checksums(folder: Path) -> Path:
     """Record the SHA-256 of every sealed file, in the format of `sha256sum`."""
     lines = [f"{file_digest(folder / path)}  {path.as_posix()}" for path in sealed_files(folder)]
     target = folder / CHECKSUMS
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(target, "\n".join(lines) + "\n")
     return target
 
 
@@ -72,6 +72,20 @@ def check_checksums(folder: Path) -> list[str]:
         if file_digest(folder / name) != recorded[name]:
             faults.append(f"{name} has changed")
     return faults
+
+
+def seal(folder: Path, model: PreTrainedModel) -> bool:
+    """Record golden prediction and checksums; False where those of the folder hold already.
+
+    A sound seal is left alone: a machine that rounds differently would write another prediction,
+    and a kill before the checksums follow would leave the folder with neither seal.
+    """
+    sealed = (folder / CHECKSUMS).is_file() and (folder / GOLDEN).is_file()
+    if sealed and not check_checksums(folder) and not check_golden(folder, model):
+        return False
+    write_golden(folder, model)
+    write_checksums(folder)
+    return True
 
 
 def golden_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -104,7 +118,7 @@ def golden_prediction(model: PreTrainedModel) -> dict[str, list[float]]:
 def write_golden(folder: Path, model: PreTrainedModel) -> Path:
     """Record the golden prediction of a folder's weights."""
     target = folder / GOLDEN
-    target.write_text(json.dumps(golden_prediction(model), indent=1) + "\n", encoding="utf-8")
+    replace_text(target, json.dumps(golden_prediction(model), indent=1) + "\n")
     return target
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from deqzoo.errors import UserError
 from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.evaluation.files import write_evaluation
+from deqzoo.files import replacing, restore
 from deqzoo.hub.integrity import write_checksums, write_golden
 from deqzoo.models.auto import DEQModel
 from deqzoo.zoo import checkpoints_root, read_json
@@ -48,6 +49,7 @@ def store_run(
         UserError: no model in the run, a run that is not finished, a name that is taken, or an
             unstable equilibrium.
     """
+    restore(run / "model")
     model_folder = run / "model" if (run / "model").is_dir() else run
     record = read_json(run / "record.json") if (run / "record.json").is_file() else {}
     if record and not record.get("finished") and not force:
@@ -67,18 +69,15 @@ def store_run(
         if faults and not force:
             raise UserError(f"{run} is no stable equilibrium model: {'; '.join(faults)}")
         files[f"{content['data']['name']}-{split}.json"] = content
-    fresh = target.with_name(f".{name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.parent.mkdir(exist_ok=True)
-    shutil.copytree(model_folder, fresh)
-    for file, content in files.items():
-        write_evaluation(fresh / "evaluation" / file, content)
-    if record:
-        shutil.copyfile(run / "record.json", fresh / "training.json")
-    write_golden(fresh, model)
-    write_checksums(fresh)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+    target.parent.mkdir(exist_ok=True)
+    with replacing(target) as fresh:
+        shutil.copytree(model_folder, fresh)
+        for file, content in files.items():
+            write_evaluation(fresh / "evaluation" / file, content)
+        if record:
+            shutil.copyfile(run / "record.json", fresh / "training.json")
+        write_golden(fresh, model)
+        write_checksums(fresh)
     return target
 
 

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from deqzoo.files import replacing
 from deqzoo.training.trainer import RecipeTrainer, _flat
 
 
@@ -70,7 +71,9 @@ class CheckpointClock(TrainerCallback):
     ) -> TrainerControl:
         ended = state.global_step in self.trainer.plan.starts[1:]
         if agreed(ended or time.monotonic() - self.trainer.last_save > self.seconds, args):
-            control.should_save = True
+            # A mean that a log line begun before a checkpoint and ended after it would cover only
+            # the part since the last resume.
+            control.should_save = control.should_log = True
         return control
 
 
@@ -121,7 +124,8 @@ def save_snapshot(model: PreTrainedModel, folder: Path, step: int) -> None:
     """Write the current weights in half precision as `step-STEP.safetensors`."""
     folder.mkdir(exist_ok=True)
     half = {name: t.half() if t.is_floating_point() else t for name, t in _flat(model).items()}
-    save_file(half, folder / f"step-{step:07d}.safetensors")
+    with replacing(folder / f"step-{step:07d}.safetensors") as fresh:
+        save_file(half, fresh)
     model.config.save_pretrained(folder)
 
 
@@ -162,5 +166,5 @@ class StopFile(TrainerCallback):
     ) -> TrainerControl:
         reached = self.max_steps is not None and state.global_step >= self.max_steps
         if agreed(reached or self.path.exists(), args):
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_log = control.should_training_stop = True
         return control

@@ -32,6 +32,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only build the model and estimate the cost.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Go on with other data, threads or settings."),
+    ] = False,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Stop, resumably, after so many steps in all.")
     ] = None,
@@ -59,11 +63,11 @@ def train(
     if (recipe is None) == (queue is None):
         raise UserError("name either a recipe or a queue, as in: deqzoo train recipes/NAME.yaml")
     if queue is not None:
-        _queue(queue, data, output or Path("runs"), show, threads)
+        _queue(queue, data, output or Path("runs"), show, threads, accept_changes)
         return
     assert recipe is not None
     if _of_nodes(recipe):
-        _nodes(recipe, data, output, resume, dry_run, max_steps, seed, quiet)
+        _nodes(recipe, data, output, resume, accept_changes, dry_run, max_steps, seed, quiet)
         return
     from deqzoo.training.clock import seconds_of
     from deqzoo.training.recipe import load_recipe, with_seed
@@ -91,18 +95,21 @@ def train(
         progress=not quiet,
         max_steps=max_steps,
         deadline=None if deadline is None else seconds_of(deadline, "--deadline"),
+        accept_changes=accept_changes,
     )
     leave_process_group()
     typer.echo(f"weights in {folder}")
 
 
-def _queue(path: Path, data: Path | None, runs: Path, show: bool, threads: int) -> None:
+def _queue(
+    path: Path, data: Path | None, runs: Path, show: bool, threads: int, accept_changes: bool
+) -> None:
     from deqzoo.training import queue
 
     entries = queue.load_queue(path)
     typer.echo(queue.render(entries, runs))
     if not show:
-        queue.work(entries, runs, data, threads)
+        queue.work(entries, runs, data, threads, accept_changes)
         typer.echo(queue.render(entries, runs))
 
 
@@ -117,6 +124,7 @@ def _nodes(
     data: Path | None,
     output: Path | None,
     resume: bool,
+    accept_changes: bool,
     dry_run: bool,
     max_steps: int | None,
     seed: int | None,
@@ -136,6 +144,8 @@ def _nodes(
         typer.echo(json.dumps(NodeRun(recipe, data).describe(), indent=2))
         return
     out = output or Path("runs") / recipe.name
-    record = train_nodes(recipe, data, out, resume=resume, progress=not quiet)
+    record = train_nodes(
+        recipe, data, out, resume=resume, progress=not quiet, accept_changes=accept_changes
+    )
     typer.echo(f"test: {json.dumps(record['test'])}")
     typer.echo(f"weights in {out / 'model'}")

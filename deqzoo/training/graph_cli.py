@@ -91,14 +91,15 @@ def ignn_table(
 def _write_notes(folds: dict[str, Any], results: Path) -> None:
     """Put the tables where the bundled checkpoints' cards and the reader find them."""
     from deqzoo.evaluation import graph_table as rendering
+    from deqzoo.files import replace_text
     from deqzoo.zoo import checkpoints_root, read_json
 
     for name in sorted({fold["data"] for fold in folds.values()}):
         folder = checkpoints_root() / f"ignn-{name.lower()}-upg"
         if folder.is_dir():
             text = rendering.render_notes(folds, name)
-            (folder / "notes.md").write_text(text, encoding="utf-8")
+            replace_text(folder / "notes.md", text)
     runs = sorted(checkpoints_root().glob("ignn-*/run.json"))
     if runs:
         text = rendering.render_nodes({run.parent.name: read_json(run) for run in runs})
-        (results / "nodes.md").write_text(text, encoding="utf-8")
+        replace_text(results / "nodes.md", text)

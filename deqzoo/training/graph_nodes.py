@@ -2,7 +2,7 @@
 
 A run's folder holds `model/` (the weights of the best validation epoch, and `run.json`, the run's
 record), `snapshots/` (half-precision weights from initialisation to the end), and until the run is
-finished `state.pt`, from which it can be resumed.
+finished `checkpoints/`, from which it can be resumed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,16 @@ from deqzoo.evaluation.graph_nodes import (
     evaluate_parts,
     node_parts,
 )
+from deqzoo.files import mark_complete, replacing, restore
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.modeling_ignn import IGNNForNodeClassification
+from deqzoo.training.checkpoints import (
+    complete_checkpoints,
+    differences,
+    keep_newest,
+    latest_checkpoint,
+    refuse_changes,
+)
 from deqzoo.training.graphs import read_yaml
 from deqzoo.training.run import make_folder, peak_memory, versions
 from deqzoo.training.task import settings_checked
@@ -133,6 +142,7 @@ class NodeRun:
         self.best = -1.0
         self.weights = self._copy()
         self.curve: list[dict[str, float]] = []
+        self.changes: list[dict[str, Any]] = []
         self.seconds = self.cpu_seconds = 0.0
 
     def describe(self) -> dict[str, Any]:
@@ -168,7 +178,7 @@ class NodeRun:
                 if self.epoch in _snapshot_epochs(self.recipe.epochs):
                     self._snapshot(out)
                 if time.monotonic() - saved > SAVE_SECONDS:
-                    self.save(out / "state.pt")
+                    self.save(out / "checkpoints")
                     saved = time.monotonic()
         return self._finish(out)
 
@@ -209,6 +219,7 @@ class NodeRun:
             **peak_memory(),
             "versions": versions(),
             "data_fingerprint": self.fingerprint,
+            **({"changes": self.changes} if self.changes else {}),
             "curve": self.curve,
         }
         self.model.load_state_dict(self.weights)
@@ -216,9 +227,10 @@ class NodeRun:
             part.states = None  # the reported steps are those of a cold start
         record["validation"] = evaluate_parts(self.model, self.parts["validation"])
         record["test"] = evaluate_parts(self.model, self.parts["test"])
-        self.model.eval().save_pretrained(out / "model")
-        (out / "model" / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / "state.pt").unlink(missing_ok=True)
+        with replacing(out / "model") as fresh:
+            self.model.eval().save_pretrained(fresh)
+            (fresh / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
         return record
 
     def _snapshot(self, out: Path) -> None:
@@ -226,16 +238,18 @@ class NodeRun:
         folder.mkdir(parents=True, exist_ok=True)
         half = {name: t.half() for name, t in self.model.state_dict().items()}
         step = self.epoch * len(self.parts["train"])
-        save_file(half, folder / f"step-{step:07d}.safetensors")
+        with replacing(folder / f"step-{step:07d}.safetensors") as fresh:
+            save_file(half, fresh)
         self.model.config.architectures = [type(self.model).__name__]
         self.model.config.save_pretrained(folder)
 
     def _copy(self) -> dict[str, Tensor]:
         return {key: value.clone() for key, value in self.model.state_dict().items()}
 
-    def save(self, path: Path) -> None:
-        """Write everything that decides how the run goes on."""
+    def save(self, folder: Path) -> None:
+        """Write everything that decides how the run goes on, as a checkpoint of the folder."""
         state = {
+            "conditions": self.conditions(),
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -243,19 +257,31 @@ class NodeRun:
             "states": {split: [p.states for p in parts] for split, parts in self.parts.items()},
             **{key: getattr(self, key) for key in _COUNTERS},
         }
-        fresh = path.with_suffix(".new")
-        torch.save(state, fresh)
-        fresh.rename(path)
+        checkpoint = folder / f"checkpoint-{self.epoch}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        torch.save(state, checkpoint / "state.pt")
+        mark_complete(checkpoint)
+        keep_newest(folder)
 
-    def restore(self, path: Path) -> None:
-        """Go on from a state that `save` wrote.
+    def conditions(self) -> dict[str, Any]:
+        """What, beside the recipe and the weights, decides how a run goes on."""
+        return {"data": self.fingerprint, "threads": torch.get_num_threads()}
+
+    def restore(self, checkpoint: Path, accept_changes: bool = False) -> None:
+        """Go on from a checkpoint that `save` wrote.
 
         Raises:
-            UserError: it belongs to another recipe.
+            UserError: it belongs to another recipe; or it was made with other data or threads, and
+                that is not accepted.
         """
-        state = torch.load(path, weights_only=True)
+        state = torch.load(checkpoint / "state.pt", weights_only=True)
         if state["recipe"] != dataclasses.asdict(self.recipe):
-            raise UserError(f"{path.parent} holds a run of another recipe; choose another --output")
+            out = checkpoint.parent.parent
+            raise UserError(f"{out} holds a run of another recipe; choose another --output")
+        changed = differences(state["conditions"], self.conditions())
+        if changed:
+            refuse_changes(checkpoint, changed, accept_changes)
+            state["changes"].append({"epoch": state["epoch"], "changed": changed})
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
@@ -266,7 +292,7 @@ class NodeRun:
             setattr(self, key, state[key])
 
 
-_COUNTERS = ("epoch", "best", "weights", "curve", "seconds", "cpu_seconds")
+_COUNTERS = ("epoch", "best", "weights", "curve", "seconds", "cpu_seconds", "changes")
 
 
 def train_nodes(
@@ -276,6 +302,7 @@ def train_nodes(
     *,
     resume: bool = False,
     progress: bool = True,
+    accept_changes: bool = False,
 ) -> dict[str, Any]:
     """Train a node classifier and keep the weights of the best validation epoch.
 
@@ -285,6 +312,7 @@ def train_nodes(
         out: folder of the run; the checkpoint is its folder `model`.
         resume: go on with a run that was cut off, or start if there is none.
         progress: show a progress bar.
+        accept_changes: go on although data or threads are others than before; the record says so.
 
     Returns:
         The record, see `NodeRun.train`.
@@ -293,18 +321,21 @@ def train_nodes(
         UserError: the folder holds another run, or data or settings do not fit.
     """
     out = Path(out)
-    state, finished = out / "state.pt", out / "model" / "run.json"
-    if not resume and (state.exists() or finished.exists()):
+    checkpoints, finished = out / "checkpoints", out / "model" / "run.json"
+    restore(out / "model")
+    begun = bool(complete_checkpoints(checkpoints))
+    if not resume and (begun or finished.exists()):
         raise UserError(f"{out} already holds a run; add --resume to go on, or remove it")
-    if resume and finished.exists() and not state.exists():
+    if resume and finished.exists() and not begun:
         record = json.loads(finished.read_text(encoding="utf-8"))
         if record["recipe"] != dataclasses.asdict(recipe):
             raise UserError(f"{out} holds a run of another recipe; choose another --output")
         return record
     make_folder(out)
     run = NodeRun(recipe, root)
-    if resume and state.exists():
-        run.restore(state)
+    last = latest_checkpoint(checkpoints)
+    if last is not None:
+        run.restore(Path(last), accept_changes)
     return run.train(out, progress)
 
 

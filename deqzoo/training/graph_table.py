@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from deqzoo.data.graphs import (
     published_folds,
 )
 from deqzoo.errors import UserError
+from deqzoo.files import replace_text, replacing
 from deqzoo.training.graphs import METHODS, FoldRecord, FoldRun, FoldSettings
 
 DATA_SETS = ("COX2", "PROTEINS")
@@ -130,9 +130,7 @@ def _run_job(task: tuple[GraphSet, Job, FoldSettings, Path]) -> tuple[Job, dict[
     result = summarize(job, run.run(), settings)
     if job.protocol == "honest" and job.fold == 0:
         save_checkpoint(run, data, job, result, output / "checkpoints" / job.key)
-    temporary = output / f".{job.key}.{os.getpid()}"
-    temporary.write_text(json.dumps(result))
-    temporary.rename(output / f"{job.key}.json")  # a file is there whole or not at all
+    replace_text(output / f"{job.key}.json", json.dumps(result))
     return job, result
 
 
@@ -170,7 +168,6 @@ def save_checkpoint(
     run: FoldRun, data: GraphSet, job: Job, result: dict[str, Any], folder: Path
 ) -> None:
     """Write the weights of the chosen epoch, and beside them the fold's indices and figures."""
-    run.model.eval().save_pretrained(folder)  # holds the chosen epoch since the run's end
     fold = fold_of(data, job)
     content = {
         "data": data.name,
@@ -183,7 +180,10 @@ def save_checkpoint(
         "validation": fold.validation,
         "test": fold.test,
     }
-    (folder / "fold.json").write_text(json.dumps(content) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as fresh:
+        run.model.eval().save_pretrained(fresh)  # holds the chosen epoch since the run's end
+        (fresh / "fold.json").write_text(json.dumps(content) + "\n")
 
 
 def collect(output: str | Path, results: str | Path | None = None) -> dict[str, dict[str, Any]]:

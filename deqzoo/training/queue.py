@@ -185,7 +185,13 @@ def render(entries: list[Entry], runs: Path) -> str:
     return "\n".join(lines)
 
 
-def work(entries: list[Entry], runs: Path, data: Path | None, threads: int) -> None:
+def work(
+    entries: list[Entry],
+    runs: Path,
+    data: Path | None,
+    threads: int,
+    accept_changes: bool = False,
+) -> None:
     """Train what is left, one recipe after another, each in a process of its own.
 
     Raises:
@@ -212,6 +218,8 @@ def work(entries: list[Entry], runs: Path, data: Path | None, threads: int) -> N
         ]
         if data is not None and entry.data is not None:
             command += ["--data", str(data / entry.data)]
+        if accept_changes:
+            command.append("--accept-changes")
         if entry.seed is not None:
             command += ["--seed", str(entry.seed)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

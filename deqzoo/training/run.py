@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +27,7 @@ from transformers import (
 
 from deqzoo.data.imagenet import IMAGENET
 from deqzoo.errors import UserError
+from deqzoo.files import mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
 from deqzoo.training.callbacks import (
     AverageCallback,
@@ -37,6 +37,13 @@ from deqzoo.training.callbacks import (
     Snapshots,
     StopFile,
 )
+from deqzoo.training.checkpoints import (
+    conditions,
+    differences,
+    keep_newest,
+    latest_checkpoint,
+    refuse_changes,
+)
 from deqzoo.training.clock import seconds_of
 from deqzoo.training.images import ImageClassificationTask
 from deqzoo.training.optimizers import build_optimizer, build_schedule
@@ -45,14 +52,8 @@ from deqzoo.training.recipe import Recipe, recorded_recipe
 from deqzoo.training.task import Plan, Task
 from deqzoo.training.text import LanguageModelingTask
 from deqzoo.training.timed import TimedRun
-from deqzoo.training.trainer import (
-    COMPLETE,
-    RecipeTrainer,
-    keep_newest,
-    knows_start,
-    latest_checkpoint,
-)
-from deqzoo.zoo import read_json, replace_text
+from deqzoo.training.trainer import RecipeTrainer, knows_start
+from deqzoo.zoo import read_json
 
 
 def build_task(recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False) -> Task:
@@ -81,6 +82,7 @@ def run_recipe(
     progress: bool = True,
     max_steps: int | None = None,
     deadline: float | None = None,
+    accept_changes: bool = False,
 ) -> Path:
     """Train a recipe; a run that was cut off at any moment goes on with `resume`.
 
@@ -98,18 +100,21 @@ def run_recipe(
         max_steps: stop early after so many optimiser steps, with a checkpoint; a run that has made
             them is left as it is.
         deadline: seconds after which a run with a `time_budget` has written everything.
+        accept_changes: go on although the recipe, the data, the precision or the number of threads
+            are others than before; the record names each such change.
 
     Returns:
         The folder with the model.
 
     Raises:
-        UserError: the folder holds another run, or data or settings do not fit.
+        UserError: the folder holds another run or one under other conditions, all its checkpoints
+            are damaged, or data or settings do not fit.
     """
     out = Path(out)
     with _lock(out):
         if _is_first_process():
-            _claim(out, recipe, resume)
-        return _run(recipe, data, out, resume, progress, max_steps, deadline)
+            _claim(out, recipe, resume, accept_changes)
+        return _run(recipe, data, out, resume, progress, max_steps, deadline, accept_changes)
 
 
 def _run(
@@ -120,6 +125,7 @@ def _run(
     progress: bool,
     max_steps: int | None,
     deadline: float | None,
+    accept_changes: bool,
 ) -> Path:
     if deadline is not None:
         deadline += time.monotonic()
@@ -144,7 +150,9 @@ def _run(
     if recipe.channels_last and recipe.task == "image-classification":
         model = model.to(memory_format=torch.channels_last)
     if recipe.time_budget:
-        return _run_timed(recipe, task, model, earlier, out, last, progress, max_steps, deadline)
+        return _run_timed(
+            recipe, task, model, earlier, out, last, progress, max_steps, deadline, accept_changes
+        )
     if processes > 1 and torch.cuda.is_available():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     plan = Plan.of(recipe, task)
@@ -154,7 +162,7 @@ def _run(
     keeper = Keeper(trainer, recipe, out)
     trainer.add_callback(keeper)
     if last is not None:
-        trainer.restore(last)
+        trainer.restore(last, accept_changes)
     _cut_metrics(out / "metrics.jsonl", 0 if last is None else int(last.rsplit("-", 1)[1]))
     trainer.train(resume_from_checkpoint=last)
     keeper.keep()
@@ -171,6 +179,7 @@ def _run_timed(
     progress: bool,
     max_steps: int | None,
     deadline: float | None,
+    accept_changes: bool,
 ) -> Path:
     """Train by the clock, on one device."""
     run = TimedRun(
@@ -186,19 +195,26 @@ def _run_timed(
     )
     run.earlier = earlier.get("validation", [])
     run.spent = run.inherited = 1e15 * earlier.get("pflop", 0.0)
+    now = conditions(recipe, task, run.bf16, run.device)
     if last is not None:
-        run.load_state_dict(torch.load(Path(last) / "run.pt", weights_only=True))
+        state = torch.load(Path(last) / "run.pt", weights_only=True)
+        run.load_state_dict(state)
+        run.changes = state.get("changes", [])
+        changed = differences(state.get("conditions", {}), now)
+        refuse_changes(last, changed, accept_changes)
+        run.changes += [{"step": run.count, "changed": changed}] if changed else []
     _cut_metrics(out / "metrics.jsonl", run.count)
-    past, started = _recorded(out, "seconds"), time.time()
+    past, started = _recorded(out, "seconds"), time.monotonic()
 
     def keep() -> None:
         folder = out / "checkpoints" / f"checkpoint-{run.count}"
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(run.state_dict(), folder / "run.pt")
-        (folder / COMPLETE).touch()
+        state = {**run.state_dict(), "conditions": now, "changes": run.changes}
+        torch.save(state, folder / "run.pt")
+        mark_complete(folder)
         keep_newest(folder.parent)
         save_result(run, out)
-        _record(out, recipe, run, run.figures(), past + time.time() - started)
+        _record(out, recipe, run, run.figures(), past + time.monotonic() - started)
 
     run.train(keep)
     return out / "model"
@@ -224,6 +240,7 @@ def start_from(model: PreTrainedModel, name: str, runs: Path) -> dict[str, Any]:
     if path.name == "model":
         if path.parts[:-2] == ("runs",):
             path = runs / path.parts[1] / "model"
+        restore(path)
         if not path.is_dir():
             raise UserError(
                 f"model.start: there is no {path}; train {path.parent.name} first, into "
@@ -255,7 +272,7 @@ class Keeper(TrainerCallback):
         self.recipe = recipe
         self.out = out
         self.past = _recorded(out, "seconds")
-        self.started = time.time()
+        self.started = time.monotonic()  # a clock that nobody sets
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -265,7 +282,7 @@ class Keeper(TrainerCallback):
     def keep(self) -> None:
         if self.trainer.is_world_process_zero():
             save_result(self.trainer, self.out)
-            seconds = self.past + time.time() - self.started
+            seconds = self.past + time.monotonic() - self.started
             _record(self.out, self.recipe, self.trainer, self.figures(), seconds)
 
     def figures(self) -> dict[str, Any]:
@@ -421,12 +438,9 @@ def use_bf16(recipe: Recipe) -> bool:
 def save_result(trainer: RecipeTrainer | TimedRun, out: Path) -> Path:
     """Write the weights of a run so far, in half precision, as a `from_pretrained` folder."""
     folder = out / "model"
-    fresh = out / "model.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    export(trainer.averaged(), fresh)
-    trainer.task.save_processor(str(fresh))
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with replacing(folder) as fresh:
+        export(trainer.averaged(), fresh)
+        trainer.task.save_processor(str(fresh))
     return folder
 
 
@@ -446,7 +460,7 @@ def export(model: PreTrainedModel, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
+def _claim(out: Path, recipe: Recipe, resume: bool, accept_changes: bool) -> None:
     """Take the run's folder, or refuse one that holds another run.
 
     A folder in which nothing was trained yet is free: its data were not found, say.
@@ -456,9 +470,12 @@ def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
     if path.exists() and begun:
         if not resume:
             raise UserError(f"{out} already holds a run; add --resume to go on, or remove it")
-        if recorded_recipe({"recipe": read_json(path)}) != recipe:
+        recorded = read_json(path)
+        if not accept_changes and recorded_recipe({"recipe": recorded}) != recipe:
+            what = "; ".join(differences(recorded, recipe.to_dict()))
             raise UserError(
-                f"{out} holds a run of another recipe (see recipe.json); choose another --output"
+                f"{out} holds a run of another recipe ({what}); choose another --output, or add "
+                "--accept-changes to go on with it"
             )
     (out / "stop").unlink(missing_ok=True)
     replace_text(path, json.dumps(recipe.to_dict(), indent=2) + "\n")
@@ -489,6 +506,7 @@ def _record(
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "threads": torch.get_num_threads(),
         "device": device_name(),
+        **({"changes": run.changes} if run.changes else {}),
         "versions": versions(),
         "validation": run.earlier + _validation_curve(out / "metrics.jsonl"),
     }

@@ -92,6 +92,7 @@ class TimedRun:
         self.stage_start = self.stage_number = 0
         self.spent = self.inherited = 0.0
         self.earlier: list[dict[str, float]] = []
+        self.changes: list[dict[str, Any]] = []
         self.rows: Tensor | None = None
         self.reserve = 0.0
         self.stopped = False

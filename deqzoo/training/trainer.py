@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +17,14 @@ from transformers import PreTrainedModel, Trainer
 
 from deqzoo.equilibrium import jacobian_penalty
 from deqzoo.errors import UserError
+from deqzoo.files import mark_complete
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.models.deq_transformer import DEQTransformerForCausalLM
+from deqzoo.training.checkpoints import conditions, differences, keep_newest, refuse_changes
 from deqzoo.training.constraints import ProjectionCallback
 from deqzoo.training.cost import PENALTY_EVALUATIONS, gradient_cost, sample_flops
 from deqzoo.training.recipe import Jacobian, Stage
 from deqzoo.training.task import Plan, Task
-
-COMPLETE = "complete"
-"""Written into a checkpoint last: a folder without it was cut off and is passed over."""
 
 
 class SolverStatistics:
@@ -202,6 +199,8 @@ class RecipeTrainer(DEQTrainer):
         # What the weights that a recipe starts from had cost, and their validation figures.
         self.inherited = 0.0
         self.earlier: list[dict[str, float]] = []
+        # What was otherwise when the run was gone on with, as its user accepted.
+        self.changes: list[dict[str, Any]] = []
         self.last_save = time.monotonic()
 
     @property
@@ -280,17 +279,28 @@ class RecipeTrainer(DEQTrainer):
             "spent": self.spent,
             "inherited": self.inherited,
             "earlier": self.earlier,
+            "changes": self.changes,
+            "conditions": self.conditions(),
         }
         torch.save(own, folder / f"deqzoo_state_{self.args.process_index}.pt")
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        (folder / COMPLETE).touch()
         if self.is_world_process_zero():
+            mark_complete(folder)
             keep_newest(folder.parent)
         self.last_save = time.monotonic()
 
-    def restore(self, folder: str) -> None:
-        """Read back what `_save_checkpoint` added to the Trainer's own files."""
+    def conditions(self) -> dict[str, Any]:
+        """What, beside the weights, decides how a run goes on."""
+        return conditions(self.recipe, self.task, self.args.bf16, self.args.device)
+
+    def restore(self, folder: str, accept_changes: bool = False) -> None:
+        """Read back what `_save_checkpoint` added to the Trainer's own files.
+
+        Raises:
+            UserError: another number of processes; or other data, threads or settings than the
+                checkpoint was made with, and that is not accepted.
+        """
         path = Path(folder) / f"deqzoo_state_{self.args.process_index}.pt"
         if not path.exists():
             raise UserError(
@@ -302,6 +312,12 @@ class RecipeTrainer(DEQTrainer):
         self.spent = extra["spent"]
         self.inherited = extra.get("inherited", self.inherited)
         self.earlier = extra.get("earlier", self.earlier)
+        self.changes = extra.get("changes", [])
+        changed = differences(extra.get("conditions", {}), self.conditions())
+        refuse_changes(folder, changed, accept_changes)
+        if changed:
+            step = int(Path(folder).name.rsplit("-", 1)[1])
+            self.changes.append({"step": step, "changed": changed})
         if self.average is not None:
             state = load_file(Path(folder) / "average.safetensors")
             _load_flat(self.average.module, state)
@@ -374,26 +390,6 @@ def _load_flat(model: nn.Module, state: dict[str, Tensor]) -> None:
     own = dict([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in state.items():
         own[name].copy_(tensor)
-
-
-def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a run that was written to its end, or None."""
-    complete = _complete(Path(folder))
-    return str(complete[-1]) if complete else None
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, the oldest first."""
-    found = (path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists())
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def keep_newest(folder: Path) -> None:
-    """Delete all checkpoints but two, and what a kill cut off."""
-    kept = _complete(folder)[-2:]
-    for path in folder.glob("checkpoint-*"):
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def knows_start(folder: str) -> bool:

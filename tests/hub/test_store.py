@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from killing import kills
 
-from deqzoo import UserError
+from deqzoo import DEQModel, UserError, list_models
 from deqzoo.cli import run
 from deqzoo.hub import store
 from deqzoo.hub.catalogue import entries
+from deqzoo.hub.integrity import check_checksums, check_golden, seal
 from deqzoo.hub.verify import verify_model
 
 
@@ -112,3 +114,47 @@ def test_the_zoo_converges_within_its_default_budgets() -> None:
     }
     assert len(shares) >= 7
     assert min(shares.values()) >= store.MIN_CONVERGED, shares
+
+
+def test_a_kill_while_storing_leaves_the_old_or_the_new_checkpoint(
+    finished: Path, cifar_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every step on the file system, with --force over an earlier checkpoint."""
+    monkeypatch.setattr(
+        "deqzoo.hub.store.evaluate_model", lambda model, name, *, split, data: evaluation()
+    )
+    folder = store.store_run(finished, cifar_folder)
+    record = finished / "record.json"
+
+    def prepare() -> None:
+        record.write_text(json.dumps({"finished": True, "recipe": {"name": "mdeq-new"}, "of": 1}))
+        store.store_run(finished, cifar_folder, force=True)
+        record.write_text(json.dumps({"finished": True, "recipe": {"name": "mdeq-new"}, "of": 2}))
+
+    seen = []
+    for _ in kills(
+        lambda: store.store_run(finished, cifar_folder, force=True), folder.parent, prepare
+    ):
+        assert list_models() == ["mdeq-new"] and check_checksums(folder) == []
+        seen.append(json.loads((folder / "training.json").read_text())["of"])
+    assert seen == sorted(seen) and set(seen) == {1, 2}
+
+
+def test_a_kill_while_sealing_leaves_a_seal_that_holds(
+    tiny_mdeq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_mdeq, tmp_path / "mdeq-test"))
+    model = DEQModel.from_pretrained(folder)
+
+    def prepare() -> None:
+        for name in ("golden.json", "SHA256SUMS"):
+            (folder / name).unlink(missing_ok=True)
+
+    for _ in kills(lambda: seal(folder, model), folder, prepare):
+        if (folder / "SHA256SUMS").exists():
+            assert check_checksums(folder) == [] and check_golden(folder, model) == []
+    # Sealing what is sealed touches nothing, so that a kill cannot part seal and prediction.
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert run(["seal", str(folder)]) == 0
+    assert "sealed already" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before

@@ -192,12 +192,29 @@ def test_a_killed_compilation_of_the_norm_does_not_block_later_ones(tmp_path, mo
     monkeypatch.setattr(
         cpp_extension, "_import_module_from_library", lambda name, *_: ModuleType(name)
     )
-    leftover = tmp_path / "deqzoo_group_norm" / "lock"
+    monkeypatch.setattr(native_norm, "_build_key", lambda _: "key")
+    leftover = tmp_path / "deqzoo_group_norm_key" / "lock"
     leftover.parent.mkdir()
     leftover.touch()
     extension = native_norm._extension.__wrapped__()  # past the cache
-    assert extension.__name__ == "deqzoo_group_norm" and built == [leftover.parent]
+    assert extension.__name__ == "deqzoo_group_norm_key" and built == [leftover.parent]
     assert not leftover.exists()
+
+
+def test_builds_of_the_norm_are_kept_apart(monkeypatch):
+    """By environment and processor, and not by the checkout that they come from."""
+    keys = {native_norm._build_key("code")}
+    assert native_norm._build_key("code") in keys
+    for target, value in (
+        ("deqzoo.models.mdeq.native_norm._processor", lambda: "flags: avx2"),
+        ("torch.__file__", "/elsewhere/torch/__init__.py"),
+        ("torch.__version__", "9.9"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, value)
+            keys.add(native_norm._build_key("code"))
+    keys.add(native_norm._build_key("other code"))
+    assert len(keys) == 5 and len(native_norm._processor()) > 10
 
 
 # Diagnostics

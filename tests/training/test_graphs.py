@@ -195,12 +195,12 @@ def test_node_run_resumes_bit_for_bit(tmp_path, capsys):
     for _ in range(3):
         cut.step()
     (tmp_path / "cut").mkdir()
-    cut.save(tmp_path / "cut" / "state.pt")
+    cut.save(tmp_path / "cut" / "checkpoints")
     assert run([*command, "--output", str(tmp_path / "cut"), "--resume"]) == 0
     resumed = json.loads((tmp_path / "cut" / "model" / "run.json").read_text())
     for key in ("recipe", "curve", "validation", "test", "data_fingerprint"):
         assert resumed[key] == whole[key]
-    assert not (tmp_path / "cut" / "state.pt").exists()
+    assert not (tmp_path / "cut" / "checkpoints").exists()
     capsys.readouterr()
     assert run([*command, "--output", str(file)]) == 2
     assert "cannot make the folder" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from killing import kills
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,12 +22,13 @@ from deqzoo import DEQModel
 from deqzoo.errors import UserError
 from deqzoo.hub.store import store_run
 from deqzoo.training import images
+from deqzoo.training import run as training_run
+from deqzoo.training.checkpoints import latest_checkpoint
 from deqzoo.training.cost import gradient_cost
 from deqzoo.training.estimate import _graphs, _history, estimate
 from deqzoo.training.recipe import load_recipe
-from deqzoo.training.run import build_task, run_recipe
+from deqzoo.training.run import Keeper, build_task, run_recipe
 from deqzoo.training.task import Plan
-from deqzoo.training.trainer import latest_checkpoint
 
 RECIPE = {
     "name": "tiny",
@@ -386,3 +389,111 @@ def test_killed_process_goes_on(tmp_path):
     assert int(latest_checkpoint(out / "checkpoints").rsplit("-", 1)[1]) < 15
     subprocess.run(command, check=True, capture_output=True)
     assert json.loads((out / "record.json").read_text())["finished"]
+
+
+def test_a_kill_while_saving_leaves_a_checkpoint_and_a_result(
+    pictures, recipe, tmp_path, monkeypatch
+):
+    """At every step on the file system; the weights are those of before or after."""
+    kept = []
+    monkeypatch.setattr(training_run, "Keeper", lambda *a: kept.append(Keeper(*a)) or kept[-1])
+    out = tmp_path / "run"
+    run_recipe(recipe, None, out, progress=False, max_steps=2)
+    keeper = kept[0]
+    trainer = keeper.trainer
+    weight = next(trainer.averaged().parameters())
+
+    def save(step):
+        with torch.no_grad():
+            weight.fill_(10 * step)
+        trainer.state.global_step = step
+        trainer._save_checkpoint(trainer.model, None)
+        keeper.keep()
+
+    def prepare():
+        shutil.rmtree(out / "checkpoints" / "checkpoint-3", ignore_errors=True)
+        save(2)
+
+    seen = set()
+    for _ in kills(lambda: save(3), out, prepare):
+        last = latest_checkpoint(out / "checkpoints")
+        assert last.endswith(("-2", "-3"))
+        found = load_file(out / "model" / "model.safetensors")
+        values = {float(t.flatten()[0]) for t in found.values() if (t == t.flatten()[0]).all()}
+        record = json.loads((out / "record.json").read_text())
+        seen.add((int(last[-1]), *(values & {20.0, 30.0}), record["steps"]))
+    assert seen == {(2, 20.0, 2), (3, 20.0, 2), (3, 30.0, 2), (3, 30.0, 3)}
+    monkeypatch.undo()
+
+
+def test_damaged_checkpoints_are_passed_over(pictures, recipe, tmp_path, caplog):
+    out = tmp_path / "run"
+    for stop in (2, 3):
+        run_recipe(recipe, None, out, resume=True, progress=False, max_steps=stop)
+    folder = out / "checkpoints"
+    older, newer = folder / "checkpoint-2", folder / "checkpoint-3"
+    names = {path.name for path in newer.iterdir()}
+    assert {"scheduler.pt", "rng_state.pth", "optimizer.pt", "average.safetensors"} < names
+    for name in sorted(names):
+        path = newer / name
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        for damaged in (flipped, whole[:middle], b"{}", None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            caplog.clear()
+            assert latest_checkpoint(folder) == str(older), (name, damaged)
+            said = [record.getMessage() for record in caplog.records]
+            if damaged is not None or name != "complete":
+                assert len(said) == 1 and "passed over" in said[0]
+                assert name in said[0] or name == "complete"  # which may name a file falsely
+            path.write_bytes(whole)
+    assert latest_checkpoint(folder) == str(newer)
+    (newer / "rng_state.pth").unlink()
+    (older / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged; remove that folder"):
+        run_recipe(recipe, None, out, resume=True, progress=False)
+    assert newer.exists() and older.exists()
+
+
+def test_resuming_under_other_conditions_needs_consent(
+    pictures, recipe, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    run_recipe(recipe, None, out, progress=False, max_steps=2)
+
+    def go_on(recipe=recipe, **options):
+        run_recipe(recipe, None, out, resume=True, progress=False, **options)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    with pytest.raises(UserError, match=rf"threads was {threads}, is {threads + 1}.*--accept-ch"):
+        go_on()
+    torch.set_num_threads(threads)
+
+    load = images.LOADERS["cifar10"]
+
+    def others(split, *arguments, **options):
+        found = load(split, *arguments, **options)
+        return replace(found, fingerprint="others")
+
+    monkeypatch.setattr(images, "divide", lambda *_: (others("train"), load("validation")))
+    with pytest.raises(UserError, match=r'data.train.fingerprint was "made", is "others"'):
+        go_on()
+    slower = replace(recipe, optimizer=replace(recipe.optimizer, lr=0.01))
+    with pytest.raises(UserError, match=r"optimizer.lr was 0.02, is 0.01"):
+        go_on(slower)
+    go_on(slower, accept_changes=True, max_steps=3)
+    go_on(slower)  # what was accepted is no difference any more
+    changes = json.loads((out / "record.json").read_text())["changes"]
+    assert [change["step"] for change in changes] == [2]
+    said = " ".join(changes[0]["changed"])
+    assert "recipe.optimizer.lr" in said and "fingerprint" in said and "threads" not in said
+
+
+def test_means_in_the_log_cover_no_interval_that_a_resume_cut(pictures, recipe, tmp_path):
+    """Every checkpoint ends an interval, so the lines of a resumed run are whole."""
+    out = tmp_path / "run"
+    run_recipe(recipe, None, out, progress=False, max_steps=2)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "loss" in line] == [2]

@@ -8,7 +8,10 @@ cached by torch) and fuses the rectifier before or after the norm. It has a firs
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import platform
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deqzoo.files import replace_text
+
 logger = logging.getLogger(__name__)
 
 NORM_EPS = 1e-5
+_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 
 
 def group_norm(
@@ -140,17 +146,41 @@ class _GroupNorm(torch.autograd.Function):
 def _extension() -> ModuleType:
     from torch.utils.cpp_extension import _get_build_directory, load
 
-    name, source = "deqzoo_group_norm", Path(__file__).parent / "native" / "group_norm.cpp"
-    folder = _get_build_directory(name, verbose=False)
-    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
-    with _sole_builder(Path(folder)):
+    code = (Path(__file__).parent / "native" / "group_norm.cpp").read_text(encoding="utf-8")
+    name = f"deqzoo_group_norm_{_build_key(code)}"
+    folder = Path(_get_build_directory(name, verbose=False))
+    with _sole_builder(folder):
+        source = folder / "group_norm.cpp"  # a copy, so that all checkouts build the same
+        if not source.is_file() or source.read_text(encoding="utf-8") != code:
+            replace_text(source, code)
         return load(
             name,
             [str(source)],
-            extra_cflags=flags,
+            extra_cflags=_FLAGS,
             extra_ldflags=["-fopenmp"],
-            build_directory=folder,
+            build_directory=str(folder),
         )
+
+
+def _build_key(code: str) -> str:
+    """What a build depends on, as part of a name: source, flags, environment and processor.
+
+    Environments that share a cache would else build over each other's result for ever, and a home
+    folder that machines share would hold instructions that some of them do not have.
+    """
+    parts = [code, *_FLAGS, torch.__version__, torch.__file__, sys.version, _processor()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What `-march=native` goes by: the model and its instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    keys = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    facts = (line.partition(":") for line in lines)
+    return "\n".join(sorted({f"{k.strip()}:{v}" for k, _, v in facts if k.strip() in keys}))
 
 
 @contextlib.contextmanager
@@ -170,7 +200,11 @@ def _sole_builder(folder: Path) -> Iterator[None]:
         yield
         return
     with (folder / "deqzoo.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process compiles group norm in %s; waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         yield
 

@@ -1,0 +1,137 @@
+"""Files and folders that a kill or a power cut leaves old or new, never between; no dependencies.
+
+What replaces an earlier result is written beside it, put on the disk, and takes its place at once.
+A folder that is filled in place ends with a mark that carries the digests of its files, so that
+one which was cut off or damaged is told from a sound one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+COMPLETE = "complete"
+"""The mark of a folder that was written to its end: JSON with the SHA-256 of every other file."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A place to write a file or folder to, which takes the place of `path` afterwards.
+
+    An exception inside leaves `path` as it was. The folder above must exist.
+    """
+    path = Path(os.path.realpath(path))
+    fresh = path.with_name(f".{path.name}.new")
+    restore(path)
+    _remove(fresh)
+    try:
+        yield fresh
+        sync(fresh)
+        _put(fresh, path)
+    finally:
+        restore(path)
+        _remove(fresh)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a kill at any moment leaves the old or the new one, never a part."""
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def restore(path: Path) -> None:
+    """Put a folder back that a kill caught on its way out; see `_put`."""
+    old = _old(path)
+    if not old.exists():
+        return
+    if path.exists():
+        _remove(old)
+    else:
+        old.rename(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or a folder with all that is in it, outlast a power cut."""
+    if path.is_dir():
+        for child in path.iterdir():
+            sync(child)
+    _sync_one(path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def mark_complete(folder: Path) -> None:
+    """Put a folder on the disk and say in it what it holds; whatever comes later is not covered."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    sync(folder)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    replace_text(folder / COMPLETE, json.dumps({"sha256": digests}, indent=1) + "\n")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that was marked as complete, in a clause; None if it is sound."""
+    try:
+        recorded = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["sha256"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its file {COMPLETE!r} is damaged"
+    for name, digest in recorded:
+        try:
+            if file_digest(folder / name) != digest:
+                return f"{name} has changed"
+        except OSError:
+            return f"{name} is missing"
+    return None
+
+
+def _put(fresh: Path, path: Path) -> None:
+    """Let `fresh` take the place of `path`; `fresh` may be left with what was there.
+
+    Files are replaced at once everywhere. Folders are where the system can swap them (Linux);
+    elsewhere the old one is renamed away first, and `restore` mends a kill between the two steps.
+    """
+    if not path.is_dir():
+        fresh.replace(path)
+    elif not _exchange(fresh, path):
+        path.rename(_old(path))
+        fresh.rename(path)
+    _sync_one(path.parent)  # the renames
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = (os.fsencode(one), os.fsencode(other))
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,105 @@
+"""Which checkpoint of a run to go on from, and which to keep."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deqzoo.errors import UserError
+from deqzoo.files import COMPLETE, damage
+from deqzoo.training.recipe import Recipe, recorded_recipe
+from deqzoo.training.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a run that is sound; None where none was written to its end.
+
+    Damaged ones are passed over, with one line in the log for each.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    found = complete_checkpoints(Path(folder))
+    for path in reversed(found):
+        if not (path / COMPLETE).read_bytes():
+            logger.warning("%s carries no digests (an older version's); used unchecked", path)
+            return str(path)
+        fault = damage(path)
+        if fault is None:
+            return str(path)
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("checkpoint %s is passed over: %s", path, fault)
+    if found:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged; remove that folder to train from the start"
+        )
+    return None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints `checkpoint-STEP` that were written to their end, the oldest first."""
+    found = (path for path in folder.glob("checkpoint-[0-9]*") if (path / COMPLETE).exists())
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def keep_newest(folder: Path) -> None:
+    """Delete all checkpoints but two, and what a kill cut off."""
+    kept = complete_checkpoints(folder)[-2:]
+    for path in folder.glob("checkpoint-*"):
+        if path not in kept:
+            (path / COMPLETE).unlink(missing_ok=True)  # first, so that a rest of it counts as none
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def conditions(recipe: Recipe, task: Task, bf16: bool, device: torch.device) -> dict[str, Any]:
+    """What, beside a checkpoint's own content, decides how a run goes on."""
+    return {
+        "recipe": recipe.to_dict(),
+        "data": task.describe(),
+        "precision": "bf16" if bf16 else "float32",
+        "device": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
+
+
+def differences(then: Any, now: Any, place: str = "") -> list[str]:
+    """Where two nested settings differ, a clause for each; keys that `then` lacks do not count."""
+    then, now = (json.loads(json.dumps(value, default=str)) for value in (then, now))
+    if isinstance(then, dict) and isinstance(now, dict):
+        if "recipe" in then:  # as an older version wrote it: with this one's defaults
+            known = recorded_recipe(then)
+            then = then if known is None else {**then, "recipe": known.to_dict()}
+        return [
+            clause
+            for key in then
+            for clause in differences(then[key], now.get(key), f"{place}.{key}" if place else key)
+        ]
+    if then == now:
+        return []
+    return [f"{place} was {_short(then)}, is {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:60]}..."
+
+
+def refuse_changes(checkpoint: str | os.PathLike[str], changed: list[str], accepted: bool) -> None:
+    """Stop a run that would go on under other conditions, unless its user accepts that.
+
+    Raises:
+        UserError: they are not accepted.
+    """
+    if changed and not accepted:
+        raise UserError(
+            f"{checkpoint} was made under other conditions: {'; '.join(changed)}. Go on under the "
+            "same ones, or add --accept-changes, and the record will say so"
+        )
