@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 import deqzoo
 import deqzoo.zoo
 from deqzoo.errors import UserError
+from deqzoo.evaluation.options import ModelName
 
 #: Order of the groups in the help; a command names its own by `rich_help_panel`.
 GROUPS = ("Use models", "Measure", "Train", "Publish", "Maintain the zoo")
@@ -54,17 +55,6 @@ app = typer.Typer(
 _USAGE_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-def _complete_model(incomplete: str) -> list[str]:
-    """Names of the zoo that begin so, for the shell's completion."""
-    return [name for name in deqzoo.zoo.list_models() if name.startswith(incomplete)]
-
-
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        help="Zoo name, local folder, or repository on the Hub.", autocompletion=_complete_model
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Local copy of the data set; else it is fetched.")
@@ -135,36 +125,6 @@ def info(name: ModelName, as_json: AsJson = False) -> None:
             shown = (f"{k} {v}" for k, v in value.items() if v is not None)
             value = ", ".join(shown) or "none"
         typer.echo(f"{key:<13} {value}")
-
-
-@app.command(rich_help_panel="Use models")
-def classify(
-    images: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
-    model: Annotated[
-        str, typer.Option(help="Image model.", autocompletion=_complete_model)
-    ] = deqzoo.zoo.DEFAULT_IMAGE_MODEL,
-    top_k: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """Name what pictures show."""
-    from deqzoo.evaluation import classify as classification
-
-    pictures = [classification.read_picture(path) for path in images]
-    loaded = deqzoo.DEQModel.from_pretrained(model)
-    found = classification.classify(loaded, pictures, top_k=top_k)
-    if as_json:
-        from deqzoo.evaluation.files import finite
-
-        rows = [{"file": str(p), **c.to_dict()} for p, c in zip(images, found, strict=True)]
-        typer.echo(json.dumps(finite(rows), indent=2, ensure_ascii=False))
-        return
-    for path, result in zip(images, found, strict=True):
-        typer.echo(path)
-        for label, probability in result.labels:
-            typer.echo(f"  {label:<20} {probability:6.1%}")
-        state = "converged" if result.converged else "not converged"
-        report = f"{result.n_steps} steps, relative residual {result.residual:.1e}, {state}"
-        typer.echo(f"  equilibrium: {report}")
 
 
 @app.command(rich_help_panel="Measure")

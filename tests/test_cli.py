@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +100,7 @@ def test_classify_takes_every_mode(
     path = tmp_path / f"picture.{suffix}"
     picture_of_mode(mode).save(path)
     assert run(["classify", str(path), "--model", "mdeq-test", "--json", "--top-k", "10"]) == 0
-    (result,) = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     assert sum(row["probability"] for row in result["labels"]) == pytest.approx(1, abs=1e-5)
 
 
@@ -107,10 +109,10 @@ def test_classify_several_agrees_with_one_and_shows_the_solver(
 ) -> None:
     pictures = [str(CAT), str(PICTURES / "rocket.jpg")]
     assert run(["classify", *pictures, "--model", "mdeq-test", "--json", "--top-k", "3"]) == 0
-    both = json.loads(capsys.readouterr().out)
+    both = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["file"] for row in both] == pictures and len(both[0]["labels"]) == 3
     assert run(["classify", pictures[1], "--model", "mdeq-test", "--json", "--top-k", "3"]) == 0
-    (alone,) = json.loads(capsys.readouterr().out)
+    alone = json.loads(capsys.readouterr().out)
     assert alone["n_steps"] == both[1]["n_steps"] > 0
     assert alone["labels"][0]["probability"] == pytest.approx(
         both[1]["labels"][0]["probability"], abs=1e-3
@@ -118,6 +120,45 @@ def test_classify_several_agrees_with_one_and_shows_the_solver(
     assert run(["classify", str(CAT), "--model", "mdeq-test"]) == 0
     text = capsys.readouterr().out
     assert "steps, relative residual" in text and "converged" in text
+
+
+def test_classify_goes_on_after_a_bad_picture(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("b.png", "deep/a.jpg", ".hidden.png"):
+        Image.open(CAT).convert("RGB").resize((40, 40)).save(folder / name)
+    (folder / "broken.png").write_text("no picture")
+    (folder / "notes.txt").write_text("no picture either")
+    assert run(["classify", str(folder), str(CAT), "--model", "mdeq-test", "--json"]) == 1
+    out, err = capsys.readouterr()
+    files = [json.loads(line)["file"] for line in out.splitlines()]
+    assert files == [str(folder / "b.png"), str(folder / "deep/a.jpg"), str(CAT)]
+    assert err.count("\n") == 1 and "broken.png is no picture" in err
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(CAT.read_bytes())))
+    assert run(["classify", "-", "--model", "mdeq-test", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] == "-"
+
+
+def test_classify_with_another_solver(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["classify", str(CAT), "--model", "mdeq-test"]
+    options = ["--solver", "fixed_point", "--max-steps", "3", "--tol", "0"]
+    assert run([*common, *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_steps"] == 3
+    assert run([*common, *options, "--trace", "-"]) == 0
+    bars = [line for line in capsys.readouterr().out.splitlines() if "#" in line]
+    assert [line.split()[0] for line in bars] == ["1", "2", "3"]
+    for suffix in ("svg", "csv", "json"):
+        assert run([*common, *options, "--trace", str(tmp_path / f"t.{suffix}")]) == 0
+    assert len(json.loads((tmp_path / "t.json").read_text())[str(CAT)]) == 3
+    assert (tmp_path / "t.csv").read_text().count("\n") == 4
+    assert "<svg" in (tmp_path / "t.svg").read_text()
+    capsys.readouterr()
+    assert "unknown solver" in fails(capsys, *common, "--solver", "newton")
+    assert ".svg" in fails(capsys, *common, "--trace", tmp_path / "t.png")
 
 
 def test_exif_rotation_is_undone(zoo: Path, tmp_path: Path, capsys) -> None:
@@ -128,7 +169,7 @@ def test_exif_rotation_is_undone(zoo: Path, tmp_path: Path, capsys) -> None:
     upright.save(tmp_path / "upright.png")
     files = [str(tmp_path / "turned.png"), str(tmp_path / "upright.png")]
     assert run(["classify", *files, "--model", "mdeq-test", "--json"]) == 0
-    turned, plain = json.loads(capsys.readouterr().out)
+    turned, plain = map(json.loads, capsys.readouterr().out.splitlines())
     assert turned["labels"][0]["probability"] == pytest.approx(
         plain["labels"][0]["probability"], abs=1e-4
     )
@@ -138,10 +179,14 @@ def test_bad_pictures(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(CAT.read_bytes()[:5000])
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     assert "empty" in fails(capsys, "classify", tmp_path / "empty.png")
     assert "no picture" in fails(capsys, "classify", tmp_path / "text.png")
     assert "cut.png" in fails(capsys, "classify", tmp_path / "cut.png")
-    assert "folder" in fails(capsys, "classify", tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert "holds no pictures" in fails(capsys, "classify", tmp_path / "folder")
+    assert "pillow-heif" in fails(capsys, "classify", tmp_path / "phone.HEIC")
+    assert "address" in fails(capsys, "classify", "https://example.org/cat.png")
     assert "does not exist" in fails(capsys, "classify", tmp_path / "absent.png")
 
 

@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from PIL import Image
 from pyarrow.lib import ArrowException
 from torch import Tensor
 
+from deqzoo.data.shards import parquet_shards
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
@@ -207,29 +207,10 @@ def _split_files(source: ImageSource, folder: Path, stored: str) -> list[Path]:
         UserError: there are none, not all of them, or those of several copies.
     """
     inside = folder / source.config if (folder / source.config).is_dir() else folder
-    # As the Hub and `datasets` name them: train-00000-of-00002.parquet, with a hash in old ones.
-    name = re.compile(rf"{stored}-\d+(-of-(?P<parts>\d+))?(-[0-9a-f]{{8,}})?\.parquet")
-    shards = [
-        (path, match)
-        for path in sorted(inside.rglob(f"{stored}-*.parquet"))
-        if (match := name.fullmatch(path.name))
-    ]
-    files = [path for path, _ in shards] or sorted(inside.rglob(f"{stored}/*.parquet"))
+    files = parquet_shards(inside, stored)
     if not files:
         raise UserError(
             f"folder {folder} does not hold {source.title}: it has no {stored}-*.parquet"
-        )
-    folders = sorted({str(path.parent) for path in files})
-    if len(folders) > 1:
-        raise UserError(
-            f"{folder} holds the {stored} split more than once: {', '.join(folders[:3])}; name one "
-            "of these folders"
-        )
-    parts = {int(match["parts"]) for _, match in shards if match["parts"]}
-    if parts and parts != {len(shards)}:
-        raise UserError(
-            f"{folders[0]} holds {len(shards)} files of the {stored} split, whose names say that "
-            f"there are {' or '.join(map(str, sorted(parts)))}"
         )
     return files
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,19 +20,19 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pyarrow.lib import ArrowException
 from torch import Tensor
 
+from deqzoo.data.lines import parquet_rows
+from deqzoo.data.shards import parquet_shards
 from deqzoo.errors import UserError
 
 END = "<eos>"
 UNKNOWN = "<unk>"
 SPLITS = ("train", "validation", "test")
-_FORMAT = 1  # of the cached files
+_FORMAT = 2  # of the cached files
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ def load_corpus(
 
     Args:
         source: the corpus, or its name.
-        data: local folder in the Hub's layout or with plain files (`*train*.txt`, `*.tokens`),
-            or another repository; None for the corpus's own repository.
+        data: local folder in the Hub's layout or with plain files (`wiki.train.tokens`,
+            `ptb.valid.txt`), or another repository; None for the corpus's own repository.
         cache: folder of encoded corpora; by default `deqzoo/text` in the Hugging Face home.
 
     Raises:
@@ -247,18 +248,32 @@ def corpus_files(
     folder = _folder(source, data)
     inner = folder / source.folder
     folder = inner if inner.is_dir() else folder
-    short = {"train": ("train",), "validation": ("validation", "valid"), "test": ("test",)}
     found = {}
     for split in SPLITS:
-        patterns = [f"{split}-*.parquet", f"{split}/*.parquet"]
-        patterns += [f"*{name}*.{end}" for name in short[split] for end in ("txt", "tokens")]
-        files = next((f for p in patterns if (f := sorted(folder.glob(p)))), None)
-        if files is None:
+        files = parquet_shards(folder, split) or _plain_files(folder, split)
+        if not files:
             raise UserError(
                 f"folder {folder} does not hold {source.title}: it has no {split} split"
             )
         found[split] = files
     return found
+
+
+def _plain_files(folder: Path, split: str) -> list[Path]:
+    """Files as `wiki.train.tokens` and `ptb.valid.txt`.
+
+    Raises:
+        UserError: there are several of a split.
+    """
+    names = "validation|valid|val" if split == "validation" else split
+    name = re.compile(rf"(?:\w+\.)?(?:{names})\.(?:txt|tokens)")
+    files = sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
+    if len(files) > 1:
+        raise UserError(
+            f"{folder} holds the {split} split more than once: "
+            f"{', '.join(path.name for path in files[:4])}; leave one of them"
+        )
+    return files
 
 
 def _folder(source: TextSource, data: str | os.PathLike[str] | None) -> Path:
@@ -290,28 +305,9 @@ def _rows(source: TextSource, files: Sequence[Path]) -> Iterator[str]:
         yield from (row.lower() for row in rows) if source.lowercase else rows
 
 
-def parquet_rows(path: Path, column: str | None = None) -> Iterator[str]:
-    """The strings of a parquet file's column, by default its first column of strings.
-
-    Raises:
-        UserError: the file is no parquet file or has no such column.
-    """
-    try:
-        parquet = pq.ParquetFile(path)
-        schema = parquet.schema_arrow
-        names = [field.name for field in schema if str(field.type) in ("string", "large_string")]
-        chosen = column if column in names else (names[0] if names and column is None else None)
-        if chosen is None:
-            raise UserError(f"{path} has no column of text{f' {column!r}' if column else ''}")
-        for batch in parquet.iter_batches(columns=[chosen]):
-            yield from (row or "" for row in batch.column(0).to_pylist())
-    except (ArrowException, OSError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:160]}") from error
-
-
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as stream:
+        with path.open(encoding="utf-8-sig", newline="\n") as stream:
             yield from stream
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error

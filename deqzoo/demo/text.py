@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqzoo.data.lines import Fragment, read_lines
 from deqzoo.data.text import END, UNKNOWN
 from deqzoo.errors import UserError
-from deqzoo.evaluation.perplexity import PerplexityReport, perplexity, read_lines
+from deqzoo.evaluation.perplexity import PerplexityReport, perplexity
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
     detokenize,
     prepare_text,
@@ -111,9 +112,20 @@ def read_text_file(path: Any) -> str:
             f"{MAX_TEXT_FILE_BYTES / 1e6:.1f} MB. For more, run: deqzoo perplexity FILE"
         )
     try:
-        return check_text("".join(read_lines(path)))
+        return check_text(_text_of(path))
     except UserError as error:
         raise UserError(str(error).replace(str(path), path.name)) from error
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file as far as it can be within the limit: a compressed one may be endless."""
+    parts, length = [], 0
+    for line in read_lines(path):
+        parts.append(line if isinstance(line, Fragment) else line.rstrip("\r\n") + "\n")
+        length += len(line)
+        if length > MAX_TEXT_CHARACTERS:
+            break
+    return "".join(parts)
 
 
 def score(loaded: Loaded, text: str, solver: dict[str, Any] | None = None) -> Scored:

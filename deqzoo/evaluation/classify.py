@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,28 +125,82 @@ def to_batch(processor: Any, pictures: Sequence[Image.Image], model: PreTrainedM
     return pixels.to(model.device)
 
 
+def picture_files(source: str | os.PathLike[str]) -> list[Path]:
+    """The file itself, or all pictures of a folder in the order of their names, no hidden ones.
+
+    Raises:
+        UserError: an address, or a folder without pictures.
+    """
+    if "://" in str(source):
+        raise UserError(f"{source} is an address: fetch the picture first and name its file")
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return [path]
+    known = {*Image.registered_extensions(), *_HEIC} - {".pdf", ".mpg", ".mpeg"}
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+        and file.suffix.lower() in known
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise UserError(f"folder {path} holds no pictures")
+    return files
+
+
+_HEIC = (".heic", ".heif")
+
+
 def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Open and decode a picture file.
+    """Open and decode a picture file, or standard input ("-").
 
     Raises:
         UserError: no file, no picture, or a damaged one.
     """
+    if str(path) == "-":
+        return decode_picture(sys.stdin.buffer.read(), "standard input")
     path = Path(path).expanduser()
     if path.is_dir():
         raise UserError(f"{path} is a folder; name picture files")
     try:
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty")
-        with Image.open(path) as picture:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if path.suffix.lower() in _HEIC:
+        _register_heic(path)
+    return decode_picture(content, str(path))
+
+
+def _register_heic(path: Path) -> None:
+    """Let Pillow read the format of iPhones, which another package decodes."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a HEIC picture: pip install pillow-heif to read it, or save it as JPEG"
+        ) from error
+    register_heif_opener()
+
+
+def decode_picture(content: bytes, name: str) -> Image.Image:
+    """A picture from the bytes of its file.
+
+    Raises:
+        UserError: no bytes, no picture, or a damaged one; the message says `name`.
+    """
+    if not content:
+        raise UserError(f"{name} is empty")
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
             picture.load()
             return picture
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is no picture that can be read") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
+        raise UserError(f"{name} is no picture that can be read") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large to decode safely: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} is too large to decode safely: {error}") from error
+    except Exception as error:  # decoders of damaged files fail in arbitrary ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read {name}: {reason}") from error

@@ -1,4 +1,4 @@
-"""Commands that measure what a user brings."""
+"""Commands that answer what a user brings."""
 
 from __future__ import annotations
 
@@ -9,18 +9,114 @@ from typing import Annotated, Any
 
 import typer
 
+import deqzoo.zoo
 from deqzoo.errors import UserError
+from deqzoo.evaluation.options import (
+    AsJson,
+    Inputs,
+    MaxSteps,
+    SolverName,
+    Tolerance,
+    Trace,
+    complete_model,
+    recorded_traces,
+    require_trace_file,
+    solver_settings,
+    write_trace,
+)
+
+PICTURES_AT_ONCE = 32
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add this room's commands to the command line."""
+    app.command(rich_help_panel="Use models")(classify)
     app.command(rich_help_panel="Use models")(perplexity)
 
 
+def classify(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Picture files, folders of them, or - for standard input.", show_default=False
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="Image model.", autocompletion=complete_model)
+    ] = deqzoo.zoo.DEFAULT_IMAGE_MODEL,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
+    solver: SolverName = None,
+    max_steps: MaxSteps = None,
+    tol: Tolerance = None,
+    trace: Trace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name what pictures show."""
+    from deqzoo.evaluation import classify as classification
+
+    require_trace_file(trace)
+    inputs, files = Inputs(), []
+    for source in images:
+        with inputs.one():
+            files += [source] if source == "-" else classification.picture_files(source)
+    inputs.good = 0
+    loaded = None
+    curves: dict[str, Any] = {}
+    for start in range(0, len(files), PICTURES_AT_ONCE):
+        pictures = {}
+        for file in files[start : start + PICTURES_AT_ONCE]:
+            with inputs.one():
+                pictures[str(file)] = classification.read_picture(file)
+        if not pictures:
+            continue
+        if loaded is None:  # mistakes in files are said without waiting for the model
+            loaded = deqzoo.DEQModel.from_pretrained(model)
+            processor = classification.load_processor(loaded)
+            settings = solver_settings(loaded, solver, max_steps, tol)
+        with recorded_traces(loaded, trace is not None) as traces:
+            found = classification.classify(
+                loaded,
+                list(pictures.values()),
+                top_k=top_k,
+                processor=processor,
+                solver=settings,
+            )
+        for row, (name, result) in enumerate(zip(pictures, found, strict=True)):
+            _show_classification(name, result, as_json)
+            if traces:
+                curves[name] = traces[0][row, : result.n_steps].tolist()
+    if trace is not None and curves:
+        write_trace(trace, curves)
+    inputs.end()
+
+
+def _show_classification(name: str, result: Any, as_json: bool) -> None:
+    if as_json:
+        from deqzoo.evaluation.files import finite
+
+        row = {"file": name, **result.to_dict()}
+        typer.echo(json.dumps(finite(row), ensure_ascii=False))
+        return
+    typer.echo(name)
+    for label, probability in result.labels:
+        typer.echo(f"  {label:<20} {probability:6.1%}")
+    state = "converged" if result.converged else "not converged"
+    report = f"{result.n_steps} steps, relative residual {result.residual:.1e}, {state}"
+    typer.echo(f"  equilibrium: {report}")
+
+
 def perplexity(
-    file: Annotated[str, typer.Argument(help="Text or .parquet file, or - for standard input.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Texts (.txt, .jsonl, .parquet, .gz), folders, or - for standard input."
+        ),
+    ],
     model: Annotated[
         str | None, typer.Option(help="Language model; the best bundled WikiText-2 one by default.")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the texts in .jsonl and .parquet files.")
     ] = None,
     pretokenized: Annotated[
         bool, typer.Option("--pretokenized", help="One corpus row per line, no preparation.")
@@ -28,47 +124,85 @@ def perplexity(
     surprisal: Annotated[
         bool, typer.Option("--surprisal", help="Also print every token's surprisal in nats.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    solver: SolverName = None,
+    max_steps: MaxSteps = None,
+    tol: Tolerance = None,
+    trace: Trace = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Say how well a language model predicts a text."""
-    import deqzoo
-    from deqzoo.evaluation import perplexity as scoring
-    from deqzoo.evaluation.files import finite
-    from deqzoo.evaluation.text import load_tokenizer
+    """Say how well a language model predicts texts."""
+    from deqzoo.data.lines import text_files
 
-    if file != "-" and not Path(file).is_file():
-        raise UserError(
-            f"{file} is a folder, not a file" if Path(file).is_dir() else f"no file {file}"
-        )
+    require_trace_file(trace)
+    inputs, texts = Inputs(), []
+    for source in files:
+        with inputs.one():
+            texts += [source] if source == "-" else text_files(source)
+    inputs.good = 0
+    if not texts:
+        inputs.end()
     name = model or default_text_model()
     loaded = deqzoo.DEQModel.from_pretrained(name)
     if loaded.config.model_type != "deq_transformer" or not hasattr(loaded, "lm_head"):
         raise UserError(f"{name} is no language model; name one with --model")
-    bar = _progress(file)
-    report = scoring.perplexity(
-        loaded,
-        scoring.read_lines(file),
-        load_tokenizer(loaded),
-        # The rows of a corpus file are words already.
-        pretokenized=pretokenized or file.endswith(".parquet"),
-        keep_surprisal=surprisal,
-        on_line=lambda line: bar.update(len(line.encode())),
-    )
-    bar.close()
+    settings = solver_settings(loaded, solver, max_steps, tol)
+    curves: dict[str, Any] = {}
+    for text in texts:
+        with inputs.one(), recorded_traces(loaded, trace is not None) as traces:
+            report = _score(loaded, text, column, pretokenized, surprisal, settings)
+            _show_perplexity(name, str(text), report, len(texts) > 1, as_json)
+            if traces:  # the median over the first segment's tokens
+                curves[str(text)] = traces[0].flatten(0, -2).nanmedian(0).values.tolist()
+    if trace is not None and curves:
+        write_trace(trace, curves)
+    inputs.end()
+
+
+def _score(
+    model: Any,
+    file: str | Path,
+    column: str | None,
+    pretokenized: bool,
+    surprisal: bool,
+    solver: dict[str, Any] | None,
+) -> Any:
+    from deqzoo.data import lines
+    from deqzoo.evaluation import perplexity as scoring
+    from deqzoo.evaluation.text import load_tokenizer
+
+    if str(file) != "-" and lines.holds_records(Path(file)):
+        column = lines.text_column(Path(file), column)
+        print(f"{file}: reading the column {column!r}", file=sys.stderr)
+    with _progress(str(file)) as bar:
+        return scoring.perplexity(
+            model,
+            lines.read_lines(file, column),
+            load_tokenizer(model),
+            pretokenized=pretokenized,
+            keep_surprisal=surprisal,
+            solver=solver,
+            on_line=lambda line: bar.update(len(line.encode())),
+        )
+
+
+def _show_perplexity(name: str, file: str, report: Any, several: bool, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(finite({"model": name, **report.to_dict()}), ensure_ascii=False))
+        from deqzoo.evaluation.files import finite
+
+        row = {"file": file, "model": name, **report.to_dict()}
+        typer.echo(json.dumps(finite(row), ensure_ascii=False))
         return
     for word, nats in report.surprisal:
         typer.echo(f"{nats:8.3f}  {word}")
-    typer.echo(_summary(name, report))
+    typer.echo((f"{file}\n" if several else "") + _summary(name, report))
 
 
 def _progress(file: str) -> Any:
     """A bar over the bytes of a file, on a terminal only."""
     from tqdm import tqdm
 
-    counted = file != "-" and not file.endswith(".parquet")
-    total = Path(file).stat().st_size if counted else None
+    counted = Path(file).suffix not in ("", ".parquet", ".gz", ".bz2", ".xz") and file != "-"
+    total = Path(file).expanduser().stat().st_size if counted else None
     return tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
 

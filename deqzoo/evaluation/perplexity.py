@@ -7,28 +7,19 @@ the result does not depend on where segments are cut.
 
 from __future__ import annotations
 
-import codecs
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deqzoo.data.text import END, UNKNOWN, parquet_rows
+from deqzoo.data.lines import Fragment
+from deqzoo.data.text import END, UNKNOWN
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text, text_style
-
-BLOCK_BYTES = 1 << 20
-LONGEST_LINE = 1 << 16  # characters; longer lines are read in fragments
-
-
-class Fragment(str):
-    """Part of a line: no end of line follows it."""
 
 
 @dataclass
@@ -226,61 +217,3 @@ def perplexity(
     report = scorer.finish()
     report.characters, report.unknown, report.surprisal = characters, n_unknown, kept
     return report
-
-
-def read_lines(source: str | Path) -> Iterator[str]:
-    """Lines of a text file, of standard input ("-") or of a parquet file's rows, one by one.
-
-    Overlong lines come as fragments that end between words, so that memory stays bounded.
-
-    Raises:
-        UserError: the file is missing, a folder, or no UTF-8 text.
-    """
-    if str(source) == "-":
-        yield from _decoded_lines(sys.stdin.buffer, "standard input")
-        return
-    path = Path(source)
-    if path.is_dir() or not path.exists():
-        raise UserError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
-    if path.suffix == ".parquet":
-        yield from parquet_rows(path)
-        return
-    try:
-        with path.open("rb") as stream:
-            yield from _decoded_lines(stream, str(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _decoded_lines(stream: Any, name: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    rest = ""
-    while True:
-        block = stream.read(BLOCK_BYTES)
-        if b"\0" in block:
-            raise UserError(f"{name} is a binary file; give UTF-8 text")
-        try:
-            rest += decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not UTF-8 text: {error.reason}") from error
-        if not block:
-            break
-        *lines, rest = rest.split("\n")
-        for line in lines:
-            *fragments, line = _pieces(line)
-            yield from fragments
-            yield f"{line}\n"
-        *fragments, rest = _pieces(rest)
-        yield from fragments
-    if rest:
-        yield rest
-
-
-def _pieces(line: str) -> Iterator[str]:
-    """Fragments of an overlong line, and what is left of it."""
-    start = 0
-    while len(line) - start > LONGEST_LINE:
-        end = line.rfind(" ", start, start + LONGEST_LINE) + 1 or start + LONGEST_LINE
-        yield Fragment(line[start:end])
-        start = end
-    yield line[start:]

@@ -1,5 +1,6 @@
 """Corpora: counting, vocabularies, folder layouts, cache, errors."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,6 +59,26 @@ def test_plain_files_equal_parquet(tmp_path: Path) -> None:
     )
     assert one.vocabulary == other.vocabulary
     assert all(torch.equal(one.stream(s), other.stream(s)) for s in text.SPLITS)
+
+
+def test_only_files_of_the_split_count(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a")
+    write_parquet(tmp_path / "b", rows={"train": ["x y z"]})
+    for name in ("train-old.parquet", "train-00000-of-00001 (1).parquet"):
+        shutil.copy(tmp_path / "b/train-00000-of-00001.parquet", tmp_path / "a" / name)
+    expected = text.load_corpus("wikitext-2", write_parquet(tmp_path / "c"), cache=tmp_path / "x")
+    found = text.load_corpus("wikitext-2", tmp_path / "a", cache=tmp_path / "x")
+    assert torch.equal(found.stream("train"), expected.stream("train"))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens", "constrained.txt"):
+        (plain / name).write_text("\ufeffa b\n", encoding="utf-8")
+    corpus = text.load_corpus("wikitext-2", plain, cache=tmp_path / "x")
+    assert corpus.vocabulary == ("<eos>", "a", "b")  # neither another file nor a byte order mark
+    assert corpus.stream("train").tolist() == [1, 2, 0]
+    (plain / "ptb.train.txt").write_text("a b\n")
+    with pytest.raises(UserError, match="train split more than once"):
+        text.load_corpus("wikitext-2", plain, cache=tmp_path / "x")
 
 
 def test_corpus_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

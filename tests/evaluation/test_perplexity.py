@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from deqzoo.data import lines as reading
+from deqzoo.data.lines import Fragment, read_lines
 from deqzoo.errors import UserError
-from deqzoo.evaluation import perplexity as scoring
 from deqzoo.evaluation import text as evaluation
-from deqzoo.evaluation.perplexity import Fragment, perplexity, read_lines
+from deqzoo.evaluation.perplexity import perplexity
 from deqzoo.models.deq_transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
 
@@ -96,15 +97,26 @@ def test_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeffone\r\n\nzwei drei ä".encode())
     assert list(read_lines(file)) == ["one\r\n", "\n", "zwei drei ä"]
-    monkeypatch.setattr(scoring, "BLOCK_BYTES", 3)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 3)
     assert list(read_lines(file)) == ["one\r\n", "\n", "zwei drei ä"]
-    monkeypatch.setattr(scoring, "LONGEST_LINE", 6)
+    monkeypatch.setattr(reading, "LONGEST_LINE", 6)
     assert list(read_lines(file)) == ["one\r\n", "\n", "zwei ", "drei ä"]
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(b"x y\n")))
     assert list(read_lines("-")) == ["x y\n"]
     rows = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"n": [1, 2, 3], "text": ["", "a b", "c"]}), rows)
     assert list(read_lines(rows)) == ["", "a b", "c"]
+
+
+@pytest.mark.parametrize("space", (" ", "\t", "\u00a0", "\u3000"))
+def test_overlong_lines_are_cut_at_any_white_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: str
+) -> None:
+    monkeypatch.setattr(reading, "LONGEST_LINE", 10)
+    file = tmp_path / "long.txt"
+    file.write_text(space.join(["word"] * 20), encoding="utf-8")
+    pieces = list(read_lines(file))
+    assert len(pieces) > 5 and [w for piece in pieces for w in piece.split()] == ["word"] * 20
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])

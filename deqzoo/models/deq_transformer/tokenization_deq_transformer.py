@@ -6,6 +6,7 @@ first, by :func:`prepare_text`, which must never touch a corpus: it is not idemp
 """
 
 import re
+import unicodedata
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -102,17 +103,27 @@ class PreparedText:
         return self.n_unknown / max(self.n_words, 1)
 
 
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
+"""Soft hyphens, zero-width spaces and joiners, and byte order marks inside a text."""
+
+
+def normalise_text(text: str) -> str:
+    """Unicode's composed form (NFC), without characters that nobody sees."""
+    return _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+
+
 def prepare_text(text: str, vocabulary: Container[str], style: Style) -> PreparedText:
     """Bring text as people write it into the form of a corpus.
 
     Punctuation and contractions become words of their own, quotes and dashes get the corpus's
     characters; "wikitext" marks hyphens and separators inside words and numbers (`@-@`, `@,@`,
     `@.@`); "ptb" lower-cases, writes numbers as `N` and leaves out punctuation. Words that are
-    not in the vocabulary are kept here and become `<unk>` in the tokenizer.
+    not in the vocabulary are kept here and become `<unk>` in the tokenizer. Before all that the
+    text is normalised by :func:`normalise_text`.
     """
     split = _wikitext_words if style == "wikitext" else _ptb_words
     lines, n_words, n_unknown = [], 0, 0
-    for line in text.replace("\r\n", "\n").split("\n"):
+    for line in normalise_text(text).replace("\r\n", "\n").split("\n"):
         words = split(line, vocabulary)
         n_words += len(words)
         n_unknown += sum(_known_form(word, style) not in vocabulary for word in words)

@@ -1,0 +1,253 @@
+"""Lines of texts that people have: plain, compressed, UTF-16, JSON lines, parquet, a pipe.
+
+Everything is read piece by piece, so that memory does not grow with the text.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from pyarrow.lib import ArrowException
+
+from deqzoo.errors import UserError
+
+BLOCK_BYTES = 1 << 20
+LONGEST_LINE = 1 << 16  # characters; longer lines are read in fragments
+COLUMNS = ("text", "sentence", "content", "document", "article", "body")
+"""Names that people give to a column of texts, the usual ones first."""
+RECORDS = (".jsonl", ".ndjson")
+SUFFIXES = (".txt", ".text", ".md", ".tokens", *RECORDS, ".parquet")
+"""Files of a folder that are read as texts, with or without a compression's suffix."""
+_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+class Fragment(str):
+    """Part of a line: no end of line follows it."""
+
+
+def text_files(source: str | Path) -> list[Path]:
+    """The file itself, or all texts of a folder in the order of their names, without hidden ones.
+
+    Raises:
+        UserError: there is no such file or folder, or no text in it.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"no file {path}")
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+        and _suffix(file) in SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise UserError(f"folder {path} holds no text ({', '.join(SUFFIXES)})")
+    return files
+
+
+def read_lines(source: str | Path, column: str | None = None) -> Iterator[str]:
+    """Lines of a text file, of standard input ("-"), or of the texts in a table, one by one.
+
+    Overlong lines come as fragments that end between words, so that memory stays bounded.
+
+    Args:
+        source: plain text (UTF-8, or UTF-16 and UTF-32 with a byte order mark), `.jsonl` or
+            `.parquet`; text and JSON lines may be compressed (.gz, .bz2, .xz).
+        column: of the texts in JSON lines and parquet; see `text_column`.
+
+    Raises:
+        UserError: the file is missing, a folder, or no text.
+    """
+    if str(source) == "-":
+        yield from _decoded_lines(sys.stdin.buffer, "standard input")
+        return
+    path = Path(source).expanduser()
+    if path.is_dir() or not path.exists():
+        raise UserError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
+    if path.suffix == ".parquet":
+        for row in parquet_rows(path, text_column(path, column)):
+            yield from _row_lines(row)
+        return
+    try:
+        with _COMPRESSED.get(path.suffix, open)(path, "rb") as stream:
+            lines = _decoded_lines(stream, str(path))
+            yield from _records(lines, path, column) if _suffix(path) in RECORDS else lines
+    except (EOFError, lzma.LZMAError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def parquet_rows(path: Path, column: str) -> Iterator[str]:
+    """The strings of a parquet file's column, empty ones for nulls.
+
+    Raises:
+        UserError: the file is no parquet file or has no such column.
+    """
+    try:
+        parquet = pq.ParquetFile(path)
+        if column not in _string_columns(parquet):
+            raise UserError(f"{path} has no column of text {column!r}")
+        for batch in parquet.iter_batches(columns=[column]):
+            yield from (row or "" for row in batch.column(0).to_pylist())
+    except (ArrowException, OSError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:160]}") from error
+
+
+def text_column(path: Path, column: str | None = None) -> str:
+    """The column of a table that holds its texts.
+
+    Args:
+        path: a parquet file or JSON lines.
+        column: where it is known; else the one with a usual name (`COLUMNS`), or the only one that
+            holds strings.
+
+    Raises:
+        UserError: the file cannot be read, or it is not clear which column is meant.
+    """
+    if path.suffix == ".parquet":
+        try:
+            names = _string_columns(pq.ParquetFile(path))
+        except (ArrowException, OSError) as error:
+            raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:160]}") from error
+    else:
+        record = next(_first_records(path), {})
+        names = [name for name, value in record.items() if isinstance(value, str)]
+    return _choose(names, column, path)
+
+
+def _choose(names: Sequence[str], column: str | None, path: Path) -> str:
+    if column is not None:
+        if column in names:
+            return column
+        raise UserError(f"{path} has no column of text {column!r}; it has {_listed(names)}")
+    usual = [name for name in COLUMNS if name in names]
+    if usual or len(names) == 1:
+        return (usual or names)[0]
+    if not names:
+        raise UserError(f"{path} has no column of text")
+    raise UserError(f"{path} has several columns of text; choose with --column: {_listed(names)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) or "none"
+
+
+def _string_columns(parquet: pq.ParquetFile) -> list[str]:
+    kinds = ("string", "large_string", "string_view")
+    return [field.name for field in parquet.schema_arrow if str(field.type) in kinds]
+
+
+def _first_records(path: Path) -> Iterator[dict[str, Any]]:
+    with _COMPRESSED.get(path.suffix, open)(path, "rb") as stream:
+        for line in _decoded_lines(stream, str(path)):
+            if line.strip():
+                yield _record(line, path)
+
+
+def _records(lines: Iterator[str], path: Path, column: str | None) -> Iterator[str]:
+    """Lines of the texts of JSON lines: objects with a text, all under one key."""
+    whole = ""
+    for line in lines:
+        whole += line
+        if isinstance(line, Fragment):
+            continue
+        if whole.strip():
+            record = _record(whole, path)
+            column = column or _choose(
+                [name for name, value in record.items() if isinstance(value, str)], None, path
+            )
+            value = record.get(column)
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{path}: {column!r} is no text in a record: {str(value)[:40]!r}")
+            if value is None and column not in record:
+                raise UserError(f"{path} has a record without {column!r}")
+            yield from _row_lines(value or "")
+        whole = ""
+
+
+def _record(line: str, path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} holds a line that is no JSON: {line.strip()[:40]!r}") from error
+    if isinstance(record, str):
+        return {"text": record}
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds a line that is no JSON object: {line.strip()[:40]!r}")
+    return record
+
+
+def _row_lines(row: str) -> Iterator[str]:
+    for line in row.split("\n"):
+        yield from _pieces(line)
+
+
+def holds_records(path: Path) -> bool:
+    """Whether a file is a table, with a column of texts."""
+    return _suffix(path) in (".parquet", *RECORDS)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that says what a file holds, below that of its compression."""
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def _decoded_lines(stream: Any, name: str) -> Iterator[str]:
+    block = stream.read(BLOCK_BYTES)
+    while 0 < len(block) < 4 and (more := stream.read(BLOCK_BYTES)):
+        block += more
+    encoding = next((code for mark, code in _MARKS if block.startswith(mark)), "utf-8-sig")
+    decoder = codecs.getincrementaldecoder(encoding)()
+    rest = ""
+    while True:
+        if encoding == "utf-8-sig" and b"\0" in block:
+            raise UserError(
+                f"{name} is a binary file, or UTF-16 without a byte order mark; give UTF-8 text"
+            )
+        try:
+            rest += decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is not {encoding[:6].upper()} text: {error.reason}") from error
+        if not block:
+            break
+        *lines, rest = rest.split("\n")
+        for line in lines:
+            *fragments, line = _pieces(line)
+            yield from fragments
+            yield f"{line}\n"
+        *fragments, rest = _pieces(rest)
+        yield from fragments
+        block = stream.read(BLOCK_BYTES)
+    if rest:
+        yield rest
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """Fragments of an overlong line, and what is left of it; cut at white space of any kind."""
+    start = 0
+    while len(line) - start > LONGEST_LINE:
+        end = start + LONGEST_LINE
+        spaces = (i + 1 for i in range(end - 1, start, -1) if line[i].isspace())
+        end = next(spaces, end)
+        yield Fragment(line[start:end])
+        start = end
+    yield line[start:]

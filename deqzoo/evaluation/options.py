@@ -1,0 +1,168 @@
+"""What the commands that answer share: solver options, traces, and going on after a bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import deqzoo.zoo
+from deqzoo.errors import UserError
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names of the zoo that begin so, for the shell's completion."""
+    return [name for name in deqzoo.zoo.list_models() if name.startswith(incomplete)]
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        help="Zoo name, local folder, or repository on the Hub.", autocompletion=complete_model
+    ),
+]
+SolverName = Annotated[
+    str | None, typer.Option("--solver", help="Solver instead of the model's: anderson, ...")
+]
+MaxSteps = Annotated[
+    int | None, typer.Option("--max-steps", min=1, help="At most so many solver steps.")
+]
+Tolerance = Annotated[
+    float | None, typer.Option("--tol", min=0, help="Residual at which a solve stops.")
+]
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Draw the residual of every solver step: - in the terminal, or an .svg, .csv or "
+        ".json file.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, a line for each answer.")]
+
+
+def solver_settings(
+    model: Any, name: str | None, max_steps: int | None, tol: float | None
+) -> dict[str, Any] | None:
+    """Solver settings of a command, over the model's own; None where nothing is changed.
+
+    Raises:
+        UserError: no such solver, or a value out of range.
+    """
+    given = {"name": name, "max_steps": max_steps, "tol": tol}
+    settings = {key: value for key, value in given.items() if value is not None}
+    try:
+        model.resolve_solver(settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--solver, --max-steps, --tol: {error}") from error
+    return settings or None
+
+
+class Inputs:
+    """Counts inputs, and goes on after bad ones."""
+
+    def __init__(self) -> None:
+        self.good = self.bad = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One input: a mistake in it is a line on stderr."""
+        try:
+            yield
+            self.good += 1
+        except UserError as error:
+            self.bad += 1
+            print(f"deqzoo: {' '.join(str(error).split())}", file=sys.stderr)
+
+    def end(self) -> None:
+        """Leave with exit code 1 if some inputs were bad, with 2 if all of them were."""
+        if self.bad:
+            raise typer.Exit(1 if self.good else 2)
+
+
+@contextmanager
+def recorded_traces(model: Any, wanted: bool = True) -> Iterator[list[Any]]:
+    """A list that receives the trace (*cells, steps) of every solve of a model inside."""
+    traces: list[Any] = []
+    owners = [part for part in model.modules() if hasattr(type(part), "solve")] if wanted else []
+
+    def recording(solve: Any) -> Any:
+        def traced(*arguments: Any, **keywords: Any) -> Any:
+            solution = solve(*arguments, **{**keywords, "trace": True})
+            traces.append(solution.trace.detach().float().cpu())
+            return solution
+
+        return traced
+
+    for owner in owners:
+        owner.solve = recording(owner.solve)
+    try:
+        yield traces
+    finally:
+        for owner in owners:
+            del owner.solve
+
+
+def require_trace_file(trace: str | None) -> None:
+    """Check where a trace is to be written before the work that it records.
+
+    Raises:
+        UserError: a file of another kind, or one that cannot be written.
+    """
+    if trace is None or trace == "-":
+        return
+    from deqzoo.evaluation.files import require_writable
+
+    if Path(trace).suffix not in (".svg", ".csv", ".json"):
+        raise UserError(f"--trace {trace}: give -, or a file that ends in .svg, .csv or .json")
+    require_writable(Path(trace))
+
+
+def write_trace(trace: str, curves: dict[str, Sequence[float]]) -> None:
+    """Draw residuals after every step, by name, as `--trace` says."""
+    if trace == "-":
+        for name, values in curves.items():
+            typer.echo(terminal_chart(name, values))
+        return
+    path = Path(trace)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        text = json.dumps({name: list(values) for name, values in curves.items()}, indent=2) + "\n"
+    elif path.suffix == ".csv":
+        rows = [
+            f"{json.dumps(name, ensure_ascii=False)},{step},{value:.6g}"
+            for name, values in curves.items()
+            for step, value in enumerate(values, 1)
+        ]
+        text = "\n".join(["input,step,residual", *rows]) + "\n"
+    else:
+        from deqzoo.evaluation.chart import line_chart
+
+        text = line_chart(
+            {name: list(enumerate(values, 1)) for name, values in curves.items()},
+            title="Residual after every solver step",
+            x_label="solver steps",
+            y_label="residual",
+            log_y=True,
+        )
+    path.write_text(text, encoding="utf-8")
+    print(f"trace written to {path}", file=sys.stderr)
+
+
+def terminal_chart(name: str, values: Sequence[float], width: int = 48) -> str:
+    """A bar for every step, its length the logarithm of the residual."""
+    logs = [math.log10(v) if 0 < v < math.inf else math.nan for v in values]
+    finite = [v for v in logs if not math.isnan(v)] or [0.0]
+    low, high = min(finite), max(finite)
+    lines = [f"{name}: residual by solver step"]
+    for step, (value, log) in enumerate(zip(values, logs, strict=True), 1):
+        share = 0.0 if math.isnan(log) else (log - low) / ((high - low) or 1.0)
+        lines.append(f"  {step:>4}  {value:8.1e}  {'#' * (1 + round(share * (width - 1)))}")
+    return "\n".join(lines)
