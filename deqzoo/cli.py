@@ -185,6 +185,7 @@ _COMMAND_MODULES = (
     "deqzoo.training.cli",
     "deqzoo.training.graph_cli",
     "deqzoo.evaluation.cli",
+    "deqzoo.evaluation.graphs_cli",
     "deqzoo.evaluation.gradients_cli",
     "deqzoo.hub.cli",
     "deqzoo.demo.cli",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deqzoo.data.tu import GraphEncoding, find_tu_folder, find_tu_sets, read_tu
 from deqzoo.errors import UserError
 
 PUBLISHED_SEED = 42
@@ -35,9 +37,10 @@ class GraphSet:
     Attributes:
         name: of the data set.
         graphs: torch_geometric `Data` objects in stored order, with x, edge_index and y.
-        labels: (n,) int64.
+        labels: (n,) int64, -1 for a graph without a label.
         num_features: width of the node features.
         num_classes: number of classes.
+        encoding: what the numbers of classes and features stand for.
     """
 
     name: str
@@ -45,6 +48,7 @@ class GraphSet:
     labels: Tensor
     num_features: int
     num_classes: int
+    encoding: GraphEncoding | None = None
 
     def batch(self, index: Sequence[int] | Tensor) -> Any:
         """Return the chosen graphs as one torch_geometric `Batch`."""
@@ -62,30 +66,127 @@ class Fold:
     test: list[int]
 
 
-def load_graph_set(name: str, root: str | Path) -> GraphSet:
+def load_graph_set(name: str, root: str | Path, encoding: GraphEncoding | None = None) -> GraphSet:
     """Read a graph classification set in TUDataset's format, features from node labels alone.
 
     A set without node labels gets the in-degree as its one feature.
 
+    Args:
+        name: of the set.
+        root: folder that holds it.
+        encoding: of the checkpoint that is to read it, so that classes and node labels keep their
+            numbers; None numbers them by what this folder holds, as the published sets are.
+
     Raises:
-        UserError: torch_geometric is missing, or `root` does not hold the files.
+        UserError: torch_geometric is missing, `root` does not hold the files, they are damaged, or
+            hold a class or node label that the encoding does not know.
     """
-    datasets = _import_datasets()
-    source = _tu_files(name, Path(root))
-    with tempfile.TemporaryDirectory() as scratch:
-        raw = Path(scratch) / name / "raw"
-        raw.mkdir(parents=True)
-        for file in source.glob(f"{name}_*.txt"):
-            shutil.copy(file, raw / file.name)
-        with contextlib.redirect_stderr(io.StringIO()):  # announces its processing
-            stored = datasets.TUDataset(scratch, name)
-        graphs = [stored[i] for i in range(len(stored))]
-    if graphs[0].x is None:
-        for graph in graphs:
-            degree = torch.bincount(graph.edge_index[1], minlength=graph.num_nodes)
-            graph.x = degree[:, None].float()
-    labels = torch.tensor([int(graph.y) for graph in graphs])
-    return GraphSet(name, graphs, labels, graphs[0].x.shape[1], int(labels.max()) + 1)
+    _import_datasets()
+    root = Path(root).expanduser()
+    folder = find_tu_folder(name, root)
+    graphs, encoding = read_tu(name, folder, encoding, published=True)
+    return _graph_set(name, graphs, encoding)
+
+
+def load_own_graphs(path: str | Path, encoding: GraphEncoding | None = None) -> GraphSet:
+    """Graphs of one's own: a folder in TUDataset's format, or a saved list of PyG `Data`.
+
+    Args:
+        path: the folder (or one that holds it), a `.pt` file written by `torch.save`, or "-" for
+            such a file from standard input. Lists keep their x, the in-degrees stand in where
+            there is none; y is one whole number per graph.
+        encoding: as of `load_graph_set`. Graphs need no labels where it is given.
+
+    Raises:
+        UserError: nothing there that is read, or what `load_graph_set` refuses.
+    """
+    _import_datasets()
+    if str(path) == "-":
+        content = io.BytesIO(sys.stdin.buffer.read())
+        graphs, encoding = _saved_graphs(content, "standard input", encoding)
+        return _graph_set("standard input", graphs, encoding)
+    path = Path(path).expanduser()
+    if path.is_file():
+        graphs, encoding = _saved_graphs(path, str(path), encoding)
+        return _graph_set(path.stem, graphs, encoding)
+    if not path.is_dir():
+        raise UserError(f"there is no file or folder {path}")
+    found = find_tu_sets(path)
+    if len(found) != 1:
+        what = f"several sets ({', '.join(found)}); name one's folder" if found else "no graphs"
+        raise UserError(
+            f"{path} holds {what}: files in TUDataset's format (NAME_A.txt, "
+            "NAME_graph_indicator.txt, NAME_graph_labels.txt)"
+        )
+    ((name, folder),) = found.items()
+    graphs, encoding = read_tu(name, folder, encoding)
+    return _graph_set(name, graphs, encoding)
+
+
+def _graph_set(name: str, graphs: list[Any], encoding: GraphEncoding) -> GraphSet:
+    labels = torch.tensor([-1 if graph.y is None else int(graph.y) for graph in graphs])
+    width = graphs[0].x.shape[1]
+    return GraphSet(name, graphs, labels, width, len(encoding.classes), encoding)
+
+
+def _saved_graphs(
+    file: Path | io.BytesIO, path: str, encoding: GraphEncoding | None
+) -> tuple[list[Any], GraphEncoding]:
+    """A list of `Data` from a file, read without running code in it."""
+    from torch_geometric.data import Data
+    from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+    from torch_geometric.data.storage import GlobalStorage
+
+    try:
+        with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]):
+            graphs = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling arbitrary bytes fails in arbitrary ways
+        raise UserError(
+            f"cannot read {path} as a list of torch_geometric Data ({type(error).__name__}): save "
+            "it by torch.save([Data(...), ...], file), with tensors only"
+        ) from error
+    if isinstance(graphs, Data):
+        graphs = [graphs]
+    if not isinstance(graphs, (list, tuple)) or not graphs:
+        raise UserError(f"{path} holds no list of graphs but {type(graphs).__name__}")
+    stored: list[int | None] = []
+    for number, graph in enumerate(graphs):
+        where = f"graph {number} of {path}"
+        if not isinstance(graph, Data) or not isinstance(graph.edge_index, Tensor):
+            raise UserError(f"{where} is no torch_geometric Data with edge_index (2, e)")
+        if graph.x is None:
+            n = int(graph.num_nodes or 0)
+            graph.x = torch.bincount(graph.edge_index[1], minlength=n)[:, None].float()
+        if not isinstance(graph.x, Tensor) or graph.x.ndim != 2:
+            raise UserError(f"{where} has node features x that are no matrix (n, p)")
+        graph.x = graph.x.float()
+        if graph.x.shape[1] != graphs[0].x.shape[1]:
+            raise UserError(
+                f"{where} has {graph.x.shape[1]} node features, the first {graphs[0].x.shape[1]}"
+            )
+        stored.append(_stored_label(graph, where))
+    if encoding is None:
+        missing = [i for i, label in enumerate(stored) if label is None]
+        if missing:
+            raise UserError(f"graph {missing[0]} of {path} has no label y")
+        encoding = GraphEncoding(tuple(sorted({int(label) for label in stored})))
+    for number, (graph, label) in enumerate(zip(graphs, stored, strict=True)):
+        if label is not None and label not in encoding.classes:
+            raise UserError(
+                f"graph {number} of {path} has the label {label}, which is none of this model's "
+                f"classes {', '.join(map(str, encoding.classes))}"
+            )
+        graph.y = None if label is None else torch.tensor([encoding.classes.index(label)])
+    return list(graphs), encoding
+
+
+def _stored_label(graph: Any, where: str) -> int | None:
+    if graph.y is None:
+        return None
+    y = torch.as_tensor(graph.y)
+    if y.numel() != 1 or (y.is_floating_point() and float(y) != round(float(y))):
+        raise UserError(f"{where} needs one whole number as its label y, got shape {list(y.shape)}")
+    return int(y)
 
 
 def load_twitch(code: str, root: str | Path) -> Any:
@@ -224,20 +325,6 @@ def _stratified(labels: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
         raise UserError("folds need scikit-learn: pip install 'deqzoo[graph]'") from error
     splitter = StratifiedKFold(N_FOLDS, shuffle=True, random_state=PUBLISHED_SEED)
     return list(splitter.split(np.zeros(len(labels)), labels.numpy()))
-
-
-def _tu_files(name: str, root: Path) -> Path:
-    for folder in (root / name, root / name / "raw", root):
-        if (folder / f"{name}_A.txt").is_file():
-            missing = [
-                f"{name}_{part}.txt"
-                for part in ("graph_indicator", "graph_labels")
-                if not (folder / f"{name}_{part}.txt").is_file()
-            ]
-            if missing:
-                raise UserError(f"{folder} lacks {', '.join(missing)}")
-            return folder
-    raise UserError(f"no {name}_A.txt in {root / name}: --data is the folder that holds {name}/")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

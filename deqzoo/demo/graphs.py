@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from deqzoo.data.graphs import load_graph_set
+from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
+from deqzoo.evaluation.graphs import encoding_of
 from deqzoo.zoo import read_json
 
 from .guard import MAX_GRAPH_FILE_BYTES, whole_number
@@ -83,16 +85,16 @@ def available_sets(root: Path | None) -> list[str]:
 
 
 @lru_cache(maxsize=4)
-def stored_graphs(name: str, root: Path) -> tuple[Graph, ...]:
-    """A data set from a local folder, read once."""
-    found = load_graph_set(name, root)
+def stored_graphs(name: str, root: Path, encoding: GraphEncoding | None) -> tuple[Graph, ...]:
+    """A data set from a local folder, read once, with a checkpoint's numbering."""
+    found = load_graph_set(name, root, encoding)
     return tuple(
-        Graph(graph.x.float(), graph.edge_index, int(label))
+        Graph(graph.x.float(), graph.edge_index, int(label) if label >= 0 else None)
         for graph, label in zip(found.graphs, found.labels, strict=True)
     )
 
 
-def uploaded_graphs(paths: Sequence[Any]) -> tuple[Graph, ...]:
+def uploaded_graphs(paths: Sequence[Any], encoding: GraphEncoding | None) -> tuple[Graph, ...]:
     """Graphs from uploaded files in TUDataset's format (NAME_A.txt and so on).
 
     Raises:
@@ -116,7 +118,7 @@ def uploaded_graphs(paths: Sequence[Any]) -> tuple[Graph, ...]:
                 shutil.copy(file, folder / file.name)
         try:
             _check_sizes(folder)
-            return stored_graphs.__wrapped__(names[0], Path(scratch))
+            return stored_graphs.__wrapped__(names[0], Path(scratch), encoding)
         except UserError as error:
             raise UserError(str(error).replace(str(folder), "the upload")) from error
         except Exception as error:  # whatever a broken file makes the reader stumble over
@@ -178,11 +180,11 @@ def pick(
     """
     width = loaded.model.config.num_features
     if files:
-        source, graphs = UPLOADED, uploaded_graphs(files)
+        source, graphs = UPLOADED, uploaded_graphs(files, encoding_of(loaded.model))
     elif source == MADE_UP:
         graphs = made_up_graphs(width)
     elif source in available_sets(root) and root is not None:
-        graphs = stored_graphs(source, root)
+        graphs = stored_graphs(source, root, encoding_of(loaded.model))
     else:
         known = ", ".join(available_sets(root))
         raise UserError(f"unknown graphs {str(source)[:80]!r}; available here: {known}")

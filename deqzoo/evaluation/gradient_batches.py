@@ -177,10 +177,10 @@ def _graphs(
         batch = {"x": part.graphs, "labels": part.labels, "mask": part.mask}
         return batch, f"the {split} nodes of a graph of {name}"
     from deqzoo.data.graphs import load_graph_set
-    from deqzoo.evaluation.graphs import stored_fold
+    from deqzoo.evaluation.graphs import encoding_of, stored_fold
 
     fold = stored_fold(model)
-    graphs = load_graph_set(fold["data"], data)
+    graphs = load_graph_set(fold["data"], data, encoding_of(model))
     chosen = torch.tensor(fold[split])
     chosen = chosen[torch.randperm(len(chosen), generator=generator)[: size or 16]].tolist()
     batch = {"x": graphs.batch(chosen), "labels": torch.as_tensor(graphs.labels)[chosen]}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deqzoo.data.graphs import GraphSet, load_graph_set
+from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
 from deqzoo.evaluation.files import describe_environment, describe_model
 from deqzoo.evaluation.graph_nodes import NODE_TASKS, evaluate_parts, node_parts
@@ -31,14 +32,14 @@ class GraphPrediction:
         number: position in the data set.
         label: predicted class.
         probability: of that class.
-        target: stored class.
+        target: stored class; None for a graph without a label.
         n_steps, residual, converged: the solver's report.
     """
 
     number: int
     label: int
     probability: float
-    target: int
+    target: int | None
     n_steps: int
     residual: float
     converged: bool
@@ -46,30 +47,56 @@ class GraphPrediction:
 
 @torch.inference_mode()
 def predict_graphs(
-    model: IGNNForGraphClassification, data: GraphSet, index: list[int], batch_size: int = 128
+    model: IGNNForGraphClassification,
+    data: GraphSet,
+    index: list[int],
+    batch_size: int = 128,
+    solver: dict[str, Any] | None = None,
 ) -> Iterator[GraphPrediction]:
     """Predict the class of chosen graphs.
 
     Raises:
         UserError: the model classifies no graphs, or reads other features.
     """
-    if not isinstance(model, IGNNForGraphClassification):
-        raise UserError(f"{type(model).__name__} classifies no graphs; choose a graph classifier")
+    require_graph_classifier(model)
     model.eval()
     for start in range(0, len(index), batch_size):
         chosen = index[start : start + batch_size]
-        output = model(data.batch(chosen))
+        output = model(data.batch(chosen), solver=solver)
         probabilities, labels = output.logits.softmax(1).max(1)
         for i, number in enumerate(chosen):
             yield GraphPrediction(
                 number=number,
                 label=int(labels[i]),
                 probability=float(probabilities[i]),
-                target=int(data.labels[number]),
+                target=int(data.labels[number]) if data.labels[number] >= 0 else None,
                 n_steps=int(output.n_steps[i]),
                 residual=float(output.residual[i]),
                 converged=bool(output.converged[i]),
             )
+
+
+def require_graph_classifier(model: Any) -> None:
+    """Refuse models of other kinds.
+
+    Raises:
+        UserError: the model classifies no graphs.
+    """
+    if not isinstance(model, IGNNForGraphClassification):
+        raise UserError(f"{type(model).__name__} classifies no graphs; choose a graph classifier")
+
+
+def encoding_of(model: IGNNPreTrainedModel) -> GraphEncoding | None:
+    """What a checkpoint's classes and node features stand for; None where it does not say.
+
+    Raises:
+        UserError: the configuration's description is damaged.
+    """
+    content = model.config.graph_encoding
+    try:
+        return None if content is None else GraphEncoding.from_dict(content)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"graph_encoding of the configuration is damaged: {error}") from error
 
 
 def stored_fold(model: IGNNPreTrainedModel) -> dict[str, Any]:
@@ -156,7 +183,9 @@ def _evaluate_fold(
     batch_size: int,
     limit: int | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    graphs = load_graph_set(fold["data"], root)
+    graphs = load_graph_set(fold["data"], root, encoding_of(model))
+    if not fold[split]:
+        raise UserError(f"the {split} split of this checkpoint's fold is empty")
     found = list(predict_graphs(model, graphs, fold[split][:limit], batch_size))
     described: dict[str, Any] = {
         "name": fold["data"].lower(),

@@ -1,9 +1,7 @@
-"""Commands of the graph family: predict, and the table."""
+"""The command of the graph table."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,40 +14,7 @@ DataRoot = Annotated[Path, typer.Option("--data", help="Folder of the graph data
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    app.command("predict-graphs", rich_help_panel="Use models")(predict_graphs)
     app.command("ignn-table", rich_help_panel="Train")(ignn_table)
-
-
-def predict_graphs(
-    name: Annotated[str, typer.Argument(help="Zoo name, local folder, or repository.")],
-    data: DataRoot,
-    data_set: Annotated[
-        str | None, typer.Option("--set", help="Data set; the checkpoint's own by default.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="test, validation, train or all.")] = "test",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Predict the classes of graphs."""
-    import deqzoo
-    from deqzoo.data.graphs import load_graph_set
-    from deqzoo.evaluation import graphs
-
-    model = deqzoo.DEQModel.from_pretrained(name)
-    stored = data_set or graphs.stored_fold(model)["data"]
-    index = None if split == "all" else graphs.split_indices(model, stored, split)
-    loaded = load_graph_set(stored, data)
-    found = list(graphs.predict_graphs(model, loaded, index or list(range(len(loaded.graphs)))))
-    if as_json:
-        typer.echo(json.dumps([asdict(prediction) for prediction in found], indent=2))
-        return
-    for p in found:
-        state = "converged" if p.converged else "not converged"
-        typer.echo(
-            f"graph {p.number:>5}  class {p.label} ({p.probability:.1%}), stored {p.target}; "
-            f"{p.n_steps} steps, residual {p.residual:.1e}, {state}"
-        )
-    right = sum(p.label == p.target for p in found)
-    typer.echo(f"{right} of {len(found)} as stored ({right / len(found):.1%})")
 
 
 def ignn_table(

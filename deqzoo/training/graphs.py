@@ -139,6 +139,18 @@ class _Part:
         return output
 
 
+def class_settings(data: GraphSet) -> dict[str, Any]:
+    """Settings of `IGNNConfig` that say what a set's classes and features stand for."""
+    if data.encoding is None:
+        return {"num_labels": data.num_classes}
+    names = [str(label) for label in data.encoding.classes]
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+        "graph_encoding": data.encoding.to_dict(),
+    }
+
+
 class FoldRun:
     """Trains a new model on one fold and records its curves.
 
@@ -157,7 +169,7 @@ class FoldRun:
         self.settings = settings
         config = IGNNConfig(
             num_features=data.num_features,
-            num_labels=data.num_classes,
+            **class_settings(data),
             solver={"tol": settings.tol},
             gradient=METHODS[method],
         )

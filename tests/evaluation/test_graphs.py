@@ -20,7 +20,7 @@ def test_a_fold_records_its_majority_rate(tmp_path: Path, monkeypatch: pytest.Mo
     edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
     graphs = [data_class(x=torch.eye(3), edge_index=edges, y=label[None]) for label in labels]
     known = GraphSet("TINY", graphs, labels, num_features=3, num_classes=2)
-    monkeypatch.setattr("deqzoo.evaluation.graphs.load_graph_set", lambda name, root: known)
+    monkeypatch.setattr("deqzoo.evaluation.graphs.load_graph_set", lambda *_: known)
     config = deqzoo.IGNNConfig(num_features=3, hidden_sizes=[4], num_labels=2)
     deqzoo.IGNNForGraphClassification(config).save_pretrained(tmp_path)
     fold = {"data": "TINY", "protocol": "honest", "fold": 0, "test": [0, 1, 4], "train": [2]}

@@ -42,6 +42,8 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
             parameters, the projection of stored weights in every forward (evaluation too), A + A^T
             in the evaluation of graph classifiers, and the gradient of W that is wrong for
             directed graphs. Meant for parity tests and converted checkpoints.
+        graph_encoding: what the classes and node features of a graph classifier stand for, as
+            `deqzoo.data.tu.GraphEncoding` has it; None where nobody says.
         solver: the equilibrium solver's settings, as in `deqzoo.equilibrium.make_solver`.
         gradient: the gradient's settings, as in `deqzoo.equilibrium.make_gradient`.
 
@@ -70,6 +72,7 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
     normalize_states: bool = False
     classifier_bias: bool = True
     official: bool = False
+    graph_encoding: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.hidden_sizes = list(self.hidden_sizes)

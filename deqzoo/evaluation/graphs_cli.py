@@ -1,0 +1,124 @@
+"""The command that names the classes of graphs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deqzoo.errors import UserError
+from deqzoo.evaluation.options import (
+    AsJson,
+    Inputs,
+    MaxSteps,
+    ModelName,
+    SolverName,
+    Tolerance,
+    Trace,
+    recorded_traces,
+    require_trace_file,
+    solver_settings,
+    write_trace,
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this module to the command line."""
+    app.command("predict-graphs", rich_help_panel="Use models")(predict_graphs)
+
+
+def predict_graphs(
+    name: ModelName,
+    graphs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Folders in TUDataset's format, .pt files with lists of PyG Data, or - for such a "
+            "file from standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Instead: folder of published data sets.")
+    ] = None,
+    data_set: Annotated[
+        str | None, typer.Option("--set", help="With --data: the set; the checkpoint's own.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="With --data: test, validation, train or all.")
+    ] = "test",
+    solver: SolverName = None,
+    max_steps: MaxSteps = None,
+    tol: Tolerance = None,
+    trace: Trace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict the classes of graphs."""
+    import deqzoo
+    from deqzoo.data.graphs import load_graph_set, load_own_graphs
+    from deqzoo.evaluation import graphs as evaluation
+
+    if bool(graphs) == (data is not None):
+        raise UserError("name either graphs, or the folder of the checkpoint's data with --data")
+    require_trace_file(trace)
+    model = deqzoo.DEQModel.from_pretrained(name)
+    evaluation.require_graph_classifier(model)
+    settings = solver_settings(model, solver, max_steps, tol)
+    encoding = evaluation.encoding_of(model)
+    curves: dict[str, Any] = {}
+    inputs = Inputs()
+
+    def predict(source: str, loaded: Any, index: list[int] | None) -> None:
+        chosen = list(range(len(loaded.graphs))) if index is None else index
+        if not chosen:
+            raise UserError(f"{source}: the {split} split is empty")
+        with recorded_traces(model, trace is not None) as traces:
+            found = list(evaluation.predict_graphs(model, loaded, chosen, solver=settings))
+        for prediction in found:
+            _show(source, prediction, model.config, as_json)
+        if not as_json:
+            _summarise(found)
+        if traces:  # of the first layer, which solves for all graphs of the first batch at once
+            for row, prediction in zip(traces[0].tolist(), found, strict=False):
+                curves[f"{source} {prediction.number}"] = row
+
+    if data is not None:
+        stored = data_set or evaluation.stored_fold(model)["data"]
+        index = None if split == "all" else evaluation.split_indices(model, stored, split)
+        predict(stored, load_graph_set(stored, data, encoding), index)
+    else:
+        for source in graphs or []:
+            with inputs.one():
+                predict(source, load_own_graphs(source, encoding), None)
+    if trace is not None and curves:
+        write_trace(trace, curves)
+    inputs.end()
+
+
+def _show(source: str, prediction: Any, config: Any, as_json: bool) -> None:
+    from deqzoo.evaluation.files import finite
+
+    def named(number: int | None) -> str | None:
+        return None if number is None else config.id2label[number]
+
+    p = prediction
+    label, target = named(p.label), named(p.target)
+    if as_json:
+        row = {"file": source, **asdict(p), "label": label, "target": target}
+        typer.echo(json.dumps(finite(row), ensure_ascii=False))
+        return
+    state = "converged" if p.converged else "not converged"
+    stored = "" if target is None else f", stored {target}"
+    typer.echo(
+        f"graph {p.number:>5}  class {label} ({p.probability:.1%}){stored}; "
+        f"{p.n_steps} steps, residual {p.residual:.1e}, {state}"
+    )
+
+
+def _summarise(found: list[Any]) -> None:
+    known = [p for p in found if p.target is not None]
+    if known:
+        right = sum(p.label == p.target for p in known)
+        typer.echo(f"{right} of {len(known)} as stored ({right / len(known):.1%})")
