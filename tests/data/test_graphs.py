@@ -1,6 +1,8 @@
 """Graph data: reading local folders, folds, and figures."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ from deqzoo.data.graphs import (
     load_citations,
     load_graph_set,
     load_localization,
+    load_own_graphs,
     load_photo,
     load_ppi,
     load_twitch,
     micro_f1,
     published_folds,
 )
+from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
 from deqzoo.evaluation.graph_nodes import area_under_curve, node_figures
 
@@ -62,6 +66,119 @@ def test_degrees_stand_in_for_missing_features(tmp_path):
     write_graph_set(tmp_path / "TINY", node_labels=False)
     data = load_graph_set("TINY", tmp_path)
     assert data.graphs[0].x.tolist() == [[1.0], [2.0], [1.0]]
+
+
+SMALL = {
+    "A": "1, 2\n2, 1\n3, 4\n4, 3\n",
+    "graph_indicator": "1\n1\n2\n2\n",
+    "graph_labels": "1\n2\n",
+    "node_labels": "0\n1\n2\n0\n",
+}
+
+
+def write_small(folder, **change):
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, text in {**SMALL, **change}.items():
+        (folder / f"T_{part}.txt").write_text(text)
+
+
+def test_a_part_of_a_set_keeps_the_numbers_of_the_whole(tmp_path):
+    write_graph_set(tmp_path / "TINY")
+    whole = load_graph_set("TINY", tmp_path)
+    assert whole.encoding.classes == (-1, 1) and whole.encoding.node_labels == ((0, 1, 2),)
+    kept = GraphEncoding.from_dict(json.loads(json.dumps(whole.encoding.to_dict())))
+    assert kept == whole.encoding
+    write_small(tmp_path / "T", graph_labels="1\n1\n", node_labels="1\n2\n2\n1\n")
+    part = load_graph_set("T", tmp_path, kept)
+    assert part.labels.tolist() == [1, 1] and part.num_features == 3
+    assert part.graphs[0].x.tolist() == [[0, 1, 0], [0, 0, 1]]
+    write_small(tmp_path / "T", node_labels="1\n2\n3\n1\n")
+    with pytest.raises(UserError, match="node 3 has the label 3.*knows 0, 1, 2"):
+        load_graph_set("T", tmp_path, kept)
+    write_small(tmp_path / "T", graph_labels="-1\n2\n")
+    with pytest.raises(UserError, match="graph 2 has the label 2.*classes -1, 1"):
+        load_graph_set("T", tmp_path, kept)
+    (tmp_path / "T" / "T_graph_labels.txt").unlink()
+    assert load_graph_set("T", tmp_path, kept).labels.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("name", ("COX2", "PROTEINS"))
+def test_published_sets_equal_torch_geometric(tmp_path, name):
+    source = Path("../shared/data/graphs") / name
+    if not source.is_dir():
+        pytest.skip(f"{name} is not at hand")
+    raw = tmp_path / name / "raw"
+    raw.mkdir(parents=True)
+    for file in source.glob(f"{name}_*.txt"):
+        shutil.copy(file, raw)
+    expected = pytest.importorskip("torch_geometric.datasets").TUDataset(tmp_path, name)
+    found = load_graph_set(name, source.parent)
+    assert len(found.graphs) == len(expected)
+    for a, b in zip(found.graphs, expected, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in ("x", "edge_index", "y"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"graph_labels": "a\nb\n"}, "numbers parted by commas"),
+        ({"graph_labels": "0.5\n1.7\n"}, "whole numbers"),
+        ({"graph_labels": "nan\n1\n"}, "NaN"),
+        ({"graph_labels": "1\n"}, "1 labels for 2 graphs"),
+        ({"A": "1 2\n2 1\n"}, "commas"),
+        ({"A": "1\n2\n"}, "2 numbers"),
+        ({"A": "1, 2\n2, 1\n3, 9\n9, 3\n"}, "names node 9"),
+        ({"A": "0, 1\n1, 0\n"}, "names node 0"),
+        ({"A": "1, 3\n3, 1\n"}, "different graphs"),
+        ({"node_labels": "0\n1\n"}, "2 lines for 4 nodes"),
+        ({"graph_indicator": "1\n1\n3\n3\n"}, "graph 2 has no nodes"),
+        ({"graph_indicator": "1\n1\n2000000000\n2\n"}, "graph 3 has no nodes"),
+        ({"graph_indicator": ""}, "names no node"),
+        ({"node_labels": "0\n1\n2\n99999999\n"}, "too many features"),
+    ],
+)
+def test_damaged_sets_are_refused_in_one_line(tmp_path, change, said):
+    write_small(tmp_path / "T", **change)
+    with pytest.raises(UserError, match=said) as caught:
+        load_graph_set("T", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_sets_without_order_or_edges(tmp_path):
+    write_small(tmp_path / "T", graph_indicator="2\n2\n1\n1\n")
+    first, second = load_graph_set("T", tmp_path).graphs
+    assert first.x.tolist() == [[0, 0, 1], [1, 0, 0]] and second.x.tolist()[1] == [0, 1, 0]
+    assert first.edge_index.tolist() == second.edge_index.tolist() == [[0, 1], [1, 0]]
+    write_small(tmp_path / "T", A="")
+    assert load_graph_set("T", tmp_path).graphs[0].edge_index.shape == (2, 0)
+
+
+def test_own_graphs(tmp_path):
+    write_small(tmp_path / "T", node_attributes="0.5\n1\n2\n3\n", node_labels="5\n9\n9\n5\n")
+    own = load_own_graphs(tmp_path)
+    assert own.name == "T" and own.encoding == GraphEncoding((1, 2), ((5, 9),), 1)
+    assert own.graphs[0].x.tolist() == [[0.5, 1, 0], [1, 0, 1]]
+    data = pytest.importorskip("torch_geometric.data").Data
+    edges = torch.tensor([[0, 1], [1, 0]])
+    graphs = [data(x=torch.eye(2), edge_index=edges, y=torch.tensor([y])) for y in (7, 3)]
+    torch.save(graphs, tmp_path / "own.pt")
+    listed = load_own_graphs(tmp_path / "own.pt")
+    assert listed.labels.tolist() == [1, 0] and listed.encoding.classes == (3, 7)
+    with pytest.raises(UserError, match="label 7.*classes 3"):
+        load_own_graphs(tmp_path / "own.pt", GraphEncoding((3,)))
+    torch.save([data(edge_index=edges, num_nodes=3)], tmp_path / "bare.pt")
+    bare = load_own_graphs(tmp_path / "bare.pt", GraphEncoding((3, 7)))
+    assert bare.labels.tolist() == [-1] and bare.graphs[0].x.tolist() == [[1], [1], [0]]
+    with pytest.raises(UserError, match="no label y"):
+        load_own_graphs(tmp_path / "bare.pt")
+    for content in (b"nothing", b""):
+        (tmp_path / "bad.pt").write_bytes(content)
+        with pytest.raises(UserError, match="cannot read"):
+            load_own_graphs(tmp_path / "bad.pt")
+    for value in ({"x": 1}, [], [torch.eye(2)], [data(x=torch.eye(2))]):
+        torch.save(value, tmp_path / "bad.pt")
+        with pytest.raises(UserError, match="bad.pt"):
+            load_own_graphs(tmp_path / "bad.pt")
 
 
 def test_missing_files(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deqzoo
+from deqzoo.cli import run
 from deqzoo.data.graphs import GraphSet
 from deqzoo.evaluation.graphs import evaluate_graphs
 
@@ -29,3 +30,74 @@ def test_a_fold_records_its_majority_rate(tmp_path: Path, monkeypatch: pytest.Mo
     results = evaluate_graphs(model, "tiny", data=tmp_path)["results"]
     assert results["samples"] == 3 and results["majority"] == 2 / 3  # of the fold, not of the set
     assert evaluate_graphs(model, "tiny", split="train", data=tmp_path)["results"]["majority"] == 1
+
+
+SMALL = {
+    "A": "1, 2\n2, 1\n3, 4\n4, 3\n",
+    "graph_indicator": "1\n1\n2\n2\n",
+    "graph_labels": "2\n2\n",
+    "node_labels": "0\n1\n2\n0\n",
+}
+
+
+def predicted(capsys: pytest.CaptureFixture, *arguments: object) -> list[dict]:
+    assert run(["predict-graphs", *map(str, arguments), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    encoding = {"classes": [1, 2], "node_labels": [[0, 1, 2, None, 4]], "attributes": 0}
+    config = deqzoo.IGNNConfig(
+        num_features=5, hidden_sizes=[4], id2label={0: "1", 1: "2"}, graph_encoding=encoding
+    )
+    folder = tmp_path / "checkpoint"
+    deqzoo.IGNNForGraphClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_own_graphs_keep_the_numbers_of_the_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for part, text in SMALL.items():
+        (tmp_path / f"T_{part}.txt").write_text(text)
+    rows = predicted(capsys, checkpoint, tmp_path)
+    assert [row["target"] for row in rows] == ["2", "2"]  # though no graph of class 1 is there
+    x = torch.eye(5)
+    graphs = [x[[0, 1]], x[[2, 0]]]
+    model = deqzoo.DEQModel.from_pretrained(checkpoint)
+    edges = torch.tensor([[0, 1], [1, 0]])
+    for row, features in zip(rows, graphs, strict=True):
+        best = model(features, edges).logits.softmax(1)[0].max(0)
+        assert row["label"] == ["1", "2"][int(best.indices)]
+        assert row["probability"] == pytest.approx(float(best.values), abs=1e-5)
+    saved = [data_class(x=features, edge_index=edges) for features in graphs]
+    torch.save(saved, tmp_path / "own.pt")
+    listed = predicted(capsys, checkpoint, tmp_path / "own.pt")
+    assert [r["label"] for r in listed] == [r["label"] for r in rows]
+    assert listed[0]["target"] is None
+    (tmp_path / "T_node_labels.txt").write_text("1\n2\n3\n1\n")
+    assert run(["predict-graphs", str(checkpoint), str(tmp_path)]) == 2
+    assert "label 3" in capsys.readouterr().err
+    mixed = ["predict-graphs", str(checkpoint), str(tmp_path), str(tmp_path / "own.pt"), "--json"]
+    assert run(mixed) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    trace = tmp_path / "trace.json"
+    options = ["--max-steps", 2, "--tol", 0, "--trace", trace]
+    rows = predicted(capsys, checkpoint, tmp_path / "own.pt", *options)
+    assert rows[0]["n_steps"] == 2 and len(json.loads(trace.read_text())) == 2
+
+
+def test_an_empty_split_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for part, text in SMALL.items():
+        (tmp_path / f"T_{part}.txt").write_text(text)
+    fold = {"data": "T", "protocol": "published", "fold": 0, "test": [1], "validation": []}
+    (checkpoint / "fold.json").write_text(json.dumps(fold))
+    for command in ("predict-graphs", "evaluate"):
+        arguments = [command, str(checkpoint), "--data", str(tmp_path), "--split", "validation"]
+        assert run(arguments) == 2
+        assert "validation split" in capsys.readouterr().err
+    assert len(predicted(capsys, checkpoint, "--data", tmp_path)) == 1

@@ -122,7 +122,7 @@ def test_commands(root, tmp_path, capsys):
     assert "trained with other settings" in capsys.readouterr().err
     checkpoint = str(tmp_path / "folds" / "checkpoints" / "TINY-upg-5-0.5-honest-0")
     assert run(["predict-graphs", checkpoint, "--data", str(root), "--json"]) == 0
-    predictions = json.loads(capsys.readouterr().out)
+    predictions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     stored = json.loads((Path(checkpoint) / "fold.json").read_text())
     assert [p["number"] for p in predictions] == stored["test"]
     right = sum(p["label"] == p["target"] for p in predictions) / len(predictions)
