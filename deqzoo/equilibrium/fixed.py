@@ -4,7 +4,8 @@
 looks at flags, which on a GPU waits for the device. Training with `tol` 0 needs none of that. The
 same steps are done here on the tensors of a state themselves (never packed into one matrix),
 without control flow that depends on values, so that a whole solve can be traced by torch.compile
-with `fullgraph=True` and captured in a CUDA graph. Every entry of the batch is a cell of its own.
+with `fullgraph=True` and captured in a CUDA graph. Every entry of the batch is a cell of its own,
+or under the layout `Causal` every position of a sequence.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.gradients import JFB, NPG, UPG, Gradient
+from deqzoo.equilibrium.layout import Causal, Layout
 from deqzoo.equilibrium.solvers import Anderson, FixedPointIteration, Solution, Solver, Status
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
@@ -30,7 +32,9 @@ def has_fixed_steps(solver: Solver, gradient: Gradient) -> bool:
     return type(solver) in solvers and solver.tol == 0 and type(gradient) in gradients
 
 
-def fixed_point_of_steps(f: Map, start: State, solver: Solver, gradient: Gradient) -> Solution:
+def fixed_point_of_steps(
+    f: Map, start: State, solver: Solver, gradient: Gradient, layout: Layout | None = None
+) -> Solution:
     """What `fixed_point` does for a solver with `tol` 0, without its books.
 
     Where the residual falls from step to step, result and gradient are those of `fixed_point`,
@@ -43,6 +47,8 @@ def fixed_point_of_steps(f: Map, start: State, solver: Solver, gradient: Gradien
         start: batch-first tensors, one cell per entry of the batch.
         solver: settings for which `has_fixed_steps` holds.
         gradient: likewise.
+        layout: `Causal` for sequences (B, T, d) whose positions are cells; every other one counts
+            as `Rows`.
 
     Returns:
         A `Solution` whose state carries the graph; no cell of it is `converged`.
@@ -66,7 +72,7 @@ def fixed_point_of_steps(f: Map, start: State, solver: Solver, gradient: Gradien
     with torch.no_grad():
         z = fixed_steps(
             _detached(f), first, solver.max_steps,
-            window=window, damping=solver.damping, ridge=ridge,
+            window=window, damping=solver.damping, ridge=ridge, layout=layout,
         )  # fmt: skip
     z = rebuild(z, [t.detach().to(s.dtype) for t, s in zip(leaves(z), leaves(start), strict=True)])
     if isinstance(gradient, NPG):
@@ -74,7 +80,7 @@ def fixed_point_of_steps(f: Map, start: State, solver: Solver, gradient: Gradien
     else:
         steps, damping = (1, 1.0) if isinstance(gradient, JFB) else _phantom(gradient)
         state, first = recorded_fixed_steps(f, z, steps, damping)
-    absolute, relative = _residuals(z, first)
+    absolute, relative = _residuals(z, first, layout)
     n_steps = torch.full_like(absolute, solver.max_steps, dtype=torch.int64)
     recorded = gradient.steps if isinstance(gradient, UPG) else 1
     return Solution(
@@ -85,7 +91,7 @@ def fixed_point_of_steps(f: Map, start: State, solver: Solver, gradient: Gradien
         rel_residual=relative,
         residual=relative if solver.stop_mode == "rel" else absolute,
         n_evals=solver.max_steps + recorded,
-        row_evals=(solver.max_steps + recorded) * absolute.shape[0],
+        row_evals=(solver.max_steps + recorded) * absolute.numel(),
     )
 
 
@@ -97,6 +103,7 @@ def fixed_steps(
     window: int = 1,
     damping: float = 1.0,
     ridge: float = RIDGE,
+    layout: Layout | None = None,
 ) -> State:
     """`steps` updates of Anderson's iteration (window 1: of the damped one) from a start.
 
@@ -110,6 +117,7 @@ def fixed_steps(
         window: evaluations that are mixed.
         damping: β.
         ridge: relative to the mean diagonal of the Gram matrix.
+        layout: see `fixed_point_of_steps`; a causal one mixes by sums over the positions before.
     """
     window = min(window, steps)
     maps: list[list[Tensor]] = []
@@ -126,7 +134,7 @@ def fixed_steps(
             maps, residuals, gram = maps[1:], residuals[1:], [row[1:] for row in gram[1:]]
         maps.append(leaves(fz))
         residuals.append([b.to(_wide(b)) - a.to(_wide(b)) for a, b in pairs])
-        gram.append([_inner(other, residuals[-1]) for other in residuals])
+        gram.append([_gram(other, residuals[-1], layout) for other in residuals])
         if len(maps) == 1:
             z = _step(z, fz, damping)
             continue
@@ -257,26 +265,40 @@ def _step(z: State, fz: State, damping: float) -> State:
     return rebuild(fz, [torch.lerp(a, b, damping) for a, b in pairs])
 
 
-def _residuals(z: State, fz: State) -> tuple[Tensor, Tensor]:
-    """‖F(h) − h‖ and the same over ‖F(h)‖, per entry of the batch (B,)."""
+def _residuals(z: State, fz: State, layout: Layout | None) -> tuple[Tensor, Tensor]:
+    """‖F(h) − h‖ and the same over ‖F(h)‖, per cell."""
     with torch.no_grad():
         change = [
             b.to(_wide(b)) - a.to(_wide(b)) for a, b in zip(leaves(z), leaves(fz), strict=True)
         ]
-        absolute = _inner(change, change).sqrt()
-        return absolute, absolute / (_inner(leaves(fz), leaves(fz)).sqrt() + 1e-9)
+        absolute = _inner(change, change, layout).sqrt()
+        return absolute, absolute / (_inner(leaves(fz), leaves(fz), layout).sqrt() + 1e-9)
 
 
-def _inner(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """Inner products per entry of the batch (B,), summed in float32 at least."""
-    parts = [(a.to(_wide(a)) * b.to(_wide(b))).flatten(1).sum(1) for a, b in zip(x, y, strict=True)]
+def _inner(x: Sequence[Tensor], y: Sequence[Tensor], layout: Layout | None) -> Tensor:
+    """Inner products per cell, (B,) or (B, T), summed in float32 at least."""
+    start = 2 if isinstance(layout, Causal) else 1
+    parts = [
+        (a.to(_wide(a)) * b.to(_wide(b))).flatten(start).sum(start)
+        for a, b in zip(x, y, strict=True)
+    ]
     return torch.stack(parts).sum(0)
+
+
+def _gram(x: Sequence[Tensor], y: Sequence[Tensor], layout: Layout | None) -> Tensor:
+    """Sums of inner products over what decides a cell's mixing weights."""
+    products = _inner(x, y, layout)
+    if not isinstance(layout, Causal):
+        return products
+    if layout.valid is not None:
+        products = products * layout.valid
+    return products.cumsum(1)
 
 
 def _mix(parts: Sequence[Sequence[Tensor]], weights: Sequence[Tensor]) -> list[Tensor]:
     mixed = []
     for leaf in zip(*parts, strict=True):
-        shape = (-1,) + (1,) * (leaf[0].ndim - 1)
+        shape = weights[0].shape + (1,) * (leaf[0].ndim - weights[0].ndim)
         mixed.append(sum(t * w.reshape(shape) for t, w in zip(leaf, weights, strict=True)))
     return mixed
 

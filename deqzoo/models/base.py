@@ -237,7 +237,7 @@ class DEQPreTrainedModel(PreTrainedModel):
         lean = self.fixed_steps and self.training and torch.is_grad_enabled() and not options
         lean = lean and not self._recomputing
         if lean and has_fixed_steps(chosen_solver, chosen_gradient):
-            return fixed_point_of_steps(f, z0, chosen_solver, chosen_gradient)
+            return fixed_point_of_steps(f, z0, chosen_solver, chosen_gradient, layout)
         solution = fixed_point(
             f,
             z0,

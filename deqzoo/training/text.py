@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -89,6 +90,14 @@ class LanguageModelingTask:
             "part": part,
             "fresh": position == 0 or self._forgets(micro_step),
         }
+
+    def resident(self, device: torch.device) -> ResidentText:
+        """The training text on a device, for steps that never wait for it."""
+        words = self.corpus.stream("train").to(device)
+        n_streams = self.recipe.batch_size * self.recipe.accumulate
+        return ResidentText(
+            words, n_streams, self.config, self._segment_length, self.forget, self.recipe.seed
+        )
 
     def _forgets(self, micro_step: int) -> bool:
         """Whether a step starts without memory, the same on all processes and after a resume."""
@@ -176,6 +185,81 @@ class LanguageModelingTask:
     def save_processor(self, folder: str) -> None:
         style = "ptb" if self.corpus.source.lowercase else "wikitext"
         build_tokenizer(self.corpus.vocabulary, style).save_pretrained(folder)
+
+
+class ResidentText:
+    """A text as one tensor of word indices on a device, and the memory of its streams beside it.
+
+    The text is read as a ring, from another place in every epoch: a stream's first word is never
+    the same, nor where its segments are cut. The memory has its full length from the first step on
+    and says how much of it is filled; forgetting is a factor 0 or 1 of that number.
+
+    Args:
+        words: (N,) int64, on the device.
+        n_streams: read side by side, rows of the memory.
+        config: widths and length of the memory.
+        length: words of a segment, by stage.
+        forget: share of a stream's segments that begin without memory.
+        seed: decides places and forgetting.
+    """
+
+    def __init__(
+        self,
+        words: Tensor,
+        n_streams: int,
+        config: DEQTransformerConfig,
+        length: Callable[[Stage], int],
+        forget: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.words, self.n_streams, self.length = words, n_streams, length
+        self.forget, self.seed = forget, seed
+        size = (n_streams, config.mem_len)
+        self.states = torch.zeros(*size, config.d_model, device=words.device)
+        self.injections = torch.zeros(*size, 3 * config.d_model, device=words.device)
+        self.filled = torch.zeros(n_streams, dtype=torch.int64, device=words.device)
+        self._streams = self._before = self.filled
+
+    def epoch(self, number: int, stage: Stage) -> Tensor:
+        """For every step and stream its number, its first word, and 1 where it remembers, else 0:
+        (steps, n_streams, 3) int64, the same for the same seed and epoch."""
+        total, length = len(self.words), self.length(stage)
+        each = total // self.n_streams
+        steps = max(1, (each - 1) // length)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        streams = torch.arange(self.n_streams).expand(steps, -1)
+        start = torch.randint(total, (), generator=generator) + streams * each
+        start = (start + length * torch.arange(steps).unsqueeze(1)) % total
+        remembers = torch.rand(steps, self.n_streams, generator=generator) >= self.forget
+        remembers[0] = False
+        return torch.stack([streams, start, remembers.long()], dim=2).to(self.words.device)
+
+    def inputs(self, rows: Tensor, epoch: Tensor, stage: Stage) -> dict[str, Any]:
+        """Words and next words (b, T) of some streams, rows (b, 3) of `epoch`, and their memory."""
+        streams, start, remembers = rows.unbind(1)
+        steps = torch.arange(self.length(stage) + 1, device=rows.device)
+        text = self.words[(start.unsqueeze(1) + steps) % len(self.words)]
+        inputs = {"input_ids": text[:, :-1], "labels": text[:, 1:]}
+        self._streams, self._before = streams, self.filled[streams] * remembers
+        if n_past := self.states.shape[1]:
+            place = torch.arange(n_past, device=rows.device)
+            inputs["memory"] = (self.states[streams], self.injections[streams])
+            inputs["memory_mask"] = place >= (n_past - self._before).unsqueeze(1)
+        return {**inputs, "shift": False, "return_logits": False}
+
+    @torch.no_grad()
+    def keep(self, outputs: Any) -> None:
+        """Take over the memory that a step leaves."""
+        if outputs.memory is None:
+            return
+        for mine, new in zip((self.states, self.injections), outputs.memory, strict=True):
+            mine.index_copy_(0, self._streams, new.to(mine.dtype))
+        filled = (self._before + outputs.nll.shape[1]).clamp(max=self.states.shape[1])
+        self.filled.index_copy_(0, self._streams, filled)
+
+    def tensors(self) -> list[Tensor]:
+        """The memory, for checkpoints."""
+        return [self.states, self.injections, self.filled]
 
 
 def _forget_share(augment: dict[str, Any]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deqzoo.equilibrium import fixed_point, jacobian_penalty, make_gradient, make_solver
+from deqzoo.equilibrium import Causal, fixed_point, jacobian_penalty, make_gradient, make_solver
 from deqzoo.equilibrium.fixed import (
     difference_penalty,
     fixed_point_of_steps,
@@ -61,6 +61,41 @@ def test_state_residual_and_gradient_are_those_of_fixed_point(name: str, gradien
     torch.testing.assert_close(mine.residual, theirs.residual, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(mine.n_steps, theirs.n_steps)
     assert mine.n_evals < theirs.n_evals + 3 and not mine.converged.any()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_positions_of_a_sequence_mix_by_what_precedes_them(padded: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.randn(3, 9, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(6, 6, generator=generator, dtype=torch.float64) / 6
+    weight.requires_grad_()
+    valid = torch.ones(3, 9, dtype=torch.bool)
+    valid[1, :4] = not padded
+
+    def f(z):
+        seen = z * valid.unsqueeze(2)  # nothing reads padding
+        return torch.tanh((z + seen.cumsum(1) / 9) @ weight.T + shift)
+
+    solver = make_solver({"name": "anderson", "max_steps": 5, "tol": 0.0, "ridge": 1e-8})
+    gradient = make_gradient({"name": "upg", "steps": 2})
+    start = torch.zeros(3, 9, 6, dtype=torch.float64)
+    found = []
+    for solve in (fixed_point, fixed_point_of_steps):
+        layout = Causal(valid if padded else None)
+        solution = solve(f, start, solver=solver, gradient=gradient, layout=layout)
+        loss = solution.state[valid].square().sum()
+        found.append((solution, torch.autograd.grad(loss, weight)[0]))
+    (theirs, their_gradient), (mine, my_gradient) = found
+    torch.testing.assert_close(mine.state[valid], theirs.state[valid], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(my_gradient, their_gradient, rtol=1e-6, atol=1e-8)
+    assert mine.residual.shape == mine.n_steps.shape == (3, 9)
+    shift[:, 6:] += 1  # what comes later
+    with torch.no_grad():
+        other = fixed_point_of_steps(f, start, solver, gradient, Causal())
+        plain = fixed_point_of_steps(f, start, solver, gradient)
+    if not padded:
+        torch.testing.assert_close(other.state[:, :6], mine.state[:, :6], rtol=0, atol=1e-12)
+    assert (plain.state[:, :6] - mine.state[:, :6]).abs().max() > 1e-9
 
 
 def test_evaluations_are_counted() -> None:

@@ -77,7 +77,10 @@ def relative_shift(scores: Tensor) -> Tensor:
 
 
 def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor) -> Tensor:
-    """Relative attention of T queries over M + T keys; heads concatenated, (B, T, d)."""
+    """Relative attention of T queries over M + T keys; heads concatenated, (B, T, d).
+
+    Products are taken in the dtype of the keys, the softmax in float32 at least.
+    """
     n_head, d_head = layer.content_bias.shape
     query, key, value = (split_heads(part, n_head) for part in qkv.chunk(3, dim=-1))
     if layer.past_key is not None:
@@ -88,19 +91,20 @@ def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor) -> Tensor:
     position = (query + layer.position_bias.unsqueeze(1)) * scale
     scores = relative_shift(position @ layer.relative.transpose(-1, -2))
     scores = scores + content @ key.transpose(-1, -2) + bias
-    weights = torch.softmax(scores, dim=-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=wide)
     if layer.attention_mask is not None:
         weights = weights * layer.attention_mask
-    return (weights @ value).transpose(1, 2).flatten(2)
+    return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
 
 def attention_output(z: Tensor, u: Tensor, layer: LayerTensors, bias: Tensor, kind: str) -> Tensor:
     """First half of a sub-layer: z plus attention, normalised for post-LN; (B, T, d)."""
     content = z if kind == "post" else layer_norm(z, layer.norms, 0)
-    mixed = attend(F.linear(content, layer.qkv) + u, layer, bias)
+    mixed = attend(F.linear(content.to(layer.qkv.dtype), layer.qkv) + u, layer, bias)
     if kind == "sandwich":
         mixed = layer_norm(mixed, layer.norms, 1)
-    y = F.linear(mixed, layer.output, layer.output_bias)
+    y = F.linear(mixed.to(layer.output.dtype), layer.output, layer.output_bias)
     if layer.output_mask is not None:
         y = y * layer.output_mask
     return layer_norm(z + y) if kind == "post" else z + y
@@ -108,10 +112,10 @@ def attention_output(z: Tensor, u: Tensor, layer: LayerTensors, bias: Tensor, ki
 
 def feed_forward(h: Tensor, layer: LayerTensors) -> Tensor:
     """Two-layer ReLU network, (B, T, d)."""
-    inner = F.relu(F.linear(h, layer.up, layer.up_bias))
+    inner = F.relu(F.linear(h.to(layer.up.dtype), layer.up, layer.up_bias))
     if layer.up_mask is not None:
         inner = inner * layer.up_mask
-    y = F.linear(inner, layer.down, layer.down_bias)
+    y = F.linear(inner.to(layer.down.dtype), layer.down, layer.down_bias)
     return y if layer.down_mask is None else y * layer.down_mask
 
 
@@ -145,7 +149,7 @@ def context_key_value(
     """Keys and values (B, H, M, D) of solved tokens with states (B, M, d), injection (B, M, 3d)."""
     content = states if kind == "post" else layer_norm(states, layer.norms, 0)
     width = states.shape[-1]
-    projected = F.linear(content, layer.qkv[width:]) + injection[..., width:]
+    projected = F.linear(content.to(layer.qkv.dtype), layer.qkv[width:]) + injection[..., width:]
     n_head = layer.content_bias.shape[0]
     key, value = (split_heads(part, n_head) for part in projected.chunk(2, dim=-1))
     return key, value
@@ -194,6 +198,25 @@ class EquilibriumMap:
 
     def __call__(self, z: Tensor) -> Tensor:
         return apply_layers(z, self.injection, self.layers, self.bias, self.kind)
+
+    def in_precision(self, dtype: torch.dtype) -> "EquilibriumMap":
+        """The same map with its matrix products in one precision: all operands are cast once.
+
+        The state, the residual connections and layer norms keep the state's dtype, the softmax is
+        taken in float32 at least, so that this is the whole policy on every device.
+        """
+        layers = tuple(
+            layer._replace(
+                **{
+                    name: value.to(dtype)
+                    for name, value in zip(layer._fields, layer, strict=True)
+                    if isinstance(value, Tensor)
+                }
+            )
+            for layer in self.layers
+        )
+        injection, bias = self.injection.to(dtype), self.bias.to(dtype)
+        return replace(self, layers=layers, injection=injection, bias=bias)
 
     def append_to_past(self, states: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Keys and values (B, H, T, D) of the map's own tokens once they are solved."""
@@ -265,6 +288,10 @@ class CompiledMap:
     def __call__(self, z: Tensor) -> Tensor:
         f = self.plain
         return _compiled_layers()(z, f.injection, f.layers, f.bias, f.kind)
+
+    def twice_differentiable(self) -> EquilibriumMap:
+        """The map uncompiled, as the exact Jacobian penalty needs it."""
+        return self.plain
 
     def detached(self) -> "CompiledMap":
         """The same map with nothing tracked but its argument."""

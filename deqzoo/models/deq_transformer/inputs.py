@@ -96,14 +96,26 @@ def valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | N
 
 
 def check_past(
-    config: DEQTransformerConfig, cache: Any, memory: Any, use_cache: bool | None
+    config: DEQTransformerConfig,
+    cache: Any,
+    memory: Any,
+    use_cache: bool | None,
+    memory_mask: Tensor | None = None,
 ) -> None:
     """Refuse a past that this model cannot read, or two at once.
 
     Raises:
         UserError: another model's cache or one for another window, a cache without an
-            equilibrium, or cache and memory.
+            equilibrium, cache and memory, or a mask that is not that of the memory.
     """
+    if memory_mask is not None:
+        expected = None if memory is None else tuple(memory[0].shape[:2])
+        if tuple(memory_mask.shape) != expected:
+            raise UserError(
+                f"memory_mask has shape {tuple(memory_mask.shape)}, the memory "
+                f"{'is missing' if expected is None else f'holds {expected} tokens'}; pass one "
+                "flag per token of the memory."
+            )
     if cache is not None and not isinstance(cache, DEQTransformerCache):
         raise UserError(f"cache must be a DEQTransformerCache, got {type(cache).__name__}.")
     if cache is not None and cache.layer.window != config.window:

@@ -51,7 +51,7 @@ class NormalizedLinear(nn.Module):
         """
         weight = self.effective_weight()
         device = weight.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return weight.to(torch.get_autocast_dtype(device))
         return weight
 

@@ -105,6 +105,17 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         """Run the equilibrium map under torch.compile, or no longer."""
         self.base_model.map_compiled = enabled
 
+    def use_training_kernels(
+        self, compiled: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        """Prepare the map for training; see `DEQPreTrainedModel.use_training_kernels`.
+
+        With fixed steps losses come from all scores, so that no word is selected on the host.
+        """
+        super().use_training_kernels(compiled, dtype)
+        self.compile_map(compiled)
+        self.base_model.map_precision = dtype
+
     def set_solver(self, name: Settings = None, **settings: Any) -> None:
         """Change the solver from now on; without an equilibrium, `max_steps` applications of F.
 
@@ -226,6 +237,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         )
         self.gradient_checkpointing = False
         self.map_compiled = False
+        self.map_precision: torch.dtype | None = None  # in training; None: what autocast says
         self.post_init()
 
     def get_input_embeddings(self) -> AdaptiveEmbedding:
@@ -243,6 +255,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         attention_mask: Tensor | None = None,
         cache: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
+        memory_mask: Tensor | None = None,
         use_cache: bool | None = None,
         solver: Settings = None,
         gradient: Settings = None,
@@ -261,6 +274,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
                 Padding behind a cache or memory counts in the distances to what they hold.
             cache: cache of earlier tokens; it is extended in place.
             memory: states and injections of the previous segment, as returned by its forward.
+            memory_mask: (B, M) bool, False where a memory of fixed length holds nothing yet.
             use_cache: return a cache; excludes ``memory``.
             solver, gradient: settings that replace the configured ones for this call.
             shallow: apply F ``config.unroll_layers`` times from zero, differentiably, instead of
@@ -277,7 +291,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         """
         check_tokens(self.config, input_ids, self.training)
         cache = past_key_values if cache is None else cache
-        check_past(self.config, cache, memory, use_cache)
+        check_past(self.config, cache, memory, use_cache, memory_mask)
         if use_cache and cache is None:
             cache = DEQTransformerCache(self.config.window)
         valid = valid_tokens(attention_mask, input_ids)
@@ -285,12 +299,15 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         masks = dropout_masks or self._masks(input_ids, n_past)
         embedded = self.embed(input_ids, masks)
         injection = self.injection(embedded)
-        f = self.bind(injection, masks, cache, memory, valid)
+        f = self.bind(injection, masks, cache, memory, valid, memory_mask)
+        if self.map_precision is not None and self.training:
+            f = f.in_precision(self.map_precision)
+        g = CompiledMap(f) if self.map_compiled else f
         # Under autocast the injection is narrower than the state should be.
         start = self.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
         if warm_start and cache is not None and cache.last_state is not None:
             start = start + cache.last_state
-        report = self._solve(f, start, valid, solver, gradient, shallow)
+        report = self._solve(g, start, valid, solver, gradient, shallow)
         if cache is not None:
             cache.remember(f, report.state, valid)
             memory = None
@@ -306,7 +323,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             memory=None if memory is None else tuple(memory),
             hidden_states=(embedded, report.state) if output_hidden_states else None,
             state=report.state.detach() if output_state else None,
-            equilibrium_map=f if output_state else None,
+            equilibrium_map=(g if self.fixed_steps else f) if output_state else None,
             **report.per_sample(valid),
         )
 
@@ -331,6 +348,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         cache: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
         valid: Tensor | None = None,
+        memory_mask: Tensor | None = None,
     ) -> EquilibriumMap:
         """F for these tokens: effective weights, masks, frozen past and visibility put in place."""
         n_new, n_past = injection.shape[1], past_length(cache, memory)
@@ -342,7 +360,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
                 for layer in layers
                 for key, value in [context_key_value(*memory, layer, self.config.kind)]
             )
-        past_valid = None  # a memory holds real tokens only
+        past_valid = memory_mask
         if cache is not None and n_past:
             past = cache.layer
             layers = tuple(
@@ -388,7 +406,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
 
     def _solve(
         self,
-        f: EquilibriumMap,
+        f: EquilibriumMap | CompiledMap,
         start: Tensor,
         valid: Tensor | None,
         solver: Settings,
@@ -402,13 +420,11 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
                 self._need_equilibrium()
             return self._iterate(f, start, *self._iterations(solver))
         layout = Causal(valid) if self.config.causal else None
-        solved = CompiledMap(f) if self.map_compiled else f
-        solution = self.solve(solved, start, layout=layout, solver=solver, gradient=gradient)
+        solution = self.solve(f, start, layout=layout, solver=solver, gradient=gradient)
         steps, residual, converged = solution.n_steps, solution.residual, solution.converged
-        if not self.config.causal:
-            shape = start.shape[:2]
+        if steps.ndim == 1:  # one report per sequence
             steps, residual, converged = (
-                t.unsqueeze(1).expand(shape) for t in (steps, residual, converged)
+                t.unsqueeze(1).expand(start.shape[:2]) for t in (steps, residual, converged)
             )
         return SolveReport(solution.state, steps, residual, converged)
 
@@ -469,6 +485,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         cache: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
+        memory_mask: Tensor | None = None,
         labels: Tensor | None = None,
         shift: bool = True,
         use_cache: bool | None = None,
@@ -505,6 +522,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             cache=past_key_values if cache is None else cache,
             memory=memory,
+            memory_mask=memory_mask,
             use_cache=use_cache,
             solver=solver,
             gradient=gradient,
@@ -518,7 +536,9 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         hidden = self._dropped(base.last_hidden_state, dropout_masks)
         loss = nll = logits = None
         if targets is not None:
-            nll = self.lm_head.nll(hidden, targets)
+            waits = not (self.transformer.fixed_steps and self.training)
+            score = self.lm_head.nll if waits else self.lm_head.dense_nll
+            nll = score(hidden, targets)
             loss = nll.sum() / (targets != IGNORED).sum()
         if return_logits:
             kept = (
