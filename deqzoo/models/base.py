@@ -29,6 +29,7 @@ from deqzoo.equilibrium import (
 from deqzoo.equilibrium.fixed import fixed_point_of_steps, has_fixed_steps
 from deqzoo.equilibrium.solvers import BackwardReport
 from deqzoo.equilibrium.state import State, leaves
+from deqzoo.models.weights import WeightNorm
 
 logger = logging.get_logger(__name__)
 
@@ -145,6 +146,7 @@ class DEQPreTrainedModel(PreTrainedModel):
     # Finest relative tolerance of states narrower than float32, in units of their dtype's eps:
     # below, the rounding of F alone decides whether a residual meets it, and most never do.
     narrow_tol_in_eps = 3.0
+    without_weight_norm: Any = None  # what `config.weight_norm` is after `fold_weight_norm`
     _warned_unsolved = False
     _warned_narrow = False
     fixed_steps = False  # see `use_fixed_steps`
@@ -195,6 +197,18 @@ class DEQPreTrainedModel(PreTrainedModel):
             dtype: precision of the map in training, where the family offers it; None: autocast's.
         """
         self.use_fixed_steps()
+
+    def fold_weight_norm(self) -> None:
+        """Turn weight-normalised layers into plain ones with the same weights, for good.
+
+        The outputs stay. For tools that need a parameter called `weight`: pruning, quantisation.
+        Training goes on without the normalisation.
+        """
+        for module in self.modules():
+            if isinstance(module, WeightNorm):
+                module.fold()
+        if self.without_weight_norm is not None:
+            self.config.weight_norm = self.without_weight_norm
 
     def resolve_solver(self, change: Settings = None) -> Solver:
         """The solver that a call with these settings uses: the config's own, with the change."""

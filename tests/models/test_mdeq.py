@@ -15,9 +15,10 @@ from deqzoo.equilibrium import JFB, Broyden
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
-from deqzoo.models.mdeq.layers_mdeq import WeightNormConv2d, row_norms
+from deqzoo.models.mdeq.layers_mdeq import WeightNormConv2d, make_conv
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification, MDEQModel
 from deqzoo.models.mdeq.presets_mdeq import PRESETS
+from deqzoo.models.weights import row_norms
 
 from .mdeq_helpers import TINY, flat_gradient, pictures, tiny_model
 
@@ -157,7 +158,7 @@ def test_initialisation_is_the_references():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_effective_weight(dtype):
-    conv = WeightNormConv2d(4, 3, 3).to(dtype)
+    conv = make_conv(4, 3, 3, weight_norm=True).to(dtype)
     with torch.no_grad():
         conv.magnitude.uniform_(0.5, 2)
     weight = conv.effective_weight()

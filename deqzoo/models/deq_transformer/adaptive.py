@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deqzoo.models.weights import linear_tensors
+
 IGNORED = -100  # label of a position that is not scored, as everywhere in transformers
 
 
@@ -24,6 +26,25 @@ def cluster_bounds(vocab_size: int, cutoffs: list[int]) -> list[tuple[int, int]]
 def cluster_widths(d_embed: int, n_clusters: int, div_val: int) -> list[int]:
     """Embedding width of every cluster: ``floor(d_embed / div_val**i)``."""
     return [d_embed // div_val**i for i in range(n_clusters)]
+
+
+class SharedLinear(nn.Module):
+    """A linear map whose weight another part of the model may share.
+
+    It is no `nn.Linear`, so that tools that rewrite all of those (adapters for "all-linear",
+    dynamic quantisation) leave it alone: what they add in one place would be missing in the other,
+    and a merge would put it into both.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    reset_parameters = nn.Linear.reset_parameters
+    forward = nn.Linear.forward
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -46,7 +67,7 @@ class AdaptiveEmbedding(nn.Module):
             nn.Embedding(size, width) for size, width in zip(sizes, widths, strict=True)
         )
         self.projections = nn.ModuleList(
-            nn.Linear(width, d_model, bias=False) for width in (widths if projected else [])
+            SharedLinear(width, d_model, bias=False) for width in (widths if projected else [])
         )
 
     def forward(self, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
@@ -104,25 +125,25 @@ class AdaptiveSoftmax(nn.Module):
             widths = cluster_widths(d_embed, n_tails + 1, div_val)
             projection_widths = widths
         self.tables = nn.ModuleList(
-            nn.Linear(width, size) for size, width in zip(sizes, widths, strict=True)
+            SharedLinear(width, size) for size, width in zip(sizes, widths, strict=True)
         )
         # Weights are (d_model, width), the embedding's orientation, so that both can share one.
         self.projections = nn.ModuleList(
-            nn.Linear(width, d_model, bias=False) for width in projection_widths
+            SharedLinear(width, d_model, bias=False) for width in projection_widths
         )
         self.clusters = nn.Linear(d_embed, n_tails) if n_tails else None
 
     def _cluster_tables(self) -> list[tuple[Tensor, Tensor]]:
         """Rows and biases of every cluster."""
         if len(self.tables) == len(self.bounds):
-            return [(table.weight, table.bias) for table in self.tables]
+            return [linear_tensors(table) for table in self.tables]
         # One split: its backward joins the parts' gradients, slices would each fill a whole table.
         sizes = [end - start for start, end in self.bounds]
-        table = self.tables[0]
-        return list(zip(table.weight.split(sizes), table.bias.split(sizes), strict=True))
+        weight, bias = linear_tensors(self.tables[0])
+        return list(zip(weight.split(sizes), bias.split(sizes), strict=True))
 
     def _project(self, hidden: Tensor, index: int) -> Tensor:
-        return hidden @ self.projections[index].weight if self.projections else hidden
+        return hidden @ linear_tensors(self.projections[index])[0] if self.projections else hidden
 
     def _head(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """Log-probabilities of the first cluster's words, then of the tails: (..., c_1 + n)."""

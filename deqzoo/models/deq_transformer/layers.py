@@ -12,48 +12,26 @@ from torch import Tensor, nn
 
 from deqzoo.models.deq_transformer.block import LayerTensors, split_heads
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
+from deqzoo.models.weights import WeightNorm, linear_tensors, norm_tensors
 
 
 class Injection(nn.Linear):
     """Map from an embedded word to what it adds to its query, key and value."""
 
 
-class NormalizedLinear(nn.Module):
-    """Weight of a linear map with optional weight normalisation (Salimans & Kingma 2016).
+class NormalizedLinear(WeightNorm, nn.Linear):
+    """A linear layer whose weight is direction and gain per output feature."""
 
-    With normalisation row i of the effective weight is ``gain[i] * direction[i] / |direction[i]|``.
-    """
+    length_name = "gain"
+    plain = nn.Linear
 
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, weight_norm: bool
-    ) -> None:
-        super().__init__()
-        shape = (out_features, in_features)
-        self.weight_norm = weight_norm
-        if weight_norm:
-            self.direction = nn.Parameter(torch.empty(shape))
-            self.gain = nn.Parameter(torch.empty(out_features, 1))
-        else:
-            self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
-    def effective_weight(self) -> Tensor:
-        """(out_features, in_features)."""
-        if not self.weight_norm:
-            return self.weight
-        length = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True)
-        return self.direction * (self.gain / length)
-
-    def bound_weight(self) -> Tensor:
-        """The effective weight in the dtype in which maps compute.
-
-        Autocast would cast it anew at every application of the map.
-        """
-        weight = self.effective_weight()
-        device = weight.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return weight.to(torch.get_autocast_dtype(device))
-        return weight
+def make_linear(in_features: int, out_features: int, *, bias: bool, weight_norm: bool) -> nn.Linear:
+    """A linear layer of the block, which the model's initialisation fills."""
+    linear = nn.utils.skip_init(
+        nn.Linear, in_features, out_features, bias=bias, device=torch.get_default_device()
+    )
+    return NormalizedLinear.of(linear) if weight_norm else linear
 
 
 class RelativeAttention(nn.Module):
@@ -61,9 +39,9 @@ class RelativeAttention(nn.Module):
 
     def __init__(self, d_model: int, n_head: int, *, weight_norm: bool, affine: bool) -> None:
         super().__init__()
-        self.qkv = NormalizedLinear(d_model, 3 * d_model, bias=False, weight_norm=weight_norm)
-        self.relative = NormalizedLinear(d_model, d_model, bias=False, weight_norm=weight_norm)
-        self.output = NormalizedLinear(d_model, d_model, bias=True, weight_norm=weight_norm)
+        self.qkv = make_linear(d_model, 3 * d_model, bias=False, weight_norm=weight_norm)
+        self.relative = make_linear(d_model, d_model, bias=False, weight_norm=weight_norm)
+        self.output = make_linear(d_model, d_model, bias=True, weight_norm=weight_norm)
         # Flat, since they are biases and no matrices: optimisers tell the two apart by shape.
         self.n_head = n_head
         self.content_bias = nn.Parameter(torch.empty(d_model))
@@ -71,15 +49,33 @@ class RelativeAttention(nn.Module):
         self.input_norm = nn.LayerNorm(d_model) if affine else None
         self.output_norm = nn.LayerNorm(d_model) if affine else None
 
+    def forward(self) -> dict[str, Tensor | None]:
+        """Its part of `LayerTensors`."""
+        qkv, _ = linear_tensors(self.qkv)
+        output, output_bias = linear_tensors(self.output)
+        return {
+            "qkv": qkv,
+            "output": output,
+            "output_bias": output_bias,
+            "content_bias": self.content_bias.view(self.n_head, -1),
+            "position_bias": self.position_bias.view(self.n_head, -1),
+        }
+
 
 class FeedForward(nn.Module):
     """Parameters of the position-wise network."""
 
     def __init__(self, d_model: int, d_inner: int, *, weight_norm: bool, affine: bool) -> None:
         super().__init__()
-        self.up = NormalizedLinear(d_model, d_inner, bias=True, weight_norm=weight_norm)
-        self.down = NormalizedLinear(d_inner, d_model, bias=True, weight_norm=weight_norm)
+        self.up = make_linear(d_model, d_inner, bias=True, weight_norm=weight_norm)
+        self.down = make_linear(d_inner, d_model, bias=True, weight_norm=weight_norm)
         self.norm = nn.LayerNorm(d_model) if affine else None
+
+    def forward(self) -> dict[str, Tensor | None]:
+        """Its part of `LayerTensors`."""
+        up, up_bias = linear_tensors(self.up)
+        down, down_bias = linear_tensors(self.down)
+        return {"up": up, "up_bias": up_bias, "down": down, "down_bias": down_bias}
 
 
 @dataclass(frozen=True)
@@ -148,24 +144,16 @@ class SubLayer(nn.Module):
 
     def position_keys(self, table: Tensor) -> Tensor:
         """Position keys (H, K, D) of a sinusoid table (K, d)."""
-        projected = nn.functional.linear(table, self.attention.relative.effective_weight())
-        return split_heads(projected, self.attention.n_head)
+        return split_heads(self.attention.relative(table), self.attention.n_head)
 
     def bind(self, relative: Tensor | None, masks: LayerMasks) -> LayerTensors:
         """Effective tensors without a past; ``relative`` (H, K, D) may be filled in later."""
         attention, network = self.attention, self.feed_forward
         norms = [attention.input_norm, attention.output_norm, network.norm]
-        affine = tuple(p for n in norms if n is not None for p in (n.weight, n.bias))
+        affine = tuple(p for n in norms if n is not None for p in norm_tensors(n))
         return LayerTensors(
-            qkv=attention.qkv.bound_weight(),
-            output=attention.output.bound_weight(),
-            output_bias=attention.output.bias,
-            content_bias=attention.content_bias.view(attention.n_head, -1),
-            position_bias=attention.position_bias.view(attention.n_head, -1),
-            up=network.up.bound_weight(),
-            up_bias=network.up.bias,
-            down=network.down.bound_weight(),
-            down_bias=network.down.bias,
+            **attention(),
+            **network(),
             relative=relative,
             past_key=None,
             past_value=None,

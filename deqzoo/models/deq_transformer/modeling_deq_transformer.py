@@ -17,7 +17,12 @@ from transformers.utils import can_return_tuple
 from deqzoo.equilibrium import Causal, Gradient, Layout, Solution, Solver, make_solver
 from deqzoo.errors import UserError
 from deqzoo.models.base import DEQPreTrainedModel, Settings, joined
-from deqzoo.models.deq_transformer.adaptive import IGNORED, AdaptiveEmbedding, AdaptiveSoftmax
+from deqzoo.models.deq_transformer.adaptive import (
+    IGNORED,
+    AdaptiveEmbedding,
+    AdaptiveSoftmax,
+    SharedLinear,
+)
 from deqzoo.models.deq_transformer.block import (
     CompiledMap,
     EquilibriumMap,
@@ -55,6 +60,7 @@ from deqzoo.models.deq_transformer.outputs import (
     SolveReport,
     token_residual,
 )
+from deqzoo.models.weights import row_norms
 
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
@@ -66,6 +72,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SubLayer"]
+    without_weight_norm = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -73,14 +80,12 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         std = self.config.initializer_range
         affine = self.config.variant == "torchdeq-lm"
         if isinstance(module, NormalizedLinear):
-            weight = module.direction if module.weight_norm else module.weight
-            if module.weight_norm and not affine:
-                bound = weight.shape[1] ** -0.5
-                init.uniform_(weight, -bound, bound)
+            if affine:
+                init.normal_(module.direction, mean=0.0, std=std)
             else:
-                init.normal_(weight, mean=0.0, std=std)
-            if module.weight_norm:
-                init.copy_(module.gain, torch.linalg.vector_norm(weight, dim=1, keepdim=True))
+                bound = module.in_features**-0.5
+                init.uniform_(module.direction, -bound, bound)
+            init.copy_(module.gain, row_norms(module.direction))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, RelativeAttention):
@@ -92,7 +97,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.normal_(module.weight, mean=1.0, std=std)
             init.zeros_(module.bias)
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
+        elif isinstance(module, (nn.Linear, nn.Embedding, SharedLinear)):
             init.normal_(module.weight, mean=0.0, std=std)
             if isinstance(module, Injection) and self.config.dropword > 0:
                 # A dropped word must not inject zero: zero would be an equilibrium at which the
@@ -149,7 +154,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         base = self.base_model
         masks = dropout_masks or base._masks(input_ids, past_length(None, memory))
         injection = base.inject(input_ids, masks)
-        start = base.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
+        start = base._like(input_ids).new_zeros(*input_ids.shape, self.config.d_model)
         return base.bind(injection, masks, None, memory), start
 
     def solve(
@@ -304,7 +309,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             f = f.in_precision(self.map_precision)
         g = CompiledMap(f) if self.map_compiled else f
         # Under autocast the injection is narrower than the state should be.
-        start = self.injection.weight.new_zeros(*input_ids.shape, self.config.d_model)
+        start = self._like(input_ids).new_zeros(*input_ids.shape, self.config.d_model)
         if warm_start and cache is not None and cache.last_state is not None:
             start = start + cache.last_state
         report = self._solve(g, start, valid, solver, gradient, shallow)
@@ -330,7 +335,11 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     def _masks(self, input_ids: Tensor, n_past: int) -> DropoutMasks:
         if not self.training:
             return DropoutMasks(layers=(LayerMasks(),) * self.config.n_sublayers)
-        return draw_masks(self.config, *input_ids.shape, n_past, self.injection.weight)
+        return draw_masks(self.config, *input_ids.shape, n_past, self._like(input_ids))
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        """An empty tensor in the dtype of the states, on the device of another tensor."""
+        return torch.empty(0, dtype=self.dtype, device=tensor.device)
 
     def embed(self, input_ids: Tensor, masks: DropoutMasks) -> Tensor:
         """Vectors (B, T, d) of words (B, T), dropout included."""
@@ -353,7 +362,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         """F for these tokens: effective weights, masks, frozen past and visibility put in place."""
         n_new, n_past = injection.shape[1], past_length(cache, memory)
         n_keys = n_past + n_new
-        layers = self._bound_layers(n_keys, masks, cache)
+        layers = self._bound_layers(n_keys, masks, cache, self._like(injection))
         if memory is not None:
             layers = tuple(
                 layer._replace(past_key=key, past_value=value)
@@ -380,23 +389,24 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         return kind(layers, injection, bias, self.config.kind)
 
     def _bound_layers(
-        self, n_keys: int, masks: DropoutMasks, cache: DEQTransformerCache | None
+        self, n_keys: int, masks: DropoutMasks, cache: DEQTransformerCache | None, like: Tensor
     ) -> tuple[LayerTensors, ...]:
         """Effective weights with position keys for K keys; a cache keeps them between its calls."""
         reuse = cache is not None and not torch.is_grad_enabled() and not self.training
         if not reuse:
-            return self._fresh_layers(n_keys, masks)
+            return self._fresh_layers(n_keys, masks, like)
         if cache.bound is None or cache.bound[0].relative.shape[1] < n_keys:
             room = max(64, min(2 * n_keys, n_keys + self.config.window))
-            cache.bound = self._fresh_layers(room, masks)
+            cache.bound = self._fresh_layers(room, masks, like)
         return tuple(
             layer._replace(relative=layer.relative[:, layer.relative.shape[1] - n_keys :])
             for layer in cache.bound
         )
 
-    def _fresh_layers(self, n_keys: int, masks: DropoutMasks) -> tuple[LayerTensors, ...]:
-        weight = self.injection.weight
-        table = sinusoids(n_keys, self.config.d_model, dtype=weight.dtype, device=weight.device)
+    def _fresh_layers(
+        self, n_keys: int, masks: DropoutMasks, like: Tensor
+    ) -> tuple[LayerTensors, ...]:
+        table = sinusoids(n_keys, self.config.d_model, dtype=like.dtype, device=like.device)
         if masks.positions is not None:
             table = table * masks.positions[0]
         return tuple(

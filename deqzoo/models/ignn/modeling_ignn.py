@@ -25,6 +25,7 @@ from deqzoo.models.ignn.outputs import (
     joined_solution,
 )
 from deqzoo.models.ignn.projection import project_rows
+from deqzoo.models.weights import linear_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -253,8 +254,8 @@ class IGNNModel(IGNNPreTrainedModel):
             solution = self.solve_layer(layer, x, graphs, start, solver, gradient)
             solutions.append(solution)
             if len(self.skips):
-                skip = self.skips[i]
-                x = nn.functional.elu(solution.state + linear(x, skip.weight) + skip.bias)
+                weight, bias = linear_tensors(self.skips[i])
+                x = nn.functional.elu(solution.state + linear(x, weight) + bias)
             else:
                 x = solution.state
         return combined_report(x, solutions, output_hidden_states)

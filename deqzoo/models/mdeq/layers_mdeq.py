@@ -6,72 +6,28 @@ Order of operations and which norms have a scale and shift follow the reference 
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from deqzoo.models.weights import WeightNorm, conv_weight, norm_tensors
 
 from .configuration_mdeq import MDEQConfig
 from .map_mdeq import BlockTensors, ConvNormTensors, MapTensors
 
 
-class WeightNormConv2d(nn.Module):
-    """Holder of a bias-free convolution's weight as direction and magnitude per output channel.
+class WeightNormConv2d(WeightNorm, nn.Conv2d):
+    """A bias-free convolution whose weight is direction and magnitude per output channel."""
 
-    weight[o] = direction[o] * magnitude[o] / ||direction[o]|| (Salimans and Kingma 2016). The names
-    avoid weight_g and weight_v, which loaders of transformers rename.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__()
-        self.direction = nn.Parameter(
-            torch.empty(out_channels, in_channels, kernel_size, kernel_size)
-        )
-        self.magnitude = nn.Parameter(torch.empty(out_channels, 1, 1, 1))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """PyTorch's default for convolutions, and the magnitude that leaves it unchanged."""
-        bound = 1 / math.sqrt(self.direction[0].numel())
-        with torch.no_grad():
-            self.direction.uniform_(-bound, bound)
-            self.magnitude.copy_(row_norms(self.direction))
-
-    def effective_weight(self) -> Tensor:
-        """The weight (out, in, k, k); its norms are taken in float32 or better."""
-        direction = self.direction
-        if direction.dtype in (torch.float16, torch.bfloat16):
-            direction = direction.float()
-        weight = direction * (self.magnitude.to(direction.dtype) / row_norms(direction))
-        return weight.to(self.direction.dtype)
-
-
-def row_norms(weight: Tensor) -> Tensor:
-    """Euclidean norm over all axes but the first: (out, ...) -> (out, 1, 1, 1)."""
-    return torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+    length_name = "magnitude"
+    plain = nn.Conv2d
 
 
 def make_conv(
     in_channels: int, out_channels: int, kernel_size: int, weight_norm: bool
-) -> nn.Module:
-    """A bias-free convolution's weight holder."""
-    if weight_norm:
-        return WeightNormConv2d(in_channels, out_channels, kernel_size)
-    return nn.Conv2d(in_channels, out_channels, kernel_size, bias=False)
-
-
-def effective_weight(conv: nn.Module) -> Tensor:
-    """A convolution's weight, in the dtype in which autocast would compute.
-
-    Cast here because autocast's own cache knows parameters only: a derived tensor would be cast
-    again by every evaluation of the map.
-    """
-    weight = conv.effective_weight() if isinstance(conv, WeightNormConv2d) else conv.weight
-    device = weight.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        weight = weight.to(torch.get_autocast_dtype(device))
-    return weight
+) -> nn.Conv2d:
+    """A bias-free convolution of the map, which itself knows stride and padding."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False)
+    return WeightNormConv2d.of(conv) if weight_norm else conv
 
 
 class MDEQConvNorm(nn.Module):
@@ -92,7 +48,7 @@ class MDEQConvNorm(nn.Module):
 
     def tensors(self) -> ConvNormTensors:
         """What `map_mdeq` computes with."""
-        return ConvNormTensors(effective_weight(self.conv), self.norm.weight, self.norm.bias)
+        return ConvNormTensors(conv_weight(self.conv), *norm_tensors(self.norm))
 
 
 class MDEQBlock(nn.Module):
@@ -113,10 +69,9 @@ class MDEQBlock(nn.Module):
     def tensors(self) -> BlockTensors:
         """What `map_mdeq` computes with."""
         return BlockTensors(
-            ConvNormTensors(effective_weight(self.conv1), self.norm1.weight, self.norm1.bias),
-            ConvNormTensors(effective_weight(self.conv2), self.norm2.weight, self.norm2.bias),
-            self.norm3.weight,
-            self.norm3.bias,
+            ConvNormTensors(conv_weight(self.conv1), *norm_tensors(self.norm1)),
+            ConvNormTensors(conv_weight(self.conv2), *norm_tensors(self.norm2)),
+            *norm_tensors(self.norm3),
         )
 
 

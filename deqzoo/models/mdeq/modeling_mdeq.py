@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from deqzoo.errors import UserError
 from deqzoo.models.base import DEQPreTrainedModel, Settings, per_sample
+from deqzoo.models.weights import row_norms
 
 from .configuration_mdeq import MDEQConfig
 from .layers_mdeq import (
@@ -21,7 +22,6 @@ from .layers_mdeq import (
     MDEQStem,
     MDEQTransformation,
     WeightNormConv2d,
-    row_norms,
 )
 from .map_mdeq import CompiledMDEQMap, Masks, MDEQMap, Norm, State
 from .native_norm import (
@@ -82,6 +82,7 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
     base_model_prefix = "mdeq"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    without_weight_norm = "none"
     supports_gradient_checkpointing = True
 
     @torch.no_grad()
@@ -289,7 +290,7 @@ class MDEQModel(MDEQPreTrainedModel):
                 f"pixel_values is {height}x{width}, but this model halves pictures "
                 f"{divisor.bit_length() - 1} times: height and width must be multiples of {divisor}"
             )
-        return pixel_values.to(self.stem.convolutions[0].weight.dtype)
+        return pixel_values.to(self.dtype)
 
 
 class MDEQForImageClassification(MDEQPreTrainedModel):

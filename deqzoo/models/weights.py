@@ -1,0 +1,216 @@
+"""Weights as their modules apply them, for maps that are pure functions of tensors.
+
+A map computes with tensors, so that what is constant in a solve is computed once. It reads the
+weight of a plain module directly. Any other module is called, once per solve, on inputs that reveal
+its weight: adapters, hooks, pruning, quantised layers and offloading then act, and get gradients.
+Dropout in an adapter drops the same features for all samples of a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deqzoo.errors import UserError
+
+# Probes are large, so that a bias beside the weight costs it no digits; a power of two divides out
+# exactly, and the answers still fit float16.
+_SCALE = 256.0
+_LINEARITY = 0.1  # relative; quantised activations are off by about 0.01
+
+
+class _EffectiveWeight(Tensor):
+    """A computed weight that hands back what is assigned to its `data`.
+
+    Tools merge adapters by `layer.weight.data += delta`; with a computed weight that would be lost.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    owner: WeightNorm
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach().as_subclass(Tensor)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.owner.assign(value)
+
+
+class WeightNorm(nn.Module):
+    """Weight normalisation (Salimans & Kingma 2016), beside `nn.Linear` or `nn.Conv2d`.
+
+    weight[o] = direction[o] * length[o] / ||direction[o]||. The names of the parameters avoid
+    weight_g and weight_v, which loaders of transformers rename.
+    """
+
+    length_name: str
+    plain: type[nn.Linear] | type[nn.Conv2d]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """`type(layer)(...)`, by which adapters make layers of their own, is a plain one."""
+        return cls.plain(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    @classmethod
+    def of(cls, layer: Any) -> Self:
+        """Normalise a plain layer from now on; its weight stays."""
+        weight = layer._parameters.pop("weight")
+        layer.__class__ = cls
+        layer.direction = weight
+        setattr(layer, cls.length_name, nn.Parameter(row_norms(weight.detach())))
+        return layer
+
+    def fold(self) -> None:
+        """Become a plain layer with the same weight."""
+        weight = nn.Parameter(self.effective_weight().detach(), self.direction.requires_grad)
+        del self.direction, self._parameters[self.length_name]
+        self.__class__ = self.plain
+        self.weight = weight
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As PyTorch's; another `weight` ends the normalisation."""
+        if name == "weight":
+            self.fold()
+        nn.Module.register_parameter(self, name, param)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight, computed; `weight.data` can be assigned to."""
+        weight = self.effective_weight().as_subclass(_EffectiveWeight)
+        weight.owner = self
+        return weight
+
+    def effective_weight(self) -> Tensor:
+        """The weight, shaped like the direction; its norms are taken in float32 or better."""
+        direction = self.direction
+        if direction.dtype in (torch.float16, torch.bfloat16):
+            direction = direction.float()
+        length = getattr(self, self.length_name).to(direction.dtype)
+        return (direction * (length / row_norms(direction))).to(self.direction.dtype)
+
+    @torch.no_grad()
+    def assign(self, weight: Tensor) -> None:
+        """Take over an effective weight."""
+        self.direction.copy_(weight)
+        getattr(self, self.length_name).copy_(row_norms(self.direction))
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Euclidean norm over all axes but the first: (out, ...) -> (out, 1, ...)."""
+    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
+
+
+def linear_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (out, in) and bias (out,) of a linear layer, in the dtype in which maps compute.
+
+    Raises:
+        UserError: what was added to the layer makes it something else than a linear map.
+    """
+    weight = _plain_weight(module, nn.Linear)
+    if weight is not None:
+        return in_compute_dtype(weight), module.bias
+    width = getattr(module, "in_features", None) or module.weight.shape[1]
+    probes = _zeros(module, width + 1, width)
+    probes[:width].fill_diagonal_(_SCALE)
+    columns, constant = module(probes).split([width, 1])
+    weight = (columns - constant).T / _SCALE
+    bias = None if getattr(module, "bias", None) is None else constant[0]
+    _check(module, lambda x: F.linear(x, weight, bias), probes[:1].cos(), constant, bias is None)
+    return in_compute_dtype(weight), bias
+
+
+def conv_weight(module: nn.Module) -> Tensor:
+    """Weight (out, in, k, k) of a convolution without bias, in the dtype in which maps compute.
+
+    Raises:
+        UserError: what was added to the layer makes it something else than a convolution.
+    """
+    weight = _plain_weight(module, nn.Conv2d)
+    if weight is not None:
+        return in_compute_dtype(weight)
+    _, width, kernel, _ = module.weight.shape
+    probes = _zeros(module, width + 1, width, 2 * kernel - 1, 2 * kernel - 1)
+    probes[:width, :, kernel - 1, kernel - 1].fill_diagonal_(_SCALE)
+    answers, constant = module(probes).split([width, 1])
+    weight = answers.transpose(0, 1).flip(2, 3) / _SCALE
+    _check(module, lambda x: F.conv2d(x, weight), probes[:1].cos(), constant, True)
+    return in_compute_dtype(weight)
+
+
+def norm_tensors(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift of a layer or group norm, (features,) each, None where it has none."""
+    if module.weight is None:
+        return None, None
+    kind = nn.GroupNorm if isinstance(module, nn.GroupNorm) else nn.LayerNorm
+    if _plain_weight(module, kind) is not None:
+        return module.weight, module.bias
+    width = module.weight.shape[0]
+    probe = _zeros(module, 2)
+    probe[0], probe[1] = _SCALE, -_SCALE  # normalised to 1 and -1 in every group
+    if hasattr(module, "num_groups"):
+        up, down = module(probe.expand(1, width, 2))[0].unbind(1)
+    else:
+        up, down = module(torch.stack([probe, -probe]).repeat(1, width // 2))
+        signs = probe.repeat(width // 2) / _SCALE
+        return (up - down) / 2 * signs, (up + down) / 2
+    return (up - down) / 2, (up + down) / 2
+
+
+def in_compute_dtype(weight: Tensor) -> Tensor:
+    """A weight in the dtype in which autocast would compute.
+
+    Cast here because autocast's own cache knows parameters only: a derived tensor would be cast
+    again by every evaluation of a map.
+    """
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return weight.to(torch.get_autocast_dtype(device))
+    return weight
+
+
+def _plain_weight(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
+    """The weight of a layer that a call would do nothing else with than torch does, or None."""
+    plain = type(module).forward is kind.forward and "forward" not in vars(module)
+    if not plain or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if module._backward_hooks or module._backward_pre_hooks:
+        return None
+    weight = module.effective_weight() if isinstance(module, WeightNorm) else module.weight
+    return weight if type(weight) in (Tensor, nn.Parameter) else None
+
+
+def _zeros(module: nn.Module, *shape: int) -> Tensor:
+    """Zeros where a layer computes, in its dtype."""
+    own: Any = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if own is None:
+        return torch.zeros(shape)
+    # An offloaded layer has its weights on the meta device and fetches its inputs itself.
+    device = "cpu" if own.is_meta and "forward" in vars(module) else own.device
+    return torch.zeros(shape, dtype=own.dtype, device=device)
+
+
+def _check(
+    module: nn.Module,
+    expected: Callable[[Tensor], Tensor],
+    x: Tensor,
+    constant: Tensor,
+    without_bias: bool,
+) -> None:
+    """Refuse a layer that adds a bias where the map has none, or (in evaluation) is not linear."""
+    if constant.is_meta or torch.compiler.is_compiling():
+        return
+    with torch.no_grad():
+        wrong = without_bias and bool(constant.any())
+        if not wrong and not module.training:
+            answer, wanted = module(x), expected(x.to(constant.dtype))
+            wrong = bool((answer - wanted).norm() > _LINEARITY * wanted.norm())
+    if wrong:
+        raise UserError(
+            f"{type(module).__name__} belongs to the equilibrium map, whose weights are computed "
+            "once per solve: what hooks or wrappers do there has to be linear, without a bias of "
+            "its own"
+        )
