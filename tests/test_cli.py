@@ -107,7 +107,7 @@ def test_classify_takes_every_mode(
 def test_classify_several_agrees_with_one_and_shows_the_solver(
     zoo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = [str(CAT), str(PICTURES / "rocket.jpg")]
+    pictures = [str(CAT), str(PICTURES / "ship.jpg")]
     assert run(["classify", *pictures, "--model", "mdeq-test", "--json", "--top-k", "3"]) == 0
     both = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["file"] for row in both] == pictures and len(both[0]["labels"]) == 3

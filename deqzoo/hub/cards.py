@@ -21,7 +21,15 @@ from deqzoo.hub.card_texts import (
     PICTURE_LIMITS,
     TASK_LIMITS,
 )
-from deqzoo.hub.catalogue import Entry, entries, main_figure
+from deqzoo.hub.catalogue import (
+    TASKS,
+    Entry,
+    below_baseline,
+    entries,
+    main_figure,
+    main_metric,
+    main_value,
+)
 from deqzoo.hub.metadata import measuring_command, metadata, own_repository
 from deqzoo.zoo import checkpoints_root, read_json
 
@@ -137,20 +145,95 @@ def plots(entry: Entry) -> dict[str, str]:
 
 
 def render_table() -> str:
-    """README's table of the bundled checkpoints."""
-    lines = [
-        "| checkpoint | task | parameters | result, as measured here | command |",
-        "|---|---|---|---|---|",
-    ]
-    for entry in entries():
-        tested = entry.tests()
-        parameters = tested[0]["model"]["parameters"] if tested else entry.parameters
-        command = f"`{tested[0]['command']}`" if tested else ""
-        lines.append(
-            f"| [{entry.name}](model_cards/{entry.name}.md) | {entry.task} | {parameters:,} "
-            f"| {entry.headline()} | {command} |"
+    """README's table: one row per model worth having, by task, then the best first.
+
+    Of models of the same size on the same data, which differ in how they were trained, the best has
+    a row; those that beat no constant answer are named below.
+    """
+    tested = [entry for entry in entries() if entry.tests()]
+    worth = [entry for entry in tested if not below_baseline(entry.tests()[0])]
+    worth.sort(key=_place)
+    kinds: dict[Any, list[Entry]] = {}
+    for entry in worth:
+        kinds.setdefault((_data_name(entry), entry.parameters), []).append(entry)
+    rows = [
+        (
+            entry.task,
+            _link(entry),
+            _size(entry.tests()[0]["model"]["parameters"]),
+            _headline(entry),
+            _beside(entry),
         )
-    return "\n".join(lines)
+        for entry, *_ in kinds.values()
+    ]
+    lines = [_table(("task", "model", "parameters", "result on the test split", "beside it"), rows)]
+    also = [
+        f"{_link(entry)} ({main_value(entry.tests()[0])})"
+        for _, *others in kinds.values()
+        for entry in others
+    ]
+    if also:
+        lines.append(
+            f"Of the same size and data as one above, trained in another way: {', '.join(also)}."
+        )
+    for entry in tested:
+        if below_baseline(entry.tests()[0]):
+            share = f"{entry.tests()[0]['results']['majority']:.1%}".replace("%", " %")
+            lines.append(
+                f"Kept to study, not to use: {_link(entry)}, {_headline(entry)}; always naming the "
+                f"most frequent class has {share}."
+            )
+    return "\n\n".join(lines)
+
+
+def _place(entry: Entry) -> tuple[Any, ...]:
+    """Where a checkpoint stands in README's table: task, data set, then the result."""
+    evaluation = entry.tests()[0]
+    metric = main_metric(evaluation) or ""
+    value = evaluation["results"].get(metric, 0.0)
+    tasks = list(TASKS.values())
+    data = list(DATA_TEXTS)
+    name = _data_name(entry)
+    return (
+        tasks.index(entry.task) if entry.task in tasks else len(tasks),
+        data.index(name) if name in data else len(data),
+        value if metric == "perplexity" else -value,
+        entry.name,
+    )
+
+
+def _data_name(entry: Entry) -> str:
+    return entry.tests()[0].get("data", {}).get("name", "?")
+
+
+def _link(entry: Entry) -> str:
+    return f"[{entry.name}](model_cards/{entry.name}.md)"
+
+
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters / 1e3:.0f}k"
+
+
+def _headline(entry: Entry) -> str:
+    """The main figure, what it was measured on, and the compute it took."""
+    evaluation, name = entry.tests()[0], _data_name(entry)
+    fold = f", fold {evaluation['data']['fold']}" if "fold" in evaluation["data"] else ""
+    title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
+    pflop = _record(entry).get("pflop")
+    spent = f"; {pflop:.2g} PFLOP" if pflop else ""
+    return f"**{main_value(evaluation)}** on {title}{fold}{spent}"
+
+
+def _beside(entry: Entry) -> str:
+    """What the figure is to be held against."""
+    parts = []
+    majority = entry.tests()[0]["results"].get("majority")
+    if majority is not None and main_metric(entry.tests()[0]) == "accuracy":
+        parts.append(f"most frequent class: {majority:.1%}".replace("%", " %"))
+    text = DATA_TEXTS.get(_data_name(entry))
+    if text is not None and text.beside:
+        parts.append(text.beside)
+    return "; ".join(parts)
 
 
 def with_table(readme: str) -> str:

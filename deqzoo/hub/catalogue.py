@@ -107,23 +107,38 @@ def main_metric(evaluation: dict[str, Any]) -> str | None:
     return next((metric for metric in known if metric in evaluation.get("results", {})), None)
 
 
-def main_figure(evaluation: dict[str, Any]) -> str | None:
-    """ "85.2 % on cifar10 test" or "71.3 perplexity on wikitext2 test"; None for other files."""
-    results, data = evaluation.get("results", {}), evaluation.get("data", {})
-    where = f"{data.get('name', '?')} {data.get('split', '?')}"
-    if "fold" in data:
-        where += f", fold {data['fold']}"
+def main_value(evaluation: dict[str, Any]) -> str | None:
+    """ "85.20 %" or "perplexity 71.30": the figure without what it was measured on."""
     metric = main_metric(evaluation)
     if metric is None:
         return None
-    value = results[metric]
-    shown = {
+    value = evaluation["results"][metric]
+    return {
         "auc": f"AUC {value:.4f}",
         "accuracy": f"{value:.2%}".replace("%", " %"),
         "perplexity": f"perplexity {value:.2f}",
         "micro_f1": f"micro-F1 {value:.4f}",
-    }
-    return f"{shown[metric]} on {where}"
+    }[metric]
+
+
+def main_figure(evaluation: dict[str, Any]) -> str | None:
+    """ "85.2 % on cifar10 test" or "71.3 perplexity on wikitext2 test"; None for other files."""
+    data = evaluation.get("data", {})
+    where = f"{data.get('name', '?')} {data.get('split', '?')}"
+    if "fold" in data:
+        where += f", fold {data['fold']}"
+    value = main_value(evaluation)
+    return None if value is None else f"{value} on {where}"
+
+
+def below_baseline(evaluation: dict[str, Any]) -> bool:
+    """Whether always naming the most frequent class does as well, where accuracy is the measure."""
+    results = evaluation.get("results", {})
+    return (
+        main_metric(evaluation) == "accuracy"
+        and "majority" in results
+        and results["accuracy"] <= results["majority"]
+    )
 
 
 def entry(name: str) -> Entry:

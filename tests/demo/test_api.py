@@ -150,7 +150,7 @@ def test_readme_example_runs(served, monkeypatch) -> None:
     monkeypatch.chdir(PICTURE.parents[2])
     names: dict[str, Any] = {}
     exec(example.replace("http://127.0.0.1:7860", served.url), names)
-    assert names["figures"]["tokens"] == 8 and len(names["report"]["n_steps"]) == 20
+    assert names["label"]["label"] and names["report"]["n_steps"] > 0
 
 
 def test_ten_users_at_once(client, served, tmp_path) -> None:

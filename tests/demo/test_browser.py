@@ -199,7 +199,7 @@ def test_phone_in_the_dark(browser, served) -> None:
     opened = Page(browser, served.url, PHONE, "dark")
     page = opened.page
     assert "dark" in page.evaluate("document.body.className")
-    page.set_input_files("#image-picture input[type=file]", PICTURES / "coffee.png")
+    page.set_input_files("#image-picture input[type=file]", PICTURES / "ship.jpg")
     page.wait_for_selector(".dz-verdict")
     opened.shot("phone-image")
     assert opened.fits()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,3 +296,27 @@ def test_best_checkpoints_come_first() -> None:
     assert [e.name for e in best_first(found, "accuracy")] == ["c", "a", "b", "d"]
     found = [made("a", perplexity=90.0), made("b", perplexity=80.0)]
     assert [e.name for e in best_first(found, "perplexity")] == ["b", "a"]
+
+
+def test_table_has_a_row_per_model_worth_having(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(name: str, data: str, **results: float) -> Entry:
+        entry = made_entry(data, **results)
+        file = next(iter(entry.evaluations.values()))
+        file["model"] = {"parameters": 7}
+        return replace(entry, name=name, folder=Path(name))
+
+    found = [
+        made("worse-twin", "proteins", accuracy=0.7, majority=0.6),
+        made("better-twin", "proteins", accuracy=0.8, majority=0.6),
+        made("useless", "cox2", accuracy=0.6, majority=0.7),
+        made("nodes", "humloc", micro_f1=0.4),
+    ]
+    monkeypatch.setattr(cards, "entries", lambda: found)
+    table = cards.render_table()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert [name for row in rows[1:] for name in re.findall(r"\[(.*?)\]", row)] == [
+        "better-twin", "nodes"
+    ]  # fmt: skip
+    assert "**80.00 %** on PROTEINS" in rows[1] and "most frequent class: 60.0 %" in rows[1]
+    assert "trained in another way: [worse-twin]" in table
+    assert "Kept to study, not to use: [useless]" in table and "has 70.0 %" in table
