@@ -22,8 +22,8 @@ from deqzoo.equilibrium import Anderson, make_gradient
 from deqzoo.equilibrium.diagnostics import SavedTensors
 from deqzoo.equilibrium.gradients.base import Problem as Solved
 from deqzoo.equilibrium.layout import Rows
+from deqzoo.equilibrium.maps import Matrices
 from deqzoo.equilibrium.solvers import BackwardReport
-from deqzoo.equilibrium.solvers.loop import Matrices
 
 OURS: dict[str, Any] = {
     "jfb": "jfb",

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deqzoo.equilibrium import Selection
+from deqzoo.equilibrium import BatchMap, Selection
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Problem:
     cap: int
 
 
-class Dense:
+class Dense(BatchMap):
     """z ↦ tanh(z Wᵀ + injection), one fused product."""
 
     def __init__(self, weight: Tensor, injection: Tensor) -> None:
@@ -50,7 +50,7 @@ class Dense:
         return Dense(self.weight, selection.state(self.injection))
 
 
-class Convolutions:
+class Convolutions(BatchMap):
     """z ↦ tanh(conv(relu(conv(z, w1)), w2) + injection)."""
 
     def __init__(self, w1: Tensor, w2: Tensor, injection: Tensor) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from timing import markdown_table, stable_minima, write_results
 
+from deqzoo.equilibrium import make_gradient
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
-from deqzoo.training.cost import count_flops, gradient_cost
+from deqzoo.training.cost import count_flops
 from deqzoo.training.optimizers import build_optimizer
 from deqzoo.training.recipe import Optimizer
 
@@ -80,7 +81,9 @@ def measure(size: str, side: int, batch: int, variant: dict[str, bool], seconds:
     least = stable_minima(runs, seconds)
     evaluations = {"forward": 1.0, "forward + backward": 3.0}
     evaluations |= {
-        name: SOLVER["max_steps"] + 1 + gradient_cost(gradient)
+        name: SOLVER["max_steps"]
+        + 1
+        + make_gradient(gradient).cost(SOLVER["max_steps"]).evaluations
         for name, gradient in GRADIENTS.items()
     }
     row = {

@@ -25,6 +25,7 @@ from cells import Cells, markdown_table, write_text
 
 import deqzoo
 from deqzoo.equilibrium.layout import Causal
+from deqzoo.equilibrium.maps import BatchMap
 from deqzoo.equilibrium.solvers import make_solver
 from deqzoo.equilibrium.state import StatePacker
 from deqzoo.evaluation.chart import line_chart
@@ -188,7 +189,7 @@ def against_torchdeq(model: Any, data: Path, tol: float = 1e-3) -> dict[str, Any
             started = time.process_time()
             if side == "ours":
                 options = {} if layout is None else {"layout": layout}
-                solution = ours.solve(f, z0, compact=hasattr(f, "select"), **options)
+                solution = ours.solve(f, z0, compact=isinstance(f, BatchMap), **options)
                 z = packer.pack(solution.state)
             else:
                 z = anderson_solver(

@@ -23,9 +23,10 @@ from deqzoo.equilibrium.gradients import (
     Unrolled,
     make_gradient,
 )
-from deqzoo.equilibrium.gradients.base import Problem, attach_cotangent
-from deqzoo.equilibrium.layer import BoundMap, Equilibrium, fixed_point
+from deqzoo.equilibrium.gradients.base import Cost, Problem, attach_cotangent
+from deqzoo.equilibrium.layer import Equilibrium, fixed_point
 from deqzoo.equilibrium.layout import Causal, Layout, Rows, Segments, Selection
+from deqzoo.equilibrium.maps import BatchMap, BoundMap, DetachableMap
 from deqzoo.equilibrium.regularization import (
     correction_weights,
     fixed_point_correction,
@@ -50,9 +51,12 @@ __all__ = [
     "SOLVERS",
     "UPG",
     "Anderson",
+    "BatchMap",
     "BoundMap",
     "Broyden",
     "Causal",
+    "Cost",
+    "DetachableMap",
     "Equilibrium",
     "Fidelity",
     "FixedPointIteration",

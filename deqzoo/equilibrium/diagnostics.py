@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from deqzoo.equilibrium.gradients import Gradient, make_gradient
 from deqzoo.equilibrium.layer import GradientSpec, SolverSpec, fixed_point
-from deqzoo.equilibrium.layout import Layout, Rows, start_matrix
+from deqzoo.equilibrium.layout import Layout, Rows, begin
+from deqzoo.equilibrium.maps import Matrices, recording
 from deqzoo.equilibrium.solvers import Solver, make_solver
 from deqzoo.equilibrium.solvers.loop import cell_norm
 from deqzoo.equilibrium.state import State
 
 
+@recording()
 def spectral_radius(
     f: Callable[[State], State],
     state: State,
@@ -50,10 +52,9 @@ def spectral_radius(
         raise ValueError(f"unknown estimator {estimator!r}; choose growth or rayleigh")
     if n_iter < 1:
         raise ValueError(f"n_iter must be at least 1, got {n_iter}")
-    layout = layout or Rows()
-    point = start_matrix(layout, state).detach().requires_grad_()
-    with torch.enable_grad():
-        out = layout.to_matrix(f(layout.to_state(point)))
+    layout, matrix = begin(layout or Rows(), state)
+    point = matrix.detach().clone().requires_grad_()
+    out = Matrices(f, layout)(point)
     if not out.requires_grad:  # a constant map
         return cell_norm(point.detach(), layout) * 0
     if v0 is None:
@@ -103,6 +104,7 @@ EXACT = {
 """Adjoint settings that count as exact in float32; float64 models may pass tighter ones."""
 
 
+@recording()
 def gradient_fidelity(
     model: nn.Module | Callable[[State], State],
     batch: Mapping[str, Any] | State,
@@ -208,7 +210,7 @@ def _gradients(
     """Gradient by parameter name, seconds, and bytes saved for the backward pass."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         started = time.perf_counter()
         with SavedTensors() as saved:

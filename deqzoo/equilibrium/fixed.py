@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deqzoo.equilibrium.gradients import JFB, NPG, UPG, Gradient
 from deqzoo.equilibrium.layout import Causal, Layout
+from deqzoo.equilibrium.maps import DetachableMap
 from deqzoo.equilibrium.solvers import Anderson, FixedPointIteration, Solution, Solver, Status
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
@@ -255,7 +256,7 @@ def _phantom(gradient: Any) -> tuple[int, float]:
 
 def _detached(f: Map) -> Map:
     """The map without its graph where it offers that, so that compiled code records none."""
-    return f.detached() if hasattr(f, "detached") else f
+    return f.detached() if isinstance(f, DetachableMap) else f
 
 
 def _step(z: State, fz: State, damping: float) -> State:

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deqzoo.equilibrium.gradients import Gradient, Unrolled, make_gradient
+from deqzoo.equilibrium.gradients import Gradient, make_gradient
 from deqzoo.equilibrium.gradients.base import Problem
-from deqzoo.equilibrium.layout import Layout, Rows, Selection, start_matrix
+from deqzoo.equilibrium.layout import Layout, Rows, begin
+from deqzoo.equilibrium.maps import BatchMap, BoundMap, DetachableMap, Matrices
 from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, Status, make_solver
-from deqzoo.equilibrium.solvers.loop import Matrices, StepCallback, cell_norm
+from deqzoo.equilibrium.solvers.loop import Residuals, StepCallback, residuals
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
 SolverSpec = Solver | str | Mapping[str, Any]
 GradientSpec = Gradient | str | Mapping[str, Any]
-
-
-class BoundMap:
-    """A function of (state, *inputs) with its inputs; every input belongs to the batch row-wise."""
-
-    def __init__(self, f: Callable[..., State], inputs: tuple[Any, ...]) -> None:
-        self.f = f
-        self.inputs = inputs
-
-    def __call__(self, state: State) -> State:
-        return self.f(state, *self.inputs)
-
-    def select(self, selection: Selection) -> BoundMap:
-        inputs = tuple(
-            None if item is None else rebuild(item, [selection.state(t) for t in leaves(item)])
-            for item in self.inputs
-        )
-        f = self.f.select(selection) if hasattr(self.f, "select") else self.f
-        return BoundMap(f, inputs)
 
 
 def fixed_point(
@@ -68,9 +50,8 @@ def fixed_point(
         layout: what one independent sample is; `Rows()`, one per batch entry, by default.
         compact: let converged samples leave the batch, so that a batch costs the sum of its
             samples' steps. This needs every input to be batch-first (or None), and f to close
-            over nothing that belongs to the batch, unless it offers `select(selection)`, which
-            returns f for the samples that are left. None does it when grad mode is off and f
-            offers that.
+            over nothing that belongs to the batch, unless it is a `BatchMap`, which returns f for
+            the samples that are left. None does it when grad mode is off and f is one.
         checkpoint: recompute every recorded step of upg and unrolled in the backward pass, so that
             one graph of f is kept at a time instead of one per step. The other gradients (implicit,
             npg, jfb) record f once and refuse.
@@ -94,14 +75,12 @@ def fixed_point(
             "gradient checkpointing; switch it off, or use 'upg' or 'unrolled'"
         )
     layout = layout or Rows()
-    bound = f if not inputs else BoundMap(f, inputs)
     if compact is None:
-        compact = not torch.is_grad_enabled() and hasattr(bound, "select") and hasattr(f, "select")
-    if compact and not hasattr(bound, "select"):
-        bound = BoundMap(f, ())
-    wants_graph = torch.is_grad_enabled()
-    if wants_graph and isinstance(chosen_gradient, Unrolled):
-        return _unroll(
+        compact = not torch.is_grad_enabled() and isinstance(f, BatchMap)
+    wrapped = inputs or (compact and not isinstance(f, BatchMap))
+    bound = BoundMap(f, inputs) if wrapped else f
+    if torch.is_grad_enabled() and not chosen_gradient.needs_solve:
+        return _attach_to_start(
             bound,
             z0,
             chosen_solver,
@@ -117,9 +96,11 @@ def fixed_point(
         callback = _keeper(kept, sample_steps, callback)
     start = rebuild(z0, [t.detach() for t in leaves(z0)])
     solution = chosen_solver.solve(bound, start, layout, compact, trace, callback)
-    if wants_graph and chosen_gradient.needs_solve:
-        matrix = layout.to_matrix(solution.state)
-        problem = _problem(bound, layout, checkpoint)
+    if not torch.is_grad_enabled() and not kept:
+        return solution
+    layout, matrix = begin(layout, solution.state)
+    if torch.is_grad_enabled():
+        problem = _problem(Matrices(bound, layout), checkpoint, chosen_solver.max_steps)
         solution.backward = problem.report
         solution.state = layout.to_state(chosen_gradient.attach(problem, matrix))
         kept = {k: chosen_gradient.attach(problem, z) for k, z in kept.items()}
@@ -128,63 +109,75 @@ def fixed_point(
     return solution
 
 
-def _problem(bound: Callable[[State], State], layout: Layout, checkpoint: bool) -> Problem:
-    layout = copy(layout)  # the backward pass may come after the caller's next solve with it
-    on_matrices = products = Matrices(bound, layout)
-    if hasattr(bound, "detached"):
-        products = Matrices(bound.detached(), layout)
-    return Problem(on_matrices, products, layout, checkpoint, BackwardReport())
+def _problem(
+    f: Matrices,
+    checkpoint: bool,
+    max_steps: int,
+    visit: Callable[[int, Tensor], None] | None = None,
+) -> Problem:
+    products = f
+    if isinstance(f.f, DetachableMap):
+        products = Matrices(f.f.detached(), f.layout)
+    return Problem(f, products, f.layout, checkpoint, BackwardReport(), max_steps, visit)
 
 
-def _unroll(
+def _attach_to_start(
     bound: Callable[[State], State],
     z0: State,
     solver: Solver,
-    gradient: Unrolled,
+    gradient: Gradient,
     layout: Layout,
     checkpoint: bool,
     trace: bool,
     callback: StepCallback | None,
     sample_steps: Sequence[int],
 ) -> Solution:
-    """Run the recorded iteration, then measure its result with one more evaluation of F."""
+    """Let a gradient that needs no solve make the state, and measure it with one evaluation."""
     started = time.perf_counter()
-    steps = gradient.steps or solver.max_steps
-    step = replace(gradient, steps=1)
-    z = start_matrix(layout, z0)
-    problem = _problem(bound, layout, checkpoint)
-    residuals, samples = [], []
-    for k in range(1, steps + 1):
-        z = step.attach(problem, z)
+    layout, start = begin(layout, z0)
+    recorded, watched = Matrices(bound, layout), Matrices(bound, layout)
+    measured: list[Residuals] = []
+    samples = []
+    latest: weakref.ref[Tensor] | None = None  # what was measured last
+
+    @torch.no_grad()
+    def measure(z: Tensor) -> Tensor:
+        nonlocal latest
+        point, latest = z.detach(), weakref.ref(z)
+        fz = watched(point)  # the next step evaluates F here again, but records it
+        measured.append(residuals(fz - point, fz, layout, solver.stop_mode))
+        return measured[-1].chosen
+
+    def visit(k: int, z: Tensor) -> None:
         if k in sample_steps:
             samples.append(layout.to_state(z))
-        if not (trace or callback or k == steps):
-            continue
-        with torch.no_grad():  # the next step evaluates F here again, but records it
-            point = z.detach()
-            fz = problem.f(point)
-            absolute = cell_norm(fz - point, layout)
-            relative = absolute / (cell_norm(fz, layout) + 1e-9)
-            chosen = layout.worst(relative if solver.stop_mode == "rel" else absolute)
-        residuals.append(chosen)
-        if callback is not None:
-            callback(k, point, chosen)
+        if trace or callback:
+            chosen = measure(z)
+            if callback is not None:
+                callback(k, z.detach(), chosen)
+
+    z = gradient.attach(_problem(recorded, checkpoint, solver.max_steps, visit), start)
+    n_steps = recorded.n_calls
+    if latest is None or latest() is not z:
+        measure(z)
+    absolute, relative, chosen = measured[-1]
     shape = layout.cell_shape()
     status = torch.full_like(chosen, int(Status.MAX_STEPS), dtype=torch.int64)
     status = status.masked_fill(chosen <= solver.tol, int(Status.CONVERGED))
-    status = status.masked_fill(~chosen.isfinite(), int(Status.NONFINITE))
-    n_evals = steps + len(residuals)
+    status = status.masked_fill(chosen == math.inf, int(Status.NONFINITE))
+    history = [found.chosen for found in measured]
+    n_evals = n_steps + watched.n_calls
     return Solution(
         state=layout.to_state(z),
         status=status.reshape(shape),
-        n_steps=torch.full_like(status, steps).reshape(shape),
+        n_steps=torch.full_like(status, n_steps).reshape(shape),
         abs_residual=absolute.reshape(shape),
         rel_residual=relative.reshape(shape),
         residual=chosen.reshape(shape),
         n_evals=n_evals,
         row_evals=n_evals * z.shape[0],
         seconds=time.perf_counter() - started,
-        trace=torch.stack(residuals, dim=-1).reshape(*shape, -1) if trace else None,
+        trace=torch.stack(history, dim=-1).reshape(*shape, len(history)) if trace else None,
         samples=samples if sample_steps else None,
     )
 

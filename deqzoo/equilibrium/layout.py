@@ -10,6 +10,7 @@ weights) per *cell*. A layout says how rows form cells:
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,15 +109,21 @@ class Layout(Protocol):
         ...
 
 
-def start_matrix(layout: Layout, start: State) -> Tensor:
-    """Return the matrix (R, D) in which a solve begins; the layout may have served others before.
+def begin(layout: Layout, start: State) -> tuple[Layout, Tensor]:
+    """Return a layout of the solve's own and the matrix (R, D) in which it begins.
+
+    The caller's layout may serve other solves before, inside, and at the same time as this one. It
+    is left as the solve's own is, so that callbacks can read matrices with it.
 
     Raises:
         ValueError: the state does not fit the layout.
     """
-    if isinstance(layout, Rows):
-        layout.forget()
-    return layout.to_matrix(start)
+    own = copy(layout)
+    if isinstance(own, Rows):
+        own.forget()
+    matrix = own.to_matrix(start)
+    vars(layout).update(vars(own))
+    return own, matrix
 
 
 class Rows:
@@ -244,10 +251,10 @@ class Causal:
         if not isinstance(state, Tensor) or state.ndim != 3:
             raise ValueError("a causal state is one tensor of shape (B, T, d)")
         self._shape = (state.shape[0], state.shape[1])
-        return state.reshape(-1, state.shape[2])
+        return state.reshape(self._shape[0] * self._shape[1], state.shape[2])
 
     def to_state(self, matrix: Tensor) -> State:
-        return matrix.reshape(*self._shape, -1)
+        return matrix.reshape(*self._shape, matrix.shape[1])
 
     def cell_shape(self) -> tuple[int, ...]:
         return self._shape
@@ -294,7 +301,7 @@ class _Sequences(Rows):
         self._n, self._length = n, length
 
     def to_matrix(self, state: State) -> Tensor:
-        return state.reshape(self._n * self._length, -1)
+        return state.reshape(self._n * self._length, state.shape[-1])
 
     def to_state(self, matrix: Tensor) -> State:
         return matrix  # an adjoint system lives on matrices already

@@ -8,9 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deqzoo.equilibrium.maps import recording
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
 
+@recording()
 def jacobian_penalty(
     f: Callable[[State], State],
     state: State,
@@ -35,34 +37,33 @@ def jacobian_penalty(
     Returns:
         Scalar.
     """
-    points = [t.detach().requires_grad_() for t in leaves(state)]
-    with torch.enable_grad():
-        outputs = leaves(f(rebuild(state, points)))
-        if probes is None:
-            probes = [
-                [torch.randn(t.shape, generator=generator).to(t) for t in points]
-                if generator is not None
-                else [torch.randn_like(t) for t in points]
-                for _ in range(n_probes)
-            ]
-        size = sum(t.numel() for t in points)
-        moving = [i for i, t in enumerate(outputs) if t.requires_grad]
-        if not moving:
-            return points[0].new_zeros(())
-        terms = []
-        for probe in probes:
-            directions = leaves(probe)
-            products = torch.autograd.grad(
-                [outputs[i] for i in moving],
-                points,
-                [directions[i] for i in moving],
-                retain_graph=True,
-                create_graph=True,
-                materialize_grads=True,
-            )
-            squares = torch.stack([p.square().sum() for p in products])
-            terms.append(squares.sum() / size)
-        return torch.stack(terms).mean()
+    points = [t.detach().clone().requires_grad_() for t in leaves(state)]
+    outputs = leaves(f(rebuild(state, [t.clone() for t in points])))  # f may work in place
+    if probes is None:
+        probes = [
+            [torch.randn(t.shape, generator=generator).to(t) for t in points]
+            if generator is not None
+            else [torch.randn_like(t) for t in points]
+            for _ in range(n_probes)
+        ]
+    size = sum(t.numel() for t in points)
+    moving = [i for i, t in enumerate(outputs) if t.requires_grad]
+    if not moving:
+        return points[0].new_zeros(())
+    terms = []
+    for probe in probes:
+        directions = leaves(probe)
+        products = torch.autograd.grad(
+            [outputs[i] for i in moving],
+            points,
+            [directions[i] for i in moving],
+            retain_graph=True,
+            create_graph=True,
+            materialize_grads=True,
+        )
+        squares = torch.stack([p.square().sum() for p in products])
+        terms.append(squares.sum() / size)
+    return torch.stack(terms).mean()
 
 
 def correction_weights(

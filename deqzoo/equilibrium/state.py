@@ -6,7 +6,7 @@ their natural structure: a tensor, or a tuple, list or dict of batch-first tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,19 +36,20 @@ def leaves(state: State) -> list[Tensor]:
 
 def rebuild(like: State, tensors: Iterable[Tensor]) -> State:
     """Arrange tensors in the structure of `like` (the inverse of `leaves`)."""
-    source = iter(tensors)
+    return _fill(like, iter(tensors))
 
-    def fill(node: State) -> State:
-        if isinstance(node, Tensor):
-            return next(source)
-        if isinstance(node, dict):
-            return {key: fill(item) for key, item in node.items()}
-        items = [fill(item) for item in node]
-        if isinstance(node, list):
-            return items
-        return type(node)(*items) if hasattr(node, "_fields") else tuple(items)
 
-    return fill(like)
+def _fill(node: State, source: Iterator[Tensor]) -> State:
+    # No inner function: a recursive one refers to itself, and would keep every state ever unpacked
+    # until Python's cyclic collector runs.
+    if isinstance(node, Tensor):
+        return next(source)
+    if isinstance(node, dict):
+        return {key: _fill(item, source) for key, item in node.items()}
+    items = [_fill(item, source) for item in node]
+    if isinstance(node, list):
+        return items
+    return type(node)(*items) if hasattr(node, "_fields") else tuple(items)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from deqzoo.equilibrium import JFB, NPG, UPG, Gradient, Implicit, Unrolled, make_gradient
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.training.recipe import Stage
 from deqzoo.training.task import Probe
@@ -70,39 +69,3 @@ def saved_bytes(function: Callable[[], Any], model: nn.Module) -> int:
         result = function()  # alive until the end, so that no storage is counted under two names
     del result
     return sum(kept.values())
-
-
-def gradient_cost(
-    gradient: Gradient | dict[str, Any],
-    adjoint_evals: float = 0.0,
-    detached: bool = False,
-    recomputed: bool = False,
-    n_steps: float = 0.0,
-) -> float:
-    """Cost of the graph and the backward pass in forward evaluations of the map.
-
-    Forward counts 1, a product with the transposed Jacobian 1, weight gradients 1 more. Those that
-    led to the state are not counted; for `unrolled` they are the recorded ones. A gradient of a
-    class of your own counts as one recorded step.
-
-    Args:
-        gradient: its settings.
-        adjoint_evals: products that an implicit gradient spent on average.
-        detached: whether the map is recorded a second time for the products, as a compiled one is.
-        recomputed: whether recorded steps are recomputed (gradient checkpointing): 1 more each.
-        n_steps: steps that led to the state, which `unrolled` records where it has no number of
-            its own.
-    """
-    chosen = make_gradient(gradient)
-    step = 3.0 + float(recomputed)
-    if isinstance(chosen, UPG):
-        return step * chosen.steps
-    if isinstance(chosen, JFB):
-        return 3.0
-    if isinstance(chosen, NPG):
-        return (chosen.steps - 1) + 3.0 + float(detached)
-    if isinstance(chosen, Implicit):
-        return adjoint_evals + 3.0 + float(detached)
-    if isinstance(chosen, Unrolled):
-        return (step - 1) * (chosen.steps or n_steps)
-    return step

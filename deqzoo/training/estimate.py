@@ -10,28 +10,17 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from deqzoo.equilibrium import (
-    UPG,
-    Anderson,
-    Broyden,
-    Implicit,
-    Unrolled,
-    make_solver,
-)
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.training.cost import (
     ONE_STEP,
     PENALTY_EVALUATIONS,
     evaluation_mode,
-    gradient_cost,
     sample_flops,
     saved_bytes,
 )
 from deqzoo.training.recipe import Recipe, Stage
 from deqzoo.training.task import Plan, Probe, Task
 
-ADJOINT_EVALUATIONS = 20.0
-"""Products that an implicit gradient is assumed to spend, fewer if its solver allows fewer."""
 SPEEDS = {"50 GFLOP/s (two CPU cores)": 5e10, "20 TFLOP/s (a GPU)": 2e13}
 
 
@@ -133,21 +122,12 @@ def step_evaluations(recipe: Recipe, stage: Stage, model: DEQPreTrainedModel) ->
         per_layer = 3.0 + float(recipe.gradient_checkpointing)
         evaluations = per_layer * model.config.unroll_layers
     else:
+        solver = model.resolve_solver(stage.solver)
         gradient = model.resolve_gradient(stage.gradient)
-        adjoint = ADJOINT_EVALUATIONS
-        if isinstance(gradient, Implicit):
-            adjoint = min(make_solver(gradient.solver).max_steps, adjoint)
-        forward = _unrolled_steps(stage, model)
-        if not forward:
-            forward = model.resolve_solver(stage.solver).max_steps
-        evaluations = forward + 1
-        evaluations += gradient_cost(
-            gradient,
-            adjoint,
-            detached=recipe.compile,
-            recomputed=recipe.gradient_checkpointing,
-            n_steps=forward,
+        cost = gradient.cost(
+            solver.max_steps, checkpoint=recipe.gradient_checkpointing, detached=recipe.compile
         )
+        evaluations = (solver.max_steps if gradient.needs_solve else 0) + 1 + cost.evaluations
     if stage.jacobian is not None:
         evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
     return evaluations
@@ -155,20 +135,10 @@ def step_evaluations(recipe: Recipe, stage: Stage, model: DEQPreTrainedModel) ->
 
 def _graphs(stage: Stage, model: DEQPreTrainedModel) -> int:
     """How many evaluations of the map a step keeps for its backward pass."""
-    if unrolled := _unrolled_steps(stage, model):
-        return unrolled
-    chosen = model.resolve_gradient(stage.gradient)
-    return chosen.steps if isinstance(chosen, UPG) else 1
-
-
-def _unrolled_steps(stage: Stage, model: DEQPreTrainedModel) -> int:
-    """Recorded applications of the map that take the place of a solve; 0 where there is one."""
     if stage.shallow:
         return model.config.unroll_layers
-    chosen = model.resolve_gradient(stage.gradient)
-    if not isinstance(chosen, Unrolled):
-        return 0
-    return chosen.steps or model.resolve_solver(stage.solver).max_steps
+    solver = model.resolve_solver(stage.solver)
+    return model.resolve_gradient(stage.gradient).cost(solver.max_steps).graphs
 
 
 def _kept(
@@ -181,14 +151,9 @@ def _kept(
 
 def _history(stage: Stage, model: DEQPreTrainedModel) -> int:
     """How many copies of the state a solve keeps."""
-    if _unrolled_steps(stage, model):
+    if stage.shallow or not model.resolve_gradient(stage.gradient).needs_solve:
         return 1
-    solver = model.resolve_solver(stage.solver)
-    if isinstance(solver, Anderson):
-        return 2 * min(solver.window, solver.max_steps) + 3
-    if isinstance(solver, Broyden):
-        return 2 * min(solver.memory or solver.max_steps, solver.max_steps) + 5
-    return 3
+    return model.resolve_solver(stage.solver).history()
 
 
 def _short(value: float) -> float:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from deqzoo.errors import UserError
 from deqzoo.training.callbacks import save_snapshot
 from deqzoo.training.clock import TimeBudget
-from deqzoo.training.cost import PENALTY_EVALUATIONS, gradient_cost, sample_flops
+from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
 from deqzoo.training.optimizers import build_optimizer, rate_factor
 from deqzoo.training.recipe import Recipe, Stage
 from deqzoo.training.step import TrainingStep
@@ -411,7 +411,8 @@ class TimedRun:
             evaluations = 3.0 * self.model.config.unroll_layers
         else:
             gradient = self.model.resolve_gradient(stage.gradient or None)
-            evaluations = n_steps + gradient_cost(gradient, products, n_steps=n_steps)
+            evaluations = n_steps if gradient.needs_solve else 0.0
+            evaluations += gradient.cost(round(n_steps), products=products).evaluations
             measured = not (stage.solver and stage.solver.get("tol") == 0)
             evaluations += float(measured)
         if stage.jacobian:

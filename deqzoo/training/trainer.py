@@ -22,7 +22,7 @@ from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.models.deq_transformer import DEQTransformerForCausalLM
 from deqzoo.training.checkpoints import conditions, differences, keep_newest, refuse_changes
 from deqzoo.training.constraints import ProjectionCallback
-from deqzoo.training.cost import PENALTY_EVALUATIONS, gradient_cost, sample_flops
+from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
 from deqzoo.training.recipe import Jacobian, Stage
 from deqzoo.training.task import Plan, Task
 
@@ -255,13 +255,15 @@ class RecipeTrainer(DEQTrainer):
             per_layer = 3.0 + float(self.recipe.gradient_checkpointing)
             evaluations = per_layer * self.model.config.unroll_layers
         else:
-            evaluations = float(outputs.n_steps.float().max()) + 1
-            evaluations += gradient_cost(
-                self.model.resolve_gradient(stage.gradient),
+            gradient = self.model.resolve_gradient(stage.gradient)
+            steps = int(outputs.n_steps.max())
+            cost = gradient.cost(
+                steps,
+                checkpoint=self.recipe.gradient_checkpointing,
                 detached=self.recipe.compile,
-                recomputed=self.recipe.gradient_checkpointing,
-                n_steps=float(outputs.n_steps.float().max()),
+                products=0,  # counted after the backward pass
             )
+            evaluations = (steps if gradient.needs_solve else 0) + 1 + cost.evaluations
         if self.wants_penalty():
             evaluations += PENALTY_EVALUATIONS
         self.evaluations.append(evaluations)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium import Selection
+from deqzoo.equilibrium import BatchMap, Selection
 
 F64 = torch.float64
 
@@ -31,7 +31,7 @@ def affine(h: Tensor) -> Tensor:
     return h @ A.T + (Q @ U + C)
 
 
-class Tanh:
+class Tanh(BatchMap):
     """h ↦ tanh(h Wᵀ + x), whose samples may leave the batch."""
 
     def __init__(self, weight: Tensor, x: Tensor) -> None:
@@ -71,7 +71,7 @@ def convolution(n: int = 4) -> Callable[[Tensor], Tensor]:
     return f
 
 
-class PerRow:
+class PerRow(BatchMap):
     """h_i ↦ s_i · tanh(h_i Wᵀ) + x_i without a product over the batch.
 
     Rows with a large s converge slowly or run away; a row with NaN in x fails at once.

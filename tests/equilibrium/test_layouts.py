@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium import Causal, Rows, Segments, Selection, fixed_point, make_solver
+from deqzoo.equilibrium import BatchMap, Causal, Rows, Segments, Selection, fixed_point, make_solver
 from deqzoo.equilibrium.layout import Layout, SuffixSelection
 from deqzoo.equilibrium.state import StatePacker, leaves, rebuild
 
@@ -115,7 +115,7 @@ def test_a_map_that_changes_the_batch_is_refused(
 
 
 def test_a_map_that_keeps_the_batch_when_others_leave_is_refused() -> None:
-    class Stubborn:
+    class Stubborn(BatchMap):
         def __init__(self, x: Tensor) -> None:
             self.x = x
 
@@ -183,7 +183,7 @@ def test_structures_are_solved_in_place_of_a_flat_vector(kind: str, solver: str)
     assert torch.equal(found.n_steps, expected.n_steps)
 
 
-class CausalMap:
+class CausalMap(BatchMap):
     """z_t ↦ tanh(mean of z_s W over s ≤ t, and x_t), which may drop a converged prefix."""
 
     def __init__(self, weight: Tensor, x: Tensor, frozen: Tensor | None = None) -> None:
@@ -325,7 +325,7 @@ def test_a_position_stalls_after_those_that_it_reads() -> None:
 
 
 def test_a_map_with_inputs_is_asked_to_select() -> None:
-    class Scaled:
+    class Scaled(BatchMap):
         def __init__(self, scale: Tensor) -> None:
             self.scale = scale
 

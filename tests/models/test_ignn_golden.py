@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from deqzoo.equilibrium import Segments, fixed_point, make_gradient
 from deqzoo.equilibrium.layer import _problem
+from deqzoo.equilibrium.maps import Matrices
 from deqzoo.models.ignn.convert_ignn import build_model, deqzoo_name, read_config
 from deqzoo.models.ignn.inputs import GraphBatch
 from deqzoo.models.ignn.layer import ImplicitGraphLayer
@@ -190,7 +191,7 @@ def truncated(layer, tensors, matrix, settings, start, gradient):
     f = layer(features, matrix, settings["A_rho"])
     layout = Segments(torch.zeros(len(features), dtype=torch.int64), 1)
     layout.to_matrix(start)
-    state = make_gradient(gradient).attach(_problem(f, layout, False), start)
+    state = make_gradient(gradient).attach(_problem(Matrices(f, layout), False, 1), start)
     (state * tensors["grad_X"].T).sum().backward()
     gradients = {"U": features.grad.T}
     for key, name in NAMES.items():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from deqzoo.equilibrium.layout import Layout
+from deqzoo.equilibrium.layout import Layout, Rows, begin
+from deqzoo.equilibrium.maps import recording
 from deqzoo.equilibrium.solvers.solution import BackwardReport
 
 Map = Callable[[Tensor], Tensor]
@@ -28,6 +29,8 @@ class Problem:
         layout: what one independent sample is.
         checkpoint: recompute each recorded step in the backward pass instead of storing it.
         report: where an implicit gradient notes how its linear solve went.
+        max_steps: of the solver, for gradients that take its place.
+        visit: called with (k, state) after the k-th step of `recorded_steps`, or None.
     """
 
     f: Map
@@ -35,6 +38,22 @@ class Problem:
     layout: Layout
     checkpoint: bool
     report: BackwardReport
+    max_steps: int = 1
+    visit: Callable[[int, Tensor], None] | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a gradient adds to a solve.
+
+    Attributes:
+        evaluations: recorded evaluations of the map, products with Jᵀ and weight gradients, of
+            which each counts as one evaluation of the map.
+        graphs: evaluations whose graph is kept for the backward pass, unless it is recomputed.
+    """
+
+    evaluations: float
+    graphs: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,8 @@ class Gradient(ABC):
         name: what `make_gradient` knows it by.
         can_checkpoint: whether it records a chain of steps, whose graphs can be recomputed one by
             one in the backward pass; one graph alone is needed whole in the end.
-        needs_solve: whether it starts from a solution.
+        needs_solve: whether it starts from a solution; else `attach` gets the start, and what it
+            returns is measured and reported.
     """
 
     name: ClassVar[str]
@@ -58,18 +78,98 @@ class Gradient(ABC):
 
     @abstractmethod
     def attach(self, problem: Problem, state: Tensor) -> Tensor:
-        """Return the state (R, D) with this backward pass; `state` carries no graph."""
+        """Return the state (R, D) with this backward pass.
+
+        `state` is a solution without a graph, or the start where `needs_solve` is False.
+        """
+
+    def cost(
+        self,
+        max_steps: int,
+        *,
+        checkpoint: bool = False,
+        detached: bool = False,
+        products: float | None = None,
+    ) -> Cost:
+        """Count what `attach` and the backward pass cost, on a state of a single number.
+
+        Args:
+            max_steps: of the solver.
+            checkpoint: whether recorded steps are recomputed, where the gradient can do that.
+            detached: whether the map has a detached twin, as a compiled one does.
+            products: those that an adjoint solve spends, where they were counted; None assumes.
+        """
+        tally = _Tally()
+        with recording():
+            weight = torch.zeros(1, 1, requires_grad=True)
+            layout, state = begin(Rows(), torch.zeros(1, 1))
+
+            def f(h: Tensor) -> Tensor:
+                return _Pass.apply(h, _WeightPass.apply(weight, tally), tally)
+
+            def twin(h: Tensor) -> Tensor:
+                return _Pass.apply(h, weight.detach(), tally)
+
+            checkpoint = checkpoint and self.can_checkpoint
+            second = twin if detached else f
+            problem = Problem(f, second, layout, checkpoint, BackwardReport(), max_steps)
+            out = self.attach(problem, state)
+            graphs = tally.evaluations
+            if out.requires_grad:
+                out.sum().backward()
+        return Cost(tally.evaluations + tally.passes, graphs)
+
+
+@dataclass
+class _Tally:
+    evaluations: int = 0
+    passes: int = 0
+
+
+class _Pass(torch.autograd.Function):
+    """One evaluation of a map, h ↦ h / 2 + weight, counted in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, tally: _Tally) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.tally = tally
+        tally.evaluations += 1
+        return h / 2 + weight
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # what a checkpoint recomputes
+        ctx.tally.passes += 1
+        return cotangent / 2, cotangent, None
+
+
+class _WeightPass(torch.autograd.Function):
+    """Counts the backward passes that reach the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tally: _Tally) -> Tensor:
+        ctx.tally = tally
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.tally.passes += 1
+        return cotangent, None
 
 
 def recorded_steps(problem: Problem, z: Tensor, steps: int, damping: float) -> Tensor:
     """Apply h ← h + damping · (F(h) − h) `steps` times, recording the graph."""
 
+    f = problem.f  # alone: a graph that held the problem would be held by what the problem holds
+
     def step(h: Tensor) -> Tensor:
-        fh = problem.f(h)
+        fh = f(h)
         return fh if damping == 1 else torch.lerp(h, fh, damping)
 
-    for _ in range(steps):
+    for k in range(1, steps + 1):
         z = recompute(step, z, use_reentrant=False) if problem.checkpoint else step(z)
+        if problem.visit is not None:
+            problem.visit(k, z)
     return z
 
 
@@ -94,7 +194,15 @@ def attach_cotangent(
             value = problem.f(state.detach())
     if not recorded.requires_grad or not _reaches_more_than(value, point):
         return state.detach()
-    return _Adjoint.apply(value, state.detach(), recorded, point, solve)
+
+    def product(vector: Tensor) -> Tensor:
+        with torch.enable_grad():
+            (out,) = torch.autograd.grad(
+                recorded, point, vector, retain_graph=True, allow_unused=True
+            )
+        return torch.zeros_like(point) if out is None else out
+
+    return _Adjoint.apply(value, state.detach(), product, solve)
 
 
 def _reaches_more_than(value: Tensor, point: Tensor) -> bool:
@@ -121,17 +229,16 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        value: Tensor,
-        state: Tensor,
-        recorded: Tensor,
-        point: Tensor,
-        solve: Callable[[Map, Tensor], Tensor],
+        value: Tensor, state: Tensor, product: Map, solve: Callable[[Map, Tensor], Tensor]
     ) -> Tensor:
-        # `recorded` stays attached here: its graph is what the products differentiate. It hangs
-        # on this node and not the other way round, so nothing keeps the graph alive in a cycle.
-        ctx.recorded, ctx.point, ctx.solve = recorded, point, solve
         return state.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        # `product` holds the graph it differentiates. That hangs on this node and not the other
+        # way round, so nothing keeps the graph alive in a cycle; and it is no input of this node,
+        # whose backward would otherwise pass through it once more.
+        _, _, ctx.product, ctx.solve = inputs
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,12 +247,4 @@ class _Adjoint(torch.autograd.Function):
                 "second derivatives through the implicit and npg gradients are not defined here; "
                 "choose gradient 'upg', 'jfb' or 'unrolled' to differentiate twice"
             )
-
-        def product(vector: Tensor) -> Tensor:
-            with torch.enable_grad():
-                (out,) = torch.autograd.grad(
-                    ctx.recorded, ctx.point, vector, retain_graph=True, allow_unused=True
-                )
-            return torch.zeros_like(ctx.point) if out is None else out
-
-        return ctx.solve(product, cotangent), None, None, None, None
+        return ctx.solve(ctx.product, cotangent), None, None, None

@@ -9,9 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium.gradients.base import Gradient, Map, Problem, attach_cotangent
+from deqzoo.equilibrium.gradients.base import Cost, Gradient, Map, Problem, attach_cotangent
 from deqzoo.equilibrium.solvers import Solver, make_solver
 from deqzoo.equilibrium.solvers.anderson import Anderson
+from deqzoo.equilibrium.solvers.loop import row_peaks
+
+_TYPICAL_PRODUCTS = 20
+"""Products that an adjoint solve is assumed to spend, fewer if its solver allows fewer."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,26 @@ class Implicit(Gradient):
         assert isinstance(self.solver, Solver)
         return {"name": self.name, "solver": self.solver.to_dict()}
 
+    def cost(
+        self,
+        max_steps: int,
+        *,
+        checkpoint: bool = False,
+        detached: bool = False,
+        products: float | None = None,
+    ) -> Cost:
+        if products is None:
+            products = min(make_solver(self.solver).max_steps, _TYPICAL_PRODUCTS)
+        return Cost(products + 3.0 + detached, 1)
+
     def attach(self, problem: Problem, state: Tensor) -> Tensor:
         solver = make_solver(self.solver)
 
         def solve(product: Map, cotangent: Tensor) -> Tensor:
             layout = problem.layout.adjoint()
-            # The system is linear: solved at scale one, so that neither the solver's absolute
-            # constants nor underflow make the result depend on the scale of the loss.
-            size = layout.total(cotangent.abs().amax(1))
+            # The system is linear: solved at scale one, so that an absolute tolerance is relative
+            # to g and the result does not depend on the scale of the loss.
+            size = layout.total(row_peaks(cotangent))
             size = layout.spread(torch.where(size > 0, size, 1)).unsqueeze(1)
             unit = cotangent / size
             solution = solver.solve(lambda w: product(w) + unit, unit, layout=layout)

@@ -37,5 +37,4 @@ class Unrolled(Gradient):
             raise ValueError(f"unrolled: damping must be in (0, 1], got {self.damping!r}")
 
     def attach(self, problem: Problem, state: Tensor) -> Tensor:
-        assert self.steps is not None
-        return recorded_steps(problem, state, self.steps, self.damping)
+        return recorded_steps(problem, state, self.steps or problem.max_steps, self.damping)

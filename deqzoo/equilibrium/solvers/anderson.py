@@ -39,6 +39,9 @@ class Anderson(Solver):
         ok = self.ridge is None or (isinstance(self.ridge, (int, float)) and self.ridge >= 0)
         _require(ok, self, "ridge", "None or a number ≥ 0")
 
+    def history(self) -> int:
+        return 2 * min(self.window, self.max_steps) + 3
+
     def start(self, matrix: Tensor, layout: Layout) -> StepRule:
         return _Mixing(self, matrix, layout)
 

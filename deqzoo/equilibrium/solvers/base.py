@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium.layout import Layout, Rows, Selection, start_matrix
-from deqzoo.equilibrium.solvers.loop import Loop, Matrices, StepCallback
+from deqzoo.equilibrium.layout import Layout, Rows, Selection, begin
+from deqzoo.equilibrium.maps import BatchMap, Matrices
+from deqzoo.equilibrium.solvers.loop import Loop, StepCallback
 from deqzoo.equilibrium.solvers.solution import Solution
 from deqzoo.equilibrium.state import State
 
@@ -25,7 +26,7 @@ class Solver(ABC):
         max_steps: updates of the state; at most max_steps + 1 evaluations of F, the last of
             which measures what is returned. The start is never returned.
         tol: a cell has converged when its residual is at most this.
-        stop_mode: "rel" tests ‖F(h) − h‖ / (‖F(h)‖ + 1e-9), "abs" tests ‖F(h) − h‖.
+        stop_mode: "rel" tests ‖F(h) − h‖ / ‖F(h)‖, "abs" tests ‖F(h) − h‖.
         damping: β in h + β (F(h) − h), in (0, 1].
         check_every: N, the loop acts on stopped and broken cells only at evaluations 0, N, 2N, …;
             None takes 1 on the CPU and 4 elsewhere, where a look at the flags waits for the
@@ -67,6 +68,10 @@ class Solver(ABC):
         """Return the settings as a JSON dict; `make_solver` reads it back."""
         return {"name": self.name, **asdict(self)}
 
+    def history(self) -> int:
+        """How many copies of the state a solve keeps at most, iterate and evaluation included."""
+        return 3
+
     @abstractmethod
     def start(self, matrix: Tensor, layout: Layout) -> StepRule:
         """Return the rule's memory for a solve that starts at a matrix (R, D)."""
@@ -85,7 +90,7 @@ class Solver(ABC):
         """Solve h = f(h) without recording a graph.
 
         Args:
-            f: the map, on states like `z0`. With `compact` it must have `select(selection)`.
+            f: the map, on states like `z0`. With `compact` it must be a `BatchMap`.
             z0: the start.
             layout: what one independent sample is, `Rows()` by default.
             compact: let converged cells leave the batch.
@@ -93,12 +98,14 @@ class Solver(ABC):
             callback: sees every iterate; switches `compact` off.
 
         Raises:
+            TypeError: `compact` with a map that is no `BatchMap`.
             ValueError: a start that does not fit the layout, or a map whose states have other
                 shapes than its start.
         """
-        layout = layout or Rows()
-        matrix = start_matrix(layout, z0)
+        layout, matrix = begin(layout or Rows(), z0)
         compact = compact and callback is None and not trace
+        if compact and not isinstance(f, BatchMap):
+            raise TypeError("samples can leave the batch of a `BatchMap` only; set compact=False")
         loop = Loop(self, layout, matrix, trace)
         return loop.run(Matrices(f, layout), matrix, compact, callback)
 

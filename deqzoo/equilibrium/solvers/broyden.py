@@ -35,6 +35,9 @@ class Broyden(Solver):
         super().__post_init__()
         _require(_is_int(self.memory) and self.memory >= 1, self, "memory", "an int ≥ 1")
 
+    def history(self) -> int:
+        return min(self.memory, self.max_steps) + 4
+
     def start(self, matrix: Tensor, layout: Layout) -> StepRule:
         return _QuasiNewton(self, matrix, layout)
 

@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout, Rows, Selection
 from deqzoo.equilibrium.solvers.solution import Solution, Status
-from deqzoo.equilibrium.state import State, leaves
 
 if TYPE_CHECKING:
     from deqzoo.equilibrium.solvers.base import Solver
@@ -23,44 +22,81 @@ StepCallback = Callable[[int, Tensor, Tensor], None]
 
 
 def cell_norm(rows: Tensor, layout: Layout) -> Tensor:
-    """Euclidean norms of the cells (C,), in float32 or wider, from rows (R, D)."""
+    """Euclidean norms of the cells (C,), in float32 or wider, from rows (R, D).
+
+    Where squares under- or overflow on the CPU, `scaled_norm` has to be asked.
+    """
     wide = torch.promote_types(rows.dtype, torch.float32)
+    if rows.device.type != "cpu":  # limited by memory there: range is for nothing
+        return scaled_norm(rows, layout).to(wide)
     norm = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
     if type(layout) is Rows:
         return norm
     return layout.total(norm.square()).sqrt()
 
 
-class Matrices:
-    """A map on states, seen as one on matrices.
+def scaled_norm(rows: Tensor, layout: Layout) -> Tensor:
+    """Euclidean norms of the cells (C,) in float64, whatever their size."""
+    if rows.dtype != torch.float64:
+        norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return layout.total(norm.square()).sqrt()
+    peak = layout.total(row_peaks(rows))
+    peak = torch.where(peak > 0, peak, 1)
+    norm = torch.linalg.vector_norm(rows / layout.spread(peak).unsqueeze(1), dim=1)
+    return layout.total(norm.square()).sqrt() * peak
 
-    Raises:
-        ValueError: (when called) the map returns a state of another shape than its argument's.
-    """
 
-    def __init__(self, f: Any, layout: Layout) -> None:
-        self.f = f
-        self.layout = layout
+def row_peaks(rows: Tensor) -> Tensor:
+    """Largest modulus (R,) in each row of (R, D)."""
+    return rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+
+
+def quotient(absolute: Tensor, size: Tensor) -> Tensor:
+    """Relative residuals: 0 where both norms are 0."""
+    return absolute / size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+class Residuals(NamedTuple):
+    """Residuals of the cells, each (C,): in both measures, and those that decide."""
+
+    absolute: Tensor
+    relative: Tensor
+    chosen: Tensor
+
+
+def residuals(residual: Tensor, fz: Tensor, layout: Layout, stop_mode: str) -> Residuals:
+    """Measure F(h) − h (R, D) at any scale of the state."""
+    absolute = scaled_norm(residual, layout)
+    relative = quotient(absolute, scaled_norm(fz, layout))
+    chosen = torch.nan_to_num(relative if stop_mode == "rel" else absolute, nan=math.inf)
+    wide = torch.promote_types(fz.dtype, torch.float32)
+    found = (absolute, relative, layout.worst(chosen))
+    return Residuals(*(each.to(wide) for each in found))
+
+
+def _safe_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Norms between which squares neither under- nor overflow."""
+    least = torch.finfo(dtype).tiny ** 0.4
+    return least, 1 / least
+
+
+class _Map(Protocol):
+    def __call__(self, matrix: Tensor) -> Tensor: ...
+    def select(self, selection: Selection, layout: Layout) -> _Map: ...
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A map on matrices in units of its own, so that squares of states stay in range."""
+
+    f: _Map
+    unit: Tensor  # (R, 1), powers of two: nothing is rounded
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        state, cells = self.layout.to_state(matrix), self.layout.cell_shape()
-        found = self.f(state)
-        out = self.layout.to_matrix(found)
-        # Sums with one row in place of many would go through, and a causal layout, which takes its
-        # sequences from the state, would have others.
-        if out.shape != matrix.shape or self.layout.cell_shape() != cells:
-            raise ValueError(
-                f"expected tensors of shapes {_shapes(state)}, got {_shapes(found)}: the map must "
-                "return a state like its input"
-            )
-        return out.to(matrix.dtype)
+        return self.f(matrix * self.unit) / self.unit
 
-    def select(self, selection: Selection, layout: Layout) -> Matrices:
-        return Matrices(self.f.select(selection), layout)
-
-
-def _shapes(state: State) -> list[tuple[int, ...]]:
-    return [tuple(t.shape) for t in leaves(state)]
+    def select(self, selection: Selection, layout: Layout) -> _Scaled:
+        return _Scaled(self.f.select(selection, layout), self.unit.index_select(0, selection.rows))
 
 
 @dataclass
@@ -151,6 +187,9 @@ class Loop:
         self.last = matrix
         self.pending = torch.zeros(n_cells, dtype=torch.bool, device=matrix.device)
         self.scale: Tensor | None = None  # (C,) halved steps of restarted cells
+        self.unit: Tensor | None = None  # (C,) of what is left, where states are huge or tiny
+        self.whole_unit: Tensor | None = None
+        self.least, self.most = _safe_range(like.dtype)
         self.trace: list[Tensor] | None = [] if trace else None
         self.n_evals = self.row_evals = 0
         self.started = time.perf_counter()
@@ -159,10 +198,12 @@ class Loop:
         self.autocast = torch.is_autocast_enabled(matrix.device.type)
         self.untroubled = self.on_cpu  # every cell has got better at every evaluation
 
-    def run(self, f: Matrices, z: Tensor, compact: bool, callback: StepCallback | None) -> Solution:
+    def run(self, f: _Map, z: Tensor, compact: bool, callback: StepCallback | None) -> Solution:
         max_steps = self.solver.max_steps
         for k in range(max_steps + 1):
             fz = f(z)
+            if k == 0 and self.on_cpu:
+                f, z, fz = self.choose_unit(f, z, fz)
             self.n_evals += 1
             self.row_evals += z.shape[0]
             residual = self.rule.residual(z, fz)
@@ -187,16 +228,24 @@ class Loop:
     ) -> None:
         """Enter evaluation k, made at iterate z, into the books."""
         books = self.books
-        absolute = cell_norm(residual, self.layout)
-        relative = absolute / (cell_norm(fz, self.layout) + 1e-9)
-        chosen = relative if self.solver.stop_mode == "rel" else absolute
-        chosen = self.layout.worst(torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf))
+        own = cell_norm(residual, self.layout)
+        relative = quotient(own, cell_norm(fz, self.layout))
+        absolute, chosen = self.choose(own, relative)
         improved = chosen < books.lowest
         # The usual case before the first cell stops, at a fraction of the operations.
         if self.untroubled:
             self.untroubled = bool((improved & (chosen > self.solver.tol)).all())
         if not self.untroubled:
             books.broken = books.active & (chosen == math.inf)
+            small = books.active & (torch.minimum(absolute, chosen) < self.least)
+            if self.on_cpu and bool((odd := books.broken | small).any()):
+                exact = scaled_norm(residual, self.layout)
+                ratio = quotient(exact, scaled_norm(fz, self.layout))
+                relative = torch.where(odd, ratio.to(relative), relative)
+                absolute = torch.where(odd, exact.to(absolute), own)
+                absolute, chosen = self.choose(absolute, relative)
+                improved = chosen < books.lowest
+                books.broken = books.active & (chosen == math.inf)
         if k == 0:
             return
         if self.trace is not None:
@@ -212,7 +261,40 @@ class Loop:
             books.update(k, kept, chosen, absolute, relative, self.solver, self.layout)
         self.last = z
         if callback is not None:
-            callback(k, z, chosen)
+            callback(k, self.in_own_units(z), chosen)
+
+    def in_own_units(self, matrix: Tensor) -> Tensor:
+        if self.unit is None:
+            return matrix
+        return matrix * self.layout.spread(self.unit).unsqueeze(1).to(matrix.dtype)
+
+    def choose(self, absolute: Tensor, relative: Tensor) -> tuple[Tensor, Tensor]:
+        """Return absolute residuals in the map's own units, and those that decide."""
+        if self.unit is not None:
+            absolute = absolute * self.unit
+        chosen = relative if self.solver.stop_mode == "rel" else absolute
+        chosen = torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf)
+        return absolute, self.layout.worst(chosen)
+
+    def choose_unit(self, f: _Map, z: Tensor, fz: Tensor) -> tuple[_Map, Tensor, Tensor]:
+        """Where squares of a state would leave the dtype's range, go on in other units."""
+        size = cell_norm(fz, self.layout)
+        usual = (size > self.least) & (size < self.most)
+        if bool(usual.all()):
+            return f, z, fz
+        size = torch.maximum(scaled_norm(fz, self.layout), scaled_norm(z, self.layout))
+        if self.layout.holds_frozen:  # its cells share sums
+            size = size.amax().expand_as(size) if size.numel() else size
+        usual = (size > self.least) & (size < self.most) | (size == 0) | ~size.isfinite()
+        if bool(usual.all()):
+            return f, z, fz
+        bits = torch.finfo(z.dtype).smallest_normal, torch.finfo(z.dtype).max
+        exponent = torch.frexp(size.clamp(*bits)).exponent - 1
+        unit = torch.ldexp(torch.ones_like(size), exponent).masked_fill(usual, 1)
+        self.unit = self.whole_unit = unit.to(self.books.residual)
+        rows = self.layout.spread(unit).unsqueeze(1).to(z)
+        self.saved = self.whole_saved = self.last = z = z / rows
+        return _Scaled(f, rows), z, fz / rows
 
     def save(self, cells: Tensor) -> None:
         """Copy the last iterate of some cells, which are about to move on to a worse one."""
@@ -272,8 +354,8 @@ class Loop:
         return proposed
 
     def drop(
-        self, f: Matrices, z: Tensor, fz: Tensor, residual: Tensor
-    ) -> tuple[Matrices, Tensor, Tensor, Tensor]:
+        self, f: _Map, z: Tensor, fz: Tensor, residual: Tensor
+    ) -> tuple[_Map, Tensor, Tensor, Tensor]:
         """Let stopped cells leave where enough of them have stopped."""
         active = self.books.active
         if bool(active.all()):
@@ -290,6 +372,7 @@ class Loop:
         self.books = self.books.take(cells)
         self.pending = self.pending[cells]
         self.scale = None if self.scale is None else self.scale[cells]
+        self.unit = None if self.unit is None else self.unit[cells]
         self.saved = self.saved.index_select(0, rows)
         self.rule.select(layout, selection)
         self.layout = layout
@@ -312,11 +395,14 @@ class Loop:
             self.own_saved()
             self.file()
         books, shape = self.whole_books, self.whole_layout.cell_shape()
+        self.layout, self.unit = self.whole_layout, self.whole_unit
         trace = None
         if self.trace is not None:
-            trace = torch.stack(self.trace, dim=-1).reshape(*shape, -1)
+            trace = books.residual.new_empty(*shape, len(self.trace))
+            for k, chosen in enumerate(self.trace):
+                trace[..., k] = chosen.reshape(shape)
         return Solution(
-            state=self.whole_layout.to_state(self.whole_saved),
+            state=self.layout.to_state(self.in_own_units(self.whole_saved)),
             status=books.status.reshape(shape),
             n_steps=books.n_steps.reshape(shape),
             abs_residual=books.abs_residual.reshape(shape),

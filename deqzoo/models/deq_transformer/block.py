@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deqzoo.equilibrium import BatchMap, DetachableMap
 from deqzoo.equilibrium.layout import Selection, SuffixSelection
 
 NORM_EPS = 1e-5
@@ -226,7 +227,7 @@ class EquilibriumMap:
 
 
 @dataclass(frozen=True)
-class SolvableMap(EquilibriumMap):
+class SolvableMap(EquilibriumMap, BatchMap):
     """The map of a single block, from which solved prefixes can leave."""
 
     def select(self, selection: Selection) -> "SolvableMap":
@@ -276,10 +277,10 @@ def _compiled_layers() -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True)
-class CompiledMap:
+class CompiledMap(DetachableMap):
     """A map under torch.compile.
 
-    It offers no ``select``, since every length would be compiled anew, but a detached twin: a
+    It is no `BatchMap`, since every length would be compiled anew, but has a detached twin: a
     compiled backward is one graph, which would compute weight gradients in every product.
     """
 

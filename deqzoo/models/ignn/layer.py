@@ -7,12 +7,12 @@ rows here: x = relu(A^T x W^T + b) for x of shape (n, m).
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from deqzoo.equilibrium import BatchMap, DetachableMap, Selection
 from deqzoo.models.ignn.dense import times_transposed
 from deqzoo.models.ignn.projection import project_rows, row_norm
 from deqzoo.models.ignn.sparse import Adjacency
@@ -23,13 +23,7 @@ def _rounding(dtype: torch.dtype) -> float:
     return max(1e-6, torch.finfo(dtype).eps)
 
 
-class _Selection(Protocol):
-    rows: Tensor
-
-    def state(self, tensor: Tensor) -> Tensor: ...
-
-
-class GraphMap:
+class GraphMap(BatchMap, DetachableMap):
     """The map z -> relu(A^T z W^T + b) of one layer on one batch of graphs.
 
     Args:
@@ -59,7 +53,7 @@ class GraphMap:
         with torch.no_grad():
             return _step(*tensors, self.adjacency)[0]
 
-    def select(self, selection: _Selection) -> GraphMap:
+    def select(self, selection: Selection) -> GraphMap:
         """Restrict the map to the graphs that a solver goes on with."""
         return GraphMap(
             self.weight,

@@ -21,7 +21,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
-from deqzoo.equilibrium import Selection
+from deqzoo.equilibrium import BatchMap, DetachableMap, Selection
 
 from .native_norm import group_norm
 
@@ -192,7 +192,7 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None
 
 
 @dataclasses.dataclass(frozen=True)
-class MDEQMap:
+class MDEQMap(BatchMap):
     """The map z -> F(z) of one batch: effective weights, injections and masks fixed for a solve.
 
     With a `dtype` everything inside a step is of that precision, whatever autocast would choose;
@@ -259,11 +259,11 @@ class MDEQMap:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledMDEQMap:
+class CompiledMDEQMap(DetachableMap):
     """An `MDEQMap` under torch.compile.
 
-    It offers no `select`, since every new batch size would be compiled anew, but a detached twin: a
-    compiled backward is one graph, which would compute weight gradients in every product.
+    It is no `BatchMap`, since every new batch size would be compiled anew, but has a detached
+    twin: a compiled backward is one graph, which would compute weight gradients in every product.
     """
 
     plain: MDEQMap
