@@ -241,7 +241,7 @@ def test_evaluate_writes_the_file(
     assert run(arguments) == 0
     assert "% on cifar10 test" in capsys.readouterr().out
     content = json.loads(output.read_text())
-    assert content["data"]["pictures"] == 40 and content["data"]["complete"] is False
+    assert content["data"]["samples"] == 40 and content["data"]["complete"] is False
     assert [row["max_steps"] for row in content["budget"]["steps"]] == [2, 4, 8, 16, 30]
     assert content["command"] == "deqzoo evaluate mdeq-test --split test"
 

@@ -29,6 +29,7 @@ from deqzoo.equilibrium.maps import BatchMap
 from deqzoo.equilibrium.solvers import make_solver
 from deqzoo.equilibrium.state import StatePacker
 from deqzoo.evaluation.chart import line_chart
+from deqzoo.evaluation.dispatch import evaluator_of
 from deqzoo.evaluation.files import weights_digest
 from deqzoo.evaluation.gradient_batches import make_batch, part
 from deqzoo.hub.catalogue import entry
@@ -52,51 +53,14 @@ def folder_of(model: Any, root: Path) -> Path:
 
 
 def figure_of(model: Any, data: Path, limit: int) -> Measure:
-    """How to score a model of any family."""
-    if model.config.model_type == "mdeq":
-        return _pictures(model, data, limit)
-    if model.config.model_type == "deq_transformer":
-        return _texts(model, data, 20 * limit)
-    return _graphs(model, data, limit)
-
-
-def _pictures(model: Any, data: Path, limit: int) -> Measure:
-    from deqzoo.evaluation import images, metrics
-    from deqzoo.evaluation.classify import load_processor
-
-    pictures = images._first(images._pictures_of(model, "test", data), limit)
-    processor = load_processor(model)
+    """How to score a model of any task; node classifiers read whole graphs."""
+    kind = type(model).__name__
+    most = None if "Node" in kind else 20 * limit if "CausalLM" in kind else limit
+    evaluator = evaluator_of(model, "test", data, batch_size=64, limit=most, progress=False)
+    samples = evaluator.describe()["samples"]
 
     def score(solver: dict[str, Any] | None) -> tuple[str, float, int]:
-        outputs = images.run(model, processor, pictures, 64, solver, progress=False)
-        return "accuracy", metrics.accuracy(outputs.logits, pictures.labels), len(pictures)
-
-    return score
-
-
-def _texts(model: Any, data: Path, limit: int) -> Measure:
-    from deqzoo.evaluation import text
-
-    tokenizer = text.load_tokenizer(model)
-    stream = text._stream(text.corpus_of(tokenizer), "test", data, tokenizer)[:limit]
-
-    def score(solver: dict[str, Any] | None) -> tuple[str, float, int]:
-        return "perplexity", text.score(model, stream, solver)["perplexity"], len(stream)
-
-    return score
-
-
-def _graphs(model: Any, data: Path, limit: int) -> Measure:
-    from deqzoo.evaluation.dispatch import evaluate_model
-
-    own = dict(model.config.solver)
-
-    def score(solver: dict[str, Any] | None) -> tuple[str, float, int]:
-        model.set_solver(**(own if solver is None else own | solver))
-        results = evaluate_model(model, "", split="test", data=data)["results"]
-        model.set_solver(**own)
-        name = next(n for n in ("auc", "micro_f1", "accuracy") if n in results)
-        return name, results[name], int(results.get("samples", 0))
+        return evaluator.metric, evaluator.measure(solver)[evaluator.metric], samples
 
     return score
 

@@ -24,7 +24,7 @@ from cost import clocked
 
 from deqzoo import DEQModel
 from deqzoo.evaluation.chart import dot_chart
-from deqzoo.evaluation.images import evaluate_images
+from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.training.recipe import load_recipe
 
 GRADIENTS = {
@@ -52,13 +52,13 @@ def score(folder: Path, data: Path, pictures: int | None) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     model = DEQModel.from_pretrained(folder / "model")
-    evaluation = evaluate_images(
-        model, folder.name, data=data, limit=pictures, budget_pictures=0, progress=False
+    evaluation = evaluate_model(
+        model, folder.name, data=data, limit=pictures, budget_samples=0, progress=False
     )
     results = evaluation["results"]
     return {
         "accuracy": results["accuracy"],
-        "test_pictures": evaluation["data"]["pictures"],
+        "test_pictures": evaluation["data"]["samples"],
         "negative_log_likelihood": results["negative_log_likelihood"],
         "residual_median": results["residual_median"],
         "evaluations_per_step": statistics.mean(line["evaluations"] for line in logged),

@@ -310,14 +310,6 @@ def collate_graphs(graphs: Sequence[Any]) -> dict[str, Tensor]:
     return fields
 
 
-def micro_f1(predicted: Tensor, labels: Tensor) -> float:
-    """Return the F1 score over all (sample, label) pairs; both (n, labels), compared with 0.5."""
-    predicted, labels = predicted > 0.5, labels > 0.5
-    hits = int((predicted & labels).sum())
-    total = int(predicted.sum()) + int(labels.sum())
-    return 2 * hits / total if total else 0.0
-
-
 def _stratified(labels: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
     try:
         from sklearn.model_selection import StratifiedKFold

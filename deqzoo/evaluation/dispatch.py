@@ -1,21 +1,103 @@
-"""One evaluation for every family."""
+"""One evaluation for every task: figures of a split, and quality against solver steps."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
+from deqzoo.evaluation.files import describe_environment, describe_model
+from deqzoo.records import FORMAT
 
-#: model_type -> module with `evaluate_...(model, name, *, split, data, batch_size, limit)`.
-_EVALUATORS = {
-    "mdeq": ("deqzoo.evaluation.images", "evaluate_images"),
-    "deq_transformer": ("deqzoo.evaluation.text", "evaluate_text"),
-    "ignn": ("deqzoo.evaluation.graphs", "evaluate_graphs"),
+BUDGETS = (2, 4, 8, 16, 30)
+"""Solver steps of the budget curve; the model's own most steps come last if they are more."""
+# Budget curves show what a number of steps gives, so the tolerance must not end a solve earlier.
+BUDGET_TOLERANCE = 1e-7
+_CURVE = ("residual_median", "residual_p95", "seconds_per_sample")
+
+#: Ends of class names -> module and class of their evaluator.
+EVALUATORS = {
+    "ForImageClassification": ("deqzoo.evaluation.images", "ImageEvaluator"),
+    "ForCausalLM": ("deqzoo.evaluation.text", "TextEvaluator"),
+    "ForGraphClassification": ("deqzoo.evaluation.graphs", "GraphEvaluator"),
+    "ForNodeClassification": ("deqzoo.evaluation.graphs", "NodeEvaluator"),
 }
+
+
+class Evaluator(Protocol):
+    """A model on a split of the data that it was made for.
+
+    Attributes:
+        task: the name of the task, as on the Hub.
+        metric: the figure that the evaluation is known by.
+        unit: what a sample is, in the plural.
+        budget_samples: samples of the budget curve; None for all.
+    """
+
+    task: str
+    metric: str
+    unit: str
+    budget_samples: int | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        split: str,
+        data: str | os.PathLike[str] | None,
+        *,
+        batch_size: int,
+        limit: int | None,
+        progress: bool,
+    ) -> None: ...
+
+    def describe(self) -> dict[str, Any]:
+        """`name` of the data set, number of `samples`, and what identifies them."""
+        ...
+
+    def environment(self) -> dict[str, Any]:
+        """What else the figures depend on."""
+        ...
+
+    def measure(
+        self,
+        solver: dict[str, Any] | None = None,
+        samples: int | None = None,
+        title: str = "evaluating",
+    ) -> dict[str, Any]:
+        """Figures by their names in `deqzoo.tasks.metrics.METRICS`.
+
+        Args:
+            solver: change of the model's settings.
+            samples: the first so many only.
+            title: of the progress bar.
+        """
+        ...
+
+
+def evaluator_of(
+    model: PreTrainedModel,
+    split: str = "test",
+    data: str | os.PathLike[str] | None = None,
+    *,
+    batch_size: int = 128,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Evaluator:
+    """The evaluator of a model's task, with the split loaded; arguments as in `evaluate_model`.
+
+    Raises:
+        UserError: no evaluation for this model, or no data.
+    """
+    name = type(model).__name__
+    for suffix, (module, kind) in EVALUATORS.items():
+        if name.endswith(suffix):
+            make = getattr(importlib.import_module(module), kind)
+            return make(model, split, data, batch_size=batch_size, limit=limit, progress=progress)
+    raise UserError(f"{name} has no evaluation here")
 
 
 def evaluate_model(
@@ -26,6 +108,8 @@ def evaluate_model(
     data: str | os.PathLike[str] | None = None,
     batch_size: int = 128,
     limit: int | None = None,
+    budget_samples: int | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """The content of a model's evaluation file, on the data set it was made for.
 
@@ -36,12 +120,65 @@ def evaluate_model(
         data: local copy of the data set; its own repository if None.
         batch_size: samples per forward.
         limit: only the first samples; the file says so.
+        budget_samples: samples for quality against solver steps; 0 leaves that out, None takes
+            the task's own number.
+        progress: show bars on stderr.
 
     Raises:
         UserError: no evaluation for this model, or no data.
     """
-    if model.config.model_type not in _EVALUATORS:
-        raise UserError(f"models of type {model.config.model_type!r} have no evaluation here")
-    module, function = _EVALUATORS[model.config.model_type]
-    evaluate = getattr(importlib.import_module(module), function)
-    return evaluate(model, name, split=split, data=data, batch_size=batch_size, limit=limit)
+    evaluator = evaluator_of(
+        model, split, data, batch_size=batch_size, limit=limit, progress=progress
+    )
+    described = evaluator.describe()
+    limited = limit is not None and described.get("limit") == limit
+    source = " --data ROOT" if described.pop("local", False) else ""
+    return {
+        "format": FORMAT,
+        "task": evaluator.task,
+        "metric": evaluator.metric,
+        "model": describe_model(model, name),
+        "data": {"name": described.pop("name"), "split": split, **described},
+        "results": evaluator.measure(),
+        "budget": budget_curve(evaluator, model, described["samples"], budget_samples),
+        "environment": describe_environment(model) | evaluator.environment(),
+        "command": f"deqzoo evaluate {name}{source} --split {split}"
+        + (f" --limit {limit}" if limited else ""),
+    }
+
+
+def budget_curve(
+    evaluator: Evaluator,
+    model: PreTrainedModel,
+    available: int,
+    samples: int | None = None,
+    budgets: Sequence[int] | None = None,
+) -> dict[str, Any] | None:
+    """Quality and residual after fixed numbers of solver steps, on the first samples.
+
+    Args:
+        evaluator: of the model.
+        model: the model; one without an equilibrium has no such curve.
+        available: samples that there are.
+        samples: how many to take; the evaluator's own number by default.
+        budgets: numbers of steps; `BUDGETS` and the model's own `max_steps` by default.
+    """
+    samples = evaluator.budget_samples if samples is None else samples
+    if samples == 0 or not getattr(model.config, "has_equilibrium", True):
+        return None
+    taken = available if samples is None else min(samples, available)
+    if budgets is None:
+        own = model.config.solver["max_steps"]
+        budgets = (*BUDGETS, own) if own > BUDGETS[-1] else BUDGETS
+    rows = []
+    for steps in budgets:
+        solver = {"max_steps": steps, "tol": BUDGET_TOLERANCE}
+        figures = evaluator.measure(solver, taken, f"{steps} steps")
+        kept = {key: figures[key] for key in (evaluator.metric, *_CURVE)}
+        rows.append({"max_steps": steps, **kept})
+    return {
+        "samples": taken,
+        "tol": BUDGET_TOLERANCE,
+        "default": evaluator.measure(None, taken)[evaluator.metric],
+        "steps": rows,
+    }

@@ -1,4 +1,4 @@
-"""Node data sets as parts of fixed graphs, and the figures of node classifiers."""
+"""Node data sets as parts of fixed graphs, and the evaluation of their classifiers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from deqzoo.data.graphs import (
     load_photo,
     load_ppi,
     load_twitch,
-    micro_f1,
 )
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
 from deqzoo.models.ignn.modeling_ignn import IGNNForNodeClassification
+from deqzoo.tasks.metrics import classification_figures, equilibrium_summary
 
 SPLITS = ("train", "validation", "test")
 
@@ -69,6 +69,11 @@ class NodePart:
     mask: Tensor | None
     states: tuple[Tensor, ...] | None = None
 
+    @property
+    def rows(self) -> Any:
+        """Index of the nodes that count."""
+        return slice(None) if self.mask is None else self.mask
+
     def run(self, model: IGNNForNodeClassification) -> Any:
         """Call the model, starting from the last equilibria."""
         output = model(
@@ -96,47 +101,11 @@ def node_parts(config: IGNNConfig, graphs: list[Any], split: str) -> list[NodePa
 def evaluate_parts(model: IGNNForNodeClassification, parts: list[NodePart]) -> dict[str, float]:
     """Return the figures over all nodes that count, all parts together."""
     model.eval()
-    logits, labels, steps, converged = [], [], [], []
-    for part in parts:
-        output = part.run(model)
-        chosen = slice(None) if part.mask is None else part.mask
-        logits.append(output.logits[chosen])
-        labels.append(part.labels[chosen])
-        steps.append(output.n_steps)
-        converged.append(output.converged)
-    figures = node_figures(torch.cat(logits), torch.cat(labels))
-    figures["steps"] = float(torch.cat(steps).double().mean())
-    figures["converged"] = float(torch.cat(converged).double().mean())
-    return figures
-
-
-def node_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return micro-F1 for multi-label problems; else accuracy, and AUC where there are two classes.
-
-    Args:
-        logits: (n, c).
-        labels: (n,) int64, or (n, c) of 0 and 1.
-    """
-    if labels.ndim == 2:
-        return {"micro_f1": micro_f1((logits > 0).float(), labels), "samples": len(labels)}
-    figures = {
-        "accuracy": float((logits.argmax(1) == labels).double().mean()),
-        "majority": float(torch.bincount(labels).max() / len(labels)),
-        "samples": len(labels),
+    outputs = [part.run(model) for part in parts]
+    logits = torch.cat([out.logits[part.rows] for out, part in zip(outputs, parts, strict=True)])
+    labels = torch.cat([part.labels[part.rows] for part in parts])
+    reports = zip(*((out.n_steps, out.residual, out.converged) for out in outputs), strict=True)
+    return {
+        **classification_figures(logits, labels),
+        **equilibrium_summary(*(torch.cat(report) for report in reports)),
     }
-    if logits.shape[1] == 2:
-        figures["auc"] = area_under_curve(logits[:, 1] - logits[:, 0], labels)
-    return figures
-
-
-def area_under_curve(scores: Tensor, labels: Tensor) -> float:
-    """Return the area under the ROC curve, ties counted half; labels are 0 or 1."""
-    values, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    below = counts.cumsum(0) - counts
-    rank = (below + (counts + 1) / 2).double()[inverse]  # mean rank of equal scores, from 1
-    positive = labels == 1
-    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
-    if n_positive == 0 or n_negative == 0:
-        return float("nan")
-    excess = float(rank[positive].sum()) - n_positive * (n_positive + 1) / 2
-    return excess / (n_positive * n_negative)

@@ -104,7 +104,8 @@ def render_nodes(records: Mapping[str, Mapping[str, Any]]) -> str:
         key = next(k for k in ("auc", "micro_f1", "accuracy") if k in record["test"])
         gradient = recipe["model"].get("gradient", {}).get("name", "upg")
         figures = [f"{100 * record[split][key]:.1f}" for split in ("validation", "test")]
-        steps = f"{record['test']['steps']:.0f}"
+        # Records of earlier versions say "steps".
+        steps = f"{record['test'].get('n_steps_mean', record['test'].get('steps')):.0f}"
         cpu = f"{record['cpu_seconds']:.0f}"
         title = {"auc": "AUC", "micro_f1": "Micro-F1", "accuracy": "accuracy"}[key]
         rows.append(

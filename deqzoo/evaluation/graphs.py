@@ -1,10 +1,10 @@
-"""Evaluation of graph models: single checkpoints, predictions for a folder, and the graph table."""
+"""Graph models: evaluation of checkpoints, and predictions for a folder."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,10 @@ import torch
 from deqzoo.data.graphs import GraphSet, load_graph_set
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
-from deqzoo.evaluation.files import describe_environment, describe_model
-from deqzoo.evaluation.graph_nodes import NODE_TASKS, evaluate_parts, node_parts
-from deqzoo.models.ignn.modeling_ignn import (
-    IGNNForGraphClassification,
-    IGNNForNodeClassification,
-    IGNNPreTrainedModel,
-)
+from deqzoo.evaluation.graph_nodes import NODE_TASKS, SPLITS, node_parts
+from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification, IGNNPreTrainedModel
+from deqzoo.tasks.metrics import classification_figures, equilibrium_summary
+from deqzoo.zoo import read_json
 
 
 @dataclass(frozen=True)
@@ -127,91 +124,145 @@ def split_indices(model: IGNNPreTrainedModel, name: str, split: str) -> list[int
     return fold[split]
 
 
-def evaluate_graphs(
-    model: IGNNPreTrainedModel,
-    name: str,
-    *,
-    split: str = "test",
-    data: str | Path | None = None,
-    batch_size: int = 128,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Measure a checkpoint on its own fold, or a node classifier on its data set.
+class _GraphData:
+    """What the evaluators of graph models share: a local folder, one of three splits, no limit."""
 
-    Args:
-        model: the loaded checkpoint.
-        name: for the record.
-        split: "train", "validation" or "test".
-        data: folder of the graph data sets.
-        batch_size: graphs per forward.
-        limit: only the first graphs; the file says so.
+    budget_samples = None
 
-    Returns:
-        The content of an evaluation file.
+    def __init__(
+        self,
+        model: IGNNPreTrainedModel,
+        split: str,
+        data: str | os.PathLike[str] | None,
+        *,
+        batch_size: int,
+        limit: int | None,
+        progress: bool,
+    ) -> None:
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+        if data is None:
+            raise UserError("graph data are read from a local folder: name it with --data")
+        self.model = model
+        self._load(Path(data), split, batch_size, limit)
+
+    def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, Any]:
+        return {}
+
+
+class GraphEvaluator(_GraphData):
+    """A graph classifier on the fold that it was trained on.
 
     Raises:
-        UserError: no data folder, an unknown split, a checkpoint without a record, or a limit on
-            nodes.
+        UserError: no data folder, an unknown split, or a checkpoint without its fold.
     """
-    if split not in ("train", "validation", "test"):
-        raise UserError(f"unknown split {split!r}; choose from train, validation, test")
-    if data is None:
-        raise UserError("graph data are read from a local folder: name it with --data")
-    start = time.perf_counter()
-    if isinstance(model, IGNNForNodeClassification):
+
+    task = "graph-classification"
+    metric = "accuracy"
+    unit = "graphs"
+
+    def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
+        self.fold = stored_fold(self.model)
+        if not self.fold[split]:
+            raise UserError(f"the {split} split of this checkpoint's fold is empty")
+        self.graphs = load_graph_set(self.fold["data"], root, encoding_of(self.model))
+        self.index = self.fold[split][:limit]
+        self.limit = limit if limit is not None and limit < len(self.fold[split]) else None
+        self.batch_size = batch_size
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.fold["data"].lower(),
+            "samples": len(self.index),
+            "unit": self.unit,
+            "protocol": self.fold["protocol"],
+            "fold": self.fold["fold"],
+            "complete": self.limit is None,
+            **({} if self.limit is None else {"limit": self.limit}),
+            "local": True,
+        }
+
+    def measure(
+        self,
+        solver: dict[str, Any] | None = None,
+        samples: int | None = None,
+        title: str = "evaluating",
+    ) -> dict[str, Any]:
+        index = self.index[:samples]
+        outputs = _Outputs(self.model)
+        for start in range(0, len(index), self.batch_size):
+            outputs.add(self.graphs.batch(index[start : start + self.batch_size]), solver)
+        return outputs.figures(self.graphs.labels[index], len(index))
+
+
+class NodeEvaluator(_GraphData):
+    """A node classifier on the data set that it was trained on.
+
+    Raises:
+        UserError: no data folder, an unknown split, a checkpoint that does not say what it was
+            trained on, or a limit.
+    """
+
+    task = "node-classification"
+    unit = "nodes"
+
+    def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
         if limit is not None:
             raise UserError("a node classifier reads whole graphs; leave --limit out")
-        described, results = _evaluate_nodes(model, split, Path(data))
-    else:
-        fold = stored_fold(model)
-        described, results = _evaluate_fold(model, fold, split, Path(data), batch_size, limit)
-    return {
-        "model": describe_model(model, name),
-        "data": {**described, "split": split},
-        "results": {**results, "seconds": round(time.perf_counter() - start, 2)},
-        "environment": describe_environment(model),
-        "command": f"deqzoo evaluate {name} --data ROOT --split {split}"
-        + (f" --limit {limit}" if "limit" in described else ""),
-    }
+        file = Path(self.model.config._name_or_path) / "run.json"
+        if not file.is_file():
+            raise UserError(f"no {file}: this checkpoint does not say what it was trained on")
+        self.name = read_json(file)["recipe"]["data"]
+        self.metric = NODE_TASKS[self.name].figure
+        graphs = NODE_TASKS[self.name].load(root, split)
+        self.parts = node_parts(self.model.config, graphs, split)
+        self.labels = torch.cat([part.labels[part.rows] for part in self.parts])
+
+    def describe(self) -> dict[str, Any]:
+        count = len(self.labels)
+        return {
+            "name": self.name.lower(),
+            "samples": count,
+            "unit": self.unit,
+            "complete": True,
+            "local": True,
+        }
+
+    def measure(
+        self,
+        solver: dict[str, Any] | None = None,
+        samples: int | None = None,
+        title: str = "evaluating",
+    ) -> dict[str, Any]:
+        outputs = _Outputs(self.model)
+        for part in self.parts:
+            outputs.add(part.graphs, solver, part.rows)
+        return outputs.figures(self.labels, len(self.labels))
 
 
-def _evaluate_fold(
-    model: IGNNForGraphClassification,
-    fold: dict[str, Any],
-    split: str,
-    root: Path,
-    batch_size: int,
-    limit: int | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    graphs = load_graph_set(fold["data"], root, encoding_of(model))
-    if not fold[split]:
-        raise UserError(f"the {split} split of this checkpoint's fold is empty")
-    found = list(predict_graphs(model, graphs, fold[split][:limit], batch_size))
-    described: dict[str, Any] = {
-        "name": fold["data"].lower(),
-        "protocol": fold["protocol"],
-        "fold": fold["fold"],
-    }
-    if limit is not None and limit < len(fold[split]):
-        described |= {"complete": False, "limit": limit}
-    results = {
-        "accuracy": sum(p.label == p.target for p in found) / len(found),
-        "majority": max(Counter(p.target for p in found).values()) / len(found),
-        "samples": len(found),
-        "mean_steps": sum(p.n_steps for p in found) / len(found),
-        "max_residual": max(p.residual for p in found),
-        "converged": sum(p.converged for p in found) / len(found),
-    }
-    return described, results
+class _Outputs:
+    """Logits and solver's report of several forward passes, and the time that they took."""
 
+    def __init__(self, model: IGNNPreTrainedModel) -> None:
+        self.model = model.eval()
+        self.parts: list[tuple[torch.Tensor, ...]] = []
+        self.seconds = 0.0
 
-def _evaluate_nodes(
-    model: IGNNForNodeClassification, split: str, root: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    file = Path(model.config._name_or_path) / "run.json"
-    if not file.is_file():
-        raise UserError(f"no {file}: this checkpoint does not say what it was trained on")
-    name = json.loads(file.read_text(encoding="utf-8"))["recipe"]["data"]
-    graphs = NODE_TASKS[name].load(root, split)
-    figures = evaluate_parts(model, node_parts(model.config, graphs, split))
-    return {"name": name.lower()}, figures
+    @torch.inference_mode()
+    def add(self, graphs: Any, solver: dict[str, Any] | None, rows: Any = slice(None)) -> None:
+        began = time.perf_counter()
+        output = self.model(graphs, solver=solver)
+        self.seconds += time.perf_counter() - began
+        logits = output.logits[rows].float()
+        self.parts.append((logits, output.n_steps, output.residual.float(), output.converged))
+
+    def figures(self, labels: torch.Tensor, samples: int) -> dict[str, Any]:
+        logits, *report = (torch.cat(parts).cpu() for parts in zip(*self.parts, strict=True))
+        return {
+            **classification_figures(logits, labels),
+            **equilibrium_summary(*report),
+            "seconds_per_sample": self.seconds / samples,
+        }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,13 +22,8 @@ from deqzoo.data.text import (
     load_rows,
 )
 from deqzoo.errors import UserError
-from deqzoo.evaluation.files import describe_environment, describe_model
-from deqzoo.evaluation.metrics import equilibrium_summary
 from deqzoo.evaluation.perplexity import Scorer
-
-BUDGETS = (2, 4, 8, 16, 30)
-# Budget curves show what a number of steps gives, so the tolerance must not end a solve earlier.
-BUDGET_TOLERANCE = 1e-7
+from deqzoo.tasks.metrics import equilibrium_summary
 
 
 def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerFast:
@@ -44,52 +39,55 @@ def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerFast:
         raise UserError(f"no tokenizer beside the weights in {folder or 'memory'}") from error
 
 
-def evaluate_text(
-    model: PreTrainedModel,
-    name: str,
-    *,
-    split: str = "test",
-    data: str | os.PathLike[str] | None = None,
-    batch_size: int = 1,
-    limit: int | None = None,
-    budget_tokens: int = 10_000,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """The content of an evaluation file.
+class TextEvaluator:
+    """A language model of a known corpus.
 
-    The split is one stream in reading order, so `batch_size` has no influence; the figure is the
-    one of `deqzoo perplexity --pretokenized`.
-
-    Args:
-        model: a language model of a known corpus, loaded from a folder with its tokenizer.
-        name: what the file calls the model.
-        split: of the corpus.
-        data: local folder or repository of the corpus; its own repository if None.
-        limit: score only the first so many tokens; the file says so.
-        budget_tokens: tokens for perplexity against solver budget; 0 leaves it out.
-        progress: show bars on stderr.
+    The split is one stream in reading order, so that a batch size has no influence; the figure is
+    the one of `deqzoo perplexity --pretokenized`.
 
     Raises:
         UserError: the model's vocabulary is that of no known corpus, or the data are missing.
     """
-    tokenizer = load_tokenizer(model)
-    source = corpus_of(tokenizer)
-    stream = _stream(source, split, data, tokenizer)
-    description = describe_stream(source, split, stream)
-    if limit is not None and limit < len(stream):
-        stream = stream[:limit]
-        description |= {"tokens": limit, "complete": False, "limit": limit}
-    return {
-        "format": 1,
-        "task": "language-modeling",
-        "model": describe_model(model, name),
-        "data": description,
-        "results": score(model, stream, progress=progress),
-        "budget": budget_curve(model, stream[:budget_tokens], progress),
-        "environment": describe_environment(model) | {"segment_length": model.config.tgt_len},
-        "command": f"deqzoo evaluate {name} --split {split}"
-        + (f" --limit {limit}" if "limit" in description else ""),
-    }
+
+    task = "language-modeling"
+    metric = "perplexity"
+    unit = "tokens"
+    budget_samples = 10_000
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        split: str,
+        data: str | os.PathLike[str] | None,
+        *,
+        batch_size: int,
+        limit: int | None,
+        progress: bool,
+    ) -> None:
+        self.model = model
+        self.progress = progress
+        tokenizer = load_tokenizer(model)
+        source = corpus_of(tokenizer)
+        self.stream = _stream(source, split, data, tokenizer)
+        self.description = describe_stream(source, split, self.stream)
+        if limit is not None and limit < len(self.stream):
+            self.stream = self.stream[:limit]
+            self.description |= {"complete": False, "limit": limit}
+
+    def describe(self) -> dict[str, Any]:
+        known = {k: v for k, v in self.description.items() if k not in ("split", "tokens")}
+        return {"name": known.pop("name"), "samples": len(self.stream), "unit": self.unit} | known
+
+    def environment(self) -> dict[str, Any]:
+        return {"segment_length": self.model.config.tgt_len}
+
+    def measure(
+        self,
+        solver: dict[str, Any] | None = None,
+        samples: int | None = None,
+        title: str = "evaluating",
+    ) -> dict[str, Any]:
+        return score(self.model, self.stream[:samples], solver, self.progress, title)
 
 
 def corpus_of(tokenizer: PreTrainedTokenizerFast) -> TextSource:
@@ -145,29 +143,6 @@ def score(
     return {
         "perplexity": report.perplexity,
         "negative_log_likelihood": report.nll / report.tokens,
-        "tokens": report.tokens,
-        "unconverged_tokens": report.unconverged,
         **equilibrium_summary(steps, residual, converged),
-        "tokens_per_second": report.tokens / seconds,
-    }
-
-
-def budget_curve(
-    model: PreTrainedModel, stream: Tensor, progress: bool, budgets: Sequence[int] = BUDGETS
-) -> dict[str, Any] | None:
-    """Perplexity and residual after a fixed number of solver steps, on the first tokens."""
-    if len(stream) == 0 or not model.config.has_equilibrium:
-        return None
-    rows = []
-    for steps in budgets:
-        solver = {"max_steps": steps, "tol": BUDGET_TOLERANCE}
-        figures = score(model, stream, solver, progress, f"{steps} steps")
-        kept = ("perplexity", "residual_median", "residual_p95", "tokens_per_second")
-        rows.append({"max_steps": steps, **{key: figures[key] for key in kept}})
-    default = score(model, stream, None, progress)
-    return {
-        "tokens": len(stream),
-        "tol": BUDGET_TOLERANCE,
-        "default_perplexity": default["perplexity"],
-        "steps": rows,
+        "seconds_per_sample": seconds / report.tokens,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,19 @@ from deqzoo.hub.catalogue import (
     below_baseline,
     entries,
     main_figure,
-    main_metric,
     main_value,
 )
 from deqzoo.hub.metadata import measuring_command, metadata, own_repository
+from deqzoo.tasks.metrics import METRICS, words
 from deqzoo.zoo import checkpoints_root, read_json
 
 #: A checkpoint's own part of its card, written by the command that made its figures.
 NOTES = "notes.md"
+#: Baselines as README's table calls them.
+BESIDE = {"majority": "most frequent class", "constant_micro_f1": "best constant answer"}
 
-#: Figures whose recorded name says too little, in results and in what a run left.
+#: What a run left under a name that says too little.
 _LABELS = {
-    "majority": "accuracy of always naming the most frequent class",
     "validation_accuracy": "validation accuracy in training, by which the epoch was chosen",
 }
 #: What a record counts anew in every part of a run.
@@ -122,14 +124,14 @@ def budget_plot(entry: Entry) -> str | None:
     for evaluation in entry.tests():
         steps = (evaluation.get("budget") or {}).get("steps") or []
         if len(steps) > 1:
-            metric = _budget_metric(steps)
-            scale = 100 if metric == "accuracy" else 1
-            points = [(row["max_steps"], scale * row[metric]) for row in steps]
+            metric = METRICS[evaluation["metric"]]
+            scale = 100 if metric.share else 1
+            points = [(row["max_steps"], scale * row[evaluation["metric"]]) for row in steps]
             return line_chart(
                 {"fixed effort": points},
-                title=f"{entry.name}: {metric} against solver steps",
+                title=f"{entry.name}: {metric.words} against solver steps",
                 x_label="solver steps",
-                y_label=metric + (", %" if metric == "accuracy" else ""),
+                y_label=metric.words + (", %" if metric.share else ""),
                 log_x=True,
             )
     return None
@@ -177,11 +179,13 @@ def render_table() -> str:
             f"Of the same size and data as one above, trained in another way: {', '.join(also)}."
         )
     for entry in tested:
-        if below_baseline(entry.tests()[0]):
-            share = f"{entry.tests()[0]['results']['majority']:.1%}".replace("%", " %")
+        evaluation = entry.tests()[0]
+        if below_baseline(evaluation):
+            baseline = METRICS[evaluation["metric"]].baseline
+            share = f"{100 * evaluation['results'][baseline]:.1f} %"
             lines.append(
-                f"Kept to study, not to use: {_link(entry)}, {_headline(entry)}; always naming the "
-                f"most frequent class has {share}."
+                f"Kept to study, not to use: {_link(entry)}, {_headline(entry)}; "
+                f"{words(baseline).partition(' of ')[2]} has {share}."
             )
     return "\n\n".join(lines)
 
@@ -189,15 +193,15 @@ def render_table() -> str:
 def _place(entry: Entry) -> tuple[Any, ...]:
     """Where a checkpoint stands in README's table: task, data set, then the result."""
     evaluation = entry.tests()[0]
-    metric = main_metric(evaluation) or ""
-    value = evaluation["results"].get(metric, 0.0)
+    name = evaluation.get("metric") or ""
+    value = evaluation["results"].get(name, 0.0)
     tasks = list(TASKS.values())
     data = list(DATA_TEXTS)
-    name = _data_name(entry)
+    source = _data_name(entry)
     return (
         tasks.index(entry.task) if entry.task in tasks else len(tasks),
-        data.index(name) if name in data else len(data),
-        value if metric == "perplexity" else -value,
+        data.index(source) if source in data else len(data),
+        -value if name in METRICS and METRICS[name].higher_is_better else value,
         entry.name,
     )
 
@@ -227,9 +231,10 @@ def _headline(entry: Entry) -> str:
 def _beside(entry: Entry) -> str:
     """What the figure is to be held against."""
     parts = []
-    majority = entry.tests()[0]["results"].get("majority")
-    if majority is not None and main_metric(entry.tests()[0]) == "accuracy":
-        parts.append(f"most frequent class: {majority:.1%}".replace("%", " %"))
+    results, metric = entry.tests()[0]["results"], entry.tests()[0].get("metric")
+    baseline = METRICS[metric].baseline if metric in METRICS else None
+    if baseline in results:
+        parts.append(f"{BESIDE[baseline]}: {100 * results[baseline]:.1f} %")
     text = DATA_TEXTS.get(_data_name(entry))
     if text is not None and text.beside:
         parts.append(text.beside)
@@ -307,17 +312,16 @@ def _results(entry: Entry, repository: str | None) -> list[str]:
         parts.append(f"### {title}, {data.get('split', '?')} split")
         if text:
             parts.append(text.note)
-        known = ((k.replace("_", " "), v) for k, v in data.items() if k not in ("name", "split"))
-        facts = "; ".join(f"{key}: {_number(value)}" for key, value in known)
+        facts = "; ".join(_facts(data))
         if facts:
             parts.append(f"Data evaluated: {facts}.")
         rows = [
-            (_label(name), _number(value))
+            (words(name), _number(value))
             for name, value in evaluation.get("results", {}).items()
             if isinstance(value, (int, float))
         ]
         parts.append(_table(("figure", "value"), rows))
-        parts += _against_majority(evaluation.get("results", {}))
+        parts += _against_baselines(evaluation)
         command = measuring_command(entry, evaluation, repository)
         parts.append(f"Measured by `{command}`: {main_figure(evaluation)}.")
         if text and text.published and data.get("split") == "test":
@@ -331,45 +335,53 @@ def _results(entry: Entry, repository: str | None) -> list[str]:
     return [*parts, notes.read_text(encoding="utf-8").strip()] if notes.is_file() else parts
 
 
-def _against_majority(results: dict[str, Any]) -> list[str]:
-    """A sentence where a classifier's accuracy is not above that of a constant answer."""
-    if "majority" not in results or results["accuracy"] > results["majority"]:
-        return []
-    accuracy, majority = (f"{100 * results[key]:.1f} %" for key in ("accuracy", "majority"))
-    relation = "less than" if results["accuracy"] < results["majority"] else "no more than"
-    measure = "; the measure here is the area under the ROC curve" if "auc" in results else ""
-    return [
-        f"The accuracy on these {_number(results['samples'])} samples, {accuracy}, is {relation} "
-        f"the {majority} of always naming the most frequent class{measure}."
-    ]
+def _facts(data: dict[str, Any]) -> Iterator[str]:
+    """What was measured: how many samples of what, and what identifies them."""
+    if "samples" in data:
+        yield f"{data['samples']:,} {data['unit']}"
+    for key, value in data.items():
+        if key not in ("name", "split", "samples", "unit"):
+            yield f"{key.replace('_', ' ')}: {_number(value)}"
+
+
+def _against_baselines(evaluation: dict[str, Any]) -> Iterator[str]:
+    """A sentence per figure that is not above that of a constant answer."""
+    results, data = evaluation.get("results", {}), evaluation.get("data", {})
+    for name, metric in METRICS.items():
+        if name not in results or metric.baseline not in results:
+            continue
+        value, constant = results[name], results[metric.baseline]
+        if metric.better(value, constant):
+            continue
+        relation = "no more than" if value == constant else "less than"
+        other = evaluation["metric"] != name
+        measure = f"; the measure here is {words(evaluation['metric'])}" if other else ""
+        yield (
+            f"The {metric.words} on these {data['samples']:,} {data['unit']}, "
+            f"{100 * value:.1f} %, is {relation} the {100 * constant:.1f} % of "
+            f"{words(metric.baseline).partition(' of ')[2]}{measure}."
+        )
 
 
 def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
     """Quality against effort, for evaluations that measured it."""
-    budget = evaluation.get("budget")
+    budget, metric = evaluation.get("budget"), evaluation.get("metric")
     if not budget:
         return []
-    metric = _budget_metric(budget["steps"])
     rows = [
         (str(row["max_steps"]), _number(row[metric]), _number(row["residual_median"]))
         for row in budget["steps"]
     ]
-    samples, unit = next(
-        (budget[key], key) for key in ("pictures", "tokens", "samples") if key in budget
-    )
-    default = _number(budget[f"default_{metric}"])
+    part = "all" if budget["samples"] == evaluation["data"].get("samples") else "the first"
     parts = [
-        f"Effort is a dial: {metric} after a fixed number of solver steps, on the first "
-        f"{samples:,} {unit} of this split (default solver there: {default}).",
-        _table(("solver steps", metric, "median relative residual"), rows),
+        f"Effort is a dial: {words(metric)} after a fixed number of solver steps, on {part} "
+        f"{budget['samples']:,} {evaluation['data']['unit']} of this split (default solver there: "
+        f"{_number(budget['default'])}).",
+        _table(("solver steps", words(metric), "median relative residual"), rows),
     ]
     if evaluation["data"]["split"] == "test" and budget_plot(entry) is not None:
-        parts.append(f"![{metric} against solver steps]({entry.name}-budget.svg)")
+        parts.append(f"![{words(metric)} against solver steps]({entry.name}-budget.svg)")
     return parts
-
-
-def _budget_metric(steps: list[dict[str, Any]]) -> str:
-    return next(key for key in ("accuracy", "perplexity") if key in steps[0])
 
 
 def _record(entry: Entry) -> dict[str, Any]:
@@ -415,7 +427,7 @@ def _record_rows(content: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _label(name: str) -> str:
-    return _LABELS.get(name, name.replace("_", " "))
+    return _LABELS.get(name) or words(name)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

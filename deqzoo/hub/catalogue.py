@@ -12,6 +12,8 @@ from typing import Any
 
 from deqzoo.errors import UserError
 from deqzoo.models.auto import FAMILIES
+from deqzoo.records import read_evaluation
+from deqzoo.tasks.metrics import METRICS
 from deqzoo.zoo import list_models, read_json, resolve_bundled
 
 TASKS = {
@@ -33,7 +35,7 @@ class Entry:
         name: zoo name, or the folder's name.
         folder: where it is.
         config: content of config.json.
-        evaluations: contents of the evaluation files, by file stem.
+        evaluations: contents of the evaluation files by file stem, in the current format.
     """
 
     name: str
@@ -82,13 +84,13 @@ class Entry:
         """The best figure of a metric ("accuracy", "perplexity") on a test split, or None."""
         found = (e.get("results", {}).get(metric) for e in self.tests())
         figures = [float(figure) for figure in found if figure is not None]
-        best = min if metric == "perplexity" else max
+        best = max if METRICS[metric].higher_is_better else min
         return best(figures, default=None)
 
 
 def best_first(found: Iterable[Entry], metric: str) -> list[Entry]:
     """Checkpoints by their test figure of a metric, the best first, those without one last."""
-    sign = 1.0 if metric == "perplexity" else -1.0
+    sign = -1.0 if METRICS[metric].higher_is_better else 1.0
 
     def rank(one: Entry) -> tuple[float, str]:
         figure = one.best_test(metric)
@@ -97,32 +99,14 @@ def best_first(found: Iterable[Entry], metric: str) -> list[Entry]:
     return sorted(found, key=rank)
 
 
-def main_metric(evaluation: dict[str, Any]) -> str | None:
-    """The figure that an evaluation is known by; None for other files.
-
-    The area under the curve goes first: where classes are of different frequency, accuracy says
-    little.
-    """
-    known = ("auc", "accuracy", "perplexity", "micro_f1")
-    return next((metric for metric in known if metric in evaluation.get("results", {})), None)
-
-
 def main_value(evaluation: dict[str, Any]) -> str | None:
     """ "85.20 %" or "perplexity 71.30": the figure without what it was measured on."""
-    metric = main_metric(evaluation)
-    if metric is None:
-        return None
-    value = evaluation["results"][metric]
-    return {
-        "auc": f"AUC {value:.4f}",
-        "accuracy": f"{value:.2%}".replace("%", " %"),
-        "perplexity": f"perplexity {value:.2f}",
-        "micro_f1": f"micro-F1 {value:.4f}",
-    }[metric]
+    metric = evaluation.get("metric")
+    return None if metric is None else METRICS[metric].show(evaluation["results"][metric])
 
 
 def main_figure(evaluation: dict[str, Any]) -> str | None:
-    """ "85.2 % on cifar10 test" or "71.3 perplexity on wikitext2 test"; None for other files."""
+    """ "85.20 % on cifar10 test" or "perplexity 71.30 on wikitext2 test"; None without a figure."""
     data = evaluation.get("data", {})
     where = f"{data.get('name', '?')} {data.get('split', '?')}"
     if "fold" in data:
@@ -132,13 +116,12 @@ def main_figure(evaluation: dict[str, Any]) -> str | None:
 
 
 def below_baseline(evaluation: dict[str, Any]) -> bool:
-    """Whether always naming the most frequent class does as well, where accuracy is the measure."""
-    results = evaluation.get("results", {})
-    return (
-        main_metric(evaluation) == "accuracy"
-        and "majority" in results
-        and results["accuracy"] <= results["majority"]
-    )
+    """Whether an answer that is always the same does as well."""
+    name, results = evaluation.get("metric"), evaluation.get("results", {})
+    metric = METRICS.get(name or "")
+    if metric is None or metric.baseline not in results:
+        return False
+    return not metric.better(results[name], results[metric.baseline])
 
 
 def entry(name: str) -> Entry:
@@ -155,7 +138,7 @@ def entry(name: str) -> Entry:
             f"{', '.join(FAMILIES)}"
         )
     evaluations = {
-        file.stem: read_json(file) for file in sorted((folder / "evaluation").glob("*.json"))
+        file.stem: read_evaluation(file) for file in sorted((folder / "evaluation").glob("*.json"))
     }
     return Entry(folder.name, folder, config, evaluations)
 

@@ -8,15 +8,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from deqzoo.hub.card_texts import DATA_TEXTS, FAMILY_TEXTS
-from deqzoo.hub.catalogue import Entry, main_metric
+from deqzoo.hub.catalogue import Entry
+from deqzoo.tasks.metrics import METRICS
 from deqzoo.zoo import ORGANISATION
-
-_METRICS = {
-    "accuracy": ("accuracy", "Accuracy"),
-    "perplexity": ("perplexity", "Perplexity"),
-    "micro_f1": ("f1", "Micro-averaged F1"),
-    "auc": ("roc_auc", "Area under the ROC curve"),
-}
 
 
 def own_repository(entry: Entry) -> str:
@@ -45,8 +39,8 @@ def metadata(entry: Entry) -> str:
             dataset_type=DATA_TEXTS[data["name"]].repository or data["name"],
             dataset_name=DATA_TEXTS[data["name"]].title,
             dataset_split=data["split"],
-            metric_type=_METRICS[key][0],
-            metric_name=_METRICS[key][1],
+            metric_type=METRICS[key].hub[0],
+            metric_name=METRICS[key].hub[1],
             metric_value=value,
         )
         for _, data, key, value in figures
@@ -73,7 +67,7 @@ def eval_results_yaml(entry: Entry, repository: str | None = None) -> str | None
     rows = []
     for evaluation in entry.tests():
         text = DATA_TEXTS.get(evaluation["data"]["name"])
-        metric = main_metric(evaluation)
+        metric = evaluation.get("metric")
         if text is None or text.repository is None or metric is None:
             continue
         command = measuring_command(entry, evaluation, repository)
@@ -93,6 +87,6 @@ def _test_figures(entry: Entry) -> list[tuple[dict[str, Any], dict[str, Any], st
     return [
         (evaluation, evaluation["data"], key, evaluation["results"][key])
         for evaluation in entry.tests()
-        for key in _METRICS
-        if key in evaluation["results"]
+        for key, metric in METRICS.items()
+        if metric.hub and key in evaluation["results"]
     ]

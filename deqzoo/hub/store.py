@@ -13,10 +13,12 @@ from deqzoo.evaluation.files import write_evaluation
 from deqzoo.files import replacing, restore
 from deqzoo.hub.integrity import write_checksums, write_golden
 from deqzoo.models.auto import DEQModel
+from deqzoo.tasks.metrics import METRICS, words
 from deqzoo.zoo import checkpoints_root, read_json
 
 MAX_RESIDUAL = 5e-3
-MAX_ACCURACY_GAP = 0.003
+MAX_GAP = 0.003
+"""Of shares their difference, of other figures such as perplexity the relative one."""
 #: Share of the validation split whose equilibrium the default budget of steps must reach.
 MIN_CONVERGED = 0.99
 # Differences of accuracies such as 0.865 - 0.862 come out a little above their decimal value.
@@ -85,11 +87,14 @@ def instabilities(evaluation: dict[str, Any]) -> list[str]:
     """Why an evaluated model is no stable equilibrium model, one line each.
 
     The default budget must reach the equilibrium of nearly every sample, with a small median
-    relative residual, and more steps must not change the accuracy.
+    relative residual, and more steps must not change the figure that the evaluation is known by.
+    What was not measured is a fault too.
     """
     faults = []
     residual = evaluation["results"].get("residual_median")
-    if residual is not None and not residual <= MAX_RESIDUAL:
+    if residual is None:
+        faults.append("the median relative residual was not measured")
+    elif not residual <= MAX_RESIDUAL:
         faults.append(f"median relative residual {residual:.1e} is above {MAX_RESIDUAL:.0e}")
     share = evaluation["results"].get("converged_share")
     if share is not None and share < MIN_CONVERGED:
@@ -97,12 +102,13 @@ def instabilities(evaluation: dict[str, Any]) -> list[str]:
             f"{share:.1%} of the samples converge within the default budget, and not "
             f"{MIN_CONVERGED:.0%}: raise max_steps of the solver in its config.json, or train on"
         )
-    budget = evaluation.get("budget")
-    if budget and "default_accuracy" in budget:
-        last = budget["steps"][-1]
-        gap = abs(last["accuracy"] - budget["default_accuracy"])
-        if gap > MAX_ACCURACY_GAP + _ROUNDING:
-            faults.append(
-                f"accuracy after {last['max_steps']} steps differs by {gap:.2%} from the default's"
-            )
+    budget, name = evaluation.get("budget"), evaluation["metric"]
+    if not budget:
+        return [*faults, f"{words(name)} after more solver steps was not measured"]
+    last = budget["steps"][-1]
+    gap = METRICS[name].distance(last[name], budget["default"])
+    if not gap <= MAX_GAP + _ROUNDING:
+        faults.append(
+            f"{words(name)} after {last['max_steps']} steps differs by {gap:.2%} from the default's"
+        )
     return faults

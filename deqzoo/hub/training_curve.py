@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deqzoo.evaluation.chart import line_chart
+from deqzoo.tasks.metrics import METRICS
 
 PUBLISHED_CIFAR = {
     1.4: 38.1, 2.8: 49.4, 6.9: 64.1, 14.0: 78.6, 28.0: 84.2, 42.0: 87.3, 69.0: 89.4, 111.0: 90.4,
@@ -17,18 +18,18 @@ PUBLISHED_LABEL = "authors' LARGE, test"
 
 
 def points(record: dict[str, Any]) -> tuple[str, list[tuple[float, float]]] | None:
-    """Name of the figure, and (PFLOP, figure) of every validation of a run; accuracy in %."""
+    """Name of the figure, and (PFLOP, figure) of every validation of a run; shares in %."""
     rows = record.get("validation")
     if "pflop" not in record or not rows:
         return None  # graph models keep other records
     curve = [row for row in rows if row["pflop"] > 0]
     if len(curve) < 2:
         return None
-    if "accuracy" in curve[0]:
-        return "accuracy", [(row["pflop"], 100 * row["accuracy"]) for row in curve]
-    if "perplexity" in curve[0]:
-        return "perplexity", [(row["pflop"], row["perplexity"]) for row in curve]
-    return None
+    name = next((key for key, metric in METRICS.items() if metric.hub and key in curve[0]), None)
+    if name is None:
+        return None
+    scale = 100 if METRICS[name].share else 1
+    return name, [(row["pflop"], scale * row[name]) for row in curve]
 
 
 def draw(name: str, record: dict[str, Any]) -> str | None:
@@ -44,9 +45,9 @@ def draw(name: str, record: dict[str, Any]) -> str | None:
         series,
         title=f"{name}: {figure} against compute",
         x_label="PFLOP spent in training",
-        y_label=figure + (", %" if figure == "accuracy" else ""),
+        y_label=figure + (", %" if METRICS[figure].share else ""),
         log_x=True,
-        log_y=figure == "perplexity",
+        log_y=not METRICS[figure].share,
     )
 
 
@@ -56,7 +57,7 @@ def describe(record: dict[str, Any]) -> str | None:
     if found is None:
         return None
     figure, curve = found
-    unit = " %" if figure == "accuracy" else ""
+    unit = " %" if METRICS[figure].share else ""
     shown = curve if len(curve) <= 8 else [curve[i * (len(curve) - 1) // 7] for i in range(8)]
     text = f"Validation {figure} after so many PFLOP: " + ", ".join(
         f"{y:.1f}{unit} after {x:.3g}" for x, y in shown

@@ -18,12 +18,11 @@ from deqzoo.data.graphs import (
     load_photo,
     load_ppi,
     load_twitch,
-    micro_f1,
     published_folds,
 )
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
-from deqzoo.evaluation.graph_nodes import area_under_curve, node_figures
+from deqzoo.tasks.metrics import area_under_curve, classification_figures, micro_f1
 
 
 def write_graph_set(folder, name="TINY", count=30, node_labels=True):
@@ -292,7 +291,7 @@ def test_figures():
     assert micro_f1(predicted, labels) == pytest.approx(4 / 6)
     assert micro_f1(torch.zeros(2, 3), torch.zeros(2, 3)) == 0.0
     logits = torch.tensor([[0.0, 2.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.5]])
-    figures = node_figures(logits, torch.tensor([1, 0, 0, 1]))
+    figures = classification_figures(logits, torch.tensor([1, 0, 0, 1]))
     assert figures["accuracy"] == 0.75 and figures["auc"] == pytest.approx(0.75)
     assert area_under_curve(torch.zeros(4), torch.tensor([0, 1, 0, 1])) == 0.5
 

@@ -11,7 +11,8 @@ import torch
 import deqzoo
 from deqzoo.cli import run
 from deqzoo.data.graphs import GraphSet
-from deqzoo.evaluation.graphs import evaluate_graphs
+from deqzoo.evaluation.dispatch import evaluate_model
+from deqzoo.hub.store import instabilities
 
 data_class = pytest.importorskip("torch_geometric.data").Data
 
@@ -27,9 +28,14 @@ def test_a_fold_records_its_majority_rate(tmp_path: Path, monkeypatch: pytest.Mo
     fold = {"data": "TINY", "protocol": "honest", "fold": 0, "test": [0, 1, 4], "train": [2]}
     (tmp_path / "fold.json").write_text(json.dumps(fold))
     model = deqzoo.DEQModel.from_pretrained(tmp_path)
-    results = evaluate_graphs(model, "tiny", data=tmp_path)["results"]
-    assert results["samples"] == 3 and results["majority"] == 2 / 3  # of the fold, not of the set
-    assert evaluate_graphs(model, "tiny", split="train", data=tmp_path)["results"]["majority"] == 1
+    content = evaluate_model(model, "tiny", data=tmp_path)
+    assert content["data"]["samples"] == 3
+    assert content["results"]["majority"] == 2 / 3  # of the fold, not of the set
+    trained = evaluate_model(model, "tiny", split="train", data=tmp_path)
+    assert trained["results"]["majority"] == 1
+    # What the store decides by: a residual, and the figure after more steps than the default's.
+    assert instabilities(content) == []
+    assert content["budget"]["steps"][-1]["max_steps"] >= model.config.solver["max_steps"]
 
 
 SMALL = {

@@ -12,10 +12,11 @@ from PIL import Image
 
 from deqzoo import DEQModel, UserError
 from deqzoo.data import load_cifar10
-from deqzoo.evaluation import metrics
 from deqzoo.evaluation.classify import classify, load_processor
+from deqzoo.evaluation.dispatch import budget_curve, evaluate_model, evaluator_of
 from deqzoo.evaluation.files import finite, weights_digest, write_evaluation
-from deqzoo.evaluation.images import budget_curve, evaluate_images, run
+from deqzoo.evaluation.images import run
+from deqzoo.tasks import metrics
 
 
 def test_metrics_by_hand() -> None:
@@ -54,8 +55,8 @@ def test_equilibrium_summary() -> None:
 
 def test_evaluation_file(tiny_mdeq: Path, cifar_folder: Path, tmp_path: Path) -> None:
     model = DEQModel.from_pretrained(tiny_mdeq)
-    content = evaluate_images(
-        model, "mdeq-test", data=cifar_folder, budget_pictures=0, progress=False
+    content = evaluate_model(
+        model, "mdeq-test", data=cifar_folder, budget_samples=0, progress=False
     )
     assert content["model"]["weights_sha256"] == weights_digest(tiny_mdeq)
     assert content["model"]["parameters"] == model.num_parameters()
@@ -81,23 +82,23 @@ def test_classify_agrees_with_the_evaluation(tiny_mdeq: Path, cifar_folder: Path
 
 def test_budgets_bound_the_steps(tiny_mdeq: Path, cifar_folder: Path) -> None:
     model = DEQModel.from_pretrained(tiny_mdeq)
-    pictures = load_cifar10("test", cifar_folder)
-    processor = load_processor(model)
-    own = run(model, processor, pictures, 40, None, progress=False)
-    curve = budget_curve(model, processor, pictures, own, 8, 8, False, budgets=(2, 12))
-    assert curve["pictures"] == 8
+    evaluator = evaluator_of(model, data=cifar_folder, batch_size=8, progress=False)
+    curve = budget_curve(evaluator, model, 40, 8, budgets=(2, 12))
+    assert curve["samples"] == 8
     few, many = curve["steps"]
     assert many["residual_median"] < few["residual_median"]
-    outputs = run(model, processor, pictures, 40, {"max_steps": 2}, progress=False)
-    assert outputs.n_steps.max() <= 2
+    assert evaluator.measure({"max_steps": 2})["n_steps_p95"] <= 2
+    assert [row["max_steps"] for row in budget_curve(evaluator, model, 40, 4)["steps"]][-1] == 30
+    model.set_solver(max_steps=40)  # more steps than the default's must not change the answer
+    assert [row["max_steps"] for row in budget_curve(evaluator, model, 40, 4)["steps"]][-1] == 40
 
 
 def test_limit_is_recorded(tiny_mdeq: Path, cifar_folder: Path) -> None:
     model = DEQModel.from_pretrained(tiny_mdeq)
-    content = evaluate_images(
-        model, "x", data=cifar_folder, limit=5, budget_pictures=0, progress=False
+    content = evaluate_model(
+        model, "x", data=cifar_folder, limit=5, budget_samples=0, progress=False
     )
-    assert content["data"]["pictures"] == 5 and content["data"]["limit"] == 5
+    assert content["data"]["samples"] == 5 and content["data"]["limit"] == 5
     assert content["command"].endswith("--limit 5")
 
 
@@ -105,7 +106,7 @@ def test_unknown_labels_and_other_models_are_refused(tiny_mdeq: Path) -> None:
     model = DEQModel.from_pretrained(tiny_mdeq)
     model.config.id2label = {i: str(i) for i in range(10)}
     with pytest.raises(UserError, match="no known data set"):
-        evaluate_images(model, "x")
+        evaluate_model(model, "x")
     with pytest.raises(UserError, match="classify pictures"):
         classify(model.mdeq, [])
 

@@ -14,6 +14,7 @@ from deqzoo.data import lines as reading
 from deqzoo.data.lines import Fragment, read_lines
 from deqzoo.errors import UserError
 from deqzoo.evaluation import text as evaluation
+from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.evaluation.perplexity import perplexity
 from deqzoo.models.deq_transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
@@ -153,14 +154,16 @@ def test_evaluation_equals_perplexity(model, tokenizer, tmp_path, monkeypatch) -
     data.mkdir()
     for split in ("train", "validation", "test"):
         pq.write_table(pa.table({"text": LINES}), data / f"{split}-0.parquet")
-    content = evaluation.evaluate_text(loaded, "tiny", data=data, progress=False)
+    content = evaluate_model(loaded, "tiny", data=data, progress=False)
     direct = perplexity(model, read_lines(data / "test-0.parquet"), tokenizer, pretokenized=True)
     assert content["results"]["perplexity"] == pytest.approx(direct.perplexity)
-    assert content["results"]["tokens"] == direct.tokens == 17
+    assert content["data"]["samples"] == direct.tokens == 17
     assert content["data"]["complete"] is False
-    assert [row["max_steps"] for row in content["budget"]["steps"]] == [2, 4, 8, 16, 30]
-    limited = evaluation.evaluate_text(loaded, "tiny", data=data, limit=5, progress=False)
-    assert limited["results"]["tokens"] == 5 and "--limit 5" in limited["command"]
+    assert [row["max_steps"] for row in content["budget"]["steps"]] == [
+        *(2, 4, 8, 16, 30, loaded.config.solver["max_steps"])
+    ]
+    limited = evaluate_model(loaded, "tiny", data=data, limit=5, progress=False)
+    assert limited["data"]["samples"] == 5 and "--limit 5" in limited["command"]
 
 
 def test_models_of_unknown_corpora(model, tokenizer) -> None:

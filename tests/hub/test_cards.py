@@ -13,14 +13,15 @@ from huggingface_hub import ModelCard
 
 from deqzoo import DEQModel, UserError
 from deqzoo.cli import run
+from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.evaluation.files import write_evaluation
-from deqzoo.evaluation.images import evaluate_images
 from deqzoo.hub import cards
 from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, TASK_LIMITS
 from deqzoo.hub.catalogue import TASKS, Entry, best_first, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
 from deqzoo.hub.metadata import eval_results_yaml
 from deqzoo.hub.verify import verify_model
+from deqzoo.records import upgraded
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,7 @@ def measured(tiny_mdeq: Path, cifar_folder: Path, tmp_path_factory) -> Path:
     folder = root / "hub_configs" / "mdeq-test"
     shutil.copytree(tiny_mdeq, folder)
     model = DEQModel.from_pretrained(folder)
-    content = evaluate_images(model, "mdeq-test", data=cifar_folder, progress=False)
+    content = evaluate_model(model, "mdeq-test", data=cifar_folder, progress=False)
     write_evaluation(folder / "evaluation" / "cifar10-test.json", content)
     (root / "README.md").write_text("# x\n<!-- models:begin -->\n<!-- models:end -->\nend\n")
     assert run(["seal", str(folder)]) == 0
@@ -126,12 +127,12 @@ def test_accuracy_stands_beside_the_majority_rate() -> None:
     for accuracy, said in ((0.5, "50.0 %, is less than the 60.0 %"), (0.6, "is no more than the")):
         text = cards.render_card(made_entry("cox2", accuracy=accuracy, majority=0.6, samples=47))
         assert "| accuracy of always naming the most frequent class | 0.6 |" in text
-        assert f"accuracy on these 47 samples, {accuracy:.0%}".replace("%", "") in text
-        assert said in text and "ROC" not in text.partition("## Results")[2]
+        assert f"accuracy on these 47 samples, {100 * accuracy:.1f} %" in text
+        assert said in text and "AUC" not in text.partition("## Results")[2]
     better = cards.render_card(made_entry("cox2", accuracy=0.7, majority=0.6, samples=47))
     assert "accuracy on these" not in better
     ranked = made_entry("twitch", accuracy=0.5, majority=0.6, samples=47, auc=0.7)
-    assert "the measure here is the area under the ROC curve" in cards.render_card(ranked)
+    assert "the measure here is AUC" in cards.render_card(ranked)
 
 
 def test_text_cards_say_their_language() -> None:
@@ -144,7 +145,7 @@ def made_entry(data: str, **results: float) -> Entry:
     """A graph model with one evaluation on a test split, without files."""
     evaluation = {
         "data": {"name": data, "split": "test"},
-        "results": results,
+        "results": {"samples": 47} | results,
         "environment": {"date": "2026-01-01"},
         "command": "deqzoo evaluate ignn-made --split test",
     }
@@ -153,7 +154,7 @@ def made_entry(data: str, **results: float) -> Entry:
         "model_type": "ignn",
         "architectures": [f"IGNNFor{'Node' if node else 'Graph'}Classification"],
     }
-    return Entry("ignn-made", Path("ignn-made"), config, {f"{data}-test": evaluation})
+    return Entry("ignn-made", Path("ignn-made"), config, {f"{data}-test": upgraded(evaluation)})
 
 
 def test_converted_cards_name_a_preset_that_exists() -> None:
@@ -197,7 +198,8 @@ def test_text_models_show_quality_against_steps(checkout: Path) -> None:
     file = checkout / "hub_configs" / "mdeq-test" / "evaluation" / "cifar10-test.json"
     content = json.loads(file.read_text())
     steps = [{"max_steps": n, "perplexity": 100.0 + n, "residual_median": 0.1} for n in (2, 4)]
-    content["budget"] = {"steps": steps, "tokens": 10, "default_perplexity": 104.0}
+    content |= {"metric": "perplexity", "results": {"perplexity": 104.0}}
+    content["budget"] = {"steps": steps, "samples": 10, "default": 104.0}
     file.write_text(json.dumps(content))
     assert (
         "perplexity against solver steps" in cards.plots(entry("mdeq-test"))["mdeq-test-budget.svg"]
@@ -238,7 +240,7 @@ def test_cards_command(checkout: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "run `deqzoo cards`" in capsys.readouterr().err
     assert run(["cards"]) == 0
     assert run(["cards", "--check"]) == 0
-    assert "| [mdeq-test](model_cards/mdeq-test.md)" in (checkout / "README.md").read_text()
+    assert "[mdeq-test](model_cards/mdeq-test.md)" in (checkout / "README.md").read_text()
     assert (checkout / "model_cards" / "mdeq-test-budget.svg").read_text().startswith("<svg")
     assert (checkout / "README.md").read_text().endswith("end\n")
 

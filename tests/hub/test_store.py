@@ -80,11 +80,14 @@ def test_the_test_split_refuses_nothing(
     assert (folder / "evaluation" / "cifar10-test.json").is_file()
 
 
-def evaluation(residual: float = 1e-3, last: float = 0.85) -> dict:
+def evaluation(
+    residual: float | None = 1e-3, last: float = 0.85, metric: str = "accuracy", own: float = 0.85
+) -> dict:
     return {
+        "metric": metric,
         "data": {"name": "cifar10"},
-        "results": {"residual_median": residual},
-        "budget": {"default_accuracy": 0.85, "steps": [{"max_steps": 30, "accuracy": last}]},
+        "results": {} if residual is None else {"residual_median": residual},
+        "budget": {"default": own, "steps": [{"max_steps": 30, metric: last}]},
     }
 
 
@@ -92,15 +95,14 @@ def test_instabilities() -> None:
     assert store.instabilities(evaluation()) == []
     assert "above 5e-03" in store.instabilities(evaluation(residual=6e-3))[0]
     assert "above" in store.instabilities(evaluation(residual=float("nan")))[0]
-    assert "after 30 steps" in store.instabilities(evaluation(last=0.84))[0]
+    assert "accuracy after 30 steps" in store.instabilities(evaluation(last=0.84))[0]
     assert store.instabilities(evaluation(last=0.852)) == []
     for share, faults in ((0.98, 1), (0.99, 0)):
         content = evaluation()
         content["results"]["converged_share"] = share
         assert len(store.instabilities(content)) == faults
-    at_the_bound = evaluation(last=0.862)
-    at_the_bound["budget"]["default_accuracy"] = 0.865  # their difference comes out above 0.003
-    assert store.instabilities(at_the_bound) == []
+    # The difference of these comes out above 0.003.
+    assert store.instabilities(evaluation(last=0.862, own=0.865)) == []
 
 
 def test_the_zoo_converges_within_its_default_budgets() -> None:
@@ -158,3 +160,25 @@ def test_a_kill_while_sealing_leaves_a_seal_that_holds(
     assert run(["seal", str(folder)]) == 0
     assert "sealed already" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("metric", ["auc", "micro_f1"])
+def test_graphs_are_held_to_the_same(metric: str) -> None:
+    assert store.instabilities(evaluation(metric=metric)) == []
+    (fault,) = store.instabilities(evaluation(metric=metric, last=0.84))
+    assert "after 30 steps differs" in fault
+
+
+def test_perplexities_are_compared_by_their_ratio() -> None:
+    assert store.instabilities(evaluation(metric="perplexity", own=100.0, last=100.2)) == []
+    (fault,) = store.instabilities(evaluation(metric="perplexity", own=100.0, last=101.0))
+    assert "perplexity after 30 steps differs by 1.00%" in fault
+    (fault,) = store.instabilities(evaluation(metric="perplexity", own=100.0, last=float("nan")))
+    assert "perplexity" in fault
+
+
+def test_what_was_not_measured_is_a_fault() -> None:
+    (fault,) = store.instabilities(evaluation(residual=None))
+    assert "residual was not measured" in fault
+    (fault,) = store.instabilities(evaluation() | {"budget": None})
+    assert "more solver steps was not measured" in fault

@@ -136,7 +136,7 @@ def test_commands(root, tmp_path, capsys):
     few = ["evaluate", checkpoint, "--data", str(root), "--output", str(target), "--limit", "2"]
     assert run(few) == 0
     part = json.loads(target.read_text())
-    assert part["results"]["samples"] == part["data"]["limit"] == 2
+    assert part["data"]["samples"] == part["data"]["limit"] == 2
     assert part["data"]["complete"] is False and part["command"].endswith("--limit 2")
     capsys.readouterr()
     assert run(["evaluate", checkpoint, "--output", str(target)]) == 2

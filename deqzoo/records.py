@@ -1,0 +1,127 @@
+"""Evaluation files: one schema for every task, and the upgrade of files of earlier versions.
+
+An evaluation file says what was measured with which weights on which data:
+
+| key | content |
+|---|---|
+| `format` | 2 |
+| `task` | `image-classification`, `language-modeling`, `graph-classification`, ... |
+| `metric` | the figure that the evaluation is known by, a key of `deqzoo.tasks.metrics.METRICS` |
+| `model` | name, class, parameters, SHA-256 of the weights, solver and gradient |
+| `data` | `name`, `split`, number of `samples` and their `unit`, `complete`, fingerprint or fold |
+| `results` | figures by their names in `METRICS`, per-class figures as mappings |
+| `budget` | quality after fixed numbers of solver steps, or null: `samples`, `tol`, `default` |
+| | (with the model's own solver) and `steps`, rows of `max_steps` and figures |
+| `environment`, `command` | versions, machine, date; how to repeat the measurement |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deqzoo.errors import UserError
+from deqzoo.zoo import read_json
+
+FORMAT = 2
+
+#: Formats 0 (graphs) and 1: figures that had other names.
+_RENAMED = {
+    "mean_steps": "n_steps_mean",
+    "steps": "n_steps_mean",
+    "max_residual": "residual_max",
+    "converged": "converged_share",
+    "seconds_per_picture": "seconds_per_sample",
+}
+#: What a file was known by before it said so itself, the first that it has.
+_KNOWN_BY = ("auc", "accuracy", "perplexity", "micro_f1")
+_UNITS = {
+    "image-classification": "pictures",
+    "language-modeling": "tokens",
+    "graph-classification": "graphs",
+    "node-classification": "nodes",
+}
+_TASK_OF_SUFFIX = {
+    "ForGraphClassification": "graph-classification",
+    "ForNodeClassification": "node-classification",
+}
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """An evaluation file in the current format.
+
+    Raises:
+        UserError: unreadable, damaged, or of a newer version of the package.
+    """
+    return upgraded(read_json(path), str(path))
+
+
+def upgraded(content: Mapping[str, Any], place: str = "the evaluation") -> dict[str, Any]:
+    """The content of an evaluation file of any version, in the current format.
+
+    Raises:
+        UserError: it is of a newer version.
+    """
+    version = content.get("format", 0)
+    if version == FORMAT:
+        return dict(content)
+    if not isinstance(version, int) or version > FORMAT:
+        raise UserError(f"{place} has format {version!r}; this version reads up to {FORMAT}")
+    model, data = dict(content.get("model", {})), dict(content.get("data", {}))
+    results = _renamed(content.get("results", {}))
+    suffixes = _TASK_OF_SUFFIX.items()
+    architecture = model.get("architecture", "")
+    task = content.get("task") or next((t for s, t in suffixes if architecture.endswith(s)), None)
+    metric = next((name for name in _KNOWN_BY if name in results), None)
+    samples = _first_of(data, results)
+    if samples is not None:
+        results.pop("unconverged_tokens", None)
+        if "seconds" in results:
+            results["seconds_per_sample"] = results.pop("seconds") / samples
+        data = {
+            **{key: data.pop(key) for key in ("name", "split") if key in data},
+            "samples": samples,
+            "unit": _UNITS.get(task or "", "samples"),
+            **data,
+        }
+        data.setdefault("complete", True)
+    if "n_steps_mean" in results:
+        results.setdefault("f_evaluations_per_sample", results["n_steps_mean"] + 1)
+    budget = content.get("budget")
+    return {
+        **{key: value for key, value in content.items() if key != "format"},
+        "format": FORMAT,
+        "task": task,
+        "metric": metric,
+        "model": model,
+        "data": data,
+        "results": results,
+        "budget": _upgraded_budget(dict(budget), metric) if budget else None,
+    }
+
+
+def _renamed(figures: Mapping[str, Any]) -> dict[str, Any]:
+    known = {_RENAMED.get(key, key): value for key, value in figures.items()}
+    if "tokens_per_second" in known:
+        known["seconds_per_sample"] = 1 / known.pop("tokens_per_second")
+    return known
+
+
+def _first_of(*sources: dict[str, Any]) -> int | None:
+    """Take the number of samples out of wherever it stands."""
+    found = None
+    for source in sources:
+        for key in ("samples", "pictures", "tokens"):
+            value = source.pop(key, None)
+            found = value if found is None else found
+    return found
+
+
+def _upgraded_budget(budget: dict[str, Any], metric: str | None) -> dict[str, Any]:
+    return {
+        "samples": _first_of(budget),
+        "tol": budget.get("tol"),
+        "default": budget.get(f"default_{metric}"),
+        "steps": [_renamed(row) for row in budget["steps"]],
+    }

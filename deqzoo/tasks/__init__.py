@@ -1,0 +1,1 @@
+"""Tasks: their batches, figures and evaluations."""
