@@ -145,6 +145,10 @@ class ImageClassificationTask:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
+    def sample_size(self, stage: Stage) -> int:
+        """One: pictures are counted."""
+        return 1
+
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
         """Accuracy and solver report with the config's own solver, at the stage's resolution."""

@@ -60,6 +60,8 @@ class TrainingStep:
         self.forget = torch.ones((), device=device)
         """1 minus the decay of the average, filled in before every step."""
         self.sums = {name: torch.zeros((), device=device) for name in FIGURES}
+        self.seen: set[str] = set()
+        """Which of them there are: a language model counts no right answers."""
         self.products = 0
         """Vector-Jacobian products of implicit gradients since the last reading."""
         self.graph: Any = None
@@ -121,6 +123,7 @@ class TrainingStep:
                 figures["jacobian_penalty"] = penalty.detach()
                 loss = loss + self.jacobian.weight * penalty
         self.data.keep(outputs)
+        self.seen |= figures.keys()
         with torch.no_grad():
             for name, value in figures.items():
                 self.sums[name].add_(value.float())
@@ -203,4 +206,5 @@ class TrainingStep:
         for total in self.sums.values():
             total.zero_()
         n = max(1, steps * self.recipe.accumulate)
-        return {name: value / n for name, value in zip(self.sums, values, strict=True)}
+        means = {name: value / n for name, value in zip(self.sums, values, strict=True)}
+        return {name: mean for name, mean in means.items() if name in self.seen}

@@ -65,6 +65,10 @@ class Task(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def sample_size(self, stage: Stage) -> int:
+        """How many of the samples that `evaluate` counts one sample of a batch holds."""
+        ...
+
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
         """Validation figures, the metric and the solver's report among them."""
         ...

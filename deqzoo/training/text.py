@@ -132,6 +132,10 @@ class LanguageModelingTask:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.memory = {int(part): tuple(memory) for part, memory in state.items()}
 
+    def sample_size(self, stage: Stage) -> int:
+        """Words of a segment."""
+        return self._segment_length(stage)
+
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
         """Perplexity of the first `samples` validation tokens, read as a few streams."""

@@ -356,6 +356,7 @@ class TimedRun:
         last = self.budget.stage is None
         # Evaluations of the map cost about as much here as in training.
         allowed = EVALUATION_SHARE[last] * self.budget.seconds * self.evaluation_rate
+        allowed *= self.task.sample_size(stage)
         steps = self.model.resolve_solver().max_steps
         samples = max(2, min(self.recipe.evaluation.samples, round(allowed / steps)))
         model = self.averaged()
@@ -390,9 +391,7 @@ class TimedRun:
         self.spent += n * self._batch * (evaluations * per_evaluation + 3 * rest)
         for step in steps:
             step.products = 0
-        if not stage.jacobian:
-            sums.pop("jacobian_penalty")
-        else:
+        if "jacobian_penalty" in sums:
             sums["jacobian_penalty"] *= stage.jacobian.every
         self.log(
             epoch=round(self.epochs, 3),

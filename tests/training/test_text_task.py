@@ -189,3 +189,32 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert "lm_head.tables.0.weight" not in stored
     loaded = DEQModel.from_pretrained(tmp_path)
     assert loaded.lm_head.tables[0].weight is loaded.transformer.embedding.tables[0].weight
+
+
+def test_a_run_by_the_clock(data: Path, tmp_path: Path) -> None:
+    """Ends in time, with averaged weights that are still tied, measured and resumable."""
+    fixed = {"name": "fixed_point", "max_steps": 3, "tol": 0.0}
+    stages = [
+        {"epochs": 1, "solver": fixed, "gradient": {"name": "jfb"}},
+        {"epochs": 2, "solver": fixed, "gradient": {"name": "upg", "steps": 2},
+         "jacobian": {"every": 2, "difference": 0.1}},
+    ]  # fmt: skip
+    timed = recipe(stages=stages, time_budget="2s", average=0.9, augment={"forget": 0.2})
+    out = tmp_path / "run"
+    run_recipe(timed, data, out, progress=False, max_steps=2)
+    first = json.loads((out / "record.json").read_text())
+    assert not first["finished"] and first["steps"] == 2
+    folder = run_recipe(timed, data, out, progress=False, resume=True)
+    record = json.loads((out / "record.json").read_text())
+    assert record["finished"] and record["steps"] > 2
+    assert first["training_seconds"] < record["training_seconds"] < 3
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    trained = [line for line in lines if "learning_rate" in line]
+    assert trained[-1]["learning_rate"] < trained[0]["learning_rate"] / 2
+    assert "jacobian_penalty" in trained[-1] and "right" not in trained[-1]
+    measured = [line["eval_perplexity"] for line in lines if "eval_perplexity" in line]
+    assert len(measured) == 2 and 1 < measured[-1] < 9  # after each stage; there are 8 words
+    stored = load_file(folder / "model.safetensors")
+    assert "lm_head.tables.0.weight" not in stored
+    loaded = DEQModel.from_pretrained(folder)
+    assert loaded.lm_head.tables[0].weight is loaded.transformer.embedding.tables[0].weight
