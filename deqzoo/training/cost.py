@@ -47,11 +47,25 @@ def sample_flops(
     probe: Callable[[PreTrainedModel, Stage], Probe], model: PreTrainedModel, stage: Stage
 ) -> tuple[float, float]:
     """FLOPs per sample of one evaluation of the map, and of all that surrounds it (forward)."""
-    with evaluation_mode(model):
+    with evaluation_mode(model), _untracked(model):
         sample = probe(model, stage)
         per_evaluation = count_flops(lambda: sample.f(sample.state))
         whole = count_flops(lambda: sample.forward(solver=ONE_STEP))
     return per_evaluation, whole - 2 * per_evaluation
+
+
+@contextlib.contextmanager
+def _untracked(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient: the counter looks for the graph of every module's output that
+    does, and a module that hands out its weights has none."""
+    tracked = [p for p in model.parameters() if p.requires_grad]
+    for parameter in tracked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in tracked:
+            parameter.requires_grad_(True)
 
 
 def saved_bytes(function: Callable[[], Any], model: nn.Module) -> int:
