@@ -187,6 +187,13 @@ class DEQPreTrainedModel(PreTrainedModel):
         """
         self.base_model.fixed_steps = enabled
 
+    def takes_fixed_steps(self, solver: Settings = None, gradient: Settings = None) -> bool:
+        """Whether a solve with these settings would now be one of `fixed_point_of_steps`."""
+        wanted = self.base_model.fixed_steps and self.training and torch.is_grad_enabled()
+        if not wanted or self._recomputing:
+            return False
+        return has_fixed_steps(self.resolve_solver(solver), self.resolve_gradient(gradient))
+
     def use_training_kernels(
         self, compiled: bool = False, dtype: torch.dtype | None = None
     ) -> None:
@@ -248,9 +255,7 @@ class DEQPreTrainedModel(PreTrainedModel):
         """
         chosen_solver = self._resolvable(self.resolve_solver(solver), leaves(z0)[0].dtype)
         chosen_gradient = self.resolve_gradient(gradient)
-        lean = self.fixed_steps and self.training and torch.is_grad_enabled() and not options
-        lean = lean and not self._recomputing
-        if lean and has_fixed_steps(chosen_solver, chosen_gradient):
+        if not options and self.takes_fixed_steps(chosen_solver, chosen_gradient):
             return fixed_point_of_steps(f, z0, chosen_solver, chosen_gradient, layout)
         solution = fixed_point(
             f,

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from deqzoo.models.base import DEQPreTrainedModel
+from deqzoo.equilibrium.fixed import has_fixed_steps
 from deqzoo.training.cost import (
     ONE_STEP,
     PENALTY_EVALUATIONS,
@@ -127,7 +128,9 @@ def step_evaluations(recipe: Recipe, stage: Stage, model: DEQPreTrainedModel) ->
         cost = gradient.cost(
             solver.max_steps, checkpoint=recipe.gradient_checkpointing, detached=recipe.compile
         )
-        evaluations = (solver.max_steps if gradient.needs_solve else 0) + 1 + cost.evaluations
+        measured = recipe.gradient_checkpointing or not has_fixed_steps(solver, gradient)
+        evaluations = (solver.max_steps if gradient.needs_solve else 0) + measured
+        evaluations += cost.evaluations
     if stage.jacobian is not None:
         evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
     return evaluations

@@ -398,6 +398,7 @@ def _trainer(
         train_dataset=range(plan.total),
         optimizers=(optimizer, schedule),
     )
+    model.use_fixed_steps()
     if recipe.compile:
         model.compile_map(True)
     elif recipe.model.family == "mdeq" and not cuda:

@@ -36,8 +36,9 @@ SETTLING = 50
 LOG_SECONDS = 10.0
 EVALUATION_SHARE = {False: 0.05, True: 0.25}
 """Validation after a stage, and after the last, takes at most about this share of the time."""
-CHECK_LOSS, CHECK_COSINE = 0.02, 0.95
-"""How far a compiled map's loss may be from the plain one's, and their gradients' cosine."""
+CHECK_LOSS, CHECK_COSINE = 0.02, 0.05
+"""How far a compiled map's loss may be from the plain one's, relatively; and by how much less its
+gradient's cosine with that in float32 may be."""
 
 
 class TimedRun:
@@ -312,19 +313,37 @@ class TimedRun:
         dtype = torch.bfloat16 if self.bf16 else None
         if self.compiled:
             try:
-                started = time.monotonic()
-                (plain, a), (mine, b) = (
-                    self._gradient(stage, rows, compiled, dtype) for compiled in (False, True)
-                )
-                cosine = float(F.cosine_similarity(a, b, dim=0))
-                seconds = round(time.monotonic() - started, 1)
-                self.log(event="compiled map", losses=[plain, mine], cosine=cosine, seconds=seconds)
-                if abs(plain - mine) > CHECK_LOSS * plain or not cosine > CHECK_COSINE:
-                    raise RuntimeError("the compiled map disagrees with the plain one")
+                self._compare(stage, rows, dtype)
             except Exception:  # a compiler fails in many ways, none of which is worth a run
                 self.log(event="map not compiled", error=traceback.format_exc()[-800:])
                 self.compiled = False
         self.model.use_training_kernels(self.compiled, dtype)
+
+    def _compare(self, stage: Stage, rows: Tensor, dtype: torch.dtype | None) -> None:
+        """Hold the compiled map against the plain one, both against float32, on one batch.
+
+        In bfloat16 two right implementations differ by their rounding, by much for fresh weights:
+        what matters is that the compiled one is no farther from float32 than the plain one.
+
+        Raises:
+            RuntimeError: it is farther.
+        """
+        started = time.monotonic()
+        exact_loss, exact = self._gradient(stage, rows, False, None)
+        losses, cosines = [], []
+        for compiled in (False, True):
+            loss, gradient = self._gradient(stage, rows, compiled, dtype)
+            losses.append(loss)
+            cosines.append(float(F.cosine_similarity(gradient, exact, dim=0)))
+        self.log(
+            event="compiled map",
+            losses=[exact_loss, *losses],
+            cosines=cosines,
+            seconds=round(time.monotonic() - started, 1),
+        )
+        near = abs(losses[1] - losses[0]) <= CHECK_LOSS * losses[0]
+        if not (near and cosines[1] >= cosines[0] - CHECK_COSINE):
+            raise RuntimeError("the compiled map disagrees with the plain one")
 
     def _gradient(
         self, stage: Stage, rows: Tensor, compiled: bool, dtype: torch.dtype | None
@@ -332,6 +351,7 @@ class TimedRun:
         """Loss and gradient of a batch; weights, buffers and random numbers stay as they were."""
         self.model.use_training_kernels(compiled, dtype)
         step = self._step(stage, False)
+        step.bf16 = dtype is not None
         kept = [t.detach().clone() for t in (*self.model.buffers(), *self.data.tensors())]
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -412,8 +432,7 @@ class TimedRun:
             gradient = self.model.resolve_gradient(stage.gradient or None)
             evaluations = n_steps if gradient.needs_solve else 0.0
             evaluations += gradient.cost(round(n_steps), products=products).evaluations
-            measured = not (stage.solver and stage.solver.get("tol") == 0)
-            evaluations += float(measured)
+            evaluations += not self.model.takes_fixed_steps(stage.solver, stage.gradient)
         if stage.jacobian:
             evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
         return evaluations

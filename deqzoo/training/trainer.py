@@ -263,7 +263,8 @@ class RecipeTrainer(DEQTrainer):
                 detached=self.recipe.compile,
                 products=0,  # counted after the backward pass
             )
-            evaluations = (steps if gradient.needs_solve else 0) + 1 + cost.evaluations
+            measured = not self.model.takes_fixed_steps(stage.solver, stage.gradient)
+            evaluations = (steps if gradient.needs_solve else 0) + measured + cost.evaluations
         if self.wants_penalty():
             evaluations += PENALTY_EVALUATIONS
         self.evaluations.append(evaluations)

@@ -1,0 +1,192 @@
+"""Runs that end when their time does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from deqzoo import DEQModel
+from deqzoo.errors import UserError
+from deqzoo.training import timed
+from deqzoo.training.clock import TimeBudget, seconds_of
+from deqzoo.training.images import cropped, random_boxes
+from deqzoo.training.optimizers import rate_factor
+from deqzoo.training.recipe import Data, Evaluation, Jacobian, Model, Optimizer, Recipe, Schedule
+from deqzoo.training.recipe import Stage as StageSettings
+from deqzoo.training.run import run_recipe
+
+SOLVER = {"name": "fixed_point", "max_steps": 2, "tol": 0.0}
+SMALL = {"channels": [8, 16], "head_channels": [4, 8], "final_channels": 16, "num_groups": 4}
+
+
+def make_recipe(**changes) -> Recipe:
+    upg = {"name": "upg", "steps": 1, "damping": 1.0}
+    base = Recipe(
+        name="timed",
+        task="image-classification",
+        data=Data("cifar10"),
+        model=Model(
+            "mdeq",
+            "mdeq-phantom-cifar-small",
+            {**SMALL, "dropout": 0.1, "solver": {"max_steps": 3}},
+        ),
+        optimizer=Optimizer("muon", 0.02),
+        stages=(
+            StageSettings(1, SOLVER, upg, 8, Jacobian(0.1, 2, difference=0.1)),
+            StageSettings(3, {"name": "anderson", "max_steps": 3, "tol": 1e-3}, upg, 16),
+        ),
+        batch_size=8,
+        precision="float32",
+        average=0.9,
+        augment={"crop": 2, "flip": "alternating", "cutout": 4},
+        evaluation=Evaluation(samples=4, snapshots=3),
+        time_budget="2s",
+    )
+    return replace(base, **changes)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_ends_with_its_time_evaluated_and_at_rate_zero(pictures, tmp_path) -> None:
+    model = run_recipe(make_recipe(), None, tmp_path / "run", progress=False)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["finished"] and record["steps"] > 2
+    assert record["training_seconds"] == pytest.approx(2.0, abs=1.0)
+    assert record["samples_per_second"] > 0 and record["pflop"] > 0 and record["epochs"] > 0
+    entries = lines(tmp_path / "run")
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["stage"] for entry in steps] == sorted(entry["stage"] for entry in steps)
+    assert {entry["stage"] for entry in steps} == {0, 1}
+    assert steps[-1]["learning_rate"] < 0.2 * 0.02
+    assert "jacobian_penalty" in steps[0] and "eval_accuracy" in entries[-1]
+    assert DEQModel.from_pretrained(model).config.dropout == 0.1
+    assert len(list((tmp_path / "run" / "snapshots").glob("step-*"))) >= 2
+
+
+def test_a_run_goes_on_where_it_was_stopped(pictures, tmp_path) -> None:
+    recipe, out = make_recipe(time_budget="1h"), tmp_path / "run"
+    run_recipe(recipe, None, out, progress=False, max_steps=3)
+    record = json.loads((out / "record.json").read_text())
+    assert not record["finished"] and record["steps"] == 3
+    with pytest.raises(UserError, match="add --resume"):
+        run_recipe(recipe, None, out, progress=False)
+    run_recipe(recipe, None, out, progress=False, resume=True, max_steps=5)
+    run_recipe(recipe, None, tmp_path / "whole", progress=False, max_steps=5)
+    one, two = (load_file(f / "model" / "model.safetensors") for f in (out, tmp_path / "whole"))
+    # The rate follows the clock, which differs by seconds of an hour.
+    for name, tensor in one.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, two[name], rtol=0.02, atol=2e-3)
+
+
+def test_a_deadline_cuts_the_training_time(pictures, tmp_path) -> None:
+    out = tmp_path / "run"
+    run_recipe(make_recipe(time_budget="1h"), None, out, progress=False, deadline=3.0)
+    record = json.loads((out / "record.json").read_text())
+    assert record["finished"] and record["training_seconds"] < 10
+
+
+def test_a_map_that_does_not_compile_is_no_end(pictures, tmp_path, monkeypatch) -> None:
+    def fails(self, stage, rows, dtype):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(timed.TimedRun, "_compare", fails)
+    run_recipe(make_recipe(compile=True, time_budget="1s"), None, tmp_path / "run", progress=False)
+    entries = lines(tmp_path / "run")
+    assert "no compiler here" in next(e["error"] for e in entries if "error" in e)
+    assert [e["map_compiled"] for e in entries if "map_compiled" in e] == [False, False]
+
+
+@pytest.mark.parametrize("off", [0.0, 0.5])
+def test_a_compiled_map_that_disagrees_is_left_out(pictures, tmp_path, monkeypatch, off) -> None:
+    """Gradients are held against float32: noise of bfloat16 is allowed, a wrong one is not."""
+    exact = F.normalize(torch.randn(1000, generator=torch.Generator().manual_seed(0)), dim=0)
+    noise = F.normalize(torch.randn(1000, generator=torch.Generator().manual_seed(1)), dim=0)
+    wrong = F.normalize(torch.randn(1000, generator=torch.Generator().manual_seed(2)), dim=0)
+
+    def gradient(self, stage, rows, compiled, dtype):
+        return 1.0, exact + 0.3 * noise * (dtype is not None) + off * 2 * wrong * compiled
+
+    monkeypatch.setattr(timed.TimedRun, "_gradient", gradient)
+    monkeypatch.setattr(timed.TimedRun, "_stage", lambda *_: None)
+    run = timed.TimedRun.__new__(timed.TimedRun)
+    run.count, run.progress, run.out = 0, False, tmp_path
+    if off:
+        with pytest.raises(RuntimeError, match="disagrees"):
+            run._compare(None, None, torch.bfloat16)
+    else:
+        run._compare(None, None, torch.bfloat16)
+
+
+def test_the_budget_counts_training_only() -> None:
+    now = [0.0]
+    budget = TimeBudget(100.0, [1, 3], clock=lambda: now[0])
+    with budget.running():
+        assert budget.stage == 0
+        now[0] = 30.0
+        assert budget.stage == 1 and budget.progress == pytest.approx(0.3)
+        with budget.paused():
+            now[0] = 500.0
+    now[0] = 1000.0
+    with budget.running():
+        assert budget.progress == pytest.approx(0.3)
+        now[0] += 20.0
+        budget.shorten(10.0)
+        assert budget.progress == pytest.approx(50 / 60)
+        now[0] += 10.0
+        assert budget.stage is None and budget.progress == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("8m", 480), ("1.5h", 5400), (" 7 ", 7), (2.5, 2.5)]
+)
+def test_times_are_read(text, seconds) -> None:
+    assert seconds_of(text, "time_budget") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "8 minutes", "-3s", "0", "nan", "m"])
+def test_other_times_are_refused(text) -> None:
+    with pytest.raises(UserError, match="time_budget is a time such as 90s"):
+        seconds_of(text, "time_budget")
+
+
+def test_the_rate_ends_at_zero_whatever_the_throughput() -> None:
+    schedule = Schedule("linear", 0.1)
+    assert rate_factor(schedule, 0.05) == pytest.approx(0.5)
+    assert rate_factor(schedule, 1.0) == pytest.approx(0.0)
+    assert rate_factor(Schedule("cosine", 0.0), 0.5) == pytest.approx(0.5)
+    assert rate_factor(Schedule("constant", 0.0), 0.9) == 1.0
+
+
+def test_boxes_are_parts_of_the_picture_of_the_wanted_shape() -> None:
+    torch.manual_seed(0)
+    boxes = random_boxes(500, 60, 40, (0.2, 0.8), (0.75, 4 / 3), None, torch.device("cpu"))
+    left, top, w, h = boxes.unbind(1)
+    assert (left >= 0).all() and (top >= 0).all() and (w > 0).all() and (h > 0).all()
+    assert (left + w <= 60).all() and (top + h <= 40).all()
+    share = (w * h) / 2400
+    assert share.min() > 0.17 and share.max() < 0.83 and share.std() > 0.1
+    assert (w / h).min() > 0.68 and (w / h).max() < 1.46
+    impossible = random_boxes(3, 100, 10, (0.9, 1.0), (0.8, 1.25), None, torch.device("cpu"))
+    assert impossible.tolist() == [[44, 0, 12, 10]] * 3
+
+
+@pytest.mark.parametrize(
+    "box", [(0, 0, 12, 9), (3, 2, 5, 5), (1, 0, 10, 4), (11, 8, 1, 1)], ids=str
+)
+def test_a_scaled_box_is_that_of_torch(box) -> None:
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (2, 3, 9, 12), dtype=torch.uint8)
+    left, top, w, h = box
+    part = pixels[..., top : top + h, left : left + w].float()
+    expected = F.interpolate(part, size=(6, 6), mode="bilinear", antialias=True)
+    found = cropped(pixels, torch.tensor([box, box]).float(), 6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.02)
