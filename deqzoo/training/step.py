@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deqzoo.equilibrium import jacobian_penalty
-from deqzoo.equilibrium.fixed import difference_penalty
 from deqzoo.training.recipe import Recipe, Stage
 from deqzoo.training.task import Resident, Task
-from deqzoo.training.trainer import backward_products
+from deqzoo.training.trainer import backward_products, penalty_of
 
 FIGURES = ("loss", "right", "solver_steps", "solver_residual", "jacobian_penalty")
 """What a step adds up on the device; a run reads the sums now and then."""
@@ -119,7 +117,7 @@ class TrainingStep:
                 right = outputs.logits.detach().argmax(-1) == inputs["labels"]
                 figures["right"] = right.float().mean()
             if self.jacobian is not None:
-                penalty = self._penalty(outputs)
+                penalty = penalty_of(outputs, self.jacobian)
                 figures["jacobian_penalty"] = penalty.detach()
                 loss = loss + self.jacobian.weight * penalty
         self.data.keep(outputs)
@@ -128,15 +126,6 @@ class TrainingStep:
             for name, value in figures.items():
                 self.sums[name].add_(value.float())
         return loss
-
-    def _penalty(self, outputs: Any) -> Tensor:
-        assert self.jacobian is not None
-        f = outputs.equilibrium_map
-        if self.jacobian.difference:
-            return difference_penalty(f, outputs.state, self.jacobian.difference)
-        if hasattr(f, "twice_differentiable"):
-            f = f.twice_differentiable()
-        return jacobian_penalty(f, outputs.state, n_probes=self.jacobian.probes)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         kind = self.model.device.type

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from deqzoo.equilibrium import jacobian_penalty
+from deqzoo.equilibrium.fixed import difference_penalty
 from deqzoo.errors import UserError
 from deqzoo.files import mark_complete
 from deqzoo.models.base import DEQPreTrainedModel
@@ -128,9 +129,7 @@ class DEQTrainer(Trainer):
         if penalised and outputs.state is not None:
             assert self.jacobian is not None
             with self.accelerator.autocast():  # the map's weights are in the forward's precision
-                penalty = jacobian_penalty(
-                    outputs.equilibrium_map, outputs.state, n_probes=self.jacobian.probes
-                )
+                penalty = penalty_of(outputs, self.jacobian)
             if logs:
                 self.penalties.append(penalty.detach())
             # A mean, as the loss is: Trainer divides both where gradients are accumulated.
@@ -166,6 +165,16 @@ class DEQTrainer(Trainer):
             self.penalties.clear()
             self.statistics.reset()
         super().log(logs, start_time)
+
+
+def penalty_of(outputs: Any, jacobian: Jacobian) -> Tensor:
+    """The Jacobian penalty, without its weight, of an output made with `output_state=True`."""
+    f = outputs.equilibrium_map
+    if jacobian.difference:
+        return difference_penalty(f, outputs.state, jacobian.difference)
+    if hasattr(f, "twice_differentiable"):
+        f = f.twice_differentiable()
+    return jacobian_penalty(f, outputs.state, n_probes=jacobian.probes)
 
 
 def solver_seconds(model: nn.Module) -> float:
