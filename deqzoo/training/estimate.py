@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.equilibrium.fixed import has_fixed_steps
+from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.training.cost import (
     ONE_STEP,
     PENALTY_EVALUATIONS,

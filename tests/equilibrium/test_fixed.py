@@ -157,3 +157,22 @@ def test_difference_penalty_is_the_jacobians() -> None:
     exact = jacobian_penalty(f, state, n_probes=4)
     found = difference_penalty(f, state, 0.03)
     assert float(found) == pytest.approx(float(exact), rel=0.05)
+
+
+def test_series_keeps_nothing_alive() -> None:
+    """The graph of npg is gone with the state, without the cyclic collector."""
+    import gc
+    import weakref
+
+    f, start, weight = problem()
+    solver = make_solver({"name": "anderson", "max_steps": 3, "tol": 0.0})
+    gc.collect()
+    gc.disable()
+    try:
+        solution = fixed_point_of_steps(f, start, solver, make_gradient("npg"))
+        node = weakref.ref(solution.state[0].grad_fn)
+        solution.state[0].sum().backward()
+        del solution
+        assert node() is None
+    finally:
+        gc.enable()
