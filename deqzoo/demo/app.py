@@ -13,7 +13,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from transformers.utils import logging as transformers_logging
 
-from . import graphs_tab, images_tab, look, text_tab
+from . import examples as example_pictures
+from . import graphs_tab, images_tab, look, text_tab, why_tab
 from .guard import MAX_FILE
 from .shelf import Shelf
 
@@ -23,9 +24,10 @@ UPLOADS_LAST = (1800, 3600)
 _HEAD = """
 # Networks that solve for their answer
 
-A deep equilibrium model has no stack of layers. It applies one map until the result no longer
-changes, and that *equilibrium* is its answer. So it can spend more steps on harder inputs, and you
-can stop it early. Watch it here.
+A deep equilibrium model has no stack of layers. It has one map and answers with the state that this
+map leaves unchanged, its *equilibrium*. Applying the map again and again may never get there, so a
+solver looks for it, step by step.
+Watch it here; "Why a DEQ" measures what that is good for.
 """
 _ABOUT = """
 ### What am I looking at?
@@ -33,6 +35,9 @@ _ABOUT = """
 - **Residual**: how much one more application of the map would still change the state, relative to
   its size. The solve has *converged* when it is below the **tolerance**.
 - **Budget**: the largest number of steps. Lower it, and see what the model would have said earlier.
+- **Badge**: whether the solve converged, and if not, whether it ran out of steps or went astray.
+  The answer is always that of the state nearest to the equilibrium; where that is not the last one,
+  a dotted line marks its step.
 - **Method**: how the next step is chosen. All methods look for the same equilibrium; Anderson and
   Broyden learn from earlier steps and usually need fewer. Plain iteration finds it only where the
   map draws states together; with the small picture model it does not, and the residual stays up.
@@ -68,6 +73,8 @@ def build_demo(examples: Path | None = None, graph_data: Path | None = None) -> 
         with gr.Tabs():
             with gr.Tab("Image", id="image"):
                 images_tab.single_tab(shelf, pictures)
+            with gr.Tab("Why a DEQ", id="why") as why:
+                why_tab.why_tab(shelf, pictures, why)
             with gr.Tab("Several images", id="batch"):
                 images_tab.batch_tab(shelf, pictures)
             with gr.Tab("Text", id="text"):
@@ -79,6 +86,7 @@ def build_demo(examples: Path | None = None, graph_data: Path | None = None) -> 
         images_tab.endpoint(shelf)
         text_tab.endpoints(shelf)
         graphs_tab.endpoint(shelf, graph_data)
+        demo.load(None, None, None, js=example_pictures.NAME_THUMBNAILS)
     return demo.queue(max_size=64, default_concurrency_limit=2)
 
 
@@ -121,4 +129,5 @@ def launch(
 def _pictures(folder: Path | None) -> list[Path]:
     if folder is None or not folder.is_dir():
         return []
-    return sorted(p for p in folder.resolve().iterdir() if p.suffix in (".png", ".jpg"))
+    found = sorted(p for p in folder.resolve().iterdir() if p.suffix in (".png", ".jpg"))
+    return sorted(found, key=lambda path: path.suffix != ".png")  # photographs first

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from deqzoo.errors import UserError
+from deqzoo.hub.card_texts import DATA_TEXTS
+from deqzoo.hub.catalogue import Entry, below_baseline, main_value
 
-from .guard import MAX_STEPS
+from .guard import MAX_STEPS, guarded
 from .shelf import TOLERANCES, TRAINING, Shelf, solver_settings
 
 SOLVER_NAMES = [
@@ -18,6 +22,78 @@ SOLVER_NAMES = [
     ("Broyden: quasi-Newton steps", "broyden"),
     ("Plain: applies the network again and again", "fixed_point"),
 ]
+#: On a narrow page the answer lies below the fold: go there.
+TO_THE_ANSWER = """
+() => { if (innerWidth < 820) setTimeout(() =>
+  document.querySelector('.tabitem:not([style*="none"]) .dz-layout > :nth-child(2)')
+    ?.scrollIntoView({behavior: 'smooth'}), 150); }
+"""
+
+
+def in_place(
+    function: Callable[..., Any], outputs: Sequence[Any], message: Any
+) -> Callable[..., Any]:
+    """A handler whose mistakes appear in one of its outputs and empty the others.
+
+    They stay until the next try, beside nothing that an earlier one left.
+
+    Args:
+        function: fills `outputs`; may be a generator.
+        outputs: components.
+        message: the one of them, a `gr.HTML`, that shows what went wrong.
+    """
+    safe = guarded(function)
+
+    def failed(error: gr.Error) -> Any:
+        said = f'<div class="dz-error" role="alert"><b>{error.title}.</b> {error.message}</div>'
+        values = [said if output is message else None for output in outputs]
+        return values[0] if len(values) == 1 else tuple(values)
+
+    if inspect.isgeneratorfunction(function):
+
+        def stream(*arguments: Any) -> Iterator[Any]:
+            try:
+                yield from safe(*arguments)
+            except gr.Error as error:
+                yield failed(error)
+
+        return stream
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return safe(*arguments)
+        except gr.Error as error:
+            return failed(error)
+
+    return call
+
+
+def menu_label(entry: Entry) -> str:
+    """A checkpoint's name with its figure, its size, its data and how it was trained."""
+    facts = []
+    for evaluation in entry.tests()[:1]:
+        name = evaluation.get("data", {}).get("name", "")
+        title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
+        value = main_value(evaluation)
+        facts.append(f"{value} on {title}" if value else title)
+        if below_baseline(evaluation):
+            facts.append("no better than always naming the most frequent class")
+    count = entry.parameters
+    facts.append(f"{count / 1e6:.1f}M weights" if count >= 1e6 else f"{count / 1e3:.0f}k weights")
+    gradient = (entry.config.get("gradient") or {}).get("name")
+    if gradient:
+        penalty = " and Jacobian penalty" if "-jr-" in entry.name else ""
+        facts.append(f"{gradient} gradient{penalty}")
+    return f"{entry.name}: {', '.join(facts)}"
+
+
+def checkpoint_menu(shelf: Shelf, task: str, prefix: str) -> gr.Dropdown:
+    """The checkpoints of a task, the default one first, told apart by more than their names."""
+    entries = shelf.entries(task)
+    return gr.Dropdown(
+        [(menu_label(entry), entry.name) for entry in entries], value=entries[0].name,
+        label="Checkpoint", elem_id=f"{prefix}-checkpoint",
+    )  # fmt: skip
 
 
 def picture_input(elem_id: str) -> gr.Image:
@@ -48,10 +124,16 @@ class SolverControls:
     budget: gr.Slider
     exponent: gr.Slider
     chosen: Any  # the event of another checkpoint's settings being filled in
+    reset: Callable[[str], tuple[Any, Any, Any]]  # a checkpoint's own settings
 
     @property
     def inputs(self) -> list[Any]:
-        return [self.checkpoint, self.solver, self.budget, self.exponent]
+        return [self.checkpoint, *self.settings]
+
+    @property
+    def settings(self) -> list[Any]:
+        """The components that a checkpoint's own settings fill."""
+        return [self.solver, self.budget, self.exponent]
 
 
 @dataclass(frozen=True)
@@ -86,9 +168,7 @@ def solver_controls(shelf: Shelf, task: str, prefix: str) -> SolverControls:
     """Lay out the components; choosing a checkpoint resets the others to its own settings."""
     names = shelf.names(task)
     own = defaults(shelf, names[0], task)
-    checkpoint = gr.Dropdown(
-        names, value=names[0], label="Checkpoint", elem_id=f"{prefix}-checkpoint"
-    )
+    checkpoint = checkpoint_menu(shelf, task, prefix)
     with gr.Accordion("Solver", open=task == "image classification"):
         budget = gr.Slider(
             1, MAX_STEPS, own.max_steps, step=1, label="Budget: at most so many steps",
@@ -111,7 +191,7 @@ def solver_controls(shelf: Shelf, task: str, prefix: str) -> SolverControls:
     chosen = checkpoint.input(
         reset, [checkpoint], [solver, budget, exponent], api_visibility="private", queue=False
     )
-    return SolverControls(checkpoint, solver, budget, exponent, chosen)
+    return SolverControls(checkpoint, solver, budget, exponent, chosen, reset)
 
 
 def settings_from(name: Any, budget: Any, exponent: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -18,14 +18,17 @@ from torch import Tensor
 
 from deqzoo.data.graphs import load_graph_set
 from deqzoo.data.tu import GraphEncoding
+from deqzoo.equilibrium import Solution, Solver, make_solver
 from deqzoo.errors import UserError
 from deqzoo.evaluation.graphs import encoding_of
 from deqzoo.zoo import read_json
 
-from .guard import MAX_GRAPH_FILE_BYTES, whole_number
+from .charts import curves
+from .guard import MAX_GRAPH_FILE_BYTES, Deadline, whole_number
+from .molecules import ELEMENTS, MOLECULES, read_smiles
 from .shelf import Loaded
 
-MADE_UP = "made-up examples"
+MADE_UP = "examples"
 UPLOADED = "uploaded files"
 KNOWN_SETS = ("COX2", "PROTEINS")
 N_MADE_UP = 12
@@ -39,11 +42,12 @@ SIDE = 420.0
 
 @dataclass(frozen=True)
 class Graph:
-    """Node features (n, p), edges (2, e), and the stored class where there is one."""
+    """Node features (n, p), edges (2, e), the stored class and a title where there are any."""
 
     x: Tensor
     edge_index: Tensor
     label: int | None
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Reading:
         probabilities: class name -> probability, best first.
         norms: norm of every node's equilibrium (n,).
         n_steps, residual, converged: the solver's report.
+        residuals: after each step of the solve, for every layer that has an equilibrium.
+        tolerance: of the solver.
     """
 
     probabilities: dict[str, float]
@@ -61,6 +67,8 @@ class Reading:
     n_steps: int
     residual: float
     converged: bool
+    residuals: list[list[float]]
+    tolerance: float
 
 
 def data_of(loaded: Loaded) -> str | None:
@@ -148,6 +156,33 @@ def _check_sizes(folder: Path) -> None:
             )
 
 
+def node_kinds(loaded: Loaded) -> list[str]:
+    """What each node feature stands for: atoms by their symbols, other kinds by their numbers."""
+    config = loaded.model.config
+    columns = ((config.graph_encoding or {}).get("node_labels") or [[]])[0]
+    if (data_of(loaded) or "").upper() == "COX2":
+        symbols = {number: symbol for symbol, (number, _) in ELEMENTS.items()}
+        return [symbols.get(number, "?") for number in columns]
+    return [f"kind {i}" for i in range(config.num_features)]
+
+
+def example_graphs(loaded: Loaded) -> tuple[Graph, ...]:
+    """Known molecules for a model of molecules, made-up graphs for others."""
+    kinds = node_kinds(loaded)
+    if "C" not in kinds:
+        return made_up_graphs(loaded.model.config.num_features)
+    return tuple(_molecule(name, smiles, tuple(kinds)) for name, smiles in MOLECULES.items())
+
+
+@lru_cache(maxsize=32)
+def _molecule(name: str, smiles: str, kinds: tuple[str, ...]) -> Graph:
+    atoms, bonds = read_smiles(smiles)
+    pairs = torch.tensor(bonds, dtype=torch.int64).T
+    numbers = torch.tensor([kinds.index(atom) for atom in atoms])
+    x = torch.nn.functional.one_hot(numbers, len(kinds)).float()
+    return Graph(x, torch.cat([pairs, pairs.flip(0)], dim=1), None, name)
+
+
 @lru_cache(maxsize=8)
 def made_up_graphs(n_features: int) -> tuple[Graph, ...]:
     """Graphs like small molecules, always the same: rings, chains and branches of random kinds."""
@@ -182,7 +217,7 @@ def pick(
     if files:
         source, graphs = UPLOADED, uploaded_graphs(files, encoding_of(loaded.model))
     elif source == MADE_UP:
-        graphs = made_up_graphs(width)
+        graphs = example_graphs(loaded)
     elif source in available_sets(root) and root is not None:
         graphs = stored_graphs(source, root, encoding_of(loaded.model))
     else:
@@ -201,8 +236,24 @@ def pick(
 
 @torch.inference_mode()
 def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = None) -> Reading:
-    """Classify one graph and measure the equilibrium at every node."""
-    output = loaded.model(graph.x, graph.edge_index, output_hidden_states=True, solver=solver)
+    """Classify one graph and measure the equilibrium at every node.
+
+    Raises:
+        UserError: the time limit is over.
+    """
+    deadline = Deadline()
+    settings = {**loaded.model.config.solver, **(solver or {})}
+    residuals: list[list[float]] = []
+
+    def watch(step: int, _: Tensor, residual: Tensor) -> None:
+        deadline.check()
+        if step == 1:
+            residuals.append([])
+        residuals[-1].append(float(residual.max()))
+
+    output = loaded.model(
+        graph.x, graph.edge_index, output_hidden_states=True, solver=_watched(settings, watch)
+    )
     found = output.logits[0].float().softmax(-1)
     names = [class_name(loaded, i) for i in range(len(found))]
     order = found.argsort(descending=True).tolist()
@@ -212,7 +263,20 @@ def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = Non
         n_steps=int(output.n_steps[0]),
         residual=float(output.residual[0]),
         converged=bool(output.converged[0]),
+        residuals=residuals,
+        tolerance=float(settings["tol"]),
     )
+
+
+def _watched(settings: dict[str, Any], callback: Any) -> Solver:
+    """A solver that reports every step of every solve."""
+    solver = make_solver(settings)
+
+    class Watched(type(solver)):  # type: ignore[misc]
+        def solve(self, f: Any, z0: Any, layout: Any = None, *_: Any, **__: Any) -> Solution:
+            return super().solve(f, z0, layout, callback=callback)
+
+    return Watched(**{f.name: getattr(solver, f.name) for f in fields(solver)})
 
 
 def class_name(loaded: Loaded, index: int) -> str:
@@ -243,8 +307,8 @@ def positions(n: int, edges: np.ndarray, rounds: int = 200) -> np.ndarray:
     return place / max(float(place.max()), 1e-9)
 
 
-def graph_html(graph: Graph, reading: Reading) -> str:
-    """The graph, its nodes coloured by the norm of their equilibrium."""
+def graph_html(graph: Graph, reading: Reading, kinds: Sequence[str]) -> str:
+    """The graph, its nodes coloured by the norm of their equilibrium and named by their kinds."""
     n = len(graph.x)
     edges = graph.edge_index.numpy()
     place = positions(n, edges) * (SIDE - 40) + 20
@@ -256,34 +320,53 @@ def graph_html(graph: Graph, reading: Reading) -> str:
         for a, b in edges.T
         if a < b
     )
+    molecule = "C" in kinds
+    numbers = graph.x.argmax(1).tolist()
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" '
         f'style="--s:{(norm - low) / max(high - low, 1e-9):.2f}">'
-        f"<title>node {i}, kind {kind}: norm {norm:.3g}</title></circle>"
+        f"<title>node {i}, {kinds[kind]}: norm {norm:.3g}</title></circle>"
+        + (f'<text x="{x:.1f}" y="{y + 4:.1f}">{kinds[kind]}</text>' if molecule else "")
         for i, ((x, y), norm, kind) in enumerate(
-            zip(place, reading.norms.tolist(), graph.x.argmax(1).tolist(), strict=True)
+            zip(place, reading.norms.tolist(), numbers, strict=True)
         )
     )
     top = float(place[:, 1].max()) + 20
     wide = float(place[:, 0].max()) + 20
     width = 240 if n < 8 else 460
-    label = f"graph with {n} nodes and {edges.shape[1] // 2} edges"
+    label = escape(graph.title or f"graph with {n} nodes and {edges.shape[1] // 2} edges")
     return (
         f'<figure class="dz-graph" style="max-width:{width}px">'
         f'<svg viewBox="0 0 {wide:.0f} {top:.0f}" role="img" aria-label="{label}">'
         f'<g class="dz-edges">{lines}</g><g class="dz-nodes">{dots}</g></svg>'
-        f'<figcaption>Norm of the equilibrium at each node: <span class="dz-scale"><i></i></span> '
-        f"{low:.3g} to {high:.3g}</figcaption></figure>"
+        f"<figcaption>The fuller the colour, the larger the equilibrium at a node: "
+        f'<span class="dz-scale"><i></i></span> norm {low:.3g} to {high:.3g}</figcaption></figure>'
     )
+
+
+def residuals_html(reading: Reading) -> str:
+    """Distance to the equilibrium after every step, a line for every layer."""
+    several = len(reading.residuals) > 1
+    series = {
+        f"layer {i}" if several else "residual": [(k + 1.0, r) for k, r in enumerate(path)]
+        for i, path in enumerate(reading.residuals, start=1)
+    }
+    return curves(
+        "Distance to the equilibrium", series, tip="step {x:.0f}: residual {y:.1e}", log_y=True,
+        level=reading.tolerance,
+    )  # fmt: skip
 
 
 def verdict_html(graph: Graph, reading: Reading, stored: str | None) -> str:
     """Steps, convergence, and the stored class."""
     mood, badge = ("good", "Equilibrium found") if reading.converged else ("late", "Stopped early")
     truth = "" if stored is None else f" The data set says: <b>{escape(stored)}</b>."
+    title = f"<b>{escape(graph.title)}</b>: " if graph.title else ""
+    things = ("atoms", "bonds") if graph.title else ("nodes", "edges")
     return (
         f'<div class="dz-verdict dz-{mood}"><div><span class="dz-badge">{badge}</span> after '
         f"<b>{reading.n_steps}</b> steps, residual {reading.residual:.2g}."
-        f'<div class="dz-note">{len(graph.x)} nodes, {graph.edge_index.shape[1] // 2} edges.'
+        f'<div class="dz-note">{title}{len(graph.x)} {things[0]}, '
+        f"{graph.edge_index.shape[1] // 2} {things[1]}."
         f"{truth}</div></div></div>"
     )

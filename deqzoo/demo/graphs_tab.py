@@ -9,8 +9,15 @@ from typing import Any
 import gradio as gr
 
 from . import graphs
-from .controls import missing_checkpoint, settings_from, solver_controls
+from .controls import (
+    TO_THE_ANSWER,
+    in_place,
+    missing_checkpoint,
+    settings_from,
+    solver_controls,
+)
 from .guard import guarded
+from .molecules import MOLECULES
 from .shelf import GRAPHS, Shelf
 
 
@@ -30,6 +37,7 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
                     0, label="Number", precision=0, min_width=100, elem_id="graph-number"
                 )
             button = gr.Button("Find the equilibrium", variant="primary", elem_id="graph-run")
+            examples = gr.Column(elem_id="graph-examples")
             with gr.Accordion("Use graphs of your own", open=False):
                 files = gr.File(
                     label="Files in TUDataset's format (NAME_A.txt, NAME_graph_indicator.txt, …)",
@@ -40,19 +48,22 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
             label = gr.Label(label="Class", elem_id="graph-answer")
             verdict = gr.HTML(
                 '<div class="dz-waiting">Nodes exchange messages until nothing changes any more: '
-                "that equilibrium is the answer. Bright nodes have a large state.</div>",
+                "that equilibrium is the answer, and it reaches across the whole graph. Pick an "
+                "example, or press the button.</div>",
                 elem_id="graph-verdict",
             )
             drawing = gr.HTML(elem_id="graph-drawing")
+            path = gr.HTML(elem_id="graph-residuals")
         with gr.Column(min_width=280):
             controls = solver_controls(shelf, GRAPHS, "graph")
     inputs = [source, number, files, *controls.inputs]
 
-    @guarded
+    outputs = [label, verdict, drawing, path]
+
     def run(
         chosen: Any, index: Any, uploads: Any, checkpoint: Any, solver: Any, budget: Any,
         exponent: Any,
-    ) -> tuple[dict[str, float], str, str]:  # fmt: skip
+    ) -> tuple[dict[str, float], str, str, str]:  # fmt: skip
         loaded = shelf.get(checkpoint, GRAPHS)
         graph = graphs.pick(loaded, chosen, index, root, uploads)
         reading = graphs.read_graph(loaded, graph, settings_from(solver, budget, exponent))
@@ -60,13 +71,42 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
         return (
             reading.probabilities,
             graphs.verdict_html(graph, reading, stored),
-            graphs.graph_html(graph, reading),
+            graphs.graph_html(graph, reading, graphs.node_kinds(loaded)),
+            graphs.residuals_html(reading),
         )
 
-    gr.on(
-        [button.click, number.submit], run, inputs, [label, verdict, drawing],
-        api_visibility="private", concurrency_id="graphs",
-    )  # fmt: skip
+    safe = in_place(run, outputs, verdict)
+    options: dict[str, Any] = {
+        "api_visibility": "private", "concurrency_id": "graphs", "show_progress_on": [verdict]
+    }  # fmt: skip
+    gr.on([button.click, number.submit], safe, inputs, outputs, **options)
+    gr.on([button.click], None, None, None, js=TO_THE_ANSWER)
+    rows, titles = _examples(shelf)
+    with examples:
+        shown = gr.Examples(
+            rows, [controls.checkpoint, source, number], example_labels=titles, label="Examples",
+            examples_per_page=24,
+        )  # fmt: skip
+    # An example may be of another checkpoint, whose own solver settings it is to be read with.
+    chosen = shown.load_input_event.then(
+        controls.reset, [controls.checkpoint], controls.settings, api_visibility="private"
+    )
+    chosen.then(safe, inputs, outputs, **options)
+    chosen.then(None, None, None, js=TO_THE_ANSWER)
+
+
+def _examples(shelf: Shelf) -> tuple[list[list[Any]], list[str]]:
+    """Examples as rows of checkpoint, source and number, and what they are called."""
+    rows, titles = [], []
+    for name in shelf.names(GRAPHS):
+        if "cox2" in name:
+            rows += [[name, graphs.MADE_UP, i] for i in range(len(MOLECULES))]
+            titles += list(MOLECULES)
+        else:
+            kind = "made-up protein" if "proteins" in name else f"{name}: made-up graph"
+            rows += [[name, graphs.MADE_UP, i] for i in (0, 5)]
+            titles += [f"{kind} {i}" for i in (1, 2)]
+    return rows, titles
 
 
 def _first_source(shelf: Shelf, sources: list[str]) -> str:
@@ -85,7 +125,7 @@ def endpoint(shelf: Shelf, root: Path | None) -> None:
 
         Args:
             number: of the graph among its set.
-            graphs_of: COX2 or PROTEINS where the server has them, or "made-up examples".
+            graphs_of: COX2 or PROTEINS where the server has them, or "examples".
             checkpoint: name of a graph model.
 
         Returns:

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deqzoo.equilibrium import Rows
 from deqzoo.errors import UserError
 from deqzoo.evaluation.classify import Classification, read_picture, to_batch
+from deqzoo.evaluation.watch import watch
 
+from . import examples
 from .charts import probability_chart, residual_chart
 from .guard import MAX_PICTURES, MAX_PIXELS, Deadline
 from .shelf import Loaded
@@ -34,6 +35,7 @@ class Solve:
     Attributes:
         labels: all classes with their probabilities, best first.
         n_steps, residual, converged: the solver's report.
+        answer_step: the step whose state is the answer: the one nearest to the equilibrium.
         residuals: after each step, in the solver's stop mode.
         probabilities: per class name its probability after each step; the classes that matter.
         seen: the picture as the model gets it.
@@ -45,6 +47,7 @@ class Solve:
     n_steps: int
     residual: float
     converged: bool
+    answer_step: int
     residuals: list[float]
     probabilities: dict[str, list[float]]
     seen: Image.Image
@@ -103,35 +106,22 @@ def solve_picture(loaded: Loaded, picture: Image.Image, solver: dict[str, Any]) 
     """
     model, deadline = loaded.model, Deadline()
     pixels = to_batch(loaded.reader, [picture], model)
-    f, start = model.mdeq.build_map(pixels)
-    layout = Rows()
-    residuals: list[float] = []
-    answers: list[Tensor] = []
-
-    def answer(state: Any) -> Tensor:
-        return model.classifier(model.head(tuple(state))).float().softmax(-1)[0]
-
-    def watch(_: int, matrix: Tensor, residual: Tensor) -> None:
-        deadline.check()
-        residuals.append(float(residual[0]))
-        answers.append(answer(layout.to_state(matrix)))
-
     started = time.perf_counter()
-    solution = model.solve(f, start, layout=layout, solver=solver, callback=watch)
+    found = watch(model, pixels, solver, deadline.check)
     seconds = time.perf_counter() - started
-    final = answer(solution.state)
+    final, history = found.final[0], found.probabilities[:, 0]
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     order = final.argsort(descending=True).tolist()
-    history = torch.stack(answers)
     # The classes of the final answer and those that led on the way, the most probable first.
     leading = history.amax(0).argsort(descending=True).tolist()
     shown = order[: N_LINES - 2] + [i for i in leading if i not in order[: N_LINES - 2]]
     return Solve(
         labels=[(names[i], float(final[i])) for i in order],
-        n_steps=int(solution.n_steps[0]),
-        residual=float(solution.residual[0]),
-        converged=bool(solution.converged[0]),
-        residuals=residuals,
+        n_steps=int(found.n_steps[0]),
+        residual=float(found.residual[0]),
+        converged=bool(found.converged[0]),
+        answer_step=found.best_step(0),
+        residuals=found.residuals[:, 0].tolist(),
         probabilities={names[i]: history[:, i].tolist() for i in shown[:N_LINES]},
         seen=seen_picture(pixels[0], loaded.reader),
         settings={**model.config.solver, **solver},
@@ -153,11 +143,16 @@ def solve_html(solve: Solve) -> str:
         badge, mood = "Equilibrium found", "good"
         text = f"after <b>{solve.n_steps}</b> of at most {limit} steps"
     else:
-        badge, mood = "Stopped early", "late"
+        mood = "late"
+        astray = solve.answer_step < 0.8 * solve.n_steps
+        badge = "No equilibrium found" if astray else "Stopped early"
         if solve.n_steps < limit:
             text = f"after <b>{solve.n_steps}</b> steps, which no longer came closer"
         else:
             text = f"the budget of <b>{limit}</b> steps ended before the tolerance was reached"
+    mark = solve.answer_step if 0 < solve.answer_step < len(solve.residuals) else None
+    if mark is not None:
+        text += f"; the answer is that of step <b>{mark}</b>, the nearest to an equilibrium"
     facts = f"residual {solve.residual:.2g}, {solve.seconds * 1000:.0f} ms"
     side = solve.seen.size[0]
     classes = sorted(name for name, _ in solve.labels)
@@ -168,8 +163,8 @@ def solve_html(solve: Solve) -> str:
         f'sees it" src="{data_url(solve.seen)}"/><div><span class="dz-badge">{badge}</span> {text}'
         f'<div class="dz-note">{facts}. The small picture is all the model sees: {side} × {side} '
         f'pixels.{escape(known)}</div></div></div><div class="dz-charts">'
-        f"{residual_chart(solve.residuals, solve.settings['tol'])}"
-        f"{probability_chart(solve.probabilities)}</div>"
+        f"{residual_chart(solve.residuals, solve.settings['tol'], mark)}"
+        f"{probability_chart(solve.probabilities, mark)}</div>"
     )
 
 
@@ -187,18 +182,30 @@ def check_count(paths: Sequence[Any] | None) -> list[Any]:
 
 
 def batch_html(
-    pictures: Sequence[Image.Image], names: Sequence[str], found: Sequence[Classification]
+    pictures: Sequence[Image.Image],
+    names: Sequence[str],
+    found: Sequence[Classification],
+    labels: Sequence[str] = (),
 ) -> str:
-    """A card per (small) picture with its answer and a bar for its solver steps."""
+    """A card per (small) picture with its answer and a bar for its solver steps.
+
+    Where a file is named after one of the model's classes (`labels`), the card says whether the
+    answer is that class.
+    """
     longest = max(c.n_steps for c in found)
     cards = []
+    right = known = 0
     for picture, name, result in zip(pictures, names, found, strict=True):
         label, probability = result.labels[0]
         share = 100 * result.n_steps / max(longest, 1)
         state = "converged" if result.converged else "not converged"
+        truth = examples.shown(name, labels)
+        mark = "" if truth is None else " ✓" if truth == label else f" ✗, it is: {escape(truth)}"
+        right += mark == " ✓"
+        known += truth is not None
         cards.append(
             f'<div class="dz-card"><img alt="{escape(name)}" src="{data_url(picture)}"/>'
-            f"<div><b>{escape(label)}</b> {probability:.0%}"
+            f"<div><b>{escape(label)}</b> {probability:.0%}{mark}"
             f'<div class="dz-note">{escape(name)}</div>'
             f'<div class="dz-bar"><i class="{"" if result.converged else "dz-open"}" '
             f'style="width:{share:.0f}%"></i></div>'
@@ -209,6 +216,11 @@ def batch_html(
         f"{len(found)} pictures in one batch took {min(steps)} to {max(steps)} steps, "
         f"{sum(steps)} together: each one leaves when its own equilibrium is found."
     )
+    if known:
+        summary += (
+            f" {known} of the files are named after a class of this model, and it names "
+            f"<b>{right} of these {known}</b> right."
+        )
     return f'<p class="dz-note">{summary}</p><div class="dz-cards">{"".join(cards)}</div>'
 
 

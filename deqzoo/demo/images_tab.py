@@ -9,9 +9,11 @@ import gradio as gr
 
 from deqzoo.evaluation.classify import classify_pixels
 
-from . import images
+from . import examples, images
 from .controls import (
+    TO_THE_ANSWER,
     defaults,
+    in_place,
     missing_checkpoint,
     picture_input,
     settings_from,
@@ -27,18 +29,33 @@ WAITING = (
 )
 
 
-def single_tab(shelf: Shelf, examples: list[Path]) -> None:
+def single_tab(shelf: Shelf, pictures: list[Path]) -> None:
     """Lay out the tab for one picture."""
     if not shelf.names(IMAGES):
         return missing_checkpoint(IMAGES)
+    first = shelf.names(IMAGES)[0]
+    classes = {name: shelf.labels(name, IMAGES) for name in shelf.names(IMAGES)}
+    # Pictures of things that the first model does not know bring a model that does.
+    own = examples.known(pictures, classes[first]) or pictures
+    galleries = {first: own} if own else {}
+    if own != pictures:
+        galleries |= examples.others_knowing(pictures, classes, first)
+    shown: dict[str, Any] = {}
     with gr.Row(elem_classes="dz-layout"):
         with gr.Column(min_width=280):
             picture = picture_input("image-picture")
-            if examples:
-                shown = gr.Examples(
-                    [[str(p)] for p in examples], [picture], label="Examples",
-                    elem_id="image-examples",
-                )  # fmt: skip
+            if galleries:
+                for model, paths in galleries.items():
+                    title = "Examples" if model == first else f"Examples for {model}"
+                    shown[model] = gr.Examples(
+                        [[str(p)] for p in paths], [picture], label=title, examples_per_page=24,
+                        elem_id="image-examples" if model == first else f"image-{model}-examples",
+                    )  # fmt: skip
+                gr.HTML(
+                    '<p class="dz-note">One is a photograph, the others are drawn, which is hard '
+                    "for networks that have seen photographs only. “Several images” counts how "
+                    "many a model names right.</p>"
+                )
             button = gr.Button("Find the equilibrium", variant="primary", elem_id="image-run")
         with gr.Column(min_width=280):
             label = gr.Label(label="Answer", num_top_classes=5, elem_id="image-answer")
@@ -47,7 +64,6 @@ def single_tab(shelf: Shelf, examples: list[Path]) -> None:
             controls = solver_controls(shelf, IMAGES, "image")
     inputs, outputs = [picture, *controls.inputs], [label, details]
 
-    @guarded
     def run(
         path: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any
     ) -> tuple[dict[str, float], str]:
@@ -59,20 +75,40 @@ def single_tab(shelf: Shelf, examples: list[Path]) -> None:
     def run_if_ready(path: Any, *rest: Any) -> Any:
         return run(path, *rest) if path else (gr.skip(), gr.skip())
 
-    options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "images"}
-    button.click(run, inputs, outputs, **options)
+    def check(path: Any) -> tuple[Any, Any]:
+        images.open_picture(path)
+        return gr.skip(), gr.skip()
+
+    ready = in_place(run_if_ready, outputs, details)
+    options: dict[str, Any] = {
+        "api_visibility": "private", "concurrency_id": "images", "show_progress_on": [details]
+    }  # fmt: skip
+    button.click(in_place(run, outputs, details), inputs, outputs, **options)
     gr.on(
-        [picture.upload, controls.budget.release, controls.exponent.release, controls.solver.input],
-        run_if_ready, inputs, outputs, trigger_mode="always_last", show_progress="minimal",
-        **options,
+        [controls.budget.release, controls.exponent.release, controls.solver.input],
+        ready, inputs, outputs, trigger_mode="always_last", **options,
     )  # fmt: skip
-    controls.chosen.then(run_if_ready, inputs, outputs, **options)
-    if examples:
-        shown.load_input_event.then(run_if_ready, inputs, outputs, **options)
+    # What cannot be read leaves the input, where a browser would show a broken picture.
+    checked = in_place(check, [details, picture], details)
+    uploaded = picture.upload(
+        checked, [picture], [details, picture], api_visibility="private", queue=False
+    )
+    uploaded.then(ready, inputs, outputs, **options)
+    controls.chosen.then(ready, inputs, outputs, **options)
+    gr.on([button.click, picture.upload], None, None, None, js=TO_THE_ANSWER)
+    for model, gallery in shown.items():
+        chosen = gallery.load_input_event
+        if model != first:
+            chosen = chosen.then(
+                lambda name=model: (name, *controls.reset(name)), None,
+                [controls.checkpoint, *controls.settings], api_visibility="private", queue=False,
+            )  # fmt: skip
+        chosen.then(ready, inputs, outputs, **options)
+        chosen.then(None, None, None, js=TO_THE_ANSWER)
     picture.clear(lambda: (None, WAITING), None, outputs, api_visibility="private", queue=False)
 
 
-def batch_tab(shelf: Shelf, examples: list[Path]) -> None:
+def batch_tab(shelf: Shelf, pictures: list[Path]) -> None:
     """Lay out the tab for several pictures."""
     if not shelf.names(IMAGES):
         return missing_checkpoint(IMAGES)
@@ -82,7 +118,7 @@ def batch_tab(shelf: Shelf, examples: list[Path]) -> None:
                 label=f"Pictures, up to {MAX_PICTURES}", file_count="multiple",
                 file_types=["image"], height=180, elem_id="batch-files",
             )  # fmt: skip
-            if examples:
+            if pictures:
                 fill = gr.Button("Use the examples", elem_id="batch-examples")
             button = gr.Button("Find the equilibria", variant="primary", elem_id="batch-run")
         with gr.Column(min_width=280):
@@ -94,22 +130,31 @@ def batch_tab(shelf: Shelf, examples: list[Path]) -> None:
         with gr.Column(min_width=280):
             controls = solver_controls(shelf, IMAGES, "batch")
 
-    @guarded
     def run(paths: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any) -> str:
         paths = images.check_count(paths)
         settings = settings_from(solver, budget, exponent)
         loaded = shelf.get(checkpoint, IMAGES)
         small, batch = images.open_pictures(paths, loaded)
         found = classify_pixels(loaded.model, batch, top_k=1, solver=settings)
-        return images.batch_html(small, [Path(p).name for p in paths], found)
+        labels = list(loaded.model.config.label2id)
+        return images.batch_html(small, [Path(p).name for p in paths], found, labels)
 
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "images"}
     inputs = [files, *controls.inputs]
-    button.click(run, inputs, answers, **options)
-    if examples:
-        paths = [str(p) for p in examples]
-        filled = fill.click(lambda: paths, None, files, api_visibility="private", queue=False)
-        filled.then(run, inputs, answers, **options)
+    safe = in_place(run, [answers], answers)
+    button.click(safe, inputs, answers, **options)
+    gr.on([button.click], None, None, None, js=TO_THE_ANSWER)
+    if pictures:
+
+        def known(name: str) -> list[str]:
+            found = examples.known(pictures, shelf.labels(name, IMAGES)) or pictures
+            return [str(path) for path in found]
+
+        filled = fill.click(
+            known, [controls.checkpoint], files, api_visibility="private", queue=False
+        )
+        filled.then(safe, inputs, answers, **options)
+        filled.then(None, None, None, js=TO_THE_ANSWER)
 
 
 def endpoint(shelf: Shelf) -> None:

@@ -148,6 +148,39 @@ CSS = """
 .dz-graph svg { width: 100%; height: auto; }
 .dz-graph figcaption { font-size: .9rem; color: var(--dz-faint); }
 .dz-edges line { stroke: var(--dz-faint); stroke-width: 1.4; opacity: .65; }
+.dz-nodes text { font-size: 10px; font-weight: 600; text-anchor: middle; pointer-events: none;
+  fill: var(--body-text-color); }
+.dz-answer { stroke: var(--dz-faint); stroke-width: 1.6; stroke-dasharray: 2 3; }
+.dz-error { padding: .8rem 1rem; border-radius: 8px; line-height: 1.5; overflow-wrap: anywhere;
+  background: color-mix(in srgb, var(--dz-late) 14%, transparent);
+  box-shadow: inset 4px 0 0 var(--dz-late); }
+#graph-residuals .dz-chart { max-width: 480px; }
+.dz-why { margin: .4rem 0 1rem; }
+.dz-why h3 { margin: 0 0 .2rem; font-size: 1.1rem; }
+.dz-why p { margin: 0 0 .6rem; max-width: 52rem; }
+.dz-why .dz-chart { max-width: 480px; }
+.dz-why .dz-cards { max-width: 480px; margin-bottom: .6rem;
+  grid-template-columns: repeat(2, minmax(0, 1fr)); }
+#why-head { align-items: end; flex-wrap: wrap; }
+#why-head > .form { flex: 1 1 240px; }
+#why-run { margin-bottom: .5rem; }
+.dz-dial { margin: .2rem 0 .6rem; }
+.dz-minis { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.6rem, 1fr));
+  gap: .5rem; }
+.dz-mini { display: flex; gap: .5rem; align-items: center; min-width: 0; }
+.dz-mini img { width: 48px; height: 48px; object-fit: cover; border-radius: 8px; flex: none;
+  margin: 0 !important; }
+.dz-mini small { display: block; color: var(--dz-faint); }
+.dz-right span { color: var(--dz-good); } .dz-wrong span { color: var(--dz-late); }
+#image-picture img { object-fit: contain; }
+[id$="-examples"] button img { object-fit: cover !important; width: 100%; height: 100%; }
+footer .show-api { display: inline-flex !important; }
+@media (max-width: 640px) {
+  .dz-why .dz-card { flex-direction: column; align-items: flex-start; }
+  [id^="image"][id$="-examples"] > .gallery { flex-wrap: nowrap; overflow-x: auto;
+    max-width: calc(100vw - 66px); }
+  [id^="image"][id$="-examples"] > .gallery > * { flex: none; }
+}
 .dz-nodes circle { stroke: var(--dz-faint); stroke-width: 1;
   fill: color-mix(in srgb, var(--dz-hot) calc(var(--s) * 100%), var(--background-fill-primary)); }
 """

@@ -65,6 +65,11 @@ class Shelf:
             ranked, key=lambda e: (e.name != deqzoo.zoo.DEFAULT_IMAGE_MODEL, "ptb" in e.name)
         )
 
+    def labels(self, name: str, task: str) -> list[str]:
+        """The classes of a checkpoint, without loading its weights."""
+        found = next((e for e in self.entries(task) if e.name == name), None)
+        return list((found.config.get("label2id") or {}) if found else {})
+
     def names(self, task: str) -> list[str]:
         """Names of a task's checkpoints, the default one first."""
         return [e.name for e in self.entries(task)]

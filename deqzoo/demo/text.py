@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +17,7 @@ from deqzoo.data.lines import Fragment, read_lines
 from deqzoo.data.text import END, UNKNOWN
 from deqzoo.errors import UserError
 from deqzoo.evaluation.perplexity import PerplexityReport, perplexity
+from deqzoo.hub.catalogue import Entry
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
     detokenize,
     prepare_text,
@@ -265,15 +267,35 @@ def _choose(logits: Tensor, temperature: float, unknown: int, generator: torch.G
     return int(best.indices[torch.multinomial(weights, 1, generator=generator)])
 
 
-def figures_html(scored: Scored) -> str:
-    """The text's figures as a row of cards."""
+def readable(text: str) -> str:
+    """Generated text without the corpus's marks of headings."""
+    return re.sub(r"\s*(?:= ?)+([^=\n]+?)(?: ?=)+\s*", r"\n\n\1\n\n", text)
+
+
+#: What the corpus writes apart or in another way, as people write it.
+_MARKS = {"@-@": "-", "@,@": ",", "@.@": "."}
+_NO_SPACE_BEFORE = re.compile(r"[.,;:!?%)\]]|'(s|t|re|ve|ll|d|m)|n't|@[-,.]@")
+_NO_SPACE_AFTER = re.compile(r"[(\[$£]|@[-,.]@")
+
+
+def _spaced(word: str, following: str | None) -> bool:
+    """Whether a space stands between two words of the corpus."""
+    if following is None or _NO_SPACE_AFTER.fullmatch(word):
+        return False
+    return not _NO_SPACE_BEFORE.fullmatch(following)
+
+
+def figures_html(scored: Scored, entry: Entry | None = None) -> str:
+    """The text's figures as a row of cards; `entry` is the checkpoint, for a scale."""
     figures = scored.report.to_dict()
+    own = None if entry is None else entry.best_test("perplexity")
+    scale = "" if own is None else f"; {own:,.0f} on the test texts of its corpus"
     late = scored.report.unconverged
     cards = [
         (
             f"{figures['perplexity']:,.1f}",
             "perplexity per word",
-            "as unsure as among so many words",
+            f"as unsure as among so many words{scale}",
         ),
         (f"{figures['bits_per_character']:.2f}", "bits per character", "to write the text down"),
         (f"{figures['unknown_share']:.1%}", "unknown words", f"of {figures['tokens']:,} tokens"),
@@ -300,7 +322,16 @@ def tokens_html(scored: Scored) -> str:
     most = max(token.steps for token in scored.tokens)
     least = min(token.steps for token in scored.tokens)
     focus = ' tabindex="0"' if len(shown) <= FOCUSABLE_TOKENS else ""
-    spans = [_span(token, least, most, focus) for token in shown]
+    spans = [
+        _span(token, least, most, focus, following)
+        for token, following in zip(shown, [*shown[1:], None], strict=True)
+    ]
+    unknown = (
+        '<span class="dz-ends"><span class="dz-unknown">word</span> not in the vocabulary, read '
+        f"as {escape(UNKNOWN)}</span>"
+        if any(not token.known for token in shown)
+        else ""
+    )
     rest = len(scored.tokens) - len(shown)
     more = f'<p class="dz-note">The first {len(shown):,} tokens; {rest:,} more were measured.</p>'
     return (
@@ -309,12 +340,13 @@ def tokens_html(scored: Scored) -> str:
         '<label><input type="radio" name="dz-colour" class="dz-by-steps"/> solver steps</label>'
         '<span class="dz-scale"><i></i></span>'
         f'<span class="dz-ends"><span class="dz-on-surprise">0 to {FULL_COLOUR_BITS:.0f} bits or '
-        f'more</span><span class="dz-on-steps">{least} to {most} steps</span></span></fieldset>'
+        f'more</span><span class="dz-on-steps">{least} to {most} steps</span></span>'
+        f"{unknown}</fieldset>"
         f'<p class="dz-text">{"".join(spans)}</p>{more if rest else ""}</div>'
     )
 
 
-def _span(token: Token, least: int, most: int, focus: str) -> str:
+def _span(token: Token, least: int, most: int, focus: str, following: Token | None) -> str:
     surprise = min(token.bits / FULL_COLOUR_BITS, 1.0)
     effort = (token.steps - least) / max(most - least, 1)
     ends_line = token.word == END
@@ -324,10 +356,12 @@ def _span(token: Token, least: int, most: int, focus: str) -> str:
     steps = f"{token.steps} solver step" + ("" if token.steps == 1 else "s")
     tip = escape(f"{name}: {token.bits:.1f} bits{unknown} · {steps}{state}", quote=True)
     kind = "dz-token" + ("" if token.known else " dz-unknown")
-    word = "⏎" if ends_line else escape(token.word)
+    word = "⏎" if ends_line else escape(_MARKS.get(token.word, token.word))
+    spaced = _spaced(token.word, None if following is None else following.word)
+    after = "<br/>" if ends_line else " " if spaced else ""
     return (
         f'<span class="{kind}" style="--s:{surprise:.2f};--e:{effort:.2f}" data-tip="{tip}" '
-        f'aria-label="{tip}"{focus}>{word}</span>' + ("<br/>" if ends_line else " ")
+        f'aria-label="{tip}"{focus}>{word}</span>{after}'
     )
 
 
@@ -335,7 +369,7 @@ def next_words_html(found: list[tuple[str, float]]) -> str:
     """Suggestions as bars."""
     longest = max((p for _, p in found), default=1.0)
     rows = "".join(
-        f"<tr><th>{'end of the line' if word == END else escape(word)}</th>"
+        f"<tr><th>{'end of the line' if word == END else escape(_MARKS.get(word, word))}</th>"
         f'<td><div class="dz-bar"><i style="width:{100 * p / longest:.0f}%"></i></div></td>'
         f"<td>{p:.1%}</td></tr>"
         for word, p in found

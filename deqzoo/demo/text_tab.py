@@ -11,7 +11,13 @@ import gradio as gr
 from deqzoo.evaluation.files import finite
 
 from . import text as texts
-from .controls import missing_checkpoint, settings_from, solver_controls
+from .controls import (
+    TO_THE_ANSWER,
+    in_place,
+    missing_checkpoint,
+    settings_from,
+    solver_controls,
+)
 from .guard import MAX_NEW_WORDS, MAX_TEXT_CHARACTERS, guarded
 from .shelf import TEXT, Shelf
 
@@ -57,7 +63,6 @@ def text_tab(shelf: Shelf) -> None:
     inputs, outputs = [text, *controls.inputs], [figures, tokens, suggestions]
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "text"}
 
-    @guarded
     def measure(
         written: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any
     ) -> tuple[str, str, str]:
@@ -66,12 +71,17 @@ def text_tab(shelf: Shelf) -> None:
         scored = texts.score(loaded, checked, settings)
         following = texts.next_words(loaded, checked, solver=settings)
         return (
-            texts.figures_html(scored),
+            texts.figures_html(scored, loaded.entry),
             texts.tokens_html(scored),
             texts.next_words_html(following),
         )
 
-    @guarded
+    def read(
+        path: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any
+    ) -> tuple[Any, ...]:
+        written = texts.read_text_file(path)
+        return written, *measure(written, checkpoint, solver, budget, exponent)
+
     def go_on(
         written: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any,
         length: Any, temperature: Any,
@@ -82,14 +92,16 @@ def text_tab(shelf: Shelf) -> None:
         for state in texts.write(loaded, checked, words, heat, solver=settings):
             yield _continued(checked, state.text), _effort(state)
 
-    button.click(measure, inputs, outputs, **options)
-    upload.upload(guarded(texts.read_text_file), upload, text, api_visibility="private").success(
-        measure, inputs, outputs, **options
-    )
+    shown: dict[str, Any] = {**options, "show_progress_on": [figures]}
+    button.click(in_place(measure, outputs, figures), inputs, outputs, **shown)
+    every = [text, *outputs]
+    upload.upload(in_place(read, every, figures), [upload, *controls.inputs], every, **shown)
+    gr.on([button.click], None, None, None, js=TO_THE_ANSWER)
+    added = [writing["output"], writing["effort"]]
     running = writing["run"].click(
-        go_on,
+        in_place(go_on, added, writing["output"]),
         [*inputs, writing["length"], writing["temperature"]],
-        [writing["output"], writing["effort"]],
+        added,
         show_progress="minimal",
         **options,
     )
@@ -120,7 +132,7 @@ def _continued(prompt: str, added: str) -> str:
     start = "…" if len(prompt.strip()) > len(tail) else ""
     return (
         f'<p class="dz-written" aria-live="polite"><span class="dz-note">{start}{escape(tail)}'
-        f"</span> {escape(added)}</p>"
+        f"</span> {escape(texts.readable(added))}</p>"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from deqzoo import DEQModel
+from deqzoo.demo import examples
 from deqzoo.evaluation.classify import classify, read_picture
 from deqzoo.evaluation.perplexity import perplexity
 from deqzoo.evaluation.text import load_tokenizer
@@ -63,10 +64,11 @@ class Page:
         found.click()
 
     def message(self, words: str) -> str:
-        """The message that holds these words; earlier ones may still fade out beside it."""
-        toast = self.page.locator(".toast-body", has_text=words).first
-        toast.wait_for()
-        return toast.inner_text()
+        """The message that stands in the place of the answer."""
+        shown = self.page.locator(".dz-error:visible", has_text=words)
+        shown.wait_for()
+        assert shown.count() == 1 and not self.page.locator(".toast-body").count()
+        return shown.inner_text()
 
     def shot(self, name: str) -> None:
         SHOTS.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,9 @@ def test_image_tab(page, served) -> None:
     page.page.wait_for_function(
         "document.querySelectorAll('.dz-chart')[0].querySelectorAll('circle').length === 2"
     )
-    assert "Stopped early" in page.page.inner_text(".dz-verdict")
+    page.page.wait_for_function(
+        "document.querySelector('.dz-verdict').innerText.includes('Stopped early')"
+    )
 
 
 def test_image_mistakes(page, tmp_path) -> None:
@@ -116,11 +120,14 @@ def test_image_mistakes(page, tmp_path) -> None:
     file.write_text("not a picture")
     page.page.set_input_files("#image-picture input[type=file]", file)
     assert "Traceback" not in page.message("no picture that can be read")
+    assert not page.page.locator("#image-picture img").count()  # no broken picture stays
 
 
 def test_batch_tab(page, served) -> None:
     model = DEQModel.from_pretrained(served.zoo / served.image)
-    pictures = sorted(p for p in PICTURES.iterdir() if p.suffix in (".png", ".jpg"))
+    everything = [PICTURES / "chelsea.png", *sorted(PICTURES.glob("*.jpg"))]
+    labels = model.config.label2id
+    pictures = examples.known(everything, labels) or everything
     expected = classify(model, [read_picture(p) for p in pictures])
     page.tab("Several images")
     page.page.click("#batch-examples")
@@ -130,6 +137,34 @@ def test_batch_tab(page, served) -> None:
     assert cards.count() == len(pictures)
     for i, result in enumerate(expected):
         assert f"{result.n_steps} steps" in cards.nth(i).inner_text()
+    truths = [examples.shown(path, labels) for path in pictures]
+    right = sum(r.labels[0][0] == t for r, t in zip(expected, truths, strict=True))
+    if any(truths):
+        said = page.page.inner_text("#batch-answers")
+        assert f"{right} of these {len(pictures)} right" in said
+
+
+def test_why_tab_measures(page, served) -> None:
+    page.tab("Why a DEQ")
+    page.page.wait_for_selector(".dz-minis")
+    page.shot("why")
+    memory = page.page.inner_text("#why-memory")
+    unrolled, flat = (float(x) for x in re.findall(r"([\d.]+) MiB", memory)[:2])
+    assert unrolled > flat > 0
+    before = page.page.inner_text("#why-dial")
+    page.page.locator("#why-step input[type=number]").fill("1")
+    page.page.keyboard.press("Tab")
+    page.page.wait_for_function(
+        "document.querySelector('#why-dial').innerText.includes('after 1 step:')"
+    )
+    assert page.page.inner_text("#why-dial") != before
+
+
+def test_examples_have_names(page) -> None:
+    names = page.page.locator("#image-examples button").evaluate_all(
+        "buttons => buttons.map(button => button.ariaLabel)"
+    )
+    assert names[0] == "Example: chelsea" and "Example: ship" in names
 
 
 def test_text_tab(page, served) -> None:
@@ -148,7 +183,7 @@ def test_text_tab(page, served) -> None:
     assert tokens.count() == report.tokens
     tip = tokens.nth(2).get_attribute("data-tip")
     assert re.fullmatch(r"and: [\d.]+ bits.* · \d+ solver steps?(, not converged)?", tip)
-    assert page.page.locator(".dz-unknown").count() == report.unknown > 0
+    assert page.page.locator(".dz-token.dz-unknown").count() == report.unknown > 0
     assert page.page.locator(".dz-next tr").count() == 8
 
     page.page.locator("#write-length input[type=number]").fill("5")
@@ -190,6 +225,7 @@ def test_graph_tab(page) -> None:
     nodes = page.page.locator(".dz-graph circle")
     assert nodes.count() >= 2
     assert "norm" in nodes.first.locator("title").inner_html()
+    assert page.page.locator("#graph-residuals circle").count() > 1
     page.page.locator("#graph-number input").fill("9999")
     page.page.click("#graph-run")
     page.message("graph number")
@@ -202,6 +238,11 @@ def test_phone_in_the_dark(browser, served) -> None:
     page.set_input_files("#image-picture input[type=file]", PICTURES / "ship.jpg")
     page.wait_for_selector(".dz-verdict")
     opened.shot("phone-image")
+    assert opened.fits()
+    assert page.locator("footer .show-api").is_visible()
+    opened.tab("Why a DEQ")
+    page.wait_for_selector(".dz-minis")
+    opened.shot("phone-why")
     assert opened.fits()
     opened.tab("Text")
     page.fill("#text-input textarea", "The river and the sea of the north .")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
+from html import unescape
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -21,11 +26,12 @@ from PIL import Image
 import deqzoo.zoo
 from deqzoo import DEQModel
 from deqzoo.cli import run
-from deqzoo.demo import charts, graphs, images, text
+from deqzoo.demo import charts, graphs, images, molecules, text
 from deqzoo.demo.app import build_demo
+from deqzoo.demo.controls import in_place, menu_label
 from deqzoo.demo.guard import Deadline, guarded
 from deqzoo.demo.look import theme
-from deqzoo.demo.shelf import IMAGES, TEXT, Loaded, Shelf, solver_settings
+from deqzoo.demo.shelf import GRAPHS, IMAGES, TEXT, Loaded, Shelf, solver_settings
 from deqzoo.errors import UserError
 from deqzoo.evaluation.classify import classify, classify_pixels, load_processor, to_batch
 from deqzoo.evaluation.text import load_tokenizer
@@ -41,7 +47,7 @@ def loaded(folder: Path, read) -> Loaded:
 def test_page_without_checkpoints(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(deqzoo.zoo, "checkpoints_root", lambda: tmp_path)
     page = json.dumps(build_demo().get_config_file())
-    assert page.count("No checkpoint for") == 4
+    assert page.count("No checkpoint for") == 5
     for command in ("mdeq-tiny-cifar-upg.yaml", "deq-transformer-ptb-upg.yaml", "ignn-table"):
         assert command in page
     with pytest.raises(UserError, match="train one"):
@@ -83,6 +89,73 @@ def test_steps_of_a_solve_lead_to_its_answer(tiny_mdeq) -> None:
     assert solve.seen.size == (32, 32)
     assert max(abs(a - b) for a, b in zip(solve.seen.getpixel((9, 9)), (255, 165, 0))) <= 1  # noqa: B905
     assert ("Equilibrium found" in images.solve_html(solve)) == solve.converged
+
+
+def test_answer_badge_and_curve_agree(tiny_mdeq) -> None:
+    """Where the nearest state is not the last, the page says whose answer it shows."""
+    model = loaded(tiny_mdeq, load_processor)
+    solve = images.solve_picture(
+        model, Image.new("RGB", (50, 40), "orange"),
+        {"name": "fixed_point", "max_steps": 8, "tol": 1e-6},
+    )  # fmt: skip
+    assert solve.residual == min(solve.residuals)
+    name, probability = solve.labels[0]
+    assert solve.probabilities[name][solve.answer_step - 1] == pytest.approx(probability, abs=1e-3)
+    early = replace(solve, answer_step=2, converged=False)
+    shown = images.solve_html(early)
+    assert "No equilibrium found" in shown and "that of step <b>2</b>" in shown
+    assert shown.count('class="dz-answer"') == 2
+    last = images.solve_html(replace(solve, answer_step=solve.n_steps, converged=False))
+    assert "Stopped early" in last and "dz-answer" not in last
+
+
+def test_molecules_have_all_their_atoms() -> None:
+    for name, formula in {
+        "celecoxib": {"C": 17, "H": 14, "F": 3, "N": 3, "O": 2, "S": 1},
+        "aspirin": {"C": 9, "H": 8, "O": 4},
+        "caffeine": {"C": 8, "H": 10, "N": 4, "O": 2},
+    }.items():
+        atoms, bonds = molecules.read_smiles(molecules.MOLECULES[name])
+        assert Counter(atoms) == formula
+        rings = len(bonds) - len(atoms) + 1
+        assert rings == {"celecoxib": 3, "aspirin": 1, "caffeine": 2}[name]
+    with pytest.raises(ValueError, match="cannot read"):
+        molecules.read_smiles("C[Na]")
+
+
+def test_words_of_the_corpus_are_shown_as_people_write(text_folder) -> None:
+    shown = text.tokens_html(
+        text.Scored(
+            SimpleNamespace(),
+            [text.Token(word, True, 1.0, 3, True) for word in "well @-@ known , did n't".split()],
+        )
+    )
+    plain = unescape(re.sub(r"<[^>]+>", "", shown.split('class="dz-text">')[1]))
+    assert plain.strip() == "well-known, didn't"
+    assert "not in the vocabulary" not in shown
+    assert text.readable("on . = = Music video = = The video") == "on .\n\nMusic video\n\nThe video"
+
+
+def test_mistakes_stand_in_the_place_of_the_answer() -> None:
+    with gr.Blocks():
+        answer, details = gr.Label(), gr.HTML()
+
+    def fail() -> None:
+        raise UserError("too <large>")
+
+    empty, said = in_place(fail, [answer, details], details)()
+    assert empty is None and "Too &lt;large&gt;" in said and 'role="alert"' in said
+
+
+def test_menu_tells_checkpoints_apart() -> None:
+    labels = [
+        menu_label(entry) for task in (IMAGES, TEXT, GRAPHS) for entry in Shelf().entries(task)
+    ]
+    assert len(set(labels)) == len(labels)
+    tiny = next(label for label in labels if label.startswith("mdeq-tiny-cifar-upg"))
+    assert "on CIFAR-10" in tiny and "159k weights" in tiny
+    (cox,) = (label for label in labels if "cox2" in label)
+    assert "no better than" in cox
 
 
 def test_time_limit(text_folder, monkeypatch) -> None:
@@ -191,7 +264,7 @@ def test_uploaded_graphs(graph_folder, graph_data, tmp_path) -> None:
     graph = graphs.pick(model, graphs.MADE_UP, 0, None, files)
     assert len(graph.x) == 3 and graph.label == 0
     reading = graphs.read_graph(model, graph)
-    drawing = graphs.graph_html(graph, reading)
+    drawing = graphs.graph_html(graph, reading, graphs.node_kinds(model))
     assert drawing.count("<circle") == 3 and drawing.count("<line") == 3
     assert reading.norms.shape == (3,) and bool((reading.norms > 0).all())
     with pytest.raises(UserError, match="from 0 to 1"):

@@ -1,0 +1,203 @@
+"""Why a DEQ: what the demo measures on the spot, and how it shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deqzoo.errors import UserError
+from deqzoo.evaluation.classify import to_batch
+from deqzoo.evaluation.watch import Watched, training_memory, watch
+from deqzoo.hub.card_texts import DATA_TEXTS
+
+from . import charts, examples
+from .guard import Deadline
+from .images import data_url, open_picture, thumbnail
+from .shelf import Loaded
+
+DEPTHS = (1, 2, 4, 8, 16, 24, 32)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one visit measures.
+
+    Attributes:
+        gradient: the model's own, in words.
+        memory: bytes kept for backward, as of `training_memory` at `DEPTHS`.
+        names: the classes.
+        truths: class of every picture, by number.
+        pictures: thumbnails as URLs, in the same order.
+        found: the solve of all of them.
+        budget: solver steps and accuracy in the checkpoint's evaluation file, with what it counts.
+        tolerance: of the solver.
+    """
+
+    gradient: str
+    memory: dict[str, list[int]]
+    names: list[str]
+    truths: list[int]
+    pictures: list[str]
+    found: Watched
+    budget: tuple[str, list[tuple[float, float]]] | None
+    tolerance: float
+
+    @property
+    def steps(self) -> int:
+        """Of the longest solve."""
+        return len(self.found.probabilities)
+
+    def answers(self, step: int) -> list[int]:
+        """Class of every picture after so many steps."""
+        at = min(max(step, 1), self.steps) - 1
+        return self.found.probabilities[at].argmax(1).tolist()
+
+    def right(self, step: int) -> int:
+        """How many pictures are named right after so many steps."""
+        return sum(a == t for a, t in zip(self.answers(step), self.truths, strict=True))
+
+
+def measure(loaded: Loaded, paths: Sequence[Path]) -> Measured:
+    """Solve the example pictures that a model knows, and weigh a training step.
+
+    Raises:
+        UserError: it knows none of them, or the time limit is over.
+    """
+    model, deadline = loaded.model, Deadline()
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    known = examples.known(paths, names)
+    if not known:
+        raise UserError("none of the example pictures shows a class of this model; choose another")
+    opened = [open_picture(path) for path in known]
+    pixels = to_batch(loaded.reader, opened, model)
+    truths = [names.index(examples.shown(path, names) or "") for path in known]
+    found = watch(model, pixels, on_step=deadline.check)
+    memory = training_memory(model, pixels[:1], torch.tensor(truths[:1]), DEPTHS)
+    own = model.config.gradient
+    gradient = own["name"].upper() + (f" with {own['steps']} steps" if own.get("steps") else "")
+    return Measured(
+        gradient, memory, names, truths, [data_url(thumbnail(p)) for p in opened], found,
+        _budget(loaded), float(model.config.solver["tol"]),
+    )  # fmt: skip
+
+
+def _budget(loaded: Loaded) -> tuple[str, list[tuple[float, float]]] | None:
+    for evaluation in loaded.entry.tests():
+        budget: dict[str, Any] = evaluation.get("budget") or {}
+        rows = budget.get("steps") or []
+        if rows and "accuracy" in rows[0]:
+            name = evaluation["data"]["name"]
+            title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
+            title = f"{budget.get('pictures', 0):,} test pictures of {title}"
+            return title, [(row["max_steps"], row["accuracy"]) for row in rows]
+    return None
+
+
+def memory_html(measured: Measured) -> str:
+    """Memory of a training step against depth."""
+    sizes = {
+        "the map unrolled, layer by layer": measured.memory["unrolled"],
+        "as an equilibrium": measured.memory["equilibrium"],
+    }
+    series = {
+        name: [(d, size / 2**20) for d, size in zip(DEPTHS, values, strict=True)]
+        for name, values in sizes.items()
+    }
+    chart = charts.curves(
+        "Memory of a training step, in MiB", series, tip="depth {x:.0f}: {y:.1f} MiB",
+        x_label="depth: solver steps, or layers",
+    )  # fmt: skip
+    deep = measured.memory["unrolled"][-1] / 2**20
+    flat = measured.memory["equilibrium"][-1] / 2**20
+    text = (
+        f"One picture, one training step, measured here: what PyTorch keeps for the backward pass. "
+        f"At depth {DEPTHS[-1]} the unrolled network keeps <b>{deep:.1f} MiB</b>, the equilibrium "
+        f"<b>{flat:.1f} MiB</b>, as at any depth: its gradient ({measured.gradient}) starts at the "
+        "solution and does not pass through the solve."
+    )
+    return _section("Training memory does not grow with depth", text, chart)
+
+
+def effort_html(measured: Measured) -> str:
+    """The easiest and the hardest of the pictures side by side."""
+    steps = measured.found.n_steps.tolist()
+    easy, hard = steps.index(min(steps)), steps.index(max(steps))
+    chart = charts.curves(
+        "Distance to the equilibrium",
+        {
+            f"{kind}: {measured.names[measured.truths[i]]}": [
+                (k + 1.0, float(measured.found.residuals[k, i])) for k in range(max(steps[i], 1))
+            ]
+            for kind, i in (("easy", easy), ("hard", hard))
+        },
+        tip="step {x:.0f}: residual {y:.1e}", log_y=True, level=measured.tolerance,
+    )  # fmt: skip
+    cards = "".join(
+        f'<div class="dz-card"><img alt="{escape(measured.names[measured.truths[i]])}" '
+        f'src="{measured.pictures[i]}"/><div><b>{steps[i]} steps</b>'
+        f'<div class="dz-note">{kind}: called {escape(measured.names[answer])}</div></div></div>'
+        for kind, i in (("the easiest", easy), ("the hardest", hard))
+        for answer in (int(measured.found.final[i].argmax()),)
+    )
+    text = (
+        f"The {len(steps)} example pictures that this model has a class for were solved in one "
+        "batch. Each left when its own equilibrium was found; a network of layers would have "
+        "spent the same on all of them."
+    )
+    return _section(
+        "Easy inputs take fewer steps", text, f'<div class="dz-cards">{cards}</div>{chart}'
+    )
+
+
+def dial_html(measured: Measured, step: int) -> str:
+    """What the answers are if the solve is stopped after so many steps."""
+    step = min(max(int(step), 1), measured.steps)
+    answers, final = measured.answers(step), measured.answers(measured.steps)
+    same = sum(a == b for a, b in zip(answers, final, strict=True))
+    total = len(answers)
+    cards = []
+    for i, (answer, truth) in enumerate(zip(answers, measured.truths, strict=True)):
+        right = answer == truth
+        changes = "" if answer == final[i] else f"later {escape(measured.names[final[i]])}"
+        cards.append(
+            f'<div class="dz-mini dz-{"right" if right else "wrong"}">'
+            f'<img alt="{escape(measured.names[truth])}" src="{measured.pictures[i]}"/>'
+            f"<span>{'✓' if right else '✗'} {escape(measured.names[answer])}"
+            f"<small>{changes}</small></span></div>"
+        )
+    return (
+        f'<p class="dz-dial"><b>Stopped after {step} step{"s" * (step != 1)}</b>: '
+        f"{measured.right(step)} of {total} pictures named right; {same} of {total} answers are "
+        f'the ones it ends with.</p><div class="dz-minis">{"".join(cards)}</div>'
+    )
+
+
+def dial_chart(measured: Measured) -> str:
+    """Accuracy against effort, of the examples here and of the test pictures as measured before."""
+    total = len(measured.truths)
+    here = f"these {total} pictures, measured here"
+    series = {here: [(k, measured.right(k) / total) for k in range(1, measured.steps + 1)]}
+    if measured.budget is not None:
+        title, points = measured.budget
+        series[f"{title}, from its evaluation file"] = points
+    chart = charts.curves(
+        "Accuracy if stopped after so many steps", series, tip="{x:.0f} steps: {y:.1%}",
+        percent=True,
+    )  # fmt: skip
+    text = (
+        "Nothing has to be retrained to spend less: lower the budget of steps, and the answer of "
+        "that moment is there. Most answers are settled long before the equilibrium is exact."
+    )
+    return _section("Effort is a dial, and you may stop early", text, chart)
+
+
+def _section(title: str, text: str, content: str) -> str:
+    return (
+        f'<section class="dz-why"><h3>{escape(title)}</h3><p class="dz-note">{text}</p>'
+        f"{content}</section>"
+    )
