@@ -93,7 +93,7 @@ def _budget(loaded: Loaded) -> tuple[str, list[tuple[float, float]]] | None:
         if rows and "accuracy" in rows[0]:
             name = evaluation["data"]["name"]
             title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
-            title = f"{budget.get('pictures', 0):,} test pictures of {title}"
+            title = f"{budget['samples']:,} test pictures of {title}"
             return title, [(row["max_steps"], row["accuracy"]) for row in rows]
     return None
 

@@ -114,7 +114,7 @@ TASK_LIMITS = {
     "image classification": "It knows only the classes it was trained on and names one of them for "
     "every picture. Its probabilities are those of its training data, whose selection of pictures it "
     "inherits; do not decide anything about people with it. Where a picture's equilibrium is "
-    "reported as not converged, its label deserves less trust.",
+    "reported as not converged, its label is that of an early stop.",
     "language modelling": "It is a word-level model: words outside its vocabulary become `<unk>`, and "
     "what it writes is fluent at best, never reliable. It repeats the views and errors of its corpus. "
     "It is meant for research on equilibrium models.",
@@ -123,7 +123,20 @@ TASK_LIMITS = {
     "node classification": "It expects graphs with the node features of its data set, in their "
     "order, and knows no other labels than that set's.",
     "features": "It gives states and no predictions; where an equilibrium is reported as not "
-    "converged, they deserve less trust.",
+    "converged, they are those of an early stop.",
+}
+
+#: What a model is good for, by task.
+TASK_USES = {
+    "image classification": "studying equilibrium models (solvers, gradients, early answers), for "
+    "teaching them on one processor, and as a start for training on small pictures of your own.",
+    "language modelling": "studying equilibrium models on text and the steps that each word takes, and "
+    "as a start for training on texts of your own.",
+    "graph classification": "studying equilibrium models on graphs, where a node is reached from any "
+    "distance, and as a start for graphs with the same features.",
+    "node classification": "studying equilibrium models on large graphs, and comparing gradients of "
+    "models trained alike.",
+    "features": "states to build on.",
 }
 
 PICTURE_LIMITS = (

@@ -21,13 +21,13 @@ from deqzoo.hub.card_texts import (
     PAPERS,
     PICTURE_LIMITS,
     TASK_LIMITS,
+    TASK_USES,
 )
 from deqzoo.hub.catalogue import (
     TASKS,
     Entry,
     below_baseline,
     entries,
-    main_figure,
     main_value,
 )
 from deqzoo.hub.metadata import measuring_command, metadata, own_repository
@@ -36,6 +36,15 @@ from deqzoo.zoo import checkpoints_root, read_json
 
 #: A checkpoint's own part of its card, written by the command that made its figures.
 NOTES = "notes.md"
+#: What a card's first picture may be, the most telling first, with its description.
+PICTURES = {
+    "budget": "quality against solver steps: effort is a dial",
+    "training": "quality against compute",
+}
+IMPORTING = (
+    "Importing `deqzoo` makes the Auto classes and pipelines of transformers know this model; "
+    "without it they refuse the model type. No remote code is involved."
+)
 #: Baselines as README's table calls them.
 BESIDE = {"majority": "most frequent class", "constant_micro_f1": "best constant answer"}
 
@@ -67,28 +76,67 @@ def render_card(entry: Entry, repository: str | None = None) -> str:
         repository: on the Hub, which examples and commands name; the zoo's own by default.
     """
     family = FAMILY_TEXTS[entry.config["model_type"]]
+    drawn = plots(entry)
+    picture = next((f"{entry.name}-{kind}.svg" for kind in PICTURES
+                    if f"{entry.name}-{kind}.svg" in drawn), None)  # fmt: skip
     sections = [
         f"# {entry.name}",
-        f"{EQUILIBRIUM} {family.about}",
-        "## Use",
-        "```bash\npip install deqzoo\n```",
-        f"```python\n{snippet(entry, repository)}```",
-        "Importing `deqzoo` makes the Auto classes and pipelines of transformers know this model; "
-        "without it they refuse the model type. No remote code is involved.",
-        "## Model",
-        _model_table(entry),
+        _summary(entry),
+        *([f"![{PICTURES[picture.rsplit('-', 1)[1][:-4]]}]({picture})"] if picture else []),
+        f"```python\n# pip install deqzoo\n{snippet(entry, repository)}```",
+        f"**Good for** {TASK_USES[entry.task]}",
+        f"**Not for, and limits.** {_limits(entry)}",
         "## Results",
         *_results(entry, repository),
-        "## Training",
-        _training(entry),
-        "## Limits and biases",
-        _limits(entry),
-        "## Licence and citation",
-        "Weights and code: Apache-2.0. The data sets keep their own terms. If you use this model, "
-        "please cite",
-        "```bibtex\n" + "\n".join(PAPERS[key] for key in family.papers) + "\n```",
-    ]
+        "## More",
+        _folded("How it works, and its settings", f"{EQUILIBRIUM} {family.about}", IMPORTING,
+                _model_table(entry)),
+        *_data(entry),
+        _folded("Training", _training(entry)),
+        _folded(
+            "Licence and citation",
+            "Weights and code: Apache-2.0. The data sets keep their own terms. If you use this "
+            "model, please cite",
+            "```bibtex\n" + "\n".join(PAPERS[key] for key in family.papers) + "\n```",
+        ),
+    ]  # fmt: skip
     return f"---\n{metadata(entry)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _folded(title: str, *parts: str) -> str:
+    """A part of the card that opens when it is asked for."""
+    return "\n\n".join([f"<details>\n<summary>{title}</summary>", *parts, "</details>"])
+
+
+def _summary(entry: Entry) -> str:
+    """The main figure, the size, and what the equilibrium costs, in one paragraph."""
+    tested = entry.tests() or list(entry.evaluations.values())
+    size = f"{_size(entry.parameters)} parameters, {entry.size / 2**20:.1f} MiB"
+    if not tested:
+        return f"Not evaluated yet; {size}."
+    evaluation = tested[0]
+    data, results = evaluation.get("data", {}), evaluation.get("results", {})
+    title = DATA_TEXTS[data["name"]].title if data.get("name") in DATA_TEXTS else data.get("name")
+    fold = f", fold {data['fold']}" if "fold" in data else ""
+    measured = f"{data['samples']:,} {data['unit']}" if "samples" in data else "samples"
+    lines = [
+        f"**{main_value(evaluation)}** on {title} ({data.get('split', '?')} split{fold}, "
+        f"{measured}); {size}."
+    ]
+    beside = _beside(entry) if entry.tests() else ""
+    if beside:
+        lines.append(f"Beside it: {beside}.")
+    if "converged_share" in results:
+        budget = evaluation["model"]["solver"]["max_steps"]
+        lines.append(
+            f"{100 * results['converged_share']:.1f} % of the {data.get('unit', 'samples')} reach "
+            f"their equilibrium within {budget} solver steps, in {results['n_steps_mean']:.1f} on "
+            "average."
+        )
+        now = (entry.config.get("solver") or {}).get("max_steps")
+        if now != budget:
+            lines.append(f"(The default has since become {now} steps.)")
+    return " ".join(lines)
 
 
 def render_converted_card(name: str) -> str:
@@ -302,37 +350,65 @@ def _limits(entry: Entry) -> str:
 
 
 def _results(entry: Entry, repository: str | None) -> list[str]:
+    """One table of all figures, a column per evaluation; details folded below it."""
     if not entry.evaluations:
         return ["Not evaluated yet."]
-    parts = []
-    for evaluation in entry.evaluations.values():
-        data = evaluation.get("data", {})
-        text = DATA_TEXTS.get(data.get("name", ""))
-        title = text.title if text else data.get("name", "?")
-        parts.append(f"### {title}, {data.get('split', '?')} split")
-        if text:
-            parts.append(text.note)
-        facts = "; ".join(_facts(data))
-        if facts:
-            parts.append(f"Data evaluated: {facts}.")
-        rows = [
-            (words(name), _number(value))
-            for name, value in evaluation.get("results", {}).items()
-            if isinstance(value, (int, float))
-        ]
-        parts.append(_table(("figure", "value"), rows))
-        parts += _against_baselines(evaluation)
-        command = measuring_command(entry, evaluation, repository)
-        parts.append(f"Measured by `{command}`: {main_figure(evaluation)}.")
-        if text and text.published and data.get("split") == "test":
+    # The test split first: it is what others compare with.
+    found = sorted(
+        entry.evaluations.values(), key=lambda e: e.get("data", {}).get("split") != "test"
+    )
+    names = dict.fromkeys(
+        name
+        for evaluation in found
+        for name, value in evaluation.get("results", {}).items()
+        if isinstance(value, (int, float))
+    )
+    head = ("figure", *(_column(evaluation) for evaluation in found))
+    rows = [
+        (words(name), *(_number(e.get("results", {}).get(name, "")) for e in found))
+        for name in names
+    ]
+    parts = [_table(head, rows)]
+    parts += [line for evaluation in found for line in _against_baselines(evaluation)]
+    commands = dict.fromkeys(measuring_command(entry, e, repository) for e in found)
+    parts.append("Measured by " + " and ".join(f"`{command}`" for command in commands) + ".")
+    for evaluation in found:
+        text = DATA_TEXTS.get(evaluation.get("data", {}).get("name", ""))
+        if text and text.published and evaluation["data"].get("split") == "test":
             parts.append(f"Published by others: {text.published}.")
+    for evaluation in found[:1]:  # the others' are in their files
         per_class = evaluation.get("results", {}).get("per_class_accuracy")
         if per_class:
             rows = [(name, _number(value)) for name, value in per_class.items()]
-            parts.append(_table(("class", "accuracy"), rows))
-        parts += _budget(entry, evaluation)
+            title = f"Accuracy by class, {_column(evaluation)}"
+            parts.append(_folded(title, _table(("class", "accuracy"), rows)))
+        budget = _budget(evaluation)
+        if budget:
+            title = f"{words(evaluation['metric']).capitalize()} against solver steps"
+            parts.append(_folded(f"{title}, {_column(evaluation)}", *budget))
     notes = entry.folder / NOTES
     return [*parts, notes.read_text(encoding="utf-8").strip()] if notes.is_file() else parts
+
+
+def _column(evaluation: dict[str, Any]) -> str:
+    data = evaluation.get("data", {})
+    name = data.get("name", "?")
+    title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
+    return f"{title}, {data.get('split', '?')}"
+
+
+def _data(entry: Entry) -> list[str]:
+    """What was measured and what identifies it, folded."""
+    parts = dict.fromkeys(
+        text.note
+        for evaluation in entry.evaluations.values()
+        if (text := DATA_TEXTS.get(evaluation.get("data", {}).get("name", "")))
+    )
+    facts = [
+        f"{_column(evaluation)}: {'; '.join(_facts(evaluation.get('data', {})))}."
+        for evaluation in entry.evaluations.values()
+    ]
+    return [_folded("Data", *parts, *facts)] if parts or facts else []
 
 
 def _facts(data: dict[str, Any]) -> Iterator[str]:
@@ -363,7 +439,7 @@ def _against_baselines(evaluation: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
+def _budget(evaluation: dict[str, Any]) -> list[str]:
     """Quality against effort, for evaluations that measured it."""
     budget, metric = evaluation.get("budget"), evaluation.get("metric")
     if not budget:
@@ -373,15 +449,12 @@ def _budget(entry: Entry, evaluation: dict[str, Any]) -> list[str]:
         for row in budget["steps"]
     ]
     part = "all" if budget["samples"] == evaluation["data"].get("samples") else "the first"
-    parts = [
+    return [
         f"Effort is a dial: {words(metric)} after a fixed number of solver steps, on {part} "
         f"{budget['samples']:,} {evaluation['data']['unit']} of this split (default solver there: "
         f"{_number(budget['default'])}).",
         _table(("solver steps", words(metric), "median relative residual"), rows),
     ]
-    if evaluation["data"]["split"] == "test" and budget_plot(entry) is not None:
-        parts.append(f"![{words(metric)} against solver steps]({entry.name}-budget.svg)")
-    return parts
 
 
 def _record(entry: Entry) -> dict[str, Any]:

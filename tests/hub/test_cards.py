@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from deqzoo.cli import run
 from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.evaluation.files import write_evaluation
 from deqzoo.hub import cards
-from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, TASK_LIMITS
+from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, TASK_LIMITS, TASK_USES
 from deqzoo.hub.catalogue import TASKS, Entry, best_first, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
 from deqzoo.hub.metadata import eval_results_yaml
@@ -106,6 +107,24 @@ def test_card_names_the_repository_it_is_rendered_for(checkout: Path) -> None:
     assert 'from_pretrained("deqzoo/mdeq-test")' in cards.render_card(entry("mdeq-test"))
 
 
+def test_first_screen_of_a_card(checkout: Path) -> None:
+    """Figure, code, use and limits come first, then one table; the rest is folded."""
+    found = entry("mdeq-test")
+    other = copy.deepcopy(found.evaluations["cifar10-test"])
+    other["data"]["split"] = "validation"
+    found.evaluations["cifar10-validation"] = other
+    body = cards.render_card(found).split("---\n")[2]
+    first, _, rest = body.partition("## Results")
+    order = ["# mdeq-test", "**", "solver steps, in", "```python", "**Good for**", "**Not for"]
+    places = [first.index(words) for words in order]
+    assert places == sorted(places) and len(first.splitlines()) < 40
+    assert rest.count("| figure |") == 1 and "CIFAR-10, test | CIFAR-10, validation" in rest
+    assert rest.count("<details>") == rest.count("</details>") >= 4
+    folded = re.sub(r"<details>.*?</details>", "", rest, flags=re.DOTALL)
+    assert "```" not in folded and "SHA-256" not in folded
+    assert TASK_USES.keys() == TASK_LIMITS.keys()
+
+
 def test_limits_follow_task_data_and_picture_size(checkout: Path) -> None:
     assert TASK_LIMITS.keys() == {*TASKS.values(), "features"}
     found = entry("mdeq-test")
@@ -113,9 +132,7 @@ def test_limits_follow_task_data_and_picture_size(checkout: Path) -> None:
     found.config["image_size"] = 96
     assert "middle 96 × 96 pixels" in cards.render_card(found)
     for name, others in (("humloc", ("cox2", "twitch")), ("cox2", ("humloc", "twitch"))):
-        limits = cards.render_card(made_entry(name, samples=47)).partition("## Limits and biases")[
-            2
-        ]
+        limits = cards.render_card(made_entry(name, samples=47)).partition("**Not for")[2]
         assert DATA_TEXTS[name].limits in limits
         assert not any(DATA_TEXTS[other].limits in limits for other in others)
     for name, text in CONVERTED.items():
@@ -204,7 +221,7 @@ def test_text_models_show_quality_against_steps(checkout: Path) -> None:
     assert (
         "perplexity against solver steps" in cards.plots(entry("mdeq-test"))["mdeq-test-budget.svg"]
     )
-    shown = "![perplexity against solver steps](mdeq-test-budget.svg)"
+    shown = "](mdeq-test-budget.svg)"
     assert shown in cards.render_card(entry("mdeq-test"))
     content["data"]["split"] = "validation"  # the plot is that of the test split
     file.write_text(json.dumps(content))
