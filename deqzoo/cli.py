@@ -140,9 +140,13 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first samples; needs --output.")
     ] = None,
+    budget: Annotated[
+        bool,
+        typer.Option("--budget/--no-budget", help="Also measure quality against solver steps."),
+    ] = False,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
 ) -> None:
-    """Measure a model on its data set and write the evaluation file."""
+    """Measure a model on its data set, or on data of your own, and write the evaluation file."""
     from deqzoo.evaluation.dispatch import evaluate_model
     from deqzoo.evaluation.files import require_writable, write_evaluation
     from deqzoo.hub.catalogue import main_figure
@@ -152,16 +156,31 @@ def evaluate(
     if output is not None:
         require_writable(output)
     model = _on_device(deqzoo.DEQModel.from_pretrained(name), device)
-    content = evaluate_model(
-        model, deqzoo.zoo.bare_name(Path(name).name), split=split, data=data,
-        batch_size=batch_size, limit=limit,
-    )  # fmt: skip
-    if output is None:
-        folder = Path(model.config._name_or_path)
-        stem = f"{content['data']['name']}-{split.replace('+', '-')}.json"
-        output = folder / "evaluation" / stem if folder.is_dir() else Path(stem)
-    write_evaluation(output, content)
-    typer.echo(f"{main_figure(content)}; written to {output}")
+    written: list[Path] = []
+
+    def write(content: dict[str, Any]) -> None:
+        path = output
+        if path is None:
+            folder = Path(model.config._name_or_path)
+            stem = f"{content['data']['name']}-{split.replace('+', '-')}.json"
+            path = folder / "evaluation" / stem if folder.is_dir() else Path(stem)
+        write_evaluation(path, content)
+        if not written:  # the figures first, whatever follows
+            typer.echo(f"{main_figure(content)}; written to {path}")
+        written.append(path)
+
+    try:
+        content = evaluate_model(
+            model, deqzoo.zoo.bare_name(Path(name).name), split=split, data=data,
+            batch_size=batch_size, limit=limit, budget_samples=None if budget else 0,
+            on_figures=write,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        if written:
+            print(f"deqzoo: what was measured until then is in {written[-1]}", file=sys.stderr)
+        raise
+    if budget:
+        write(content)
 
 
 @app.command(rich_help_panel="Train")
@@ -188,6 +207,7 @@ _COMMAND_MODULES = (
     "deqzoo.evaluation.graphs_cli",
     "deqzoo.evaluation.gradients_cli",
     "deqzoo.hub.cli",
+    "deqzoo.hub.finetune_cli",
     "deqzoo.demo.cli",
 )
 

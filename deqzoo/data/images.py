@@ -84,6 +84,10 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def picture(self, row: int) -> Image.Image:
+        """One picture, RGB."""
+        return Image.fromarray(self.pixels[row].permute(1, 2, 0).numpy())
+
     def describe(self) -> dict[str, Any]:
         """What evaluation files and training logs record about the data."""
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
@@ -110,6 +110,7 @@ def evaluate_model(
     limit: int | None = None,
     budget_samples: int | None = None,
     progress: bool = True,
+    on_figures: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """The content of a model's evaluation file, on the data set it was made for.
 
@@ -123,6 +124,8 @@ def evaluate_model(
         budget_samples: samples for quality against solver steps; 0 leaves that out, None takes
             the task's own number.
         progress: show bars on stderr.
+        on_figures: called with the content as soon as the figures are there, and again after every
+            row of the budget curve, so that nothing is lost where the rest is cut off.
 
     Raises:
         UserError: no evaluation for this model, or no data.
@@ -133,18 +136,33 @@ def evaluate_model(
     described = evaluator.describe()
     limited = limit is not None and described.get("limit") == limit
     source = " --data ROOT" if described.pop("local", False) else ""
-    return {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "task": evaluator.task,
         "metric": evaluator.metric,
         "model": describe_model(model, name),
         "data": {"name": described.pop("name"), "split": split, **described},
         "results": evaluator.measure(),
-        "budget": budget_curve(evaluator, model, described["samples"], budget_samples),
+        "budget": None,
         "environment": describe_environment(model) | evaluator.environment(),
         "command": f"deqzoo evaluate {name}{source} --split {split}"
         + (f" --limit {limit}" if limited else ""),
     }
+    if measured := getattr(evaluator, "interrupted", 0):
+        content["data"] |= {"samples": measured, "complete": False, "interrupted": True}
+    if on_figures is not None:
+        on_figures(content)
+    if measured:
+        raise KeyboardInterrupt
+
+    def keep(curve: dict[str, Any]) -> None:
+        if on_figures is not None:
+            on_figures({**content, "budget": curve})
+
+    content["budget"] = budget_curve(
+        evaluator, model, described["samples"], budget_samples, on_row=keep
+    )
+    return content
 
 
 def budget_curve(
@@ -153,6 +171,7 @@ def budget_curve(
     available: int,
     samples: int | None = None,
     budgets: Sequence[int] | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any] | None:
     """Quality and residual after fixed numbers of solver steps, on the first samples.
 
@@ -162,6 +181,7 @@ def budget_curve(
         available: samples that there are.
         samples: how many to take; the evaluator's own number by default.
         budgets: numbers of steps; `BUDGETS` and the model's own `max_steps` by default.
+        on_row: called with the curve so far after each of its rows.
     """
     samples = evaluator.budget_samples if samples is None else samples
     if samples == 0 or not getattr(model.config, "has_equilibrium", True):
@@ -170,15 +190,19 @@ def budget_curve(
     if budgets is None:
         own = model.config.solver["max_steps"]
         budgets = (*BUDGETS, own) if own > BUDGETS[-1] else BUDGETS
-    rows = []
-    for steps in budgets:
-        solver = {"max_steps": steps, "tol": BUDGET_TOLERANCE}
-        figures = evaluator.measure(solver, taken, f"{steps} steps")
-        kept = {key: figures[key] for key in (evaluator.metric, *_CURVE)}
-        rows.append({"max_steps": steps, **kept})
-    return {
+    curve: dict[str, Any] = {
         "samples": taken,
         "tol": BUDGET_TOLERANCE,
         "default": evaluator.measure(None, taken)[evaluator.metric],
-        "steps": rows,
+        "steps": [],
     }
+    for steps in budgets:
+        solver = {"max_steps": steps, "tol": BUDGET_TOLERANCE}
+        figures = evaluator.measure(solver, taken, f"{steps} steps")
+        if getattr(evaluator, "interrupted", 0):
+            raise KeyboardInterrupt
+        kept = {key: figures[key] for key in (evaluator.metric, *_CURVE)}
+        curve["steps"].append({"max_steps": steps, **kept})
+        if on_row is not None:
+            on_row(curve)
+    return curve

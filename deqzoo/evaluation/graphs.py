@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from deqzoo.data.graphs import GraphSet, load_graph_set
+from deqzoo.data.graphs import GraphSet, load_graph_set, load_own_graphs
+from deqzoo.data.own import graph_digests, read_record, unseen
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
 from deqzoo.evaluation.graph_nodes import NODE_TASKS, SPLITS, node_parts
@@ -139,7 +140,7 @@ class _GraphData:
         limit: int | None,
         progress: bool,
     ) -> None:
-        if split not in SPLITS:
+        if split not in (*SPLITS, "all"):
             raise UserError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
         if data is None:
             raise UserError("graph data are read from a local folder: name it with --data")
@@ -154,7 +155,7 @@ class _GraphData:
 
 
 class GraphEvaluator(_GraphData):
-    """A graph classifier on the fold that it was trained on.
+    """A graph classifier on the fold that it was trained on, or on graphs of one's own.
 
     Raises:
         UserError: no data folder, an unknown split, or a checkpoint without its fold.
@@ -165,10 +166,19 @@ class GraphEvaluator(_GraphData):
     unit = "graphs"
 
     def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
-        self.fold = stored_fold(self.model)
-        if not self.fold[split]:
-            raise UserError(f"the {split} split of this checkpoint's fold is empty")
-        self.graphs = load_graph_set(self.fold["data"], root, encoding_of(self.model))
+        folder = Path(self.model.config._name_or_path)
+        record = read_record(folder)
+        if record is None and (folder / "fold.json").is_file():
+            self.fold = stored_fold(self.model)
+            if not self.fold.get(split):
+                raise UserError(f"the {split} split of this checkpoint's fold is empty")
+            self.graphs = load_graph_set(self.fold["data"], root, encoding_of(self.model))
+        else:
+            self.graphs = load_own_graphs(root, encoding_of(self.model))
+            if bool((self.graphs.labels < 0).any()):
+                raise UserError(f"{root} has graphs without labels: nothing to measure against")
+            rows = unseen(graph_digests(self.graphs.graphs), record or {}, split)
+            self.fold = {"data": self.graphs.name, split: rows}
         self.index = self.fold[split][:limit]
         self.limit = limit if limit is not None and limit < len(self.fold[split]) else None
         self.batch_size = batch_size
@@ -178,8 +188,7 @@ class GraphEvaluator(_GraphData):
             "name": self.fold["data"].lower(),
             "samples": len(self.index),
             "unit": self.unit,
-            "protocol": self.fold["protocol"],
-            "fold": self.fold["fold"],
+            **{key: self.fold[key] for key in ("protocol", "fold") if key in self.fold},
             "complete": self.limit is None,
             **({} if self.limit is None else {"limit": self.limit}),
             "local": True,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from deqzoo.data.cifar import CIFAR10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
-from deqzoo.data.images import Pictures, load_pictures
+from deqzoo.data.images import ImageSource, Pictures, load_pictures
+from deqzoo.data.own import OwnPictures, pictures_of_split, read_record
 from deqzoo.errors import UserError
 from deqzoo.evaluation.classify import load_processor, to_batch
 from deqzoo.tasks import metrics
@@ -26,20 +27,24 @@ WORTH_COMPILING = 2000
 
 @dataclass(frozen=True)
 class Outputs:
-    """Per-sample results on the CPU: logits (N, C) float32, the rest (N,); and the time taken."""
+    """Per-sample results on the CPU: logits (N, C) float32, the rest (N,); and the time taken.
+
+    `interrupted` is the number of pictures measured until Ctrl-C, 0 for all.
+    """
 
     logits: Tensor
     n_steps: Tensor
     residual: Tensor
     converged: Tensor
     seconds: float
+    interrupted: int = 0
 
 
 class ImageEvaluator:
-    """An image classifier whose labels are those of CIFAR-10 or Imagenette.
+    """An image classifier on CIFAR-10, Imagenette, or pictures of one's own.
 
     Raises:
-        UserError: the model is no image classifier of a known data set, or the data are missing.
+        UserError: the model is no image classifier, or the data are missing or have other classes.
     """
 
     task = "image-classification"
@@ -85,13 +90,15 @@ class ImageEvaluator:
         outputs = run(
             self.model, self.processor, pictures, self.batch_size, solver, self.progress, title
         )
-        logits, labels = outputs.logits, pictures.labels
+        self.interrupted = outputs.interrupted
+        logits = outputs.logits
+        labels = pictures.labels[: len(logits)]
         per_class = metrics.per_class_accuracy(logits, labels)
         return {
             **metrics.classification_figures(logits, labels),
             "per_class_accuracy": dict(zip(pictures.classes, per_class, strict=True)),
             **metrics.equilibrium_summary(outputs.n_steps, outputs.residual, outputs.converged),
-            "seconds_per_sample": outputs.seconds / len(pictures),
+            "seconds_per_sample": outputs.seconds / len(logits),
         }
 
 
@@ -110,7 +117,7 @@ def _speed_up(model: PreTrainedModel, n_pictures: int) -> bool:
 def run(
     model: PreTrainedModel,
     processor: Any,
-    pictures: Pictures,
+    pictures: Pictures | OwnPictures,
     batch_size: int,
     solver: dict[str, Any] | None,
     progress: bool,
@@ -119,14 +126,20 @@ def run(
     """Forward all pictures without gradients, with per-call solver settings."""
     model.eval()
     collected: list[tuple[Tensor, ...]] = []
-    seconds = 0.0
+    seconds, interrupted = 0.0, 0
     starts = range(0, len(pictures), batch_size)
     for start in tqdm(starts, desc=title, unit="batch", disable=not progress):
-        rows = pictures.pixels[start : start + batch_size].permute(0, 2, 3, 1).numpy()
-        batch = to_batch(processor, [Image.fromarray(row) for row in rows], model)
+        rows = range(start, min(start + batch_size, len(pictures)))
+        batch = to_batch(processor, [pictures.picture(row) for row in rows], model)
         began = time.perf_counter()
-        with torch.inference_mode():
-            output = model(pixel_values=batch, solver=solver)
+        try:
+            with torch.inference_mode():
+                output = model(pixel_values=batch, solver=solver)
+        except KeyboardInterrupt:
+            if not collected:
+                raise
+            interrupted = start
+            break
         collected.append(
             (
                 output.logits.float().cpu(),
@@ -136,26 +149,44 @@ def run(
             )
         )
         seconds += time.perf_counter() - began
-    return Outputs(*(torch.cat(parts) for parts in zip(*collected, strict=True)), seconds)
+    return Outputs(
+        *(torch.cat(parts) for parts in zip(*collected, strict=True)), seconds, interrupted
+    )
 
 
 def _pictures_of(
     model: PreTrainedModel, split: str, data: str | os.PathLike[str] | None
-) -> Pictures:
-    """The split of the data set whose class names are the model's labels."""
+) -> Pictures | OwnPictures:
+    """Pictures of one's own, or the split of the data set whose class names the labels are."""
     labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    if labels == CIFAR10.classes:
+    source = next((known for known in (CIFAR10, IMAGENETTE) if labels == known.classes), None)
+    record = read_record(model.config._name_or_path)
+    if data is not None and (record or source is None or not _may_hold(source, data)):
+        return pictures_of_split(data, split, labels, record)
+    if source is CIFAR10:
         return load_pictures(CIFAR10, split, data)
-    if labels == IMAGENETTE.classes:
+    if source is IMAGENETTE:
         # As large as they are stored: the processor scales and crops.
         return load_imagenette(split, data, size=160)
     raise UserError(
-        f"the model's labels ({', '.join(labels[:4])}, ...) are those of no known data set; "
-        f"known are {CIFAR10.title} and {IMAGENETTE.title}"
+        f"the model's labels ({', '.join(labels[:4])}, ...) are those of no known data set "
+        f"({CIFAR10.title}, {IMAGENETTE.title}): name pictures of your own with --data"
     )
 
 
-def _first(pictures: Pictures, count: int) -> Pictures:
+def _may_hold(source: ImageSource, data: str | os.PathLike[str]) -> bool:
+    """Whether local data may be a published set: no file, and no folder without parquet."""
+    path = Path(data).expanduser()
+    return (
+        not path.exists()
+        or (path.is_dir() and (path / source.config).is_dir())
+        or (path.is_dir() and not any(entry.is_dir() for entry in path.iterdir()))
+    )
+
+
+def _first(pictures: Pictures | OwnPictures, count: int) -> Pictures | OwnPictures:
+    if isinstance(pictures, OwnPictures):
+        return pictures.part(range(min(count, len(pictures))), pictures.split)
     return Pictures(
         pictures.pixels[:count],
         pictures.labels[:count],

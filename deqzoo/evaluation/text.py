@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from deqzoo.data.own import lines_of_split, load_own_text, read_record, text_digest
 from deqzoo.data.text import (
     SOURCES,
     UNKNOWN,
     TextSource,
+    corpus_files,
     describe_stream,
     encode_rows,
     load_rows,
 )
 from deqzoo.errors import UserError
 from deqzoo.evaluation.perplexity import Scorer
+from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text, text_style
 from deqzoo.tasks.metrics import equilibrium_summary
 
 
@@ -40,13 +44,13 @@ def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerFast:
 
 
 class TextEvaluator:
-    """A language model of a known corpus.
+    """A language model on its corpus, or on a text of one's own.
 
     The split is one stream in reading order, so that a batch size has no influence; the figure is
     the one of `deqzoo perplexity --pretokenized`.
 
     Raises:
-        UserError: the model's vocabulary is that of no known corpus, or the data are missing.
+        UserError: the data are missing, and the vocabulary is that of no known corpus.
     """
 
     task = "language-modeling"
@@ -67,9 +71,7 @@ class TextEvaluator:
         self.model = model
         self.progress = progress
         tokenizer = load_tokenizer(model)
-        source = corpus_of(tokenizer)
-        self.stream = _stream(source, split, data, tokenizer)
-        self.description = describe_stream(source, split, self.stream)
+        self.stream, self.description = _stream_of(model, tokenizer, split, data)
         if limit is not None and limit < len(self.stream):
             self.stream = self.stream[:limit]
             self.description |= {"complete": False, "limit": limit}
@@ -87,7 +89,55 @@ class TextEvaluator:
         samples: int | None = None,
         title: str = "evaluating",
     ) -> dict[str, Any]:
-        return score(self.model, self.stream[:samples], solver, self.progress, title)
+        stream = self.stream[:samples]
+        figures = score(self.model, stream, solver, self.progress, title)
+        measured = figures.pop("tokens")
+        self.interrupted = measured if measured < len(stream) else 0
+        return figures
+
+
+def _stream_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str,
+    data: str | os.PathLike[str] | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Word indices (n,) of a text of one's own or of the model's corpus, and what they are."""
+    record = read_record(model.config._name_or_path)
+    if data is None or (record is None and not _is_text(tokenizer, data)):
+        source = corpus_of(tokenizer)
+        stream = _stream(source, split, data, tokenizer)
+        return stream, describe_stream(source, split, stream)
+    text = load_own_text(data)
+    lines = lines_of_split(text, split, record)
+    vocabulary, style = tokenizer.get_vocab(), text_style(tokenizer)
+    prepared = prepare_text("\n".join(lines), vocabulary, style)
+    if prepared.n_words == 0:
+        raise UserError(f"{text.name} holds no word to score")
+    known = prepared.text.lower() if style == "ptb" else prepared.text
+    rows = encode_rows(known.split("\n"), vocabulary, vocabulary[UNKNOWN])
+    stream = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
+    return stream, {
+        "name": text.name,
+        "split": split,
+        "tokens": len(stream),
+        "fingerprint": text_digest(lines),
+        "complete": True,
+        "unknown_share": prepared.unknown_share,
+        "local": True,
+    }
+
+
+def _is_text(tokenizer: PreTrainedTokenizerFast, data: str | os.PathLike[str]) -> bool:
+    """Whether local data are a text of one's own: a file, or a folder that is no known corpus."""
+    path = Path(data).expanduser()
+    if not path.is_dir():
+        return path.is_file()
+    try:
+        corpus_files(corpus_of(tokenizer), path)
+    except UserError:
+        return True
+    return False
 
 
 def corpus_of(tokenizer: PreTrainedTokenizerFast) -> TextSource:
@@ -135,12 +185,18 @@ def score(
     scorer = Scorer(model, solver=solver, on_segment=keep)
     began = time.perf_counter()
     pieces = stream.split(scorer.length)
-    for piece in tqdm(pieces, desc=title, unit="segment", disable=not progress):
-        scorer.add(piece.tolist())
-    report = scorer.finish()
+    try:
+        for piece in tqdm(pieces, desc=title, unit="segment", disable=not progress):
+            scorer.add(piece.tolist())
+        report = scorer.finish()
+    except KeyboardInterrupt:
+        report = scorer.report
+        if not report.tokens:
+            raise
     seconds = time.perf_counter() - began
     steps, residual, converged = (torch.cat(part) for part in zip(*reports, strict=True))
     return {
+        "tokens": report.tokens,
         "perplexity": report.perplexity,
         "negative_log_likelihood": report.nll / report.tokens,
         **equilibrium_summary(steps, residual, converged),

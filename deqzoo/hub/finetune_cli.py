@@ -1,0 +1,93 @@
+"""The command that trains a model on data of one's own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deqzoo.errors import UserError
+from deqzoo.evaluation.options import ModelName
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the command of this module to the command line."""
+    app.command(rich_help_panel="Train")(finetune)
+
+
+def finetune(
+    model: ModelName,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="Pictures: a folder per class, .zip, .parquet, .csv of paths and labels. Texts: a "
+            "file or folder (.txt, .jsonl, .parquet). Graphs: a folder in TUDataset's format, or a "
+            ".pt list of PyG Data.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder of the new model.")],
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data; at least 200 steps.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
+    solver: Annotated[str | None, typer.Option(help="Solver of training steps.")] = None,
+    gradient: Annotated[str | None, typer.Option(help="Gradient: upg, npg, jfb, ...")] = None,
+    freeze: Annotated[
+        str, typer.Option(help="none; norms: statistics stay; backbone: last layers learn.")
+    ] = "norms",
+    tokenizer: Annotated[
+        str, typer.Option(help="Of texts: keep the model's, extend it by new words, or build one.")
+    ] = "keep",
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the labels in a table of pictures.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share that is held out of training.")] = 0.2,
+    augment: Annotated[
+        bool, typer.Option("--augment/--no-augment", help="Crop and mirror pictures at random.")
+    ] = True,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps at most.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of hold-out, new weights and order.")] = 0,
+    report_to: Annotated[
+        str, typer.Option(help="tensorboard, wandb, trackio, ... or none; several by commas.")
+    ] = "none",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train a model of the zoo further on pictures, texts or graphs of your own."""
+    from deqzoo.training.finetune import Settings, prepare, train, warnings_of
+
+    if (output / "config.json").is_file() or output.is_file():
+        raise UserError(f"{output} already holds a model or is a file; choose another --output")
+    settings = Settings(
+        epochs=epochs, batch_size=batch_size, lr=lr, solver=solver, gradient=gradient,
+        freeze=freeze, seed=seed, report_to=tuple(report_to.split(",")), held_out=held_out,
+        max_steps=max_steps, augment=augment, tokenizer=tokenizer, label_column=label_column,
+    )  # fmt: skip
+    job = prepare(model, data, settings)
+    for line in warnings_of(job):
+        print(line, file=sys.stderr)
+    train(job, output, settings, progress=not quiet)
+    typer.echo(f"{finish(output, data)}; model, card and evaluation in {output}")
+
+
+def finish(folder: Path, data: Path) -> str:
+    """Measure a trained model on its hold-out, seal it and write its card; the main figure."""
+    import deqzoo
+    from deqzoo.evaluation.dispatch import evaluate_model
+    from deqzoo.evaluation.files import write_evaluation
+    from deqzoo.hub.cards import render_card
+    from deqzoo.hub.catalogue import entry, main_figure
+    from deqzoo.hub.integrity import write_checksums, write_golden
+
+    model = deqzoo.DEQModel.from_pretrained(folder)
+    content = evaluate_model(
+        model, folder.name, split="test", data=data, budget_samples=0, progress=False
+    )
+    write_evaluation(folder / "evaluation" / f"{content['data']['name']}-test.json", content)
+    write_golden(folder, model)
+    write_checksums(folder)
+    (folder / "README.md").write_text(render_card(entry(str(folder))), encoding="utf-8")
+    return main_figure(content) or "trained"

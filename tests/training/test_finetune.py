@@ -1,0 +1,261 @@
+"""Training on data of one's own from the command line, in all three families."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import deqzoo
+from deqzoo.cli import run
+from deqzoo.data import own
+from deqzoo.errors import UserError
+from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
+from deqzoo.training.finetune import Settings, with_words
+
+pytest.importorskip("datasets")
+
+COLOURS = {"blue thing": (20, 40, 220), "green thing": (30, 200, 60), "red thing": (210, 30, 40)}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_folder(folder: Path, count: int = 6, side: int = 48, mode: str = "RGB") -> Path:
+    """A folder per class of pictures in its colour."""
+    draws = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            noise = draws.integers(-30, 30, (side, side + 8, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / name / f"{number}.png")
+    return folder
+
+
+def finetuned(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    assert run(["finetune", *map(str, arguments), "--quiet"]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def lines(capsys: pytest.CaptureFixture, *arguments: object) -> list[dict]:
+    assert run([*map(str, arguments), "--json"]) == 0, capsys.readouterr().err
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_pictures(tiny_mdeq: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, output = write_folder(tmp_path / "things"), tmp_path / "tuned"
+    options = ["--max-steps", 60, "--lr", 0.01, "--no-augment", "--gradient", "jfb"]
+    options += ["--freeze", "none"]
+    printed = finetuned(capsys, tiny_mdeq, "--data", data, "--output", output, *options)
+    assert "100.00 % on things test" in printed
+    model = deqzoo.DEQModel.from_pretrained(output)
+    assert list(model.config.id2label.values()) == list(COLOURS)
+    assert model.config.gradient["name"] != "jfb"  # of training steps alone
+    content = json.loads((output / "evaluation" / "things-test.json").read_text())
+    assert content["results"]["accuracy"] == 1 and content["data"]["pictures"] == 3
+    record = json.loads((output / "run.json").read_text())
+    assert record["samples"] == 15 and record["held_out"] == 3 and record["curve"]
+    assert "things" in (output / "README.md").read_text()
+    assert not (output / "checkpoints").exists()
+    rows = lines(capsys, "classify", data, "--model", output)
+    assert [row["labels"][0]["label"] for row in rows] == [
+        Path(r["file"]).parent.name for r in rows
+    ]
+    # The hold-out is found again wherever the files lie.
+    moved = tmp_path / "elsewhere"
+    shutil.move(data, moved)
+    figures = {}
+    for split, count in (("test", 3), ("train", 15), ("all", 18)):
+        file = tmp_path / f"{split}.json"
+        arguments = ["evaluate", output, "--data", moved, "--split", split, "--output", file]
+        assert run(list(map(str, arguments))) == 0
+        figures[split] = json.loads(file.read_text())["data"]["pictures"]
+        assert figures[split] == count
+    capsys.readouterr()
+    assert run(["publish", str(output), "--repo-id", "org/things", "--dry-run"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    again = ["finetune", str(tiny_mdeq), "--data", str(moved), "--output", str(output)]
+    assert run(again) == 2 and "already holds a model" in capsys.readouterr().err
+
+
+def test_every_layout_of_pictures_gives_the_same(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "things", count=2)
+    files = sorted(folder.rglob("*.png"))
+    expected = own.load_own_pictures(folder)["train"]
+    assert expected.classes == tuple(COLOURS) and len(expected) == 6
+    with zipfile.ZipFile(tmp_path / "things.zip", "w") as archive:
+        for file in files:
+            archive.write(file, file.relative_to(folder))
+    with (tmp_path / "table.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["path", "label"])
+        writer.writerows([file.relative_to(tmp_path), file.parent.name] for file in files)
+    cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    names = [file.parent.name for file in files]
+    pq.write_table(pa.table({"image": cells, "label": names}), tmp_path / "t.parquet")
+    for source in ("things.zip", "table.csv", "t.parquet"):
+        found = own.load_own_pictures(tmp_path / source)["train"]
+        assert found.classes == expected.classes, source
+        pairs = [
+            sorted(zip(p.digests(), p.labels.tolist(), strict=True)) for p in (found, expected)
+        ]
+        assert pairs[0] == pairs[1], source
+    parted = tmp_path / "parted"
+    for split, rows in (("train", files[::2]), ("test", files[1::2])):
+        for file in rows:
+            target = parted / split / file.parent.name / file.name
+            target.parent.mkdir(parents=True)
+            shutil.copy(file, target)
+    found = own.load_own_pictures(parted)
+    assert {split: len(part) for split, part in found.items()} == {"train": 3, "test": 3}
+
+
+def test_pictures_that_cannot_be_learnt(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (8, 8)).save(flat / "a.png")
+    one = tmp_path / "one"
+    (one / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(one / "cat" / "a.png")
+    broken = write_folder(tmp_path / "broken", count=2)
+    (broken / "red thing" / "0.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("path,label\nabsent.png,cat\n")
+    (tmp_path / "bad.zip").write_text("no zip")
+    for source, said in (
+        ("flat", "at least two"),
+        ("one", "at least two"),
+        ("broken", "0.png is no picture"),
+        ("empty", "cannot read"),
+        ("absent", "no file or folder"),
+        ("bad.csv", "absent.png"),
+        ("bad.zip", "not a zip"),
+    ):
+        arguments = ["finetune", str(tiny_mdeq), "--data", str(tmp_path / source), "--quiet"]
+        assert run([*arguments, "--output", str(tmp_path / "out")]) == 2, source
+        printed = capsys.readouterr()
+        assert said in printed.err.splitlines()[-1] and "Traceback" not in printed.err, printed.err
+    for option, value in (("--freeze", "all"), ("--lr", "-1"), ("--epochs", "inf")):
+        arguments = ["finetune", str(tiny_mdeq), "--data", str(broken), option, value]
+        assert run([*arguments, "--output", str(tmp_path / "out")]) == 2
+        assert option[2:] in capsys.readouterr().err
+
+
+def test_a_frozen_backbone_stays(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:
+    data, output = write_folder(tmp_path / "things", mode="L"), tmp_path / "tuned"
+    options = ["--max-steps", 3, "--freeze", "backbone"]
+    finetuned(capsys, tiny_mdeq, "--data", data, "--output", output, *options)
+    before = deqzoo.DEQModel.from_pretrained(tiny_mdeq).state_dict()
+    after = deqzoo.DEQModel.from_pretrained(output).state_dict()
+    same = {
+        n for n in after if before[n].shape == after[n].shape and torch.equal(before[n], after[n])
+    }
+    assert {n for n in after if n.startswith("mdeq.")} <= same
+    assert not any(name.startswith("classifier") for name in same)
+
+
+WORDS = ["<eos>", "the", "<unk>", ",", ".", "dog", "cat", "saw"]
+
+
+def tiny_text(folder: Path, cutoffs: tuple[int, ...] = ()) -> Path:
+    torch.manual_seed(0)
+    config = deqzoo.DEQTransformerConfig(
+        vocab_size=len(WORDS), d_model=16, d_embed=16, n_head=2, d_inner=16, tgt_len=8,
+        cutoffs=list(cutoffs), tie_projections=[True] * (len(cutoffs) + 1),
+    )  # fmt: skip
+    deqzoo.DEQTransformerForCausalLM(config).save_pretrained(folder)
+    build_tokenizer(WORDS, "wikitext").save_pretrained(folder)
+    return folder
+
+
+def test_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base, output = tiny_text(tmp_path / "base"), tmp_path / "tuned"
+    file = tmp_path / "notes.txt"
+    file.write_text("The dog saw the cat.\nthe cat saw the horse.\n" * 30)
+    options = ["--max-steps", 80, "--lr", 0.03, "--tokenizer", "extend"]
+    printed = finetuned(capsys, base, "--data", file, "--output", output, *options)
+    assert "perplexity" in printed and "notes test" in printed
+    (before,) = lines(capsys, "perplexity", file, "--model", base)
+    (after,) = lines(capsys, "perplexity", file, "--model", output)
+    assert before["unknown_share"] > 0 and after["unknown_share"] == 0
+    assert after["perplexity"] < 0.85 * before["perplexity"]
+    content = json.loads((output / "evaluation" / "notes-test.json").read_text())
+    assert content["data"]["tokens"] == 6 * 7  # the last tenth of the lines
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "other.txt").write_text("the dog .\n")
+    arguments = [
+        "evaluate",
+        str(output),
+        "--data",
+        str(folder),
+        "--output",
+        str(tmp_path / "e.json"),
+    ]
+    assert run(arguments) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["data"]["tokens"] == 4
+
+
+@pytest.mark.parametrize("cutoffs", ((), (4,)))
+def test_known_words_keep_their_vectors(tmp_path: Path, cutoffs: tuple[int, ...]) -> None:
+    model = deqzoo.DEQModel.from_pretrained(tiny_text(tmp_path / "base", cutoffs))
+    from deqzoo.evaluation.text import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    wider, words = with_words(model, tokenizer, ["the horse saw a horse"], "extend")
+    assert len(words) == len(WORDS) + 2 and words.get_vocab()["horse"] == len(WORDS)
+    ids = torch.tensor([[1, 5, 7, 6]])
+    with torch.no_grad():
+        states = [m.transformer(ids).last_hidden_state for m in (model, wider)]
+    torch.testing.assert_close(states[0], states[1])
+    if cutoffs:
+        with pytest.raises(UserError, match="extend"):
+            with_words(model, tokenizer, ["horse"], "build")
+    else:
+        built, own_words = with_words(model, tokenizer, ["the horse"], "build")
+        assert set(own_words.get_vocab()) == {"<eos>", "<unk>", "the", "horse"}
+        assert built.config.vocab_size == 4
+
+
+def test_graphs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data_class = pytest.importorskip("torch_geometric.data").Data
+    torch.manual_seed(0)
+    config = deqzoo.IGNNConfig(num_features=5, hidden_sizes=[8], num_labels=3)
+    base, output = tmp_path / "base", tmp_path / "tuned"
+    deqzoo.IGNNForGraphClassification(config).save_pretrained(base)
+    graphs = []
+    for number in range(40):
+        kind, n = number % 2, 4 + number % 5
+        pairs = [(i, (i + 1) % n) for i in range(n)]
+        edges = torch.tensor(pairs + [(b, a) for a, b in pairs]).T
+        x = torch.eye(2)[[kind] * n] + 0.01 * number
+        graphs.append(data_class(x=x, edge_index=edges, y=torch.tensor([3 + 4 * kind])))
+    torch.save(graphs, tmp_path / "rings.pt")
+    options = ["--max-steps", 60, "--lr", 0.01]
+    printed = finetuned(capsys, base, "--data", tmp_path / "rings.pt", "--output", output, *options)
+    assert "100.00 % on rings test" in printed
+    rows = lines(capsys, "predict-graphs", output, tmp_path / "rings.pt")
+    assert [row["label"] for row in rows] == ["3", "7"] * 20
+    assert all(row["target"] == row["label"] for row in rows)
+    content = json.loads((output / "evaluation" / "rings-test.json").read_text())
+    assert content["results"]["samples"] == 8
+    model = deqzoo.DEQModel.from_pretrained(output)
+    assert model.config.graph_encoding["classes"] == [3, 7]
+
+
+def test_settings_are_checked() -> None:
+    for wrong in ({"freeze": "all"}, {"tokenizer": "new"}, {"held_out": 1.0}, {"epochs": 0.0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            Settings(**wrong)
