@@ -14,6 +14,7 @@ import json
 import random
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -27,7 +28,16 @@ from torch import Tensor
 from deqzoo.data.images import Pictures
 from deqzoo.data.lines import Fragment, read_lines, text_files
 from deqzoo.data.shards import parquet_shards
+from deqzoo.data.text import (
+    END,
+    UNKNOWN,
+    Corpus,
+    TextSource,
+    count_vocabulary,
+    encode_rows,
+)
 from deqzoo.errors import UserError
+from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 from deqzoo.zoo import read_json
 
@@ -321,6 +331,31 @@ def stratified(
     return sorted(train), sorted(held_out)
 
 
+def divide_own(
+    found: dict[str, OwnPictures], share: float = HELD_OUT, seed: int = 0
+) -> tuple[OwnPictures, OwnPictures]:
+    """Pictures to train on and hold-out: stored splits where there are two, else stratified.
+
+    Raises:
+        UserError: fewer than two classes, or no class with two pictures.
+    """
+    if "train" not in found:
+        raise UserError(f"the data have no split to train on, but {', '.join(found)}")
+    training = found["train"]
+    if len(training.labels.unique()) < 2:
+        raise UserError(
+            f"{training.name} holds pictures of {len(training.labels.unique())} class; at least "
+            "two are needed, a folder for each"
+        )
+    other = next((found[split] for split in ("validation", "test") if split in found), None)
+    if other is not None and len(other):
+        return training, other
+    rows, held_out = stratified(training.labels, share, seed)
+    if not held_out:
+        raise UserError(f"{training.name} has one picture of each class; give at least two")
+    return training.part(rows, "train"), training.part(held_out, "test")
+
+
 def write_record(folder: Path, content: dict[str, Any]) -> None:
     """Store beside the weights what a model was trained on."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -441,6 +476,50 @@ def _whole_lines(pieces: Iterator[str]) -> Iterator[str]:
             line = ""
     if line:
         yield line
+
+
+def own_corpus(
+    path: str | Path, *, column: str | None = None, min_count: int = 1
+) -> tuple[Corpus, dict[str, Any]]:
+    """A text of one's own as a corpus with its own vocabulary, and its record.
+
+    The last tenth of the lines is the validation split, and the test split. Words that the lines to
+    train on hold less than `min_count` times are `<unk>`.
+
+    Args:
+        path: see `load_own_text`.
+        column: of a table.
+        min_count: how often a word must occur.
+
+    Raises:
+        UserError: no text, or no word in one of its parts.
+    """
+    text = load_own_text(path, column)
+    training, held_out = text.divided()
+    rows = {
+        split: prepare_text("\n".join(lines), (), "wikitext").text.split("\n")
+        for split, lines in (("train", training), ("validation", held_out))
+    }
+    counts = Counter(word for row in rows["train"] for word in row.split())
+    kept = [word for word in count_vocabulary(rows["train"]) if counts[word] >= min_count]
+    vocabulary = [END, UNKNOWN, *(word for word in kept if word not in (END, UNKNOWN))]
+    index = {word: number for number, word in enumerate(vocabulary)}
+    streams = {}
+    for split, part in rows.items():
+        if not any(row.split() for row in part):
+            raise UserError(f"{text.name} holds no word in its {split} part")
+        encoded = [i for row in encode_rows(part, index, index[UNKNOWN]) for i in row]
+        streams[split] = torch.tensor(encoded, dtype=torch.int32)
+    streams["test"] = streams["validation"]
+    source = TextSource(
+        name=text.name, title=text.name, repository="", folder="", column="text", lowercase=False,
+        counted=("train",), tokens={split: len(stream) for split, stream in streams.items()},
+        vocabulary_size=len(vocabulary),
+    )  # fmt: skip
+    record = {
+        "kind": "text", "name": text.name, "lines": len(training), "train": text_digest(training),
+    }  # fmt: skip
+    return Corpus(source, tuple(vocabulary), streams), record
 
 
 def text_digest(lines: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -9,6 +10,26 @@ from transformers import TrainingArguments
 from deqzoo.equilibrium import make_gradient, make_solver
 from deqzoo.errors import UserError
 from deqzoo.training.recipe import Jacobian
+
+
+def check_report_to(names: Sequence[str]) -> list[str]:
+    """Names for `TrainingArguments.report_to`, "none" where there are none.
+
+    Raises:
+        UserError: an unknown one, or one whose package is not installed.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    ready = get_available_reporting_integrations()
+    for name in names:
+        if name in ("none", "all") or name in ready:
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"report_to: unknown {name!r}; known are {known}")
+        raise UserError(f"report_to: {name} is not installed: pip install {name}")
+    return list(names) or ["none"]
 
 
 @dataclass

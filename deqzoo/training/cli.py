@@ -69,11 +69,18 @@ def train(
     if _of_nodes(recipe):
         _nodes(recipe, data, output, resume, accept_changes, dry_run, max_steps, seed, quiet)
         return
+    from deqzoo.training.own_graphs import GraphRecipe
+
+    if GraphRecipe.describes(recipe):
+        _graphs(recipe, data, output, dry_run, seed, quiet)
+        return
+    from deqzoo.training.arguments import check_report_to
     from deqzoo.training.clock import seconds_of
     from deqzoo.training.recipe import load_recipe, with_seed
     from deqzoo.training.run import build_task, leave_process_group, run_recipe
 
     loaded = load_recipe(recipe)
+    check_report_to(loaded.report_to)
     if seed is not None:
         loaded = with_seed(loaded, seed)
     if time_budget is not None:
@@ -111,6 +118,22 @@ def _queue(
     if not show:
         queue.work(entries, runs, data, threads, accept_changes)
         typer.echo(queue.render(entries, runs))
+
+
+def _graphs(
+    path: Path, data: Path | None, output: Path | None, dry_run: bool, seed: int | None, quiet: bool
+) -> None:
+    """Train a graph classifier on graphs of one's own."""
+    from deqzoo.training import own_graphs
+
+    recipe = own_graphs.GraphRecipe.read(path)
+    if seed is not None:
+        recipe = replace(recipe, seed=seed, name=f"{recipe.name}-s{seed}")
+    if dry_run:
+        typer.echo(json.dumps(own_graphs.describe(recipe, data), indent=2))
+        return
+    out = output or Path("runs") / recipe.name
+    typer.echo(f"weights in {own_graphs.train_graphs(recipe, data, out, progress=not quiet)}")
 
 
 def _of_nodes(recipe: Path) -> bool:

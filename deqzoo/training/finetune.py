@@ -32,7 +32,7 @@ from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
     prepare_text,
     text_style,
 )
-from deqzoo.training.arguments import DEQTrainingArguments
+from deqzoo.training.arguments import DEQTrainingArguments, check_report_to
 from deqzoo.training.graphs import class_settings
 from deqzoo.training.images import augment
 from deqzoo.training.norms import freeze_batch_norm
@@ -204,7 +204,7 @@ def train(job: Job, output: str | Path, settings: Settings, *, progress: bool = 
         load_best_model_at_end=True,
         metric_for_best_model="eval_score" if job.accuracy else "eval_loss",
         greater_is_better=job.accuracy,
-        report_to=list(settings.report_to),
+        report_to=check_report_to(settings.report_to),
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=False,
@@ -245,6 +245,9 @@ def train(job: Job, output: str | Path, settings: Settings, *, progress: bool = 
         ],
     }  # fmt: skip
     (output / "run.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    logs = output / "checkpoints" / "runs"  # of TensorBoard
+    if logs.is_dir():
+        shutil.move(logs, output / "runs")
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     (output / "begun.json").unlink(missing_ok=True)
     return output
@@ -355,36 +358,11 @@ class _HeldOut(Dataset):
         return {"pixel_values": self.prepared[row], "labels": self.pictures.labels[row]}
 
 
-def divided(
-    found: dict[str, own.OwnPictures], settings: Settings
-) -> tuple[own.OwnPictures, own.OwnPictures]:
-    """Pictures to train on and hold-out: stored splits where there are two, else stratified.
-
-    Raises:
-        UserError: fewer than two classes, or no class with two pictures.
-    """
-    if "train" not in found:
-        raise UserError(f"the data have no split to train on, but {', '.join(found)}")
-    training = found["train"]
-    if len(training.labels.unique()) < 2:
-        raise UserError(
-            f"{training.name} holds pictures of {len(training.labels.unique())} class; at least "
-            "two are needed, a folder for each"
-        )
-    other = next((found[split] for split in ("validation", "test") if split in found), None)
-    if other is not None and len(other):
-        return training, other
-    rows, held_out = own.stratified(training.labels, settings.held_out, settings.seed)
-    if not held_out:
-        raise UserError(f"{training.name} has one picture of each class; give at least two")
-    return training.part(rows, "train"), training.part(held_out, "test")
-
-
 def _pictures(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job:
     from deqzoo.evaluation.classify import load_processor
 
     found = own.load_own_pictures(data, label_column=settings.label_column)
-    training, held_out = divided(found, settings)
+    training, held_out = own.divide_own(found, settings.held_out, settings.seed)
     names = training.classes
     model = load(
         num_labels=len(names),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,21 @@ from transformers import PreTrainedModel
 from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
 from deqzoo.data.images import SPLIT_SEED, ImageSource, Pictures, divide
+from deqzoo.data.own import divide_own, load_own_pictures, write_record
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan, Probe, build_config, check_options
+from deqzoo.training.task import Plan, Probe, build_config, check_options, own_path
 
 AREA = (0.08, 1.0)
 """Share of a picture that random resized crops take where a recipe does not say."""
 ASPECT = (3 / 4, 4 / 3)
 """Their width / height."""
 LOADERS = {"cifar10": load_cifar10, "imagenette": load_imagenette}
+OWN = "imagefolder"
+"""Name of pictures of one's own in a recipe."""
 PATCHES = 2000 * 32 * 32
 """About how many patches the whitening filters are computed from."""
 SOURCES = {"cifar10": CIFAR10, "imagenette": IMAGENETTE}
@@ -45,7 +49,9 @@ class ImageClassificationTask:
     ) -> None:
         self.recipe = recipe
         self._check_augmentation(recipe.augment)
+        self.record: dict[str, Any] | None = None
         self.training, self.validation = self._load(data, stand_in)
+        self._check_sizes()
         self.config = self._config()
         self.processor = MDEQImageProcessor.for_config(self.config)
         self.mean = torch.tensor(self.processor.image_mean).reshape(1, 3, 1, 1)
@@ -60,13 +66,44 @@ class ImageClassificationTask:
     ) -> tuple[Pictures, Pictures]:
         """Training and validation part."""
         name, options = self.recipe.data.name, self.recipe.data.options
+        if name == OWN:
+            return self._load_own(data)
         if name not in LOADERS:
-            raise UserError(f"unknown image data set {name!r}; choose {', '.join(LOADERS)}")
+            raise UserError(f"unknown image data set {name!r}; choose {', '.join((*LOADERS, OWN))}")
         check_options(LOADERS[name], options)
         if stand_in:
             return stand_in_pictures(SOURCES[name], options.get("size"))
         whole = LOADERS[name]("train+validation", data, **options)
         return divide(whole, SOURCES[name], options.get("seed", SPLIT_SEED))
+
+    def _load_own(self, data: str | os.PathLike[str] | None) -> tuple[Pictures, Pictures]:
+        """Pictures of one's own; the validation part is a stored split, or a fifth of each class.
+
+        Raises:
+            UserError: nobody says where they are, or they cannot be learnt.
+        """
+        path = own_path(self.recipe, data)
+        check_options(_own_options, self.recipe.data.options)
+        options = {"size": 64, "seed": 0, **self.recipe.data.options}
+        training, held_out = divide_own(load_own_pictures(path), seed=options["seed"])
+        if len(training) < self.recipe.batch_size * self.recipe.accumulate:
+            raise UserError(
+                f"a step takes {self.recipe.batch_size * self.recipe.accumulate} pictures, but "
+                f"{path} has {len(training)} to train on: use a smaller batch_size"
+            )
+        self.record = {"kind": "pictures", "name": training.name, "train": training.digests()}
+        return training.in_memory(options["size"]), held_out.in_memory(options["size"])
+
+    def _check_sizes(self) -> None:
+        """Refuse crops and squares that are larger than the pictures."""
+        side = min(self.training.pixels.shape[-2:])
+        for key, most in (("crop", side - 1), ("cutout", side)):
+            value = self.recipe.augment.get(key, 0)
+            if value > most:
+                raise UserError(
+                    f"augment.{key} must be at most {most} for pictures of {side} pixels, got "
+                    f"{value}"
+                )
 
     def _config(self) -> MDEQConfig:
         names = self.training.classes
@@ -193,6 +230,8 @@ class ImageClassificationTask:
 
     def save_processor(self, folder: str) -> None:
         self.processor.save_pretrained(folder)
+        if self.record is not None:
+            write_record(Path(folder), self.record)
 
 
 class ResidentPictures:
@@ -228,6 +267,10 @@ class ResidentPictures:
     def tensors(self) -> list[Tensor]:
         """What steps leave behind: nothing."""
         return []
+
+
+def _own_options(path: str, *, size: int = 64, seed: int = 0) -> None:
+    """Options of pictures of one's own: the side at which they are kept, the hold-out's seed."""
 
 
 def stand_in_pictures(source: ImageSource, side: int | None = None) -> tuple[Pictures, Pictures]:

@@ -46,6 +46,9 @@ class LazyImageClassificationTask(ImageClassificationTask):
     def _check_augmentation(self, options: dict[str, Any]) -> None:
         check_augmentation(options, ("area", "aspect", "flip"), flips=("random",))
 
+    def _check_sizes(self) -> None:
+        pass  # no such augmentation
+
     def _load(
         self, data: str | os.PathLike[str] | None, stand_in: bool
     ) -> tuple[LazyPictures, LazyPictures]:

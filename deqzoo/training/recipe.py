@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -20,10 +22,14 @@ from deqzoo.training.clock import seconds_of
 
 @dataclass(frozen=True)
 class Data:
-    """The data set; splits are fixed by the data modules of the package."""
+    """The data set; splits are fixed by the data modules of the package.
+
+    `imagefolder`, `text` and `graphs` are data of one's own, which lie at `path`.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,7 @@ class Recipe:
     checkpoint_minutes: float = 5.0
     time_budget: str = ""
     budget_pflop: float | None = None
+    report_to: tuple[str, ...] = ()
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,6 +184,20 @@ def recorded_recipe(record: Any) -> Recipe | None:
         return None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that a mapping holds twice, of which YAML's own loader keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"the key {key.value} stands twice, again in line {line}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The content of a recipe's file.
 
@@ -184,10 +205,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
         UserError: no such file, no YAML, or no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
@@ -216,8 +237,13 @@ def _derive(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(gradients, list) or len(gradients) != len(stages):
         raise ValueError(f"gradients must be a list of {len(stages)}, one for each stage of base")
     for stage, gradient in zip(stages, gradients, strict=True):
+        if not isinstance(stage, dict):
+            raise ValueError(f"base {change['base']} has a stage that is no mapping")
         stage["gradient"] = gradient
-    content["model"].setdefault("overrides", {})["gradient"] = gradients[-1]
+    model = content.get("model")
+    if not isinstance(model, dict) or not isinstance(model.setdefault("overrides", {}), dict):
+        raise ValueError(f"base {change['base']} has no mapping model with overrides")
+    model["overrides"]["gradient"] = gradients[-1]
     for key in ("name", "budget_pflop", "note"):
         content.pop(key, None)
         if key in change:
@@ -232,7 +258,7 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
 
 #: Smallest values of numbers, by the kind of settings that holds them.
 _AT_LEAST: dict[type, dict[str, float]] = {
-    Recipe: {"batch_size": 1, "accumulate": 1, "checkpoint_minutes": 0},
+    Recipe: {"batch_size": 1, "accumulate": 1, "checkpoint_minutes": 0, "seed": 0},
     Optimizer: {"lr": 0, "other_lr": 0, "weight_decay": 0, "clip": 0},
     Schedule: {"warmup": 0, "final": 0},
     Jacobian: {"weight": 0, "every": 1, "probes": 1, "difference": 0},
@@ -256,7 +282,22 @@ def _check_numbers(settings: Any, place: str = "") -> None:
             raise ValueError(f"{_join(place, key)} must be in [0, 1), got {value}")
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that is no name of a folder.
+
+    Raises:
+        ValueError: an empty one, or one with other characters than letters, digits, _ . and -.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"name names a folder: letters, digits, _, . and - only, got {name!r}")
+
+
 def _check(recipe: Recipe) -> None:
+    check_name(recipe.name)
+    if recipe.seed >= 2**32:
+        raise ValueError(f"seed must be below 2^32, got {recipe.seed}")
+    if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
+        raise ValueError(f"optimizer.betas must be in [0, 1), got {list(recipe.optimizer.betas)}")
     if recipe.model.family != _FAMILIES[recipe.task]:
         raise ValueError(
             f"model.family of task {recipe.task} must be {_FAMILIES[recipe.task]}, "
@@ -318,7 +359,7 @@ def from_plain(kind: Any, value: Any, place: str) -> Any:
             raise TypeError(f"{place or 'the recipe'} must be a mapping, got {value!r}")
         hints = get_type_hints(kind)
         known = {f.name: f for f in dataclasses.fields(kind)}
-        unknown = sorted(set(value) - set(known))
+        unknown = sorted(set(value) - set(known), key=str)
         if unknown:
             raise ValueError(
                 f"unknown key {_join(place, unknown[0])}; valid keys are {', '.join(known)}"
@@ -362,9 +403,11 @@ def _scalar(kind: type, value: Any, place: str) -> Any:
         except ValueError:
             pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"{place} must be of type {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{place} must be finite, got {value}")
     return value
 
 

@@ -29,6 +29,7 @@ from deqzoo.data.imagenet import IMAGENET
 from deqzoo.errors import UserError
 from deqzoo.files import mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
+from deqzoo.training.arguments import check_report_to
 from deqzoo.training.callbacks import (
     AverageCallback,
     CheckpointClock,
@@ -380,7 +381,7 @@ def _trainer(
         logging_nan_inf_filter=False,
         save_strategy="no",
         eval_strategy="no",
-        report_to="none",
+        report_to=check_report_to(recipe.report_to),
         remove_unused_columns=False,
         disable_tqdm=not progress,
         dataloader_num_workers=0,

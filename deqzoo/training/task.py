@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,6 +203,18 @@ def check_options(load: Callable[..., Any], options: Mapping[str, Any]) -> None:
             raise UserError(f"unknown key data.options.{name}; valid keys are {', '.join(known)}")
         if isinstance(parameters[name].default, int) and (type(value) is not int or value < 0):
             raise UserError(f"data.options.{name} must be a whole number, got {value!r}")
+
+
+def own_path(recipe: Recipe, data: str | os.PathLike[str] | None) -> str:
+    """Where data of one's own are: --data, else the recipe's `data.path`.
+
+    Raises:
+        UserError: neither says.
+    """
+    path = recipe.data.path if data is None else str(data)
+    if not path:
+        raise UserError(f"say where the {recipe.data.name} is: data.path in the recipe, or --data")
+    return path
 
 
 def _running_sum(lengths: Sequence[int]) -> tuple[int, ...]:

@@ -6,20 +6,24 @@ import math
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deqzoo.data.own import own_corpus, write_record
 from deqzoo.data.text import Corpus, TextSource, batch_streams, load_corpus, source_of
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 from deqzoo.models.deq_transformer.modeling_deq_transformer import DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
 from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan, Probe, build_config, check_options
+from deqzoo.training.task import Plan, Probe, build_config, check_options, own_path
 
+OWN = "text"
+"""Name of a text of one's own in a recipe."""
 VALIDATION_STREAMS = 10
 
 
@@ -46,9 +50,14 @@ class LanguageModelingTask:
             if getattr(recipe, key):
                 raise UserError(f"{key} is no setting of language modelling; remove it")
         self.forget = _forget_share(recipe.augment)
-        check_options(load_corpus, recipe.data.options)
+        own = recipe.data.name == OWN
+        check_options(own_corpus if own else load_corpus, recipe.data.options)
         self.recipe = recipe
-        if stand_in:
+        self.record: dict[str, Any] | None = None
+        if own:
+            path = own_path(recipe, data)
+            self.corpus, self.record = own_corpus(path, **recipe.data.options)
+        elif stand_in:
             self.corpus = stand_in_corpus(source_of(recipe.data.name))
         else:
             self.corpus = load_corpus(recipe.data.name, data, **recipe.data.options)
@@ -189,6 +198,8 @@ class LanguageModelingTask:
     def save_processor(self, folder: str) -> None:
         style = "ptb" if self.corpus.source.lowercase else "wikitext"
         build_tokenizer(self.corpus.vocabulary, style).save_pretrained(folder)
+        if self.record is not None:
+            write_record(Path(folder), self.record)
 
 
 class ResidentText:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import deqzoo
@@ -259,3 +260,119 @@ def test_settings_are_checked() -> None:
     for wrong in ({"freeze": "all"}, {"tokenizer": "new"}, {"held_out": 1.0}, {"epochs": 0.0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             Settings(**wrong)
+
+
+def scratch(tmp_path: Path, content: dict, capsys: pytest.CaptureFixture) -> Path:
+    """Train a recipe from nothing; the folder of the model."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    assert run(["train", str(recipe), "--dry-run"]) == 0, capsys.readouterr().err
+    arguments = ["train", str(recipe), "--output", str(tmp_path / "run"), "--quiet"]
+    assert run(arguments) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    return tmp_path / "run" / "model"
+
+
+def evaluated(model: Path, data: Path, tmp_path: Path) -> dict:
+    file = tmp_path / "evaluation.json"
+    arguments = ["evaluate", model, "--data", data, "--output", file]
+    assert run(list(map(str, arguments))) == 0
+    return json.loads(file.read_text())
+
+
+def test_pictures_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = write_folder(tmp_path / "things", count=10, side=20, mode="L")
+    content = {
+        "name": "own",
+        "task": "image-classification",
+        "data": {"name": "imagefolder", "path": str(data), "options": {"size": 16}},
+        "model": {
+            "family": "mdeq",
+            "preset": "mdeq-phantom-cifar-small",
+            "overrides": {
+                "channels": [8, 8], "head_channels": [4, 4], "final_channels": 16, "expansion": 1,
+                "num_groups": 2, "image_size": 16,
+            },
+        },
+        "optimizer": {"name": "adamw", "lr": 0.005},
+        "batch_size": 8,
+        "evaluation": {"snapshots": 0},
+        "stages": [{"epochs": 2, "solver": {"name": "anderson", "max_steps": 3}}],
+        "report_to": ["tensorboard"],
+    }  # fmt: skip
+    model = scratch(tmp_path, content, capsys)
+    record = evaluated(model, data, tmp_path)
+    assert record["data"]["pictures"] == 6 and record["data"]["name"] == "things"
+    assert list(deqzoo.DEQModel.from_pretrained(model).config.id2label.values()) == list(COLOURS)
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_text_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("The dog saw the cat.\nA cat-dog saw 1,000 horses.\n" * 50)
+    content = {
+        "name": "own",
+        "task": "language-modeling",
+        "data": {"name": "text", "path": str(file)},
+        "model": {
+            "family": "deq_transformer",
+            "preset": "deq-transformer-wikitext2",
+            "overrides": {
+                "d_model": 16, "d_embed": 16, "n_head": 2, "d_inner": 16, "tgt_len": 8,
+                "mem_len": 8, "local_size": 8, "cutoffs": [], "tie_projections": [True],
+            },
+        },
+        "optimizer": {"name": "adamw", "lr": 0.01},
+        "batch_size": 4,
+        "evaluation": {"snapshots": 0},
+        "stages": [{"epochs": 2, "solver": {"name": "anderson", "max_steps": 3}}],
+    }  # fmt: skip
+    model = scratch(tmp_path, content, capsys)
+    record = evaluated(model, file, tmp_path)
+    assert record["data"]["tokens"] == 5 * (7 + 11) and record["data"]["unknown_share"] == 0
+    (row,) = lines(capsys, "perplexity", file, "--model", model)
+    assert row["unknown_share"] == 0
+
+
+def test_graphs_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data_class = pytest.importorskip("torch_geometric.data").Data
+    edges = torch.tensor([[0, 1], [1, 0]])
+    graphs = [
+        data_class(x=torch.eye(3)[[i % 2, 2]], edge_index=edges, y=torch.tensor([i % 2]))
+        for i in range(30)
+    ]
+    for i, graph in enumerate(graphs):
+        graph.x = graph.x + 0.001 * i
+    torch.save(graphs, tmp_path / "pairs.pt")
+    content = {
+        "name": "own",
+        "task": "graph-classification",
+        "data": {"name": "graphs", "path": str(tmp_path / "pairs.pt")},
+        "model": {"hidden_sizes": [8], "dropout": 0.0},
+        "epochs": 20,
+        "lr": 0.02,
+        "report_to": ["tensorboard"],
+    }
+    model = scratch(tmp_path, content, capsys)
+    record = evaluated(model, tmp_path / "pairs.pt", tmp_path)
+    assert record["results"]["accuracy"] == 1 and record["results"]["samples"] == 6
+    for change in (
+        {"name": "a/b"},
+        {"data": {"name": "graphs"}},
+        {"model": {"width": 3}},
+        {"x": 1},
+    ):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({**content, **change}))
+        assert run(["train", str(recipe), "--dry-run"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_reports_go_where_the_user_says(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:
+    data, output = write_folder(tmp_path / "things"), tmp_path / "tuned"
+    options = ["--max-steps", 2, "--report-to", "tensorboard"]
+    finetuned(capsys, tiny_mdeq, "--data", data, "--output", output, *options)
+    assert list(output.rglob("events.out.tfevents*"))
+    arguments = ["finetune", str(tiny_mdeq), "--data", str(data), "--output", str(tmp_path / "x")]
+    assert run([*arguments, "--report-to", "nobody"]) == 2
+    assert "report_to: unknown 'nobody'" in capsys.readouterr().err

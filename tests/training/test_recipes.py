@@ -324,3 +324,52 @@ def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
     (tmp_path / "zoo" / "z").mkdir()
     (tmp_path / "zoo" / "z" / "training.json").write_text((folder / "training.json").read_text())
     assert state_with({**stored, "seed": 5}) == "waiting"  # though z descends from another x
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("stages", 0, "epochs"), float("nan"), "finite"),
+        (("stages", 0, "epochs"), float("inf"), "finite"),
+        (("optimizer", "lr"), float("inf"), "finite"),
+        (("optimizer", "betas"), [2, 3], "betas"),
+        (("seed",), -3, "seed"),
+        (("seed",), 2**32, "seed"),
+        (("name",), "", "name"),
+        (("name",), "../../evil", "name"),
+        (("augment",), {"crop": 4000}, "augment.crop"),
+        (("augment",), {"cutout": 33}, "augment.cutout"),
+        (("report_to",), ["nobody"], "report_to"),
+        (("data",), {"name": "imagefolder"}, "data.path"),
+        (("data",), {"name": "imagefolder", "path": "absent"}, "no file or folder"),
+        (("data",), {"name": "imagefolder", "path": ".", "options": {"side": 3}}, "side"),
+    ],
+    ids=str,
+)
+def test_values_that_were_taken_in_silence(tmp_path, capsys, place, value, said):
+    content = copy.deepcopy(MINIMAL)
+    target = content
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    assert run(["train", str(write(tmp_path, content)), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path, capsys):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL) + "batch_size: 7\n")
+    assert run(["train", str(path), "--dry-run"]) == 2
+    assert "batch_size stands twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["stages: [{epochs: 1}]\nmodel: 3\n", "stages: [3]\nmodel: {}\n", "stages: 3\n", "[" * 3000],
+    ids=["model", "stage", "stages", "depth"],
+)
+def test_bases_of_another_kind(tmp_path, capsys, base):
+    (tmp_path / "base.yaml").write_text(base)
+    path = write(tmp_path, "base: base.yaml\nname: x\ngradients: [{name: jfb}]\n")
+    assert run(["train", str(path), "--dry-run"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
