@@ -189,13 +189,17 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Official state dict (.safetensors or pickle).")],
     config: Annotated[str, typer.Option(help="Configuration as JSON file, or a preset's name.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Which weights of a file that holds several, as in model_ema."),
+    ] = None,
 ) -> None:
     """Turn an official state dict into a folder that from_pretrained loads."""
     name = family.replace("-", "_")
     module = f"deqzoo.models.{name}.convert_{name}"
     if name not in deqzoo.models.auto.FAMILIES or importlib.util.find_spec(module) is None:
         raise UserError(f"unknown family {family!r}; the families are mdeq, deq-transformer, ignn")
-    importlib.import_module(module).convert(source, config, output)
+    importlib.import_module(module).convert(source, config, output, weights)
     typer.echo(f"written to {output}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import pickle
 import re
@@ -19,20 +20,40 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Where training scripts put the state dict beside their own counters."""
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint file, without the prefix of data-parallel training.
+def read_state_dict(path: Path, weights: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint file, without prefixes that wrappers of modules add.
 
     Args:
         path: `.safetensors`, or a pickle, which is read with `weights_only=True`; the state dict
             itself, or under "state_dict", "model_state_dict" or "model".
+        weights: the key of the state dict, where a file has several (weights and their average).
 
     Raises:
-        UserError: the file is missing, damaged, unsafe, or holds no state dict.
+        UserError: the file is missing, damaged, unsafe, holds no state dict or several, or weights
+            that are no finite floating-point numbers.
     """
     content = _load(path)
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    while isinstance(content, Mapping) and not _is_state_dict(content):
+        candidates = [
+            str(key)
+            for key, value in content.items()
+            if isinstance(value, Mapping) and (key in _WRAPPERS or _holds_weights(value))
+        ]
+        if weights is not None:
+            if weights not in content or not isinstance(content[weights], Mapping):
+                raise UserError(
+                    f"{path} has no weights {weights!r}; it has {', '.join(candidates) or 'none'}"
+                )
+            content, weights = content[weights], None
+            continue
+        if len(candidates) > 1:
+            raise UserError(
+                f"{path} holds several state dicts: choose one with --weights "
+                f"({', '.join(candidates)})"
+            )
+        if not candidates or candidates[0] not in _WRAPPERS:
+            break
+        content = content[candidates[0]]
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
@@ -40,9 +61,56 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} holds no state dict (names with tensors), nor one under "
             f"{', '.join(map(repr, _WRAPPERS))}"
         )
+    if weights is not None:
+        raise UserError(f"{path} is a state dict itself; leave --weights out")
     if not content:
         raise UserError(f"{path} holds an empty state dict")
-    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+    # Other tensors lie beside those with the prefix "sd.", see `without_companions`.
+    companions = any(key.startswith("sd.") for key in content)
+    result: dict[str, Tensor] = {}
+    for key, tensor in content.items():
+        name = _PREFIXES.sub("", key)
+        if name in result:
+            raise UserError(f"{path} holds {name} twice, with and without a prefix ({key})")
+        if key.startswith("sd.") or not companions:
+            _check_tensor(path, key, tensor)
+        result[name] = tensor
+    return result
+
+
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
+"""Of data-parallel training and of `torch.compile`."""
+
+
+def _is_state_dict(content: Mapping[Any, Any]) -> bool:
+    return bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def _holds_weights(content: Mapping[Any, Any]) -> bool:
+    return _is_state_dict(content) and all(isinstance(key, str) for key in content)
+
+
+def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:
+    """Refuse weights that are no finite floating-point numbers; counters are whole numbers."""
+    if not tensor.is_floating_point():
+        if key.endswith("num_batches_tracked"):
+            return
+        raise UserError(f"{key} in {path} holds {tensor.dtype}, no floating-point weights")
+    if not bool(tensor.isfinite().all()):
+        raise UserError(f"{key} in {path} holds NaN or infinite values: the training diverged")
+
+
+def check_settings(values: Mapping[str, Any], known: Iterable[str], path: str | Path) -> None:
+    """Refuse a setting whose name is nearly one that is known; others may belong to other tools.
+
+    Raises:
+        UserError: with the name that was probably meant.
+    """
+    names = list(known)
+    for key in values:
+        near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.85)
+        if key not in names and near and near[0] not in values:
+            raise UserError(f"{path}: unknown setting {key!r}; did you mean {near[0]!r}?")
 
 
 def _load(path: Path) -> Any:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from deqzoo.errors import UserError
-from deqzoo.models.convert import output_folder, read_settings, read_state_dict
+from deqzoo.models.convert import check_settings, output_folder, read_settings, read_state_dict
 
 TENSORS = {"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.bias": torch.zeros(2)}
 
@@ -67,6 +67,52 @@ def test_files_without_a_state_dict(tmp_path):
     for missing in (tmp_path / "absent.pth", tmp_path):
         with pytest.raises(UserError, match="no checkpoint file"):
             read_state_dict(missing)
+
+
+def test_compiled_and_parallel_prefixes_are_stripped(tmp_path):
+    source = tmp_path / "weights.pth"
+    torch.save({f"module._orig_mod.{key}": value for key, value in TENSORS.items()}, source)
+    assert list(read_state_dict(source)) == list(TENSORS)
+    torch.save(TENSORS | {"_orig_mod.layer.bias": torch.ones(2)}, source)
+    with pytest.raises(UserError, match="layer.bias twice"):
+        read_state_dict(source)
+
+
+def test_one_of_several_weights_is_chosen(tmp_path):
+    source = tmp_path / "weights.pth"
+    average = {key: value + 1 for key, value in TENSORS.items()}
+    torch.save({"model": TENSORS, "model_ema": average, "epoch": 3}, source)
+    with pytest.raises(UserError, match=r"several .*--weights \(model, model_ema\)"):
+        read_state_dict(source)
+    for name, expected in (("model", TENSORS), ("model_ema", average)):
+        found = read_state_dict(source, name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    with pytest.raises(UserError, match="no weights 'ema'; it has model, model_ema"):
+        read_state_dict(source, "ema")
+    torch.save(TENSORS, source)
+    with pytest.raises(UserError, match="leave --weights out"):
+        read_state_dict(source, "model")
+
+
+def test_weights_that_are_no_finite_numbers(tmp_path):
+    source = tmp_path / "weights.pth"
+    for wrong, said in (
+        (torch.tensor([1.0, float("nan")]), "layer.bias .*NaN"),
+        (torch.tensor([1.0, float("inf")]), "layer.bias .*NaN or infinite"),
+        (torch.tensor([1, 2]), "layer.bias .*int64"),
+        (torch.tensor([1j, 2j]), "layer.bias .*complex64"),
+    ):
+        torch.save(TENSORS | {"layer.bias": wrong}, source)
+        with pytest.raises(UserError, match=said):
+            read_state_dict(source)
+    torch.save(TENSORS | {"bn.num_batches_tracked": torch.tensor(3)}, source)
+    assert len(read_state_dict(source)) == 3
+
+
+def test_misspelt_settings_are_refused():
+    check_settings({"kappa": 0.9, "measured": 1, "seed": 2}, ("kappa", "dropout"), "c.json")
+    with pytest.raises(UserError, match="c.json: unknown setting 'dropuot'; did you mean"):
+        check_settings({"kappa": 0.9, "dropuot": 1}, ("kappa", "dropout"), "c.json")
 
 
 class Malicious:

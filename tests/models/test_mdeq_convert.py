@@ -293,3 +293,37 @@ def test_bad_configurations(tmp_path):
     out.write_text("a file")
     with pytest.raises(UserError, match="is a file"):
         convert(source, GOLDEN / "two_branch_small.json", out)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_classes": -1}, "num_classes"),
+        ({"num_classes": 10.5}, "num_classes"),
+        ({"channels": [24, 10**9]}, "not valid|misshapen"),
+        ({"final_channels": 10**12}, "misshapen|not valid"),
+        ({"chanels": 3}, "misshapen|missing"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_checkpoint_has(tmp_path, change, said):
+    source = tmp_path / "weights.safetensors"
+    save_file(official("two_branch_small"), source)
+    settings = json.loads((GOLDEN / "two_branch_small.json").read_text())
+    if "chanels" in change:
+        settings["chanels"] = settings.pop("channels")
+        change, said = {}, "did you mean 'channels'"
+    (tmp_path / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match=said) as caught:
+        convert(source, tmp_path / "config.json", tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_both_spellings_of_a_key_are_refused(tmp_path):
+    source = tmp_path / "weights.safetensors"
+    tensors = official("two_branch_small")
+    key = next(key for key in tensors if key.startswith("fullstage."))
+    tensors[key.replace("fullstage.", "full_stage.")] = tensors[key].clone()
+    save_file(tensors, source)
+    with pytest.raises(UserError, match="twice"):
+        convert(source, GOLDEN / "two_branch_small.json", tmp_path / "out")

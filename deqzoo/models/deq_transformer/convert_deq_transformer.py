@@ -140,6 +140,8 @@ def convert_state_dict(
         interleaved = "attention.qkv." in name or name.startswith("transformer.injection.")
         if config.variant == "torchdeq-lm" and interleaved:
             tensor = deinterleaved(tensor, config.n_head)
+        if name in converted:
+            raise UserError(f"the checkpoint holds {name} twice, in the spellings of two sources")
         converted[name] = tensor.contiguous()
     return converted
 
@@ -186,7 +188,9 @@ def build_model(
     return model
 
 
-def convert(source: str | Path, config: str | Path, output: str | Path) -> Path:
+def convert(
+    source: str | Path, config: str | Path, output: str | Path, weights: str | None = None
+) -> Path:
     """Write an official checkpoint as a folder that `from_pretrained` loads, in its own dtype.
 
     A tokenizer is not written: official checkpoints come without their vocabulary.
@@ -195,12 +199,13 @@ def convert(source: str | Path, config: str | Path, output: str | Path) -> Path:
         source: a file as `read_state_dict` takes it; its state dict may have the prefix "sd.".
         config: a preset's name, or a JSON file with the settings.
         output: folder to write.
+        weights: key of the state dict in a file that has several.
 
     Raises:
         UserError: unreadable files, impossible settings, or tensors that do not fit them.
     """
     output = output_folder(output)
-    state_dict = without_companions(read_state_dict(Path(source)))
+    state_dict = without_companions(read_state_dict(Path(source), weights))
     model = build_model(state_dict, read_config(config))
     model.save_pretrained(output)
     return output

@@ -8,6 +8,7 @@ Omega_2, the zero start X_0) are left out, unless the configuration asks for `of
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from deqzoo.errors import UserError
-from deqzoo.models.convert import one_line, output_folder, read_settings, read_state_dict
+from deqzoo.models.convert import (
+    check_settings,
+    one_line,
+    output_folder,
+    read_settings,
+    read_state_dict,
+)
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.modeling_ignn import (
     IGNNForGraphClassification,
@@ -63,13 +70,16 @@ _UNUSED = re.compile(r"^(?:X_0|(?:ig|ignn\.)\d+\.bias|ig\d+\.Omega_2)$")
 _LINEAR_KEY = re.compile(r"^(?:V_(\d+)|proj\.(\d+)|(V))\.(weight|bias)$")
 
 
-def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
+def convert(
+    src: str | Path, config: str | Path, output: str | Path, weights: str | None = None
+) -> Path:
     """Write a checkpoint as a `from_pretrained` folder.
 
     Args:
         src: the state dict, a file as `read_state_dict` takes it.
         config: a name from `PRESETS`, or a JSON file with settings of `IGNNConfig`.
         output: the folder to write.
+        weights: key of the state dict in a file that has several.
 
     Returns:
         The folder.
@@ -78,7 +88,7 @@ def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
         UserError: unreadable files, settings that do not fit, or tensors that are no IGNN's.
     """
     output = output_folder(output)
-    model = build_model(read_state_dict(Path(src)), read_config(config))
+    model = build_model(read_state_dict(Path(src), weights), read_config(config))
     model.save_pretrained(output)
     return output
 
@@ -99,6 +109,7 @@ def read_config(config: str | Path) -> dict[str, Any]:
     values = {**values, **values.get("config", {})}
     settings = dict(PRESETS.get(_preset_of(values.get("model")), {}))
     known = IGNNConfig().to_dict().keys() | {"problem_type", "id2label", "label2id"}
+    check_settings(values, known, config)
     settings.update({key: value for key, value in values.items() if key in known})
     for given, name in (("nfeat", "num_features"), ("nclass", "num_labels")):
         if given in values:
@@ -124,9 +135,12 @@ def build_model(
     architecture = structure.pop("architecture")
     try:
         config = IGNNConfig(**{**settings, **structure})
-    except (ValueError, StrictDataclassError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"the configuration does not fit: {one_line(error)}") from error
     names = {key: deqzoo_name(key, architecture, len(config.hidden_sizes)) for key in state_dict}
+    spelt = Counter(names.values())
+    if twice := [name for name, count in spelt.items() if count > 1]:
+        raise UserError(f"the checkpoint holds {twice[0]} twice, in the spellings of two sources")
     dtype = next(iter(state_dict.values())).dtype
     model = architecture(config).to(dtype)
     wanted = model.state_dict()

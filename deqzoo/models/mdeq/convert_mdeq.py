@@ -18,7 +18,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from deqzoo.errors import UserError
-from deqzoo.models.convert import one_line, output_folder, read_settings, read_state_dict
+from deqzoo.models.convert import (
+    check_settings,
+    one_line,
+    output_folder,
+    read_settings,
+    read_state_dict,
+)
 
 from .configuration_mdeq import MDEQConfig
 from .image_processing_mdeq import MDEQImageProcessor
@@ -99,13 +105,16 @@ _CONFIG_NAMES = {
 _REQUIRED = tuple(_CONFIG_NAMES)[:8]
 
 
-def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
+def convert(
+    src: str | Path, config: str | Path, output: str | Path, weights: str | None = None
+) -> Path:
     """Write an official checkpoint as a `from_pretrained` folder with model and image processor.
 
     Args:
         src: the state dict, a file as `read_state_dict` takes it.
         config: a preset's name, or a JSON file that names the architecture.
         output: the folder to write.
+        weights: key of the state dict in a file that has several.
 
     Returns:
         The folder.
@@ -114,7 +123,7 @@ def convert(src: str | Path, config: str | Path, output: str | Path) -> Path:
         UserError: unreadable files, an incomplete configuration, or keys that do not fit it.
     """
     output = output_folder(output)
-    state_dict = normalise_keys(read_state_dict(Path(src)))
+    state_dict = normalise_keys(read_state_dict(Path(src), weights))
     model = build_model(state_dict, read_config(config))
     model.save_pretrained(output)
     MDEQImageProcessor.for_config(model.config).save_pretrained(output)
@@ -129,6 +138,8 @@ def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if key.startswith("full_stage."):
             key = "fullstage." + key.removeprefix("full_stage.")
+        if key in result:
+            raise UserError(f"the checkpoint holds {key} twice, in the spellings of two sources")
         result[key] = tensor
     return result
 
@@ -180,9 +191,13 @@ def read_config(config: str | Path) -> dict[str, Any]:
     if str(config) in PRESETS:
         return dict(PRESETS[str(config)])
     values = read_settings(Path(config), PRESETS)
+    check_settings(values, _CONFIG_NAMES, config)
     missing = [name for name in _REQUIRED if name not in values]
     if missing:
         raise UserError(f"{config} lacks the settings {', '.join(missing)}")
+    classes = values["num_classes"]
+    if type(classes) is not int or classes < 1:
+        raise UserError(f"{config}: num_classes must be a positive whole number, got {classes!r}")
     return {new: values[old] for old, new in _CONFIG_NAMES.items() if old in values}
 
 
@@ -222,7 +237,7 @@ def build_model(
     settings = dict(settings) | infer_structure(set(state_dict))
     try:
         config = MDEQConfig(**settings)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, OverflowError, StrictDataclassError) as error:
         raise UserError(f"the configuration is not valid: {one_line(error)}") from error
     dtype = torch.float32
     floating = [t.dtype for t in state_dict.values() if t.is_floating_point()]
@@ -230,9 +245,14 @@ def build_model(
         dtype = floating[0]
         for other in floating[1:]:
             dtype = torch.promote_types(dtype, other)
-    model = MDEQForImageClassification(config).to(dtype)
     renamed = {official_to_deqzoo(key): (key, tensor) for key, tensor in state_dict.items()}
-    _check_keys(renamed, model.state_dict())
+    try:
+        with torch.device("meta"):  # sizes that the checkpoint does not have are never allocated
+            expected = MDEQForImageClassification(config).state_dict()
+    except RuntimeError as error:
+        raise UserError(f"the configuration is not valid: {one_line(error)}") from error
+    _check_keys(renamed, expected)
+    model = MDEQForImageClassification(config).to(dtype)
     model.load_state_dict({name: tensor for name, (_, tensor) in renamed.items()}, strict=False)
     model.config.dtype = dtype
     return model.eval()
