@@ -242,8 +242,40 @@ def test_evaluate_writes_the_file(
     assert "% on cifar10 test" in capsys.readouterr().out
     content = json.loads(output.read_text())
     assert content["data"]["samples"] == 40 and content["data"]["complete"] is False
-    assert [row["max_steps"] for row in content["budget"]["steps"]] == [2, 4, 8, 16, 30]
+    assert content["budget"] is None  # only where it is asked for
     assert content["command"] == "deqzoo evaluate mdeq-test --split test"
+    assert run([*arguments, "--limit", "4", "--budget"]) == 0
+    content = json.loads(output.read_text())
+    assert content["budget"]["samples"] == 4
+    assert [row["max_steps"] for row in content["budget"]["steps"]] == [2, 4, 8, 16, 30]
+
+
+def test_an_interrupted_evaluation_keeps_what_it_has(
+    zoo: Path, cifar_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    output = tmp_path / "evaluation.json"
+    arguments = ["evaluate", "mdeq-test", "--data", str(cifar_folder), "--output", str(output)]
+    forward, calls = deqzoo.MDEQForImageClassification.forward, []
+
+    def interrupted(self, *values, **keywords):
+        calls.append(1)
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return forward(self, *values, **keywords)
+
+    monkeypatch.setattr(deqzoo.MDEQForImageClassification, "forward", interrupted)
+    limit = 3  # of four batches
+    assert run([*arguments, "--batch-size", "10"]) == 130
+    content = json.loads(output.read_text())
+    assert content["data"]["samples"] == 20 and content["data"]["complete"] is False
+    assert 0 <= content["results"]["accuracy"] <= 1
+    assert str(output) in capsys.readouterr().err
+    calls.clear()
+    limit = 5  # the figures, the budget's own, two of its rows
+    assert run([*arguments, "--batch-size", "40", "--budget"]) == 130
+    content = json.loads(output.read_text())
+    assert content["data"]["samples"] == 40
+    assert [row["max_steps"] for row in content["budget"]["steps"]] == [2, 4]
 
 
 def test_evaluate_without_the_data(zoo: Path, tmp_path: Path, capsys) -> None:

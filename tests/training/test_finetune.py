@@ -51,6 +51,7 @@ def finetuned(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 
 def lines(capsys: pytest.CaptureFixture, *arguments: object) -> list[dict]:
+    capsys.readouterr()
     assert run([*map(str, arguments), "--json"]) == 0, capsys.readouterr().err
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -65,7 +66,7 @@ def test_pictures(tiny_mdeq: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(model.config.id2label.values()) == list(COLOURS)
     assert model.config.gradient["name"] != "jfb"  # of training steps alone
     content = json.loads((output / "evaluation" / "things-test.json").read_text())
-    assert content["results"]["accuracy"] == 1 and content["data"]["pictures"] == 3
+    assert content["results"]["accuracy"] == 1 and content["data"]["samples"] == 3
     record = json.loads((output / "run.json").read_text())
     assert record["samples"] == 15 and record["held_out"] == 3 and record["curve"]
     assert "things" in (output / "README.md").read_text()
@@ -82,7 +83,7 @@ def test_pictures(tiny_mdeq: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         file = tmp_path / f"{split}.json"
         arguments = ["evaluate", output, "--data", moved, "--split", split, "--output", file]
         assert run(list(map(str, arguments))) == 0
-        figures[split] = json.loads(file.read_text())["data"]["pictures"]
+        figures[split] = json.loads(file.read_text())["data"]["samples"]
         assert figures[split] == count
     capsys.readouterr()
     assert run(["publish", str(output), "--repo-id", "org/things", "--dry-run"]) == 0
@@ -193,7 +194,7 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert before["unknown_share"] > 0 and after["unknown_share"] == 0
     assert after["perplexity"] < 0.85 * before["perplexity"]
     content = json.loads((output / "evaluation" / "notes-test.json").read_text())
-    assert content["data"]["tokens"] == 6 * 7  # the last tenth of the lines
+    assert content["data"]["samples"] == 6 * 7  # the last tenth of the lines
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "other.txt").write_text("the dog .\n")
@@ -206,7 +207,7 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         str(tmp_path / "e.json"),
     ]
     assert run(arguments) == 0
-    assert json.loads((tmp_path / "e.json").read_text())["data"]["tokens"] == 4
+    assert json.loads((tmp_path / "e.json").read_text())["data"]["samples"] == 4
 
 
 @pytest.mark.parametrize("cutoffs", ((), (4,)))
@@ -251,7 +252,7 @@ def test_graphs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert [row["label"] for row in rows] == ["3", "7"] * 20
     assert all(row["target"] == row["label"] for row in rows)
     content = json.loads((output / "evaluation" / "rings-test.json").read_text())
-    assert content["results"]["samples"] == 8
+    assert content["data"]["samples"] == 8
     model = deqzoo.DEQModel.from_pretrained(output)
     assert model.config.graph_encoding["classes"] == [3, 7]
 
@@ -302,7 +303,7 @@ def test_pictures_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     }  # fmt: skip
     model = scratch(tmp_path, content, capsys)
     record = evaluated(model, data, tmp_path)
-    assert record["data"]["pictures"] == 6 and record["data"]["name"] == "things"
+    assert record["data"]["samples"] == 6 and record["data"]["name"] == "things"
     assert list(deqzoo.DEQModel.from_pretrained(model).config.id2label.values()) == list(COLOURS)
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
@@ -329,7 +330,7 @@ def test_text_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     }  # fmt: skip
     model = scratch(tmp_path, content, capsys)
     record = evaluated(model, file, tmp_path)
-    assert record["data"]["tokens"] == 5 * (7 + 11) and record["data"]["unknown_share"] == 0
+    assert record["data"]["samples"] == 5 * (7 + 11) and record["data"]["unknown_share"] == 0
     (row,) = lines(capsys, "perplexity", file, "--model", model)
     assert row["unknown_share"] == 0
 
@@ -355,7 +356,7 @@ def test_graphs_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     }
     model = scratch(tmp_path, content, capsys)
     record = evaluated(model, tmp_path / "pairs.pt", tmp_path)
-    assert record["results"]["accuracy"] == 1 and record["results"]["samples"] == 6
+    assert record["results"]["accuracy"] == 1 and record["data"]["samples"] == 6
     for change in (
         {"name": "a/b"},
         {"data": {"name": "graphs"}},
