@@ -113,8 +113,10 @@ def load_processor(model: PreTrainedModel) -> Any:
     require_image_classifier(model)
     source = model.config._name_or_path
     try:
-        return AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        processor = AutoImageProcessor.from_pretrained(source)
+        processor(images=Image.new("RGB", (4, 4)), return_tensors="pt")
+        return processor
+    except Exception as error:  # damaged settings fail in arbitrary ways, some only when used
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"no usable preprocessor_config.json in {source}: {reason}") from error
 

@@ -627,3 +627,9 @@ def test_presets_accept_overrides() -> None:
     assert config.mem_len == config.window - 1
     with pytest.raises(ValueError, match="the presets are"):
         DEQTransformerConfig.from_preset("xl")
+
+
+def test_words_that_are_no_whole_numbers():
+    for wrong in (torch.rand(1, 4), torch.ones(1, 4, dtype=torch.bool)):
+        with pytest.raises(UserError, match="whole numbers"):
+            check_tokens(tiny_config(), wrong, False)

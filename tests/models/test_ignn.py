@@ -622,3 +622,42 @@ def test_many_graphs_stay_apart_in_half_precision():
     features = torch.ones(n, 3, dtype=torch.bfloat16)
     graphs = GraphBatch.build(config(), features, none, batch=batch)
     assert len(merge_equal_nodes(graphs).features) == n
+
+
+def test_every_form_of_the_same_graph():
+    """Arrays, lists, int32, sparse features, dicts and lists of Data."""
+    data_class = pytest.importorskip("torch_geometric.data").Data
+    torch.manual_seed(0)
+    config = IGNNConfig(num_features=3, hidden_sizes=[4], num_labels=2)
+    model = IGNNForGraphClassification(config).eval()
+    x = torch.eye(3)[[0, 1, 2, 0]]
+    edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    expected = model(x, edges).logits
+    graph = data_class(x=x, edge_index=edges)
+    for given in (
+        (x.numpy(), edges.numpy()),
+        (x.tolist(), edges.tolist()),
+        (x.double().numpy(), edges.int()),
+        (x.to_sparse_csr(), edges),
+        (x.to_sparse(), edges.numpy().astype("int16")),
+        ({"x": x, "edge_index": edges},),
+        ([graph],),
+    ):
+        torch.testing.assert_close(model(*given).logits, expected)
+    torch.testing.assert_close(model([graph, graph]).logits, expected.repeat(2, 1))
+    weights = [1.0, 1.0, 5.0, 5.0]
+    weighed = model(x, edges, edge_weight=weights).logits
+    torch.testing.assert_close(weighed, model(x, edges, edge_weight=torch.tensor(weights)).logits)
+    for call, said in (
+        (lambda: model(x, edges, initial_states=[]), "initial_states"),
+        (lambda: model(x, edges, initial_states=[torch.zeros(4, 9)]), "initial_states"),
+        (lambda: model(x, edges, labels=torch.tensor([7])), "from 0 to 1"),
+        (lambda: model(x, edges, labels=torch.tensor([0.5])), "whole numbers"),
+        (lambda: model(x, edges.float()), "edge_index"),
+        (lambda: model(x, "edges"), "edge_index must be"),
+        (lambda: model("graph"), "type str"),
+        (lambda: model([3]), "type list"),
+        (lambda: model({"x": x}), "no edge_index"),
+    ):
+        with pytest.raises(UserError, match=said):
+            call()

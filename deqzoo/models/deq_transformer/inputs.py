@@ -41,6 +41,10 @@ def check_tokens(config: DEQTransformerConfig, input_ids: Tensor, training: bool
             f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens) with at least "
             "one token (an empty text has none)."
         )
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise UserError(
+            f"input_ids must be whole numbers, got {input_ids.dtype}; convert by .long()"
+        )
     if training and input_ids.device.type != "cpu":
         return
     advice = "use the tokenizer that belongs to the model"

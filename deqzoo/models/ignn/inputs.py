@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from deqzoo.errors import UserError
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.sparse import Adjacency
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -65,8 +69,8 @@ class GraphBatch:
 
         Args:
             config: of the model that will read the batch.
-            x: (n, num_features) floating point, dense or sparse COO.
-            edge_index: (2, e) int64; undirected graphs list both directions.
+            x: (n, num_features) floating point, dense or sparse. All may be arrays or lists, too.
+            edge_index: (2, e) whole numbers; undirected graphs list both directions.
             edge_weight: (e,) not negative, 1 by default.
             batch: (n,) int64, the graph of each node; one graph by default.
             n_graphs: where it is known; else the largest entry of `batch` plus one.
@@ -75,6 +79,8 @@ class GraphBatch:
         Raises:
             UserError: the tensors do not describe graphs that the model can read.
         """
+        x, edge_index = _features_of(x), _whole_numbers("edge_index", edge_index)
+        edge_weight, batch = _tensor_of("edge_weight", edge_weight), _whole_numbers("batch", batch)
         _check_features(config, x)
         n = x.shape[0]
         index, n_graphs = _graph_index(x, batch, n_graphs)
@@ -91,20 +97,66 @@ class GraphBatch:
 def graph_fields(data: Any) -> dict[str, Any]:
     """Return the model's arguments from a torch_geometric `Data` or `Batch` (or anything alike).
 
+    A list of `Data` is taken as a batch, and a dict by its keys.
+
     Raises:
         UserError: it has no node features or no edges attribute.
     """
+    if isinstance(data, (list, tuple)) and data and all(hasattr(d, "edge_index") for d in data):
+        from torch_geometric.data import Batch
+
+        data = Batch.from_data_list(list(data))
+    read = data.get if isinstance(data, dict) else partial(getattr, data)
     fields = {"edge_weight": None, "batch": None}
     for name in ("x", "edge_index", "edge_weight", "batch"):
-        value = getattr(data, name, None)
+        value = read(name, None)
         if value is None and name in ("x", "edge_index"):
+            what = (
+                "graph"
+                if hasattr(data, "edge_index") or isinstance(data, dict)
+                else (f"input of type {type(data).__name__}")
+            )
             raise UserError(
-                f"the graph has no {name}: the model needs node features x (n, num_features) and "
-                "edge_index (2, edges)"
+                f"the {what} has no {name}: the model needs node features x (n, num_features) and "
+                "edge_index (2, edges), a torch_geometric Data, or a list of them"
             )
         fields[name] = value
-    fields["n_graphs"] = getattr(data, "num_graphs", None) if fields["batch"] is not None else None
+    attributes = read("edge_attr", None)
+    if fields["edge_weight"] is None and isinstance(attributes, Tensor):
+        if attributes.is_floating_point() and attributes.numel() == attributes.shape[0]:
+            logger.warning_once(
+                "the graph's edge_attr is not read: numbers that weigh its edges belong into "
+                "edge_weight"
+            )
+    fields["n_graphs"] = read("num_graphs", None) if fields["batch"] is not None else None
     return fields
+
+
+def _tensor_of(name: str, value: Any) -> Any:
+    """A tensor from an array or nested list; None stays."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{name} must be a tensor, an array or a list of numbers, got {type(value).__name__}"
+        ) from error
+
+
+def _features_of(x: Any) -> Tensor:
+    x = _tensor_of("x", x)
+    if x.layout in (torch.sparse_csr, torch.sparse_csc):
+        return x.to_sparse_coo()
+    return x
+
+
+def _whole_numbers(name: str, value: Any) -> Any:
+    """Whole numbers of any width as int64."""
+    value = _tensor_of(name, value)
+    if value is None or value.dtype == torch.bool or value.is_floating_point():
+        return value
+    return value.long()
 
 
 def _check_features(config: IGNNConfig, x: Tensor) -> None:

@@ -29,6 +29,8 @@ from deqzoo.models.weights import linear_tensors
 
 logger = logging.get_logger(__name__)
 
+IGNORED = -100
+"""Label of what the loss leaves out, as in PyTorch."""
 _RADIUS_MARGIN = 1e-5
 """Added to measured spectral radii: eigenvalues are not exact (upstream adds the same)."""
 
@@ -126,7 +128,7 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
         if isinstance(x, GraphBatch):
             return x.to(like)
         n_graphs = None
-        if not isinstance(x, Tensor):
+        if edge_index is None and not isinstance(x, Tensor):
             fields = graph_fields(x)
             n_graphs = fields.pop("n_graphs")
             x, edge_index = fields["x"], fields["edge_index"]
@@ -155,6 +157,17 @@ class IGNNModel(IGNNPreTrainedModel):
         self.largest_radius = 0.0  # measured in training so far
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _check_starts(self, graphs: GraphBatch, states: Sequence[Tensor] | None) -> None:
+        """Refuse starts of other graphs or of another model; a head's own may follow."""
+        if states is None:
+            return
+        shapes = [tuple(state.shape) for state in states]
+        wanted = [(graphs.features.shape[0], width) for width in self.config.hidden_sizes]
+        if shapes[: len(wanted)] != wanted:
+            raise UserError(
+                f"initial_states must have a state for each layer, of shapes {wanted}, got {shapes}"
+            )
 
     def radius(self, graphs: GraphBatch) -> float:
         """Spectral radius that the norm bound of this batch is made for."""
@@ -248,6 +261,7 @@ class IGNNModel(IGNNPreTrainedModel):
             UserError: the input does not describe graphs that this model reads.
         """
         graphs = self.read_graphs(x, edge_index, edge_weight, batch)
+        self._check_starts(graphs, initial_states)
         x, solutions = graphs.features, []
         for i, layer in enumerate(self.layers):
             start = initial_states[i] if initial_states is not None else None
@@ -427,7 +441,16 @@ def classification_loss(config: IGNNConfig, logits: Tensor, labels: Tensor) -> T
         return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits))
     if labels.numel() != len(logits):
         raise UserError(f"{labels.numel()} labels for {len(logits)} predictions")
-    return nn.functional.cross_entropy(logits, labels.reshape(-1).long())
+    flat = labels.reshape(-1)
+    if flat.device.type == "cpu":  # elsewhere every step would wait for the device
+        whole = flat.long()
+        inside = ((whole >= 0) & (whole < logits.shape[1])) | (whole == IGNORED)
+        if not bool((inside & (whole == flat)).all()):
+            raise UserError(
+                f"labels must be whole numbers from 0 to {logits.shape[1] - 1}, this model's "
+                f"classes, got {flat.min().item()} to {flat.max().item()}"
+            )
+    return nn.functional.cross_entropy(logits, flat.long())
 
 
 __all__ = [
