@@ -72,7 +72,9 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
 
 def _input_and_output(model: nn.Module) -> set[int]:
     """The first and last matrix of a model and its embeddings, which Muon is not meant for."""
-    matrices = [p for p in model.parameters() if p.requires_grad and _is_matrix(p)]
+    # A tied output stands here a second time: without it the last matrix would be a hidden one.
+    named = model.named_parameters(remove_duplicate=False)
+    matrices = [p for _, p in named if p.requires_grad and _is_matrix(p)]
     ends = {id(p) for p in (matrices[0], matrices[-1])}
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -79,6 +79,19 @@ def test_an_adaptive_softmax_never_waits_either(never_waits, change: dict) -> No
         step.run()
 
 
+@pytest.mark.parametrize("cutoffs", [[], [20], [20, 40]])
+def test_muon_takes_all_matrices_of_the_block(cutoffs: list[int]) -> None:
+    model = make_model(cutoffs=cutoffs)
+    groups = build_optimizer(model, Optimizer("muon", 0.01)).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    taken = [{names[p] for p in group["params"]} for group in groups]
+    block = "transformer.layers.0."
+    parts = ("attention.qkv", "attention.relative", "attention.output", "feed_forward.up",
+             "feed_forward.down")  # fmt: skip
+    assert taken[0] == {"transformer.injection.weight"} | {f"{block}{p}.direction" for p in parts}
+    assert "transformer.embedding.tables.0.weight" in taken[1]
+
+
 @pytest.mark.parametrize("n_past", [0, 3, 8])
 @pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
 @pytest.mark.parametrize("solver", [PICARD, ANDERSON], ids=str)
