@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .controls import (
 )
 from .guard import guarded
 from .molecules import MOLECULES
-from .shelf import GRAPHS, Shelf
+from .shelf import GRAPHS, NODES, Shelf
 
 
 def graphs_tab(shelf: Shelf, root: Path | None) -> None:
@@ -38,6 +39,14 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
                 )
             button = gr.Button("Find the equilibrium", variant="primary", elem_id="graph-run")
             examples = gr.Column(elem_id="graph-examples")
+            nodes = shelf.names(NODES)
+            if nodes:
+                listed = escape(", ".join(nodes))
+                gr.HTML(
+                    f'<p class="dz-note">The zoo’s models of nodes ({listed}) read '
+                    "networks of thousands of nodes, which cannot be shipped with this page; "
+                    "<code>deqzoo evaluate NAME --data DIR</code> measures them.</p>"
+                )
             with gr.Accordion("Use graphs of your own", open=False):
                 files = gr.File(
                     label="Files in TUDataset's format (NAME_A.txt, NAME_graph_indicator.txt, …)",

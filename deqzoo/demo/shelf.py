@@ -21,6 +21,7 @@ from .guard import MAX_STEPS, real_number, whole_number
 IMAGES = "image classification"
 TEXT = "language modelling"
 GRAPHS = "graph classification"
+NODES = "node classification"
 
 #: What a tab says where the family has no checkpoint: the commands that train one and store it.
 TRAINING = {
