@@ -1,8 +1,8 @@
 """Deep equilibrium models for images, text and graphs, as Hugging Face classes.
 
-Importing the package registers its model types with the Auto classes of transformers, so that
-`AutoModel.from_pretrained` and `pipeline` load its checkpoints. Public names are looked up when
-they are first used.
+Importing the package makes its model types and the names of its checkpoints known to the Auto
+classes and pipelines of transformers. It imports neither torch nor transformers itself: public
+names are looked up when they are first used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from deqzoo.models.auto import CLASSES, register
+from deqzoo.models.names import CLASSES
+from deqzoo.models.registration import install
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ _NAMES = {
 
 __all__ = ["__version__", *sorted(_NAMES)]
 
-register()
+install()
 
 
 def __getattr__(name: str) -> Any:

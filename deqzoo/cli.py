@@ -17,6 +17,8 @@ import deqzoo
 import deqzoo.zoo
 from deqzoo.errors import UserError
 from deqzoo.evaluation.options import ModelName
+from deqzoo.models.names import FAMILIES
+from deqzoo.models.registration import after_import
 
 #: Order of the groups in the help; a command names its own by `rich_help_panel`.
 GROUPS = ("Use models", "Measure", "Train", "Publish", "Maintain the zoo")
@@ -197,7 +199,7 @@ def convert(
     """Turn an official state dict into a folder that from_pretrained loads."""
     name = family.replace("-", "_")
     module = f"deqzoo.models.{name}.convert_{name}"
-    if name not in deqzoo.models.auto.FAMILIES or importlib.util.find_spec(module) is None:
+    if name not in FAMILIES or importlib.util.find_spec(module) is None:
         raise UserError(f"unknown family {family!r}; the families are mdeq, deq-transformer, ignn")
     importlib.import_module(module).convert(source, config, output, weights)
     typer.echo(f"written to {output}")
@@ -238,10 +240,7 @@ _add_commands_of_other_rooms()
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. Every mistake of the user is one line on stderr and a 2."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    after_import({"transformers.utils.logging": _quiet})
     # The commands print convergence themselves.
     logging.getLogger("deqzoo.models").setLevel(logging.ERROR)
     try:
@@ -261,6 +260,12 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("deqzoo: interrupted", file=sys.stderr)
         return 130
+
+
+def _quiet(transformers_logging: Any) -> None:
+    """The commands say themselves what goes on."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _fail(message: str) -> int:

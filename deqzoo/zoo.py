@@ -42,6 +42,17 @@ def bundled_folder(name: str) -> Path | None:
     return checkpoints_root() / bare if bare in list_models() else None
 
 
+def bundled_source(name: Any, revision: str | None = None) -> Any:
+    """The folder of a zoo name, for what loads by name or folder; anything else stays.
+
+    A folder of that name goes first, and a revision asks for the Hub.
+    """
+    if not isinstance(name, str) or revision not in (None, "main") or Path(name).is_dir():
+        return name
+    folder = bundled_folder(name)
+    return name if folder is None else str(folder)
+
+
 def bare_name(name: str) -> str:
     """The name without the zoo's own organisation."""
     return name.removeprefix(f"{ORGANISATION}/")

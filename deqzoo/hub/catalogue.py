@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deqzoo.errors import UserError
-from deqzoo.models.auto import FAMILIES
+from deqzoo.models.names import FAMILIES
 from deqzoo.records import read_evaluation
 from deqzoo.tasks.metrics import METRICS
 from deqzoo.zoo import list_models, read_json, resolve_bundled

@@ -1,8 +1,7 @@
-"""`DEQModel`, and registration of the model families with transformers' Auto classes."""
+"""`DEQModel`, which loads any model of the zoo."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -20,79 +19,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-)
-
-# From its own module: the top-level name is a dummy on older releases without torchvision.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
+from deqzoo.models.names import CLASSES, FAMILIES, FAMILY_CLASSES, load_class
 from deqzoo.zoo import ORGANISATION, read_json, resolve_folder, suggestion
 
 logger = logging.getLogger(__name__)
 
 _HUB_TIMEOUT_SECONDS = 3
-
-#: Family -> public class -> module in the family's folder.
-_FAMILY_CLASSES = {
-    "mdeq": {
-        "MDEQConfig": "configuration_mdeq",
-        "MDEQForImageClassification": "modeling_mdeq",
-        "MDEQImageProcessor": "image_processing_mdeq",
-        "MDEQModel": "modeling_mdeq",
-    },
-    "deq_transformer": {
-        "DEQTransformerConfig": "configuration_deq_transformer",
-        "DEQTransformerForCausalLM": "modeling_deq_transformer",
-        "DEQTransformerModel": "modeling_deq_transformer",
-    },
-    "ignn": {
-        "IGNNConfig": "configuration_ignn",
-        "IGNNForGraphClassification": "modeling_ignn",
-        "IGNNForNodeClassification": "modeling_ignn",
-        "IGNNModel": "modeling_ignn",
-    },
-}
-
-#: Public class -> module.
-CLASSES = {
-    name: f"deqzoo.models.{family}.{module}"
-    for family, classes in _FAMILY_CLASSES.items()
-    for name, module in classes.items()
-}
-FAMILIES = tuple(_FAMILY_CLASSES)
-
-#: Graph heads have no Auto class; `DEQModel` goes by `architectures`.
-_AUTO_OF_SUFFIX = {
-    "Model": AutoModel,
-    "ForCausalLM": AutoModelForCausalLM,
-    "ForImageClassification": AutoModelForImageClassification,
-}
-
-
-def load_class(name: str) -> Any:
-    """A public class of a model family by its name."""
-    return getattr(importlib.import_module(CLASSES[name]), name)
-
-
-def register() -> None:
-    """Make the families known to the Auto classes of transformers; repeating it is harmless."""
-    for classes in _FAMILY_CLASSES.values():
-        config = next(load_class(name) for name in classes if name.endswith("Config"))
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        for name in classes:
-            for suffix, auto in _AUTO_OF_SUFFIX.items():
-                if name.endswith(suffix):
-                    auto.register(config, load_class(name), exist_ok=True)
-            if name.endswith("ImageProcessor"):
-                AutoImageProcessor.register(
-                    config, slow_image_processor_class=load_class(name), exist_ok=True
-                )
 
 
 class DEQModel:
@@ -198,7 +133,7 @@ def _class_of(config_file: Path) -> type[PreTrainedModel]:
         raise UserError(
             f"{config_file} is of model type {model_type!r}; DEQModel loads {', '.join(FAMILIES)}"
         )
-    known = _FAMILY_CLASSES[model_type]
+    known = FAMILY_CLASSES[model_type]
     models = [name for name in known if not name.endswith(("Config", "Processor"))]
     base = next(name for name in models if name.endswith("Model"))
     named = config.get("architectures") or [base]
@@ -240,4 +175,4 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-__all__ = ["CLASSES", "DEQModel", "FAMILIES", "load_class", "register"]
+__all__ = ["CLASSES", "DEQModel", "FAMILIES", "load_class"]

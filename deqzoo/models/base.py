@@ -30,6 +30,7 @@ from deqzoo.equilibrium.fixed import fixed_point_of_steps, has_fixed_steps
 from deqzoo.equilibrium.solvers import BackwardReport
 from deqzoo.equilibrium.state import State, leaves
 from deqzoo.models.weights import WeightNorm
+from deqzoo.zoo import bundled_source
 
 logger = logging.get_logger(__name__)
 
@@ -116,6 +117,12 @@ class DEQConfigMixin:
         self.gradient = stored(make_gradient(gradient))
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As transformers' own; the zoo's names are known too."""
+        source = bundled_source(pretrained_model_name_or_path, kwargs.get("revision"))
+        return super().from_pretrained(source, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers' own, which replaces a stored value by a keyword of `from_pretrained`.
 
@@ -152,6 +159,12 @@ class DEQPreTrainedModel(PreTrainedModel):
     fixed_steps = False  # see `use_fixed_steps`
     solver_seconds = 0.0  # wall time in solvers so far; training logs its share
     backward_report: BackwardReport | None = None  # of the newest solve; its backward fills it in
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; the zoo's names are known too."""
+        source = bundled_source(pretrained_model_name_or_path, kwargs.get("revision"))
+        return super().from_pretrained(source, *args, **kwargs)
 
     def set_solver(self, name: Settings = None, **settings: Any) -> None:
         """Change the solver from now on (stored in the config).

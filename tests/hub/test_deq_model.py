@@ -65,9 +65,9 @@ def test_auto_classes_load_a_folder(folder: Path) -> None:
 
 
 def test_registration_can_be_repeated(folder: Path) -> None:
-    from deqzoo.models.auto import register
+    from deqzoo.models.registration import install
 
-    register()
+    install()
     assert type(AutoModel.from_pretrained(folder)) is deqzoo.MDEQModel
 
 

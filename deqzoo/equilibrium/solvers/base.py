@@ -16,6 +16,7 @@ from deqzoo.equilibrium.maps import BatchMap, Matrices
 from deqzoo.equilibrium.solvers.loop import Loop, StepCallback
 from deqzoo.equilibrium.solvers.solution import Solution
 from deqzoo.equilibrium.state import State
+from deqzoo.equilibrium.uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Solver(ABC):
     def start(self, matrix: Tensor, layout: Layout) -> StepRule:
         """Return the rule's memory for a solve that starts at a matrix (R, D)."""
 
-    @torch.compiler.disable  # how often the loop turns depends on values; compiling f is up to f
+    @uncompiled  # how often the loop turns depends on values; compiling f is up to f
     @torch.no_grad()
     def solve(
         self,

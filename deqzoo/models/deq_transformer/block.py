@@ -270,6 +270,9 @@ def _compiled_layers() -> Callable[..., Tensor]:
     """`apply_layers` under torch.compile: one graph per shape and per set of tracked tensors."""
     # One backward graph serves several products, which donated buffers forbid; and one training
     # run meets more variants than torch's default limit.
+    import torch._dynamo.config  # a second of work, needed by this function only
+    import torch._functorch.config
+
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     torch._functorch.config.donated_buffer = False

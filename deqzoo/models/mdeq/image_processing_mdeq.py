@@ -13,6 +13,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict
 
 from deqzoo.errors import UserError
+from deqzoo.zoo import bundled_source
 
 from .configuration_mdeq import MDEQConfig
 
@@ -43,6 +44,12 @@ class MDEQImageProcessor(PilBackend):
     rescale_factor = 1 / 255
     do_normalize = True
     do_convert_rgb = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As transformers' own; the zoo's names are known too."""
+        source = bundled_source(pretrained_model_name_or_path, kwargs.get("revision"))
+        return super().from_pretrained(source, **kwargs)
 
     @classmethod
     def for_config(cls, config: MDEQConfig) -> MDEQImageProcessor:

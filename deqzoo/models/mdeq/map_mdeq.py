@@ -16,12 +16,11 @@ from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
 from deqzoo.equilibrium import BatchMap, DetachableMap, Selection
+from deqzoo.equilibrium.uncompiled import uncompiled
 
 from .native_norm import group_norm
 
@@ -179,6 +178,9 @@ def compiled_step() -> Callable[..., State]:
     more variants (shape, gradient mode, dropout) than torch's default limit, hence the two global
     settings.
     """
+    import torch._dynamo.config  # a second of work, needed by this function only
+    import torch._functorch.config
+
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     torch._functorch.config.donated_buffer = False
@@ -221,7 +223,7 @@ class MDEQMap(BatchMap):
         with _no_autocast(state[0].device):
             return step(*arguments)
 
-    @torch.compiler.disable
+    @uncompiled
     def in_precision(self, dtype: torch.dtype) -> MDEQMap:
         """The same map computing in one precision: kernels, injections and masks are cast once.
 
@@ -244,7 +246,7 @@ class MDEQMap(BatchMap):
         """The same map with a norm that has a second derivative, as the exact penalty needs."""
         return self.with_norm(group_norm)
 
-    @torch.compiler.disable  # which fails at the construction of a frozen dataclass
+    @uncompiled  # which fails at the construction of a frozen dataclass
     def with_norm(self, norm: Norm) -> MDEQMap:
         """The same map with another implementation of the group norm."""
         return dataclasses.replace(self, norm=norm)

@@ -1,0 +1,214 @@
+"""Makes the families and the zoo's names known to transformers, once somebody imports that.
+
+`import deqzoo` must stay cheap, and transformers takes seconds: what has to be done to one of its
+modules is done right after that module was imported, or at once where it already is.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from deqzoo.models.names import FAMILIES, FAMILY_CLASSES, load_class
+from deqzoo.zoo import bundled_source, read_json, resolve_folder
+
+Action = Callable[[ModuleType], None]
+_AUTO = "transformers.models.auto"
+
+#: Suffix of a class -> its Auto class and its pipeline; graph heads have neither.
+_TASKS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
+    "Model": ("AutoModel", "feature-extraction"),
+}
+
+
+class _AfterImport(MetaPathFinder):
+    """Runs an action when a module has been imported."""
+
+    def __init__(self, actions: dict[str, Action]) -> None:
+        self.actions = actions
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        action = self.actions.pop(fullname, None)  # popped: the search below comes here again
+        if action is None:
+            return None
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader, action)
+        return spec
+
+
+class _Then(Loader):
+    """A loader with an action at its end."""
+
+    def __init__(self, loader: Any, action: Action) -> None:
+        self.loader, self.action = loader, action
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        module.__loader__ = module.__spec__.loader = self.loader
+        self.action(module)
+
+
+def after_import(actions: dict[str, Action]) -> None:
+    """Run actions on modules: at once on those that are imported, on the others when they are."""
+    waiting = {}
+    for name, action in actions.items():
+        module = sys.modules.get(name)
+        if module is None or getattr(module.__spec__, "_initializing", False):
+            waiting[name] = action
+        else:
+            action(module)
+    if waiting:
+        sys.meta_path.insert(0, _AfterImport(waiting))
+
+
+_postponed: list[Callable[[], None]] = []
+
+
+def _register(registration: Callable[[], None]) -> None:
+    """Register classes now, or at the first use of an Auto class.
+
+    Where one of our modules is the reason for the import of transformers, it is not complete yet.
+    """
+    _postponed.append(registration)
+    _settle()
+
+
+def _settle() -> None:
+    busy = any(
+        getattr(getattr(module, "__spec__", None), "_initializing", False)
+        for name, module in list(sys.modules.items())
+        if name.startswith("deqzoo.models.") or name == "transformers.modeling_utils"
+    )
+    while _postponed and not busy:
+        _postponed.pop(0)()
+
+
+def install() -> None:
+    """Make deqzoo known to transformers."""
+    after_import(
+        {
+            f"{_AUTO}.configuration_auto": _configurations,
+            f"{_AUTO}.modeling_auto": _models,
+            f"{_AUTO}.image_processing_auto": _image_processors,
+            f"{_AUTO}.tokenization_auto": lambda module: _know_names(module.AutoTokenizer),
+            "transformers.pipelines": _pipelines,
+        }
+    )
+
+
+def _config_class(family: str) -> Any:
+    return load_class(next(name for name in FAMILY_CLASSES[family] if name.endswith("Config")))
+
+
+def _configurations(module: ModuleType) -> None:
+    def register() -> None:
+        for family in FAMILIES:
+            module.AutoConfig.register(family, _config_class(family), exist_ok=True)
+
+    _know_names(module.AutoConfig)
+    _register(register)
+
+
+def _models(module: ModuleType) -> None:
+    def register() -> None:
+        for family, classes in FAMILY_CLASSES.items():
+            for name in classes:
+                for suffix, (auto, _) in _TASKS.items():
+                    if name.endswith(suffix):
+                        getattr(module, auto).register(
+                            _config_class(family), load_class(name), exist_ok=True
+                        )
+
+    for auto, _ in _TASKS.values():
+        _know_names(getattr(module, auto))
+    _register(register)
+
+
+def _image_processors(module: ModuleType) -> None:
+    def register() -> None:
+        module.AutoImageProcessor.register(
+            _config_class("mdeq"),
+            slow_image_processor_class=load_class("MDEQImageProcessor"),
+            exist_ok=True,
+        )
+
+    _know_names(module.AutoImageProcessor)
+    _register(register)
+
+
+def _pipelines(module: ModuleType) -> None:
+    """`pipeline` asks the Hub about a name before anything loads it."""
+    for name in ("resolve_revision", "find_adapter_config_file"):
+        if hasattr(module, name):
+            setattr(module, name, _first_resolved(getattr(module, name)))
+    ask_hub = module.get_task
+
+    @functools.wraps(ask_hub)
+    def get_task(model: str, *args: Any, **kwargs: Any) -> str:
+        return _task_of(model) or ask_hub(model, *args, **kwargs)
+
+    module.get_task = get_task
+
+
+def _task_of(model: str) -> str | None:
+    """The pipeline of a zoo name or of a folder with one of our models."""
+    folder = resolve_folder(model)
+    config = {} if folder is None else read_json(folder / "config.json")
+    if config.get("model_type") in FAMILIES:
+        for name in config.get("architectures") or ():
+            for suffix, (_, task) in _TASKS.items():
+                if name.endswith(suffix):
+                    return task
+    return None
+
+
+def _know_names(auto: Any) -> None:
+    """Let an Auto class take the zoo's names, and register what was postponed."""
+    for name in ("from_pretrained", "from_config", "for_model"):
+        if hasattr(auto, name):
+            setattr(auto, name, _settled(getattr(auto, name).__func__))
+
+
+def _settled(function: Callable[..., Any]) -> Any:
+    resolved = _first_resolved(function, index=1)
+
+    @functools.wraps(function)
+    def settled(*args: Any, **kwargs: Any) -> Any:
+        _settle()
+        return resolved(*args, **kwargs)
+
+    return classmethod(settled)
+
+
+def _first_resolved(function: Callable[..., Any], index: int = 0) -> Callable[..., Any]:
+    """A function whose argument `pretrained_model_name_or_path`, by place or by name, may be a zoo
+    name."""
+    keyword = "pretrained_model_name_or_path"
+
+    @functools.wraps(function)
+    def resolved(*args: Any, **kwargs: Any) -> Any:
+        revision = kwargs.get("revision")
+        if len(args) > index:
+            args = (*args[:index], bundled_source(args[index], revision), *args[index + 1 :])
+        elif keyword in kwargs:
+            kwargs[keyword] = bundled_source(kwargs[keyword], revision)
+        return function(*args, **kwargs)
+
+    return resolved

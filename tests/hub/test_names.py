@@ -1,0 +1,50 @@
+"""The zoo's names where transformers takes a name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+import deqzoo
+from deqzoo.zoo import bundled_source, list_models
+
+PICTURE = Path(__file__).parents[2] / "examples" / "pictures" / "chelsea.png"
+IMAGES = "mdeq-tiny-cifar-upg"
+
+
+@pytest.mark.parametrize("name", [IMAGES, f"deqzoo/{IMAGES}"])
+def test_a_pipeline_needs_the_name_only(name: str) -> None:
+    classifier = pipeline(model=name)
+    assert type(classifier.model) is deqzoo.MDEQForImageClassification
+    assert len(classifier(str(PICTURE), top_k=3)) == 3
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [AutoImageProcessor, deqzoo.MDEQImageProcessor, AutoConfig, deqzoo.MDEQConfig, AutoModel,
+     deqzoo.MDEQModel, deqzoo.MDEQForImageClassification],
+)  # fmt: skip
+def test_classes_know_the_names(loader: type) -> None:
+    assert type(loader.from_pretrained(IMAGES)).__name__.startswith("MDEQ")
+    assert loader.from_pretrained(pretrained_model_name_or_path=IMAGES)
+
+
+def test_tokenizers_and_text_pipelines() -> None:
+    name = next((n for n in list_models() if n.startswith("deq-transformer-ptb")), None)
+    if name is None:
+        pytest.skip("not in this wheel")
+    assert AutoTokenizer.from_pretrained(name)("the cat")["input_ids"]
+    writer = pipeline("text-generation", model=name)
+    assert writer("the company", max_new_tokens=2)[0]["generated_text"].startswith("the")
+
+
+def test_a_folder_and_a_revision_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bundled_source(IMAGES) != IMAGES
+    assert bundled_source(IMAGES, "v1") == IMAGES
+    assert bundled_source("resnet-50") == "resnet-50"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / IMAGES).mkdir()
+    assert bundled_source(IMAGES) == IMAGES
