@@ -29,6 +29,7 @@ from deqzoo.equilibrium import (
 from deqzoo.equilibrium.fixed import fixed_point_of_steps, has_fixed_steps
 from deqzoo.equilibrium.solvers import BackwardReport
 from deqzoo.equilibrium.state import State, leaves
+from deqzoo.errors import UserError
 from deqzoo.models.weights import WeightNorm
 from deqzoo.zoo import bundled_source
 
@@ -357,6 +358,34 @@ class DEQPreTrainedModel(PreTrainedModel):
             f"(largest residual {float(solution.residual.max()):.1e}); raise max_steps with "
             "set_solver(max_steps=...) or read `converged` of the output. This is said once."
         )
+
+
+#: Keywords that transformers, PEFT and generate() pass to any model, and that may ask for nothing.
+STANDARD_KEYWORDS = frozenset(
+    "attention_mask bool_masked_pos cache_position head_mask inputs_embeds is_first_iteration "
+    "interpolate_pos_encoding labels num_items_in_batch output_attentions output_hidden_states "
+    "output_router_logits past_key_values position_ids return_dict token_type_ids use_cache".split()
+)
+
+
+def check_keywords(model: PreTrainedModel, keywords: Mapping[str, Any]) -> None:
+    """Take standard keywords that ask for nothing (None or False), refuse everything else.
+
+    Raises:
+        UserError: a standard keyword that this model has no answer to.
+        TypeError: a name that no model knows.
+    """
+    for name, value in keywords.items():
+        if name not in STANDARD_KEYWORDS:
+            raise TypeError(f"{type(model).__name__} got an unexpected keyword argument {name!r}")
+        if value is None or value is False or name in ("num_items_in_batch", "is_first_iteration"):
+            continue
+        if name == "output_attentions":
+            raise UserError(
+                f"{type(model).__name__} keeps no attention weights, since its map is applied many "
+                "times; leave output_attentions out"
+            )
+        raise UserError(f"{type(model).__name__} has no use for {name}; leave it out")
 
 
 def per_sample(solution: Solution) -> dict[str, Tensor]:

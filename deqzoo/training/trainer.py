@@ -132,7 +132,9 @@ class DEQTrainer(Trainer):
                 penalty = penalty_of(outputs, self.jacobian)
             if logs:
                 self.penalties.append(penalty.detach())
-            # A mean, as the loss is: Trainer divides both where gradients are accumulated.
+            if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+                # The loss is a share of the whole step's; the penalty is a mean.
+                penalty = penalty / self.current_gradient_accumulation_steps
             loss = loss + self.jacobian.weight * penalty
         return (loss, outputs) if return_outputs else loss
 
@@ -193,6 +195,7 @@ class RecipeTrainer(DEQTrainer):
 
     def __init__(self, task: Task, plan: Plan, recipe: Any, out: Path, **keywords: Any) -> None:
         super().__init__(**keywords)
+        self.model_accepts_loss_kwargs = False  # the task's loss is a mean
         self.task = task
         self.plan = plan
         self.recipe = recipe

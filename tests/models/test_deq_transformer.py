@@ -566,7 +566,8 @@ def test_hidden_states() -> None:
     ids = random_ids(2, 6)
     assert model(ids).hidden_states is None
     words, states = model(ids, output_hidden_states=True).hidden_states
-    assert torch.equal(words, model.get_input_embeddings()(ids))
+    embedding = model.get_input_embeddings()
+    assert torch.equal(words, embedding(ids) * embedding.scale)
     assert torch.equal(states, model.transformer(ids).last_hidden_state)
     generated = model.generate(
         ids, max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True

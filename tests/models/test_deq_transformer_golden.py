@@ -88,7 +88,8 @@ def test_single_applications(cases: dict[str, Case], name: str) -> None:
     for k in range(case.n_segments):
         segment = case.segment(k)
         base, f = case.model.transformer, case.bound_map(segment)
-        close(base.embedding(segment["input_ids"]), segment["embedding"], tolerance)
+        words = base.embedding(segment["input_ids"]) * base.embedding.scale
+        close(words, segment["embedding"], tolerance)
         close(f.injection, case.injection(segment["injection"]), tolerance)
         n_keys, width = segment["pos_emb"].shape
         table = sinusoids(n_keys, width, dtype=torch.float64, device=torch.device("cpu"))

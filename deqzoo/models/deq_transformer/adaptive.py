@@ -48,7 +48,7 @@ class SharedLinear(nn.Module):
 
 
 class AdaptiveEmbedding(nn.Module):
-    """Word indices (B, T) to vectors (B, T, d_model), scaled by sqrt(d_model)."""
+    """Word indices (B, T) to vectors (B, T, d_model); the model scales them by sqrt(d_model)."""
 
     def __init__(
         self, vocab_size: int, d_model: int, d_embed: int, cutoffs: list[int], div_val: int
@@ -78,7 +78,6 @@ class AdaptiveEmbedding(nn.Module):
                 vectors = self.projections[0](vectors)
         else:
             vectors = self._clustered(input_ids)
-        vectors = vectors * self.scale
         if word_mask is not None:
             vectors = vectors * word_mask[input_ids].unsqueeze(-1).to(vectors.dtype)
         return vectors

@@ -11,20 +11,27 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.block import EquilibriumMap
+
+#: Tokens that a cache can take back: more than a draft of assisted decoding has.
+CROPPABLE = 128
 
 
 class EquilibriumCacheLayer(CacheLayerMixin):
     """Keys and values (B, H, M, D) of the last ``window`` - 1 solved tokens.
 
-    Buffers grow in steps and are written in place; nothing in them is differentiated.
+    Buffers grow in steps and are written in place; nothing in them is differentiated. They go on
+    holding `CROPPABLE` tokens that no later one sees, so that the newest ones can be taken back.
     """
+
+    is_croppable = True
 
     def __init__(self, window: int) -> None:
         super().__init__()
         self.window = window
         self.seen = 0
-        self.valid: Tensor | None = None  # (B, M) bool, False at left padding; None: all real
+        self._valid: Tensor | None = None  # of all tokens in the buffers; None: all real
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._start = self._end = 0
 
@@ -51,30 +58,64 @@ class EquilibriumCacheLayer(CacheLayerMixin):
         self.keys, self.values = (b[:, :, self._start : self._end] for b in self._buffers)
         return self.keys, self.values
 
+    @property
+    def valid(self) -> Tensor | None:
+        """(B, M) bool, False at left padding; None: all real."""
+        return None if self._valid is None else self._valid[:, self._start : self._end]
+
     def _grow(self, like: Tensor, new: int) -> None:
         """Move what is kept to the front of buffers with room for at least ``new`` more tokens."""
-        kept = self._end - self._start
+        kept = min(self._end - self._start + CROPPABLE, self._end)
+        moved = self._end - kept
         batch, heads, _, width = like.shape
         room = min(max(64, 2 * (kept + new)), kept + new + max(64, self.window))
         buffers = tuple(like.new_empty(batch, heads, room, width) for _ in range(2))
         if self._buffers is not None:
             for fresh, old in zip(buffers, self._buffers, strict=True):
-                fresh[:, :, :kept] = old[:, :, self._start : self._end]
-        self._buffers, self._start, self._end = buffers, 0, kept
+                fresh[:, :, :kept] = old[:, :, moved : self._end]
+        if self._valid is not None:
+            self._valid = self._valid[:, moved:]
+        self._buffers, self._start, self._end = buffers, self._start - moved, kept
 
     def extend_valid(self, valid: Tensor | None, n_new: int, batch: int) -> None:
         """Remember which of the tokens just appended are real."""
-        if valid is None and self.valid is None:
+        if valid is None and self._valid is None:
             return
         device = self.keys.device
-        old = self.keys.shape[2] - n_new  # negative when a prompt is longer than the window
-        before = self.valid
+        before = self._valid
         if before is None:
-            before = torch.ones(batch, max(old, 0), dtype=torch.bool, device=device)
+            before = torch.ones(batch, self._end - n_new, dtype=torch.bool, device=device)
         if valid is None:
             valid = torch.ones(batch, n_new, dtype=torch.bool, device=device)
-        joined = torch.cat([before, valid.to(device)], dim=1)
-        self.valid = joined[:, joined.shape[1] - self.keys.shape[2] :]
+        self._valid = torch.cat([before, valid.to(device)], dim=1)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest tokens, exactly as if they had never come.
+
+        Args:
+            tokens: minus the number of tokens to forget; a positive number is that of tokens to
+                remain, as transformers before 5.24 means it.
+
+        Raises:
+            UserError: tokens that would be seen again have been given up.
+        """
+        removed = -tokens if tokens <= 0 else max(0, self.seen - tokens)
+        if removed == 0 or self._buffers is None:
+            return
+        if removed >= self.seen:
+            self.reset()
+            return
+        end, kept = self._end - removed, min(self.window - 1, self.seen - removed)
+        if end < kept:
+            raise UserError(
+                f"this cache can take back its last {CROPPABLE} tokens, not {removed}: the older "
+                "ones that they pushed out of the window are gone; make a new cache"
+            )
+        self.seen -= removed
+        self._start, self._end = end - kept, end
+        self.keys, self.values = (b[:, :, self._start : end] for b in self._buffers)
+        if self._valid is not None:
+            self._valid = self._valid[:, :end]
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: generate() cuts the prompt by it."""
@@ -92,15 +133,15 @@ class EquilibriumCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token."""
         self.seen = self._start = self._end = 0
-        self._buffers = self.keys = self.values = self.valid = None
+        self._buffers = self.keys = self.values = self._valid = None
         self.is_initialized = False
 
     def _take(self, rows: Tensor) -> None:
         if self._buffers is not None:
             self._buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self._buffers)
             self.keys, self.values = (b[:, :, self._start : self._end] for b in self._buffers)
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, rows.to(self.valid.device))
+        if self._valid is not None:
+            self._valid = self._valid.index_select(0, rows.to(self._valid.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue the beams ``beam_idx`` (B,)."""
@@ -142,6 +183,11 @@ class DEQTransformerCache(Cache):
         self.update(key, value, 0)
         self.layer.extend_valid(valid, states.shape[1], states.shape[0])
         self.last_state = states[:, -1:].detach()
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest tokens; see `EquilibriumCacheLayer.crop`."""
+        super().crop(tokens)
+        self.last_state = None
 
     def reset(self) -> None:
         """Forget every token."""

@@ -58,6 +58,7 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
         "hidden_size": "d_model",
         "num_attention_heads": "n_head",
         "intermediate_size": "d_inner",
+        "num_hidden_layers": "n_sublayers",
     }
 
     variant: Literal["locuslab-deq", "torchdeq-seq", "torchdeq-lm"] = "locuslab-deq"

@@ -51,6 +51,49 @@ def check_tokens(config: DEQTransformerConfig, input_ids: Tensor, training: bool
     _refuse_foreign(config, "input_ids", input_ids, advice)
 
 
+def read_tokens(
+    config: DEQTransformerConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """Something of shape (B, T) that stands for the tokens: word indices or the vectors' first
+    features.
+
+    Raises:
+        UserError: neither or both are given, or they do not fit the model.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise UserError("pass either input_ids or inputs_embeds")
+    if inputs_embeds is None:
+        check_tokens(config, input_ids, training)
+        return input_ids
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.d_model:
+        raise UserError(
+            f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
+            f"{config.d_model}), as get_input_embeddings() makes them"
+        )
+    return inputs_embeds[..., 0]
+
+
+def check_positions(position_ids: Tensor | None, valid: Tensor | None) -> None:
+    """Refuse positions that are not consecutive: attention goes by distances between tokens.
+
+    Raises:
+        UserError: another order.
+    """
+    if position_ids is None:
+        return
+    steps = position_ids.diff(dim=-1) != 1
+    if valid is not None:
+        steps = steps & valid[..., 1:] & valid[..., :-1]
+    if bool(steps.any()):
+        raise UserError(
+            "position_ids must be consecutive: this model sees distances between tokens, not "
+            "positions; leave them out"
+        )
+
+
 def check_labels(
     config: DEQTransformerConfig, labels: Tensor, input_ids: Tensor, training: bool
 ) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import initialization as init
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from deqzoo.equilibrium import Causal, Gradient, Layout, Solution, Solver, make_solver
 from deqzoo.errors import UserError
-from deqzoo.models.base import DEQPreTrainedModel, Settings, joined
+from deqzoo.models.base import DEQPreTrainedModel, Settings, check_keywords, joined
 from deqzoo.models.deq_transformer.adaptive import (
     IGNORED,
     AdaptiveEmbedding,
@@ -36,9 +36,10 @@ from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTrans
 from deqzoo.models.deq_transformer.inputs import (
     check_labels,
     check_past,
-    check_tokens,
+    check_positions,
     joined_validity,
     past_length,
+    read_tokens,
     targets_of,
     valid_tokens,
 )
@@ -256,7 +257,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
@@ -270,6 +271,10 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_state: bool = False,
         past_key_values: DEQTransformerCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        **keywords: Any,
     ) -> DEQTransformerModelOutput:
         """Solve for the states of T new tokens.
 
@@ -290,26 +295,33 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
                 the configuration says.
             output_state: also return the map and the state, for ``jacobian_loss``.
             past_key_values: what ``cache`` is called before transformers 5.24.
+            inputs_embeds: (B, T, d_model) word vectors, as ``get_input_embeddings()`` makes them,
+                instead of input_ids.
+            position_ids, cache_position: consecutive, as generation passes them; attention goes by
+                distances.
 
         Raises:
-            UserError: no tokens, indices of no word, or a past that this model cannot read.
+            UserError: no tokens, indices of no word, a past that this model cannot read, or a
+                keyword that asks for what it does not have.
         """
-        check_tokens(self.config, input_ids, self.training)
+        check_keywords(self, keywords)
+        tokens = read_tokens(self.config, input_ids, inputs_embeds, self.training)
         cache = past_key_values if cache is None else cache
         check_past(self.config, cache, memory, use_cache, memory_mask)
         if use_cache and cache is None:
             cache = DEQTransformerCache(self.config.window)
-        valid = valid_tokens(attention_mask, input_ids)
+        valid = valid_tokens(attention_mask, tokens)
+        check_positions(position_ids, valid)
         n_past = past_length(cache, memory)
-        masks = dropout_masks or self._masks(input_ids, n_past)
-        embedded = self.embed(input_ids, masks)
+        masks = dropout_masks or self._masks(tokens, n_past)
+        embedded = self.embed(input_ids, masks, inputs_embeds)
         injection = self.injection(embedded)
         f = self.bind(injection, masks, cache, memory, valid, memory_mask)
         if self.map_precision is not None and self.training:
             f = f.in_precision(self.map_precision)
         g = CompiledMap(f) if self.map_compiled else f
         # Under autocast the injection is narrower than the state should be.
-        start = self._like(input_ids).new_zeros(*input_ids.shape, self.config.d_model)
+        start = self._like(tokens).new_zeros(*tokens.shape, self.config.d_model)
         if warm_start and cache is not None and cache.last_state is not None:
             start = start + cache.last_state
         report = self._solve(g, start, valid, solver, gradient, shallow)
@@ -341,9 +353,13 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         """An empty tensor in the dtype of the states, on the device of another tensor."""
         return torch.empty(0, dtype=self.dtype, device=tensor.device)
 
-    def embed(self, input_ids: Tensor, masks: DropoutMasks) -> Tensor:
-        """Vectors (B, T, d) of words (B, T), dropout included."""
-        x = self.embedding(input_ids, masks.words)
+    def embed(
+        self, input_ids: Tensor | None, masks: DropoutMasks, vectors: Tensor | None = None
+    ) -> Tensor:
+        """Scaled vectors (B, T, d) of words (B, T), or of given ones, dropout included (but no
+        whole words are dropped among given ones)."""
+        x = self.embedding(input_ids, masks.words) if vectors is None else vectors
+        x = x * self.embedding.scale
         return x if masks.input is None else x * masks.input
 
     def inject(self, input_ids: Tensor, masks: DropoutMasks) -> Tensor:
@@ -455,7 +471,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
     labels for the classes it knows by name, and would score this model against unshifted ones.
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it where it accumulates
+    accepts_loss_kwargs = True  # Trainer counts the scored words of all batches of a step
 
     def __init__(self, config: DEQTransformerConfig) -> None:
         super().__init__(config)
@@ -488,10 +504,20 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         """False: forward makes its own cache, which holds solved tokens."""
         return False
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Assisted decoding asks for the cache before the first forward could make it."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        name = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
+        if generation_config.use_cache is not False and self.config.has_equilibrium:
+            if model_kwargs.get(name) is None:
+                model_kwargs[name] = DEQTransformerCache(self.config.window)
+
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: DEQTransformerCache | None = None,
         memory: SegmentMemory | tuple[Tensor, Tensor] | None = None,
@@ -509,6 +535,10 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_state: bool = False,
         past_key_values: DEQTransformerCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **keywords: Any,
     ) -> DEQTransformerCausalLMOutput:
         """Score the next words.
 
@@ -519,14 +549,21 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             return_logits: False leaves logits out; with labels the loss then touches only the
                 clusters that occur, and no (B, T, vocab_size) tensor is made.
 
+            shift_labels: (B, T) the words after each token, as labels with shift=False.
+            num_items_in_batch: divide the summed loss by this number instead of that of the
+                scored words; Trainer counts them over all batches of a step.
+
         The other arguments are those of :meth:`DEQTransformerModel.forward`.
 
         Raises:
             UserError: labels of another shape or of no word, and what the base model refuses.
         """
         targets = None
+        if shift_labels is not None:
+            labels, shift = shift_labels, False
         if labels is not None:
-            targets = self.next_words(input_ids, labels, shift, attention_mask)
+            tokens = read_tokens(self.config, input_ids, inputs_embeds, self.training)
+            targets = self.next_words(tokens, labels, shift, attention_mask)
         base = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -541,7 +578,9 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             dropout_masks=dropout_masks,
             output_hidden_states=output_hidden_states,
             output_state=output_state,
+            inputs_embeds=inputs_embeds,
             return_dict=True,
+            **keywords,
         )
         hidden = self._dropped(base.last_hidden_state, dropout_masks)
         loss = nll = logits = None
@@ -549,7 +588,10 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             waits = not (self.transformer.fixed_steps and self.training)
             score = self.lm_head.nll if waits else self.lm_head.dense_nll
             nll = score(hidden, targets)
-            loss = nll.sum() / (targets != IGNORED).sum()
+            scored = (
+                (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            )
+            loss = nll.sum() / scored
         if return_logits:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

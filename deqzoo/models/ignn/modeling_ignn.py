@@ -13,7 +13,7 @@ from transformers.utils import can_return_tuple, logging
 
 from deqzoo.equilibrium import Segments, Solution
 from deqzoo.errors import UserError
-from deqzoo.models.base import DEQPreTrainedModel, Settings
+from deqzoo.models.base import DEQPreTrainedModel, Settings, check_keywords
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
 from deqzoo.models.ignn.layer import ClippedSpectralNorm, GraphMap, ImplicitGraphLayer, linear
@@ -239,9 +239,10 @@ class IGNNModel(IGNNPreTrainedModel):
         edge_weight: Tensor | None = None,
         batch: Tensor | None = None,
         initial_states: Sequence[Tensor] | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         solver: Settings = None,
         gradient: Settings = None,
+        **keywords: Any,
     ) -> IGNNModelOutput:
         """Find the equilibrium of every layer.
 
@@ -260,6 +261,7 @@ class IGNNModel(IGNNPreTrainedModel):
         Raises:
             UserError: the input does not describe graphs that this model reads.
         """
+        check_keywords(self, keywords)
         graphs = self.read_graphs(x, edge_index, edge_weight, batch)
         self._check_starts(graphs, initial_states)
         x, solutions = graphs.features, []
@@ -272,17 +274,21 @@ class IGNNModel(IGNNPreTrainedModel):
                 x = nn.functional.elu(solution.state + linear(x, weight) + bias)
             else:
                 x = solution.state
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return combined_report(x, solutions, output_hidden_states)
 
 
 class _IGNNClassifier(IGNNPreTrainedModel):
     """How the forward of every classifier starts and ends."""
 
+    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it where it accumulates
+
     def _states(
         self,
         graphs: GraphBatch,
         initial_states: Sequence[Tensor] | None,
-        output_hidden_states: bool,
+        output_hidden_states: bool | None,
         solver: Settings,
         gradient: Settings,
     ) -> IGNNModelOutput:
@@ -339,9 +345,10 @@ class IGNNForGraphClassification(_IGNNClassifier):
         batch: Tensor | None = None,
         labels: Tensor | None = None,
         initial_states: Sequence[Tensor] | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         solver: Settings = None,
         gradient: Settings = None,
+        **keywords: Any,
     ) -> IGNNClassifierOutput:
         """Classify graphs; arguments as in `IGNNModel.forward`.
 
@@ -349,6 +356,7 @@ class IGNNForGraphClassification(_IGNNClassifier):
             labels: (G,) int64; the loss is their mean cross-entropy. With
                 `problem_type="multi_label_classification"` (G, num_labels) of 0 and 1.
         """
+        check_keywords(self, keywords)
         symmetrize = self.config.official and not self.training
         graphs = self.read_graphs(x, edge_index, edge_weight, batch, symmetrize)
         base = self._states(graphs, initial_states, output_hidden_states, solver, gradient)
@@ -387,9 +395,10 @@ class IGNNForNodeClassification(_IGNNClassifier):
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         initial_states: Sequence[Tensor] | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         solver: Settings = None,
         gradient: Settings = None,
+        **keywords: Any,
     ) -> IGNNClassifierOutput:
         """Classify nodes; arguments as in `IGNNModel.forward`.
 
@@ -398,6 +407,7 @@ class IGNNForNodeClassification(_IGNNClassifier):
                 `problem_type="multi_label_classification"`.
             mask: (n,) bool, the nodes whose labels count in the loss.
         """
+        check_keywords(self, keywords)
         graphs = self.read_graphs(x, edge_index, edge_weight, batch)
         base = self._states(graphs, initial_states, output_hidden_states, solver, gradient)
         nodes = base.last_hidden_state

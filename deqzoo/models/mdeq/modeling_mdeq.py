@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from deqzoo.errors import UserError
-from deqzoo.models.base import DEQPreTrainedModel, Settings, per_sample
+from deqzoo.models.base import DEQPreTrainedModel, Settings, check_keywords, per_sample
 from deqzoo.models.weights import row_norms
 
 from .configuration_mdeq import MDEQConfig
@@ -44,6 +45,7 @@ class MDEQModelOutput(ModelOutput):
         n_steps: updates of the state, int64 (B,).
         residual: residual of the returned state in the solver's stop mode, (B,).
         converged: whether it is below the tolerance, bool (B,).
+        hidden_states: the features, with `output_hidden_states=True` only.
         state: the features detached, only with `output_state=True`.
         equilibrium_map: the `MDEQMap` that was solved, only with `output_state=True`.
     """
@@ -54,6 +56,7 @@ class MDEQModelOutput(ModelOutput):
     n_steps: Tensor | None = None
     residual: Tensor | None = None
     converged: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     state: tuple[Tensor, ...] | None = None
     equilibrium_map: MDEQMap | None = None
 
@@ -212,7 +215,9 @@ class MDEQModel(MDEQPreTrainedModel):
         gradient: Settings = None,
         shallow: bool = False,
         dropout_masks: Masks | None = None,
+        output_hidden_states: bool | None = None,
         output_state: bool = False,
+        **keywords: Any,
     ) -> MDEQModelOutput:
         """Solve for the equilibrium of every picture.
 
@@ -225,11 +230,15 @@ class MDEQModel(MDEQPreTrainedModel):
                 back-propagation. The reported residual is that of the state before the last
                 application.
             dropout_masks: per branch and block (B, C_i, 1, 1) instead of random ones.
+            output_hidden_states: also return the features as `hidden_states`; by default as the
+                configuration says.
             output_state: also return the map and the state, for `jacobian_loss`.
 
         Raises:
-            UserError: pictures of a wrong shape or dtype.
+            UserError: pictures of a wrong shape or dtype, or a keyword that asks for what an MDEQ
+                does not have.
         """
+        check_keywords(self, keywords)
         f, z0 = self.build_map(pixel_values, dropout_masks)
         if self.map_precision is not None and self.training:
             f = f.in_precision(self.map_precision)
@@ -239,6 +248,10 @@ class MDEQModel(MDEQPreTrainedModel):
         else:
             solution = self.solve(g, z0, solver=solver, gradient=gradient)
             output = _model_output(tuple(solution.state), **per_sample(solution))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states:
+            output.hidden_states = output.features
         if output_state:
             output.state = tuple(z.detach() for z in output.features)
             # The compiled map and norm cannot be differentiated twice, as the exact penalty needs.
@@ -296,6 +309,8 @@ class MDEQModel(MDEQPreTrainedModel):
 class MDEQForImageClassification(MDEQPreTrainedModel):
     """An MDEQ with the multiscale head and a linear classifier."""
 
+    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it where it accumulates
+
     def __init__(self, config: MDEQConfig) -> None:
         super().__init__(config)
         self.loss_type = "ForImageClassification"  # which transformers guesses from a class's name
@@ -314,35 +329,43 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
         gradient: Settings = None,
         shallow: bool = False,
         dropout_masks: Masks | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         output_state: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **keywords: Any,
     ) -> MDEQImageClassifierOutput:
         """Classify pictures; arguments as in `MDEQModel.forward`.
 
         Args:
             labels: class indices (B,); the loss is their mean cross-entropy.
-            output_hidden_states: also return the features of all resolutions.
+            output_hidden_states: also return the features of all resolutions; by default as the
+                configuration says.
+            num_items_in_batch: divide the summed loss by this number instead of the batch size.
         """
+        check_keywords(self, keywords)
         base = self.mdeq(
             pixel_values,
             solver=solver,
             gradient=gradient,
             shallow=shallow,
             dropout_masks=dropout_masks,
+            output_hidden_states=output_hidden_states,
             output_state=output_state,
             return_dict=True,
         )
         logits = self.classifier(self.head(base.features))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config)
+            loss = self.loss_function(
+                labels, logits, self.config, num_items_in_batch=num_items_in_batch
+            )
         return MDEQImageClassifierOutput(
             loss=loss,
             logits=logits,
             n_steps=base.n_steps,
             residual=base.residual,
             converged=base.converged,
-            hidden_states=base.features if output_hidden_states else None,
+            hidden_states=base.hidden_states,
             state=base.state,
             equilibrium_map=base.equilibrium_map,
         )
