@@ -536,7 +536,6 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         output_state: bool = False,
         past_key_values: DEQTransformerCache | None = None,
         inputs_embeds: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **keywords: Any,
     ) -> DEQTransformerCausalLMOutput:
@@ -559,8 +558,10 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             UserError: labels of another shape or of no word, and what the base model refuses.
         """
         targets = None
-        if shift_labels is not None:
-            labels, shift = shift_labels, False
+        # Not in the signature: Trainer takes every argument named like that for required labels.
+        shifted = keywords.pop("shift_labels", None)
+        if shifted is not None:
+            labels, shift = shifted, False
         if labels is not None:
             tokens = read_tokens(self.config, input_ids, inputs_embeds, self.training)
             targets = self.next_words(tokens, labels, shift, attention_mask)
