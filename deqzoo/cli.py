@@ -77,7 +77,13 @@ def options(
 
 
 @app.command("list", rich_help_panel="Use models")
-def list_command(as_json: AsJson = False) -> None:
+def list_command(
+    pattern: Annotated[str, typer.Argument(help='Names with wildcards, as "mdeq*".')] = "*",
+    task: Annotated[
+        str | None, typer.Option(help="Only models of a task, or of a part of its name.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the bundled checkpoints."""
     from deqzoo.hub.catalogue import entries
 
@@ -88,12 +94,12 @@ def list_command(as_json: AsJson = False) -> None:
             "parameters": entry.parameters,
             "result": entry.headline(),
         }
-        for entry in entries()
+        for entry in entries(pattern, task)
     ]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif not rows:
-        typer.echo("No checkpoint is bundled.")
+        typer.echo("No such checkpoint is bundled.")
     else:
         width = max(len(row["name"]) for row in rows)
         for row in rows:

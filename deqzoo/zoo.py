@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import os
 from collections.abc import Iterable
@@ -24,16 +25,49 @@ def checkpoints_root() -> Path:
     return (checkout if (checkout / "hatch_build.py").is_file() else _PACKAGE) / "hub_configs"
 
 
-def list_models() -> list[str]:
-    """Names of the bundled checkpoints, sorted."""
+#: End of a class's name -> what its models do.
+TASKS = {
+    "ForImageClassification": "image classification",
+    "ForCausalLM": "language modelling",
+    "ForGraphClassification": "graph classification",
+    "ForNodeClassification": "node classification",
+}
+
+
+def task_of(architecture: str) -> str:
+    """What the models of a class do, in words."""
+    found = (task for suffix, task in TASKS.items() if architecture.endswith(suffix))
+    return next(found, "features")
+
+
+def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
+    """Names of the bundled checkpoints, sorted.
+
+    Args:
+        pattern: with wildcards, as "mdeq*" or "*cifar*".
+        task: one of `TASKS`' values, or a part of it ("image").
+
+    Raises:
+        UserError: no model of the zoo could do such a task.
+    """
+    if task is not None and not any(task in known for known in TASKS.values()):
+        raise UserError(f"unknown task {task!r}; the tasks are {', '.join(TASKS.values())}")
     root = checkpoints_root()
     if not root.is_dir():
         return []
-    return sorted(
+    names = sorted(
         folder.name
         for folder in root.iterdir()  # a name with a dot is a checkpoint that is being stored
         if not folder.name.startswith(".") and (folder / "config.json").is_file()
     )
+    names = fnmatch.filter(names, pattern)
+    if task is None:
+        return names
+    return [name for name in names if task in task_of(_architecture(root / name))]
+
+
+def _architecture(folder: Path) -> str:
+    return (read_json(folder / "config.json").get("architectures") or ["?"])[0]
 
 
 def bundled_folder(name: str) -> Path | None:

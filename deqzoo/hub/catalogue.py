@@ -14,14 +14,7 @@ from deqzoo.errors import UserError
 from deqzoo.models.names import FAMILIES
 from deqzoo.records import read_evaluation
 from deqzoo.tasks.metrics import METRICS
-from deqzoo.zoo import list_models, read_json, resolve_bundled
-
-TASKS = {
-    "ForImageClassification": "image classification",
-    "ForCausalLM": "language modelling",
-    "ForGraphClassification": "graph classification",
-    "ForNodeClassification": "node classification",
-}
+from deqzoo.zoo import list_models, read_json, resolve_bundled, task_of
 
 #: Last parts of names in weight files that are no parameters: batch norms', and spectral norms'.
 BUFFERS = {"running_mean", "running_var", "num_batches_tracked", "left", "right"}
@@ -51,10 +44,7 @@ class Entry:
     @property
     def task(self) -> str:
         """What the model does, in words."""
-        for suffix, task in TASKS.items():
-            if self.architecture.endswith(suffix):
-                return task
-        return "features"
+        return task_of(self.architecture)
 
     @property
     def parameters(self) -> int:
@@ -143,9 +133,9 @@ def entry(name: str) -> Entry:
     return Entry(folder.name, folder, config, evaluations)
 
 
-def entries() -> list[Entry]:
-    """All bundled checkpoints, sorted by name."""
-    return [entry(name) for name in list_models()]
+def entries(pattern: str = "*", task: str | None = None) -> list[Entry]:
+    """The bundled checkpoints, sorted by name; arguments as in `list_models`."""
+    return [entry(name) for name in list_models(pattern, task)]
 
 
 def count_parameters(path: Path) -> int:

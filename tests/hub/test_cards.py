@@ -18,11 +18,12 @@ from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.evaluation.files import write_evaluation
 from deqzoo.hub import cards
 from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, TASK_LIMITS, TASK_USES
-from deqzoo.hub.catalogue import TASKS, Entry, best_first, entry
+from deqzoo.hub.catalogue import Entry, best_first, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
 from deqzoo.hub.metadata import eval_results_yaml
 from deqzoo.hub.verify import verify_model
 from deqzoo.records import upgraded
+from deqzoo.zoo import TASKS
 
 
 @pytest.fixture(scope="session")

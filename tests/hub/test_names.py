@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import deqzoo
+from deqzoo.cli import run
 from deqzoo.zoo import bundled_source, list_models
 
 PICTURE = Path(__file__).parents[2] / "examples" / "pictures" / "chelsea.png"
@@ -48,3 +50,22 @@ def test_a_folder_and_a_revision_go_first(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / IMAGES).mkdir()
     assert bundled_source(IMAGES) == IMAGES
+
+
+def test_names_by_pattern_and_task(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_models("mdeq*") == list_models(task="image classification") != []
+    assert list_models("mdeq*") == list_models(task="image")
+    assert set(list_models("ignn*")) <= set(list_models()) - set(list_models("mdeq*"))
+    assert list_models("mdeq*", task="node") == []
+    with pytest.raises(deqzoo.UserError, match="image classification"):
+        list_models(task="chess")
+    assert run(["list", "*tiny*", "--task", "image"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list_models("*tiny*")
+
+
+def test_features_as_timm_names_them() -> None:
+    model = deqzoo.MDEQForImageClassification.from_pretrained(IMAGES).eval()
+    with torch.no_grad():
+        features = model.forward_features(torch.randn(1, 3, 32, 32))
+    assert [f.shape[1] for f in features] == model.config.channels

@@ -150,6 +150,10 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
         else:
             self.use_native_norm()
 
+    def forward_features(self, pixel_values: Tensor) -> State:
+        """The equilibrium (B, C_i, H_i, W_i) of every resolution, finest first: timm's name."""
+        return self.base_model(pixel_values, return_dict=True).features
+
     def equilibrium_map(
         self, pixel_values: Tensor, dropout_masks: Masks | None = None
     ) -> tuple[MDEQMap, State]:
