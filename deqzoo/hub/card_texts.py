@@ -109,7 +109,7 @@ FAMILY_TEXTS = {
     ),
 }
 
-#: By task, as `catalogue.TASKS` and `Entry.task` call them.
+#: By task, as `zoo.TASKS` and `Entry.task` call them.
 TASK_LIMITS = {
     "image classification": "It knows only the classes it was trained on and names one of them for "
     "every picture. Its probabilities are those of its training data, whose selection of pictures it "

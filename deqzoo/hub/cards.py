@@ -24,7 +24,6 @@ from deqzoo.hub.card_texts import (
     TASK_USES,
 )
 from deqzoo.hub.catalogue import (
-    TASKS,
     Entry,
     below_baseline,
     entries,
@@ -32,7 +31,7 @@ from deqzoo.hub.catalogue import (
 )
 from deqzoo.hub.metadata import measuring_command, metadata, own_repository
 from deqzoo.tasks.metrics import METRICS, words
-from deqzoo.zoo import checkpoints_root, read_json
+from deqzoo.zoo import TASKS, checkpoints_root, read_json
 
 #: A checkpoint's own part of its card, written by the command that made its figures.
 NOTES = "notes.md"
