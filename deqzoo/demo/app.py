@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import examples as example_pictures
 from . import graphs_tab, images_tab, look, text_tab, why_tab
-from .guard import MAX_FILE
+from .guard import GATE, MAX_FILE, middleware
 from .shelf import Shelf
 
 TITLE = "deqzoo: networks that solve for their answer"
@@ -87,7 +87,8 @@ def build_demo(examples: Path | None = None, graph_data: Path | None = None) -> 
         text_tab.endpoints(shelf)
         graphs_tab.endpoint(shelf, graph_data)
         demo.load(None, None, None, js=example_pictures.NAME_THUMBNAILS)
-    return demo.queue(max_size=64, default_concurrency_limit=2)
+    # The gate decides who works; Gradio's own queue knows no clients.
+    return demo.queue(max_size=2 * GATE.waiting, default_concurrency_limit=GATE.waiting)
 
 
 def launch(
@@ -123,6 +124,8 @@ def launch(
         quiet=not block,
         footer_links=["api", "settings"],
         prevent_thread_lock=not block,
+        max_threads=2 * GATE.waiting,
+        app_kwargs={"middleware": middleware(host, "SPACE_ID" in os.environ, share)},
     )
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import inspect
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from deqzoo.errors import UserError
 
@@ -20,6 +27,8 @@ MAX_FILE = "20mb"
 MAX_TEXT_CHARACTERS = 20_000
 MAX_TEXT_FILE_BYTES = 200_000
 MAX_PIXELS = 50_000_000
+MAX_ASPECT = 4
+ENOUGH_PIXELS = 4_000_000
 MAX_PICTURES = 24
 MAX_NEW_WORDS = 200
 MAX_STEPS = 100
@@ -28,22 +37,25 @@ TIME_LIMIT_SECONDS = 60.0
 
 
 class Deadline:
-    """Ends work that takes too long.
+    """Ends work that takes too long, or that nobody waits for any more.
 
     Args:
-        seconds: allowed from now on.
+        seconds: allowed since the request of this thread was taken up; from now on outside of one.
     """
 
     def __init__(self, seconds: float = TIME_LIMIT_SECONDS) -> None:
         self.seconds = seconds
-        self.end = time.monotonic() + seconds
+        began, self.wanted = _REQUEST.get((time.monotonic(), lambda: True))
+        self.end = began + seconds
 
     def check(self, *_: Any) -> None:
         """Callable as a callback of any kind.
 
         Raises:
-            UserError: the time is up.
+            UserError: the time is up, or the request was given up.
         """
+        if not self.wanted():
+            raise UserError("stopped, since nobody waits for the answer any more")
         if time.monotonic() > self.end:
             raise UserError(
                 f"this took more than {self.seconds:.0f} seconds and was stopped; "
@@ -51,9 +63,103 @@ class Deadline:
             )
 
 
+_REQUEST: ContextVar[tuple[float, Callable[[], bool]]] = ContextVar("request")
+"""When the present request was taken up, and whether its sender still waits."""
+
+
+class Gate:
+    """Lets a few requests work at a time, one of each client in turn.
+
+    Args:
+        workers: requests that work at the same time.
+        per_client: requests of one client that wait or work.
+        waiting: requests that wait, of all clients together.
+    """
+
+    def __init__(self, workers: int, per_client: int, waiting: int) -> None:
+        self.workers, self.per_client, self.waiting = workers, per_client, waiting
+        self._changed = threading.Condition()
+        self._working = 0
+        self._clients: dict[str, int] = {}  # requests that wait or work
+        self._queues: dict[str, deque[object]] = {}  # the client whose turn is next first
+
+    @contextlib.contextmanager
+    def enter(self, client: str) -> Iterator[None]:
+        """Wait for a turn, and keep it until the end.
+
+        Raises:
+            UserError: too many requests of this client or of all, or the waiting took too long.
+        """
+        ticket, deadline = object(), Deadline()
+        with self._changed:
+            if self._clients.get(client, 0) >= self.per_client:
+                raise UserError(
+                    f"{self.per_client} of your requests are not answered yet; wait for them first"
+                )
+            if sum(map(len, self._queues.values())) >= self.waiting:
+                raise UserError("too many people are asking at the moment; try again in a minute")
+            self._clients[client] = self._clients.get(client, 0) + 1
+            queue = self._queues.setdefault(client, deque())
+            queue.append(ticket)
+            try:
+                while self._working >= self.workers or self._next() is not ticket:
+                    self._changed.wait(1.0)
+                    deadline.check()
+            except BaseException:
+                self._leave(client)
+                raise
+            finally:
+                queue.remove(ticket)
+                self._queues.pop(client)
+                if queue:  # behind the others
+                    self._queues[client] = queue
+            self._working += 1
+            self._changed.notify_all()  # another may be next now
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._working -= 1
+                self._leave(client)
+
+    def _next(self) -> object:
+        return next(iter(self._queues.values()))[0]
+
+    def _leave(self, client: str) -> None:
+        self._clients[client] -= 1
+        if not self._clients[client]:
+            del self._clients[client]
+        self._changed.notify_all()
+
+
+#: A class behind one address may ask at once; it takes turns with the others.
+GATE = Gate(workers=2, per_client=32, waiting=64)
+
+
+@contextlib.contextmanager
+def _request() -> Iterator[None]:
+    """A turn at the gate for the request that Gradio handles in this thread, and its clock."""
+    request = LocalContext.request.get(None)
+    host = getattr(getattr(request, "client", None), "host", None)
+    event, blocks = LocalContext.event_id.get(None), LocalContext.blocks.get(None)
+
+    def wanted() -> bool:
+        jobs = blocks._queue.active_jobs if event is not None and blocks is not None else ()
+        return all(one.alive for job in jobs for one in job or () if one._id == event)
+
+    token = _REQUEST.set((time.monotonic(), wanted))
+    try:
+        with GATE.enter(host or "local"):
+            yield
+    finally:
+        with contextlib.suppress(ValueError):  # a generator may end in another context
+            _REQUEST.reset(token)
+
+
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with its errors as messages of the page and of API clients.
 
+    It waits for its turn among the requests of all clients; the waiting counts as its time.
     Works on generator functions, too. What is not the user's to mend goes to the log.
     """
     if inspect.isgeneratorfunction(function):
@@ -61,7 +167,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def stream(*arguments: Any) -> Iterator[Any]:
             try:
-                yield from function(*arguments)
+                with _request():
+                    yield from function(*arguments)
             except Exception as error:
                 raise _message(error) from None
 
@@ -70,7 +177,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         try:
-            return function(*arguments)
+            with _request():
+                return function(*arguments)
         except Exception as error:
             raise _message(error) from None
 
@@ -125,3 +233,42 @@ def real_number(value: Any, name: str, low: float, high: float) -> float:
     if not fits:
         raise UserError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
     return number
+
+
+class SecurityHeaders:
+    """Adds to every answer what keeps a browser from misusing it.
+
+    Args:
+        app: the ASGI application.
+        frames: who may show the page in a frame, as a Content-Security-Policy says it.
+    """
+
+    def __init__(self, app: Any, frames: str) -> None:
+        self.app = app
+        policy = f"frame-ancestors {frames}; object-src 'none'; base-uri 'self'"
+        self.headers = [
+            (b"content-security-policy", policy.encode()),
+            (b"x-content-type-options", b"nosniff"),
+            (b"referrer-policy", b"same-origin"),
+        ]
+        if frames == "'self'":
+            self.headers.append((b"x-frame-options", b"SAMEORIGIN"))
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *self.headers]}
+            await send(message)
+
+        await self.app(scope, receive, sending)
+
+
+def middleware(host: str, in_space: bool, share: bool) -> list[Middleware]:
+    """What stands before the page: headers, and only its own name where it is for this machine."""
+    frames = "'self' https://huggingface.co https://*.hf.space" if in_space else "'self'"
+    layers = [Middleware(SecurityHeaders, frames=frames)]
+    if host in ("127.0.0.1", "localhost", "::1") and not share:
+        # Else a page of a stranger, whose name points here, could read the answers.
+        names = ["127.0.0.1", "localhost", "[::1]", "::1"]
+        layers.append(Middleware(TrustedHostMiddleware, allowed_hosts=names))
+    return layers

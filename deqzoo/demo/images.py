@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from deqzoo.evaluation.watch import watch
 
 from . import examples
 from .charts import probability_chart, residual_chart
-from .guard import MAX_PICTURES, MAX_PIXELS, Deadline
+from .guard import ENOUGH_PIXELS, MAX_ASPECT, MAX_PICTURES, MAX_PIXELS, Deadline
 from .shelf import Loaded
 
 N_LINES = 5
@@ -74,9 +75,31 @@ def open_picture(path: Any) -> Image.Image:
             f"the picture has {width} × {height} pixels; {MAX_PIXELS // 10**6} million are allowed"
         )
     try:
-        return read_picture(path)
+        return _bounded(read_picture(path))
     except UserError as error:
         raise UserError(str(error).replace(str(path), path.name)) from error
+
+
+def _bounded(picture: Image.Image) -> Image.Image:
+    """The part of a picture that the model looks at, in no more pixels than anybody could see.
+
+    Scaling the shorter side of a picture of 300,000 × 1 pixels would make 300,000 × 32 of it, and
+    every conversion of a very large one costs four bytes a pixel.
+    """
+    width, height = picture.size
+    across, down = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    if (across, down) != picture.size:
+        left, top = (width - across) // 2, (height - down) // 2
+        picture = picture.crop((left, top, left + across, top + down))
+    factor = math.isqrt(across * down // ENOUGH_PIXELS)
+    if factor < 2:
+        return picture
+    mode = {"1": "L", "P": "RGBA" if "transparency" in picture.info else "RGB"}.get(picture.mode)
+    picture = picture.convert(mode) if mode else picture
+    about = picture.info
+    picture = picture.reduce(factor)
+    picture.info = about
+    return picture
 
 
 def open_pictures(paths: Sequence[Any], loaded: Loaded) -> tuple[list[Image.Image], Tensor]:
@@ -88,7 +111,9 @@ def open_pictures(paths: Sequence[Any], loaded: Loaded) -> tuple[list[Image.Imag
         UserError: as `open_picture`.
     """
     small, batch = [], []
+    deadline = Deadline()
     for path in paths:
+        deadline.check()
         picture = open_picture(path)
         small.append(thumbnail(picture))
         batch.append(to_batch(loaded.reader, [picture], loaded.model))

@@ -91,14 +91,16 @@ class Shelf:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
             if name not in self._loaded:
-                self._loaded[name] = _load(entry(name), task)
+                self._loaded[name] = self._load(entry(name), task)
         return self._loaded[name]
 
-
-def _load(found: Entry, task: str) -> Loaded:
-    model = DEQModel.from_pretrained(found.folder).eval()
-    readers = {IMAGES: load_processor, TEXT: load_tokenizer}
-    return Loaded(found, model, readers[task](model) if task in readers else None)
+    def _load(self, found: Entry, task: str) -> Loaded:
+        readers = {IMAGES: load_processor, TEXT: load_tokenizer}
+        try:
+            model = DEQModel.from_pretrained(found.folder).eval()
+            return Loaded(found, model, readers[task](model) if task in readers else None)
+        except UserError as error:  # where the server keeps its files is nobody's business
+            raise UserError(str(error).replace(f"{found.folder.parent}/", "")) from error
 
 
 def solver_settings(name: Any, max_steps: Any, tolerance: Any) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def load_processor(model: PreTrainedModel) -> Any:
     require_image_classifier(model)
     source = model.config._name_or_path
     try:
-        processor = AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         processor(images=Image.new("RGB", (4, 4)), return_tensors="pt")
         return processor
     except Exception as error:  # damaged settings fail in arbitrary ways, some only when used

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
 from deqzoo.files import file_digest, replace_text
+from deqzoo.sealed import record
 
 _PACKAGES = ("deqzoo", "torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
 
@@ -89,6 +90,7 @@ def write_evaluation(path: Path, content: Mapping[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
         replace_text(path, text + "\n")
+        record(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path

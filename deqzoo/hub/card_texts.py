@@ -45,11 +45,14 @@ EQUILIBRIUM = (
     "call, and training needs no memory for them."
 )
 
+#: Where an example names the checkpoint.
+NAME_PLACE = "MODEL"
+
 _IMAGE_SNIPPET = """\
 from PIL import Image
 from deqzoo import DEQModel, MDEQImageProcessor
 
-model = DEQModel.from_pretrained("{name}")
+model = DEQModel.from_pretrained(MODEL)
 processor = MDEQImageProcessor.from_pretrained(model.config._name_or_path)
 inputs = processor(images=Image.open("picture.png"), return_tensors="pt")
 output = model(**inputs)
@@ -61,8 +64,8 @@ _TEXT_SNIPPET = """\
 from transformers import AutoTokenizer
 from deqzoo import DEQModel, detokenize, prepare_text, text_style
 
-model = DEQModel.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+model = DEQModel.from_pretrained(MODEL)
+tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
 # The tokenizer reads words between spaces, as the corpus writes them: "wasn 't", not "wasn't".
 text = "The company, which wasn't well-known, said"
 text = prepare_text(text, tokenizer.get_vocab(), text_style(tokenizer)).text
@@ -75,7 +78,7 @@ _GRAPH_SNIPPET = """\
 import torch
 from deqzoo import DEQModel
 
-model = DEQModel.from_pretrained("{name}")
+model = DEQModel.from_pretrained(MODEL)
 features = torch.zeros(4, model.config.num_features)
 features[:, 0] = 1
 edges = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])

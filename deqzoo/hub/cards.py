@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from deqzoo.hub.card_texts import (
     DATA_TEXTS,
     EQUILIBRIUM,
     FAMILY_TEXTS,
+    NAME_PLACE,
     PAPERS,
     PICTURE_LIMITS,
     TASK_LIMITS,
@@ -29,12 +31,11 @@ from deqzoo.hub.catalogue import (
     entries,
     main_value,
 )
+from deqzoo.hub.integrity import NOTES
 from deqzoo.hub.metadata import measuring_command, metadata, own_repository
 from deqzoo.tasks.metrics import METRICS, words
 from deqzoo.zoo import TASKS, checkpoints_root, read_json
 
-#: A checkpoint's own part of its card, written by the command that made its figures.
-NOTES = "notes.md"
 #: What a card's first picture may be, the most telling first, with its description.
 PICTURES = {
     "budget": "quality against solver steps: effort is a dial",
@@ -53,6 +54,7 @@ _LABELS = {
 }
 #: What a record counts anew in every part of a run.
 _OF_A_PART = ("steps", "total_steps", "epochs", "seconds", "peak_memory_mib")
+_PLAIN = re.compile(r"[\w./~-]+")
 _TABLE_BEGIN, _TABLE_END = "<!-- models:begin -->", "<!-- models:end -->"
 
 
@@ -64,7 +66,9 @@ def snippet(entry: Entry, repository: str | None = None) -> str:
         repository: or folder that the example loads; the zoo's own by default.
     """
     name = repository or own_repository(entry)
-    return FAMILY_TEXTS[entry.config["model_type"]].snippet.format(name=name)
+    # As a literal, so that a folder's name stays a name whatever it consists of.
+    literal = f'"{name}"' if _PLAIN.fullmatch(name) else repr(name)
+    return FAMILY_TEXTS[entry.config["model_type"]].snippet.replace(NAME_PLACE, literal)
 
 
 def render_card(entry: Entry, repository: str | None = None) -> str:

@@ -36,13 +36,12 @@ def seal(
     names: Annotated[list[str], typer.Argument(help="Zoo names or local folders.")],
 ) -> None:
     """Record the checksums and the golden prediction of finished checkpoints."""
-    from deqzoo import DEQModel
     from deqzoo.hub.integrity import seal as record
     from deqzoo.zoo import resolve_bundled
 
     for name in names:
         folder = resolve_bundled(name)
-        written = record(folder, DEQModel.from_pretrained(folder))
+        written = record(folder)
         typer.echo(f"{folder.name}: {'sealed' if written else 'sealed already'}")
 
 

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deqzoo import sealed
 from deqzoo.errors import UserError
 from deqzoo.files import file_digest, replace_text
+from deqzoo.models.auto import DEQModel
+from deqzoo.sealed import CHECKSUMS, read_checksums, require_inside
 from deqzoo.zoo import read_json
 
-CHECKSUMS = "SHA256SUMS"
 GOLDEN = "golden.json"
 #: What a checkpoint folder may hold and publish; pickles are not among it.
 PUBLISHED_SUFFIXES = (".json", ".safetensors", ".txt", ".yaml", ".svg", ".png")
-#: Evaluations, which may be measured again, and what publishing renders from them.
-UNSEALED = re.compile(r"evaluation/.+|\.eval_results/deqzoo\.yaml|[^/]+-(budget|training)\.svg")
+#: A checkpoint's own part of its card, written by the command that made its figures.
+NOTES = "notes.md"
+#: What publishing renders from the other files.
+UNSEALED = re.compile(r"\.eval_results/deqzoo\.yaml|[^/]+-(budget|training)\.svg")
 
 # A tight solve, so that the numbers hardly depend on the machine's order of summation.
 _GOLDEN_SOLVER = {"max_steps": 100, "tol": 1e-5}
@@ -32,39 +36,34 @@ def published_files(folder: Path) -> list[Path]:
     return sorted(
         path.relative_to(folder)
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix in PUBLISHED_SUFFIXES
+        if path.is_file() and (path.suffix in PUBLISHED_SUFFIXES or path == folder / NOTES)
     )
 
 
 def sealed_files(folder: Path) -> list[Path]:
-    """The published files that checksums cover: all but evaluations and their renderings.
-
-    Each evaluation names its weights by their own hash.
-    """
+    """The published files that checksums cover: all but what publishing renders."""
     return [path for path in published_files(folder) if not UNSEALED.fullmatch(path.as_posix())]
 
 
 def write_checksums(folder: Path) -> Path:
-    """Record the SHA-256 of every sealed file, in the format of `sha256sum`."""
-    lines = [f"{file_digest(folder / path)}  {path.as_posix()}" for path in sealed_files(folder)]
-    target = folder / CHECKSUMS
-    replace_text(target, "\n".join(lines) + "\n")
-    return target
+    """Record the SHA-256 of every sealed file, in the format of `sha256sum`.
+
+    Raises:
+        UserError: a link leads out of the folder.
+    """
+    require_inside(folder, deep=True)
+    digests = {path.as_posix(): file_digest(folder / path) for path in sealed_files(folder)}
+    return sealed.write_checksums(folder, digests)
 
 
 def check_checksums(folder: Path) -> list[str]:
     """What is wrong with a folder's files, one line each; nothing if all is as recorded.
 
     Raises:
-        UserError: the checksums are missing or unreadable.
+        UserError: the checksums are missing or unreadable, or a link leads out of the folder.
     """
-    try:
-        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
-        recorded = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {CHECKSUMS}; `deqzoo seal` writes it") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder / CHECKSUMS}: {error}") from error
+    require_inside(folder, deep=True)
+    recorded = read_checksums(folder)
     present = {path.as_posix() for path in sealed_files(folder)}
     faults = [f"{name} is missing" for name in sorted(recorded.keys() - present)]
     faults += [f"{name} is not in {CHECKSUMS}" for name in sorted(present - recorded.keys())]
@@ -74,14 +73,21 @@ def check_checksums(folder: Path) -> list[str]:
     return faults
 
 
-def seal(folder: Path, model: PreTrainedModel) -> bool:
+def seal(folder: Path) -> bool:
     """Record golden prediction and checksums; False where those of the folder hold already.
 
     A sound seal is left alone: a machine that rounds differently would write another prediction,
-    and a kill before the checksums follow would leave the folder with neither seal.
+    and a kill before the checksums follow would leave the folder with neither seal. A broken one
+    is taken off first, since weights are loaded only where they are as sealed.
+
+    Raises:
+        UserError: the folder's files do not make a model, or a link leads out of it.
     """
-    sealed = (folder / CHECKSUMS).is_file() and (folder / GOLDEN).is_file()
-    if sealed and not check_checksums(folder) and not check_golden(folder, model):
+    holds = (folder / CHECKSUMS).is_file() and not check_checksums(folder)
+    if not holds:
+        (folder / CHECKSUMS).unlink(missing_ok=True)
+    model = DEQModel.from_pretrained(folder)
+    if holds and (folder / GOLDEN).is_file() and not check_golden(folder, model):
         return False
     write_golden(folder, model)
     write_checksums(folder)

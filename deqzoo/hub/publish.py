@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import re
+import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import enable_progress_bars, get_session, validate_repo_id
 
 import deqzoo
 from deqzoo.errors import UserError
@@ -18,10 +22,16 @@ from deqzoo.hub.cards import plots, render_card
 from deqzoo.hub.catalogue import Entry, entry
 from deqzoo.hub.integrity import CHECKSUMS, UNSEALED, check_checksums, published_files
 from deqzoo.hub.metadata import eval_results_yaml
+from deqzoo.sealed import require_inside
+from deqzoo.zoo import resolve_bundled
 
+#: Between two bytes of an answer; committing many large files takes the Hub a while.
+TIME_LIMIT_SECONDS = 120.0
+_TOKEN = re.compile(r"hf_\w+|(?<=Bearer )\S+")
 #: Files that are a checkpoint's own, whether or not the checksums in the repository name them.
 _OWN = re.compile(
-    rf"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{UNSEALED.pattern}"
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|evaluation/.+|notes\.md|"
+    rf"{UNSEALED.pattern}"
 )
 
 
@@ -86,6 +96,7 @@ def publish(
             Hub.
     """
     check_repository_name(repo_id)
+    require_inside(resolve_bundled(name), deep=True)
     found = entry(name)
     faults = check_checksums(found.folder)
     if faults:
@@ -155,24 +166,29 @@ def upload(
         tag: moved to the commit if it exists.
 
     Raises:
-        UserError: the Hub refused, or could not be reached.
+        UserError: the Hub refused, could not be reached, or has another upload in between.
     """
+    secrets = [secret for secret in (api.token, get_token()) if isinstance(secret, str)]
+    if any(secret.split() != [secret] or not secret.isprintable() for secret in secrets):
+        raise UserError("the access token holds blanks or line breaks; copy it anew")
+    if sys.stderr.isatty():
+        enable_progress_bars()
+    get_session().timeout = TIME_LIMIT_SECONDS  # the client itself would wait for ever
     commit = None
     try:
         sdk = "gradio" if kind == "space" else None
         api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
         if branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True, repo_type=kind)
-        removed = _left_over(api, repo_id, {o.path_in_repo for o in operations}, own, branch, kind)
-        commit = api.create_commit(
-            repo_id,
-            [*operations, *map(CommitOperationDelete, removed)],
-            commit_message=f"Publish with deqzoo {deqzoo.__version__}",
-            revision=branch,
-            repo_type=kind,
-        )
+        parent = api.repo_info(repo_id, revision=branch, repo_type=kind).sha
+        assert parent is not None
+        removed = _left_over(api, repo_id, {o.path_in_repo for o in operations}, own, parent, kind)
+        deletions = map(CommitOperationDelete, removed)
+        commit = _commit(api, repo_id, [*operations, *deletions], branch, parent, kind)
         if tag is not None:
-            _move_tag(api, repo_id, tag, commit.oid, kind)
+            _move_tag(api, repo_id, tag, commit, kind)
+    except UserError:
+        raise
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         refused = "upload to" if commit is None else f"tag {tag} (the files are uploaded) of"
@@ -180,40 +196,96 @@ def upload(
             raise UserError(
                 f"the Hub refused the {refused} {repo_id} ({status}): log in with `hf auth login`, "
                 "or set HF_TOKEN to a token that may write there"
-            ) from error
-        raise UserError(f"the Hub refused the {refused} {repo_id}: {_line(error)}") from error
+            ) from None
+        raise UserError(
+            f"the Hub refused the {refused} {repo_id}: {_line(error, secrets)}"
+        ) from None
     except Exception as error:  # connection errors differ between releases of the client
         done = "nothing was committed" if commit is None else f"without the tag {tag}"
         raise UserError(
             f"the upload to {repo_id} was interrupted, {done}; run the same command again "
-            f"({_line(error)})"
-        ) from error
-    return commit.oid, removed
+            f"({_line(error, secrets)})"
+        ) from None
+    return commit, removed
+
+
+def _commit(
+    api: HfApi, repo_id: str, operations: list[Any], branch: str, parent: str, kind: str
+) -> str:
+    """Commit on top of `parent`, and nothing else; the commit's id.
+
+    Where the answer is lost the Hub is asked: the commit carries a mark of its own.
+
+    Raises:
+        UserError: another commit came first, or it cannot be found out whether this one arrived.
+    """
+    mark = uuid.uuid4().hex
+    try:
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=f"Publish with deqzoo {deqzoo.__version__}",
+            commit_description=f"Upload {mark}",
+            revision=branch,
+            repo_type=kind,
+            parent_commit=parent,
+        ).oid
+    except Exception:
+        try:
+            commits = api.list_repo_commits(repo_id, revision=branch, repo_type=kind)
+        except Exception:
+            raise UserError(
+                f"the Hub's answer was lost, and it cannot be asked whether {repo_id} has the new "
+                "files; run the same command again, which changes nothing if it has"
+            ) from None
+        since = list(itertools.takewhile(lambda known: known.commit_id != parent, commits))
+        for known in since:
+            if mark in f"{known.title}\n{known.message}":
+                return known.commit_id
+        if since:
+            raise UserError(
+                f"somebody else changed {repo_id} ({branch}) during this upload, of which nothing "
+                "was committed; look at what is there, and run the same command again to replace it"
+            ) from None
+        raise
 
 
 def _left_over(
-    api: HfApi, repo_id: str, files: set[str], own: re.Pattern[str], branch: str, kind: str
+    api: HfApi, repo_id: str, files: set[str], own: re.Pattern[str], revision: str, kind: str
 ) -> list[str]:
     """What earlier uploads put into the repository and this one has no longer."""
-    present = api.list_repo_files(repo_id, revision=branch, repo_type=kind)
+    present = api.list_repo_files(repo_id, revision=revision, repo_type=kind)
     sealed: set[str] = set()
     if CHECKSUMS in present:
-        path = api.hf_hub_download(repo_id, CHECKSUMS, revision=branch, repo_type=kind)
+        path = api.hf_hub_download(repo_id, CHECKSUMS, revision=revision, repo_type=kind)
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
         sealed = {line.partition("  ")[2] for line in lines}
     return [p for p in present if p not in files and (p in sealed or own.fullmatch(p))]
 
 
 def _move_tag(api: HfApi, repo_id: str, tag: str, commit: str, kind: str) -> None:
-    """Let a tag name a commit; the Hub moves none, so it is made anew."""
+    """Let a tag name a commit.
+
+    The Hub moves none, so it is made anew; where that fails the old one is put back.
+    """
     tags = api.list_repo_refs(repo_id, repo_type=kind).tags
     target = next((known.target_commit for known in tags if known.name == tag), None)
     if target == commit:
         return
     if target is not None:
         api.delete_tag(repo_id, tag=tag, repo_type=kind)
-    api.create_tag(repo_id, tag=tag, revision=commit, repo_type=kind)
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit, repo_type=kind)
+    except Exception:
+        if target is not None:
+            with contextlib.suppress(Exception):
+                api.create_tag(repo_id, tag=tag, revision=target, repo_type=kind)
+        raise
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _line(error: BaseException, secrets: list[str]) -> str:
+    """An error in one line, without any token."""
+    text = " ".join(str(error).split())
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return _TOKEN.sub("***", text)[:200]

@@ -13,6 +13,7 @@ from deqzoo.evaluation.files import write_evaluation
 from deqzoo.files import replacing, restore
 from deqzoo.hub.integrity import write_checksums, write_golden
 from deqzoo.models.auto import DEQModel
+from deqzoo.sealed import require_inside
 from deqzoo.tasks.metrics import METRICS, words
 from deqzoo.zoo import checkpoints_root, read_json
 
@@ -62,6 +63,7 @@ def store_run(
     target = checkpoints_root() / name
     if target.exists() and not force:
         raise UserError(f"{target} exists; add --force to replace it")
+    require_inside(model_folder, deep=True)
     model = DEQModel.from_pretrained(model_folder)
     files = {}
     for split in ("validation", "test"):

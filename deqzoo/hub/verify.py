@@ -15,11 +15,12 @@ from PIL import Image
 
 from deqzoo.errors import UserError
 from deqzoo.evaluation.files import weights_digest
-from deqzoo.hub.cards import snippet
+from deqzoo.hub.card_texts import FAMILY_TEXTS, NAME_PLACE
 from deqzoo.hub.catalogue import Entry, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
 from deqzoo.models.auto import DEQModel
-from deqzoo.zoo import bundled_folder, resolve_folder, suggestion
+from deqzoo.sealed import require_inside
+from deqzoo.zoo import resolve_folder, suggestion
 
 
 def verify_model(name: str, *, revision: str | None = None) -> list[str]:
@@ -33,6 +34,10 @@ def verify_model(name: str, *, revision: str | None = None) -> list[str]:
         UserError: there is no such checkpoint, it cannot be fetched, or it is none of the zoo's.
     """
     folder = resolve_folder(name) or _download(name, revision)
+    try:
+        require_inside(folder, deep=True)
+    except UserError as error:  # and nothing of it is read
+        return [str(error)]
     found = entry(str(folder))
     faults = []
     for check in (_files, _evaluations, _weights_and_prediction, _snippet):
@@ -70,12 +75,14 @@ def _weights_and_prediction(found: Entry) -> list[str]:
 
 
 def _snippet(found: Entry) -> list[str]:
-    """Run the card's example on a stand-in picture, with the name that finds this folder."""
-    bundled = bundled_folder(found.name) == found.folder
-    code = snippet(found, None if bundled else str(found.folder))
+    """Run the card's example on a stand-in picture, with the folder in place of the name.
+
+    Its text is this package's own alone: the folder is the value of a variable, no part of it.
+    """
+    code = FAMILY_TEXTS[found.config["model_type"]].snippet
     try:
         with _scratch_folder(), contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(code, f"card of {found.name}", "exec"), {})
+            exec(compile(code, "card", "exec"), {NAME_PLACE: str(found.folder)})
     except Exception as error:  # whatever the example raises is the finding
         return [f"the card's example fails: {type(error).__name__}: {error}"]
     return []

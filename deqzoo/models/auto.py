@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
 from deqzoo.models.names import CLASSES, FAMILIES, FAMILY_CLASSES, load_class
+from deqzoo.sealed import CHECKSUMS, require_weights_as_sealed
 from deqzoo.zoo import ORGANISATION, read_json, resolve_folder, suggestion
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,9 @@ class DEQModel:
             return _load(_class_of(folder / "config.json"), str(folder), kwargs)
         repository = str(name) if "/" in str(name) else f"{ORGANISATION}/{name}"
         config_file = _fetch_config(str(name), repository, hub)
-        return _load(_class_of(config_file), repository, kwargs | hub)
+        loaded = _load(_class_of(config_file), repository, kwargs | hub)
+        _check_download(repository, config_file.parent, hub)
+        return loaded
 
 
 def _fetch_config(name: str, repository: str, hub: dict[str, Any]) -> Path:
@@ -105,6 +108,21 @@ def _fetch_config(name: str, repository: str, hub: dict[str, Any]) -> Path:
     except HfHubHTTPError as error:
         reason = f"the Hub answered: {_one_line(error)}"
     raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})")
+
+
+def _check_download(repository: str, folder: Path, hub: dict[str, Any]) -> None:
+    """Compare downloaded weights with the repository's checksums, where it has any.
+
+    Raises:
+        UserError: they differ.
+    """
+    try:
+        hf_hub_download(repository, CHECKSUMS, **hub)
+    except EntryNotFoundError:
+        return
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"cannot fetch {CHECKSUMS} of {repository}: {_one_line(error)}") from error
+    require_weights_as_sealed(folder)
 
 
 def _hub_answers(repository: str, hub: dict[str, Any]) -> bool:

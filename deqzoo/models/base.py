@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,9 +33,12 @@ from deqzoo.equilibrium.solvers import BackwardReport
 from deqzoo.equilibrium.state import State, leaves
 from deqzoo.errors import UserError
 from deqzoo.models.weights import WeightNorm
+from deqzoo.sealed import require_inside, require_weights_as_sealed
 from deqzoo.zoo import bundled_source
 
 logger = logging.get_logger(__name__)
+
+_LOADING = threading.RLock()
 
 Settings = Mapping[str, Any] | str | Solver | Gradient | None
 """Per-call settings: a name, a dict merged over the model's own, a whole solver or gradient (of a
@@ -163,9 +168,29 @@ class DEQPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own; the zoo's names are known too."""
+        """As transformers' own; the zoo's names are known too.
+
+        From safetensors alone, and one at a time in a process:
+        transformers replaces a method of all models while it loads one, which two loads at once
+        would leave replaced for ever.
+
+        Raises:
+            UserError: links lead out of a folder, its weights are not as its SHA256SUMS say, or
+                they hold numbers that are not finite; or code of the repository is asked for.
+        """
+        if kwargs.pop("trust_remote_code", None):
+            raise UserError("no code of a repository is ever run here; leave trust_remote_code out")
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise UserError("weights load from safetensors only; `deqzoo convert` reads a pickle")
         source = bundled_source(pretrained_model_name_or_path, kwargs.get("revision"))
-        return super().from_pretrained(source, *args, **kwargs)
+        folder = None if source is None else Path(source)
+        if folder is not None and folder.is_dir():
+            require_inside(folder)
+            require_weights_as_sealed(folder)
+        with _LOADING:
+            result = super().from_pretrained(source, *args, **kwargs)
+        _require_finite(result[0] if isinstance(result, tuple) else result, source)
+        return result
 
     def set_solver(self, name: Settings = None, **settings: Any) -> None:
         """Change the solver from now on (stored in the config).
@@ -386,6 +411,21 @@ def check_keywords(model: PreTrainedModel, keywords: Mapping[str, Any]) -> None:
                 "times; leave output_attentions out"
             )
         raise UserError(f"{type(model).__name__} has no use for {name}; leave it out")
+
+
+def _require_finite(model: PreTrainedModel, source: Any) -> None:
+    """Refuse weights from which nothing but nonsense could follow.
+
+    Raises:
+        UserError: some are infinite or no numbers.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    bad = [name for name, t in tensors if t.device.type != "meta" and not t.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"the weights of {source} are damaged: {len(bad)} of their tensors hold numbers that "
+            f"are not finite, e.g. {bad[0]}"
+        )
 
 
 def per_sample(solution: Solution) -> dict[str, Tensor]:

@@ -57,6 +57,7 @@ def _write_notes(folds: dict[str, Any], results: Path) -> None:
     """Put the tables where the bundled checkpoints' cards and the reader find them."""
     from deqzoo.evaluation import graph_table as rendering
     from deqzoo.files import replace_text
+    from deqzoo.sealed import record
     from deqzoo.zoo import checkpoints_root, read_json
 
     for name in sorted({fold["data"] for fold in folds.values()}):
@@ -64,6 +65,7 @@ def _write_notes(folds: dict[str, Any], results: Path) -> None:
         if folder.is_dir():
             text = rendering.render_notes(folds, name)
             replace_text(folder / "notes.md", text)
+            record(folder / "notes.md")
     runs = sorted(checkpoints_root().glob("ignn-*/run.json"))
     if runs:
         text = rendering.render_nodes({run.parent.name: read_json(run) for run in runs})

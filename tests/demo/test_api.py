@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from gradio_client import Client, handle_file
@@ -173,3 +174,12 @@ def test_ten_users_at_once(client, served, tmp_path) -> None:
         answers = list(pool.map(use, range(10)))
     assert [a["perplexity"] for a in answers[::2]] == [e["perplexity"] for e in expected]
     assert all("broken.png" in answer for answer in answers[1::2])
+
+
+def test_answers_carry_security_headers(served) -> None:
+    for path in ("/", "/gradio_api/info", "/nowhere"):
+        headers = httpx.get(served.url + path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "SAMEORIGIN"
+        assert "frame-ancestors 'self'" in headers["content-security-policy"]
+    assert httpx.get(served.url, headers={"Host": "evil.example"}).status_code == 400

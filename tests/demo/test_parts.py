@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -26,14 +27,20 @@ from PIL import Image
 import deqzoo.zoo
 from deqzoo import DEQModel
 from deqzoo.cli import run
-from deqzoo.demo import charts, graphs, images, molecules, text
+from deqzoo.demo import charts, graphs, guard, images, molecules, text
 from deqzoo.demo.app import build_demo
 from deqzoo.demo.controls import in_place, menu_label
-from deqzoo.demo.guard import Deadline, guarded
+from deqzoo.demo.guard import Deadline, Gate, guarded
 from deqzoo.demo.look import theme
 from deqzoo.demo.shelf import GRAPHS, IMAGES, TEXT, Loaded, Shelf, solver_settings
 from deqzoo.errors import UserError
-from deqzoo.evaluation.classify import classify, classify_pixels, load_processor, to_batch
+from deqzoo.evaluation.classify import (
+    classify,
+    classify_pixels,
+    load_processor,
+    read_picture,
+    to_batch,
+)
 from deqzoo.evaluation.text import load_tokenizer
 from deqzoo.hub.catalogue import Entry
 
@@ -367,3 +374,110 @@ def test_space_runs_from_its_own_folder(tmp_path, capsys) -> None:
     assert str(folder) in done.stdout and str(deqzoo.list_models()) in done.stdout
     assert run(["publish-space", "--repo-id", "org/demo", "--dry-run", str(folder)]) == 2
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_the_gate_serves_clients_in_turn() -> None:
+    gate, order, full = Gate(workers=1, per_client=3, waiting=5), [], []
+
+    def ask(client: str) -> None:
+        with gate.enter(client):
+            order.append(client)
+            time.sleep(0.05)
+
+    def start(client: str) -> threading.Thread:
+        thread = threading.Thread(target=ask, args=(client,))
+        thread.start()
+        time.sleep(0.02)
+        return thread
+
+    with gate.enter("first"):
+        threads = [start(client) for client in ("greedy", "greedy", "greedy", "second")]
+        for client in ("greedy", "third", "fourth"):
+            try:
+                with gate.enter(client):
+                    pass
+            except UserError as error:
+                full.append(str(error))
+            else:
+                raise AssertionError
+            if client == "greedy":
+                threads.append(start("third"))
+                assert "not answered yet" in full[0]
+    for thread in threads:
+        thread.join(timeout=30)
+    assert order == ["greedy", "second", "third", "greedy", "greedy"]
+    assert all("too many people" in said for said in full[1:])
+    with gate.enter("greedy"):  # nobody is counted any more
+        assert gate._clients == {"greedy": 1} and not gate._queues
+
+
+def test_a_request_that_was_given_up_leaves_the_queue(monkeypatch) -> None:
+    gate = Gate(workers=1, per_client=2, waiting=5)
+    with gate.enter("one"):
+        token = guard._REQUEST.set((time.monotonic(), lambda: False))
+        with pytest.raises(UserError, match="nobody waits"), gate.enter("two"):
+            pass
+        guard._REQUEST.reset(token)
+        token = guard._REQUEST.set((time.monotonic() - 100, lambda: True))
+        with pytest.raises(UserError, match="took more than"), gate.enter("two"):
+            pass
+        guard._REQUEST.reset(token)
+    with gate.enter("two"):
+        assert gate._clients == {"two": 1}
+
+
+def test_work_that_nobody_waits_for_ends(text_folder, tiny_mdeq) -> None:
+    """Perplexity, writing and pictures alike, in the middle."""
+    texts, pictures = loaded(text_folder, load_tokenizer), loaded(tiny_mdeq, load_processor)
+    picture = Image.new("RGB", (50, 40), "orange")
+    settings = {"name": "anderson", "max_steps": 40, "tol": 0.0}
+    for work in (
+        lambda: text.score(texts, "the river " * 200),
+        lambda: list(text.write(texts, "the river", 200)),
+        lambda: images.solve_picture(pictures, picture, settings),
+    ):
+        asked = []
+        wanted = lambda asked=asked: asked.append(1) or len(asked) < 3  # noqa: E731
+        token = guard._REQUEST.set((time.monotonic(), wanted))
+        with pytest.raises(UserError, match="nobody waits"):
+            work()
+        guard._REQUEST.reset(token)
+        assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [("RGB", (300_000, 1)), ("1", (7000, 7000)), ("P", (1, 50_000)), ("L", (20_000, 2_000))],
+)
+def test_huge_pictures_are_cut_before_anything_else(tmp_path, tiny_mdeq, mode, size) -> None:
+    path = tmp_path / "huge.png"
+    Image.new(mode, size).save(path)
+    opened = images.open_picture(path)
+    assert opened.width * opened.height < 4 * guard.ENOUGH_PIXELS
+    assert max(opened.size) <= guard.MAX_ASPECT * min(opened.size)
+    model = loaded(tiny_mdeq, load_processor)
+    assert to_batch(model.reader, [opened], model.model).shape == (1, 3, 32, 32)
+
+
+def test_cutting_keeps_the_answer_of_large_pictures(tmp_path, tiny_mdeq) -> None:
+    """Of a picture of 20 million pixels, turned by its camera."""
+    picture = Image.linear_gradient("L").resize((5000, 4000)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "large.png", exif=exif)
+    model = loaded(tiny_mdeq, load_processor)
+    cut = images.open_picture(tmp_path / "large.png")
+    assert cut.width * cut.height < 10_000_000
+    whole = read_picture(tmp_path / "large.png")
+    mine, theirs = (to_batch(model.reader, [one], model.model) for one in (cut, whole))
+    assert (mine - theirs).abs().max() < 0.05
+
+
+def test_messages_name_no_folder_of_the_server(tiny_mdeq, tmp_path, monkeypatch) -> None:
+    zoo = tmp_path / "hub_configs"
+    folder = Path(shutil.copytree(tiny_mdeq, zoo / "mdeq-broken"))
+    (folder / "model.safetensors").write_bytes(b"broken")
+    monkeypatch.setattr(deqzoo.zoo, "checkpoints_root", lambda: zoo)
+    with pytest.raises(UserError) as caught:
+        Shelf().get("mdeq-broken", IMAGES)
+    assert "mdeq-broken" in str(caught.value) and str(tmp_path) not in str(caught.value)

@@ -1,7 +1,8 @@
 """A stand-in for the Hub on the loopback: the routes that the real client uses to publish and load.
 
 Repositories live in memory. Faults can be switched on: `refuse_uploads` breaks off large files,
-`refuse_tags` forbids tags, `corrupt` alters what is served. Standard library only.
+`refuse_tags` forbids tags, `corrupt` alters what is served, `lose_answer` and `hang` keep the
+answer to a commit back, `before_commit` is called before one. Standard library only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -37,6 +39,12 @@ class HubDouble(ThreadingHTTPServer):
         self.n_commits = 0
         self.refuse_uploads = False
         self.refuse_tags = False
+        self.refuse_tags_once = False
+        self.lose_answer = False
+        self.hang = False
+        self.before_commit = lambda: None
+        self.parents: dict[str, str | None] = {}
+        self.messages: dict[str, str] = {}
         self.corrupt = ""
 
     def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
@@ -48,6 +56,7 @@ class HubDouble(ThreadingHTTPServer):
         self.n_commits += 1
         sha = hashlib.sha1(f"{repository}{self.n_commits}".encode()).hexdigest()
         self.commits[sha] = files
+        self.parents[sha] = self.refs[repository].get(revision)
         self.refs[repository][revision] = sha
         return sha
 
@@ -153,9 +162,16 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"transfer": "basic", "objects": rows})
 
     def commit(self, repository: str, revision: str, sent: bytes) -> None:
+        self.server.before_commit()
         files = dict(self.server.files(repository, revision))
+        message = ""
         for line in map(json.loads, sent.splitlines()):
             value = line["value"]
+            if line["key"] == "header":
+                message = f"{value['summary']}\n{value.get('description', '')}"
+                parent = value.get("parentCommit")
+                if parent and parent != self.server.refs[repository][revision]:
+                    return self.answer(412, {"error": "A commit has happened since."})
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
@@ -163,6 +179,11 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         sha = self.server.commit(repository, revision, files)
+        self.server.messages[sha] = message
+        if self.server.lose_answer or self.server.hang:
+            time.sleep(3 if self.server.hang else 0)
+            self.close_connection = True
+            return self.connection.close()
         url = f"{self.server.url}/{repository}/commit/{sha}"
         self.answer(200, {"success": True, "commitOid": sha, "commitUrl": url})
 
@@ -170,7 +191,8 @@ class Handler(BaseHTTPRequestHandler):
         refs = self.server.refs[repository]
         source = name if kind == "tag" else "main"
         target = wanted.get("tag", name) if kind == "tag" else name
-        if kind == "tag" and self.server.refuse_tags:
+        if kind == "tag" and (self.server.refuse_tags or self.server.refuse_tags_once):
+            self.server.refuse_tags_once = False
             return self.answer(403, {"error": "Forbidden"})
         if target in refs:
             return self.answer(409, {"error": "Reference already exists"})
@@ -212,6 +234,14 @@ class Handler(BaseHTTPRequestHandler):
         if path[0] != "api":
             return self.resolve(sha, "/".join(rest[2:]))
         files = self.server.commits[sha]
+        if rest[:1] == ["commits"]:
+            rows, known = [], sha
+            while known:
+                title, _, text = self.server.messages.get(known, "").partition("\n")
+                row = {"id": known, "title": title, "message": text, "authors": []}
+                rows.append(row | {"date": "2026-01-01T00:00:00.000Z"})
+                known = self.server.parents.get(known)
+            return self.answer(200, rows)
         if rest[:1] == ["tree"]:
             return self.answer(200, [described(name, data) for name, data in files.items()])
         siblings = [{"rfilename": name} for name in files]

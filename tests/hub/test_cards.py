@@ -17,7 +17,7 @@ from deqzoo.cli import run
 from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.evaluation.files import write_evaluation
 from deqzoo.hub import cards
-from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, TASK_LIMITS, TASK_USES
+from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, FAMILY_TEXTS, TASK_LIMITS, TASK_USES
 from deqzoo.hub.catalogue import Entry, best_first, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
 from deqzoo.hub.metadata import eval_results_yaml
@@ -303,7 +303,8 @@ def test_golden_prediction_sees_other_weights(checkout: Path) -> None:
 
 
 def test_broken_snippet_is_a_fault(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deqzoo.hub.verify.snippet", lambda *_: "raise KeyError('gone')")
+    broken = replace(FAMILY_TEXTS["mdeq"], snippet="raise KeyError('gone')")
+    monkeypatch.setitem(FAMILY_TEXTS, "mdeq", broken)
     assert verify_model("mdeq-test") == ["the card's example fails: KeyError: 'gone'"]
 
 

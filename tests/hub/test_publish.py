@@ -59,6 +59,15 @@ for revision in sys.argv[2:] or [None]:
         print("refused:", error)
 """
 
+IMPATIENT = """
+import sys
+from deqzoo.cli import run
+from deqzoo.hub import publish
+publish.TIME_LIMIT_SECONDS = 1.0
+if run(sys.argv[1:]):
+    raise SystemExit("refused")
+"""
+
 PUSH = """
 import sys
 from deqzoo import DEQModel
@@ -243,6 +252,64 @@ def test_refused_tag_is_told_from_a_refused_upload(
     assert done.code == 2 and len(done.err.splitlines()) == 1
     assert "refused the tag v" in done.err and "are uploaded" in done.err
     assert "model.safetensors" in hub.files(REPOSITORY)
+
+
+def test_a_refused_tag_leaves_the_old_one(
+    hub: hub_double.HubDouble, client: Client, sealed: Path
+) -> None:
+    assert client.publish(sealed).code == 0
+    tag = f"v{deqzoo.__version__}"
+    before = hub.refs[REPOSITORY][tag]
+    (sealed / "extra.json").write_text("{}")
+    assert run(["seal", str(sealed)]) == 0
+    hub.refuse_tags_once = True
+    done = client.publish(sealed)
+    assert done.code == 2 and "are uploaded" in done.err
+    assert hub.refs[REPOSITORY][tag] == before != hub.refs[REPOSITORY]["main"]
+
+
+@pytest.mark.parametrize("fault", ["lose_answer", "hang"])
+def test_a_lost_answer_is_asked_for(
+    hub: hub_double.HubDouble, client: Client, sealed: Path, fault: str
+) -> None:
+    """The commit is there although its answer never came; nothing else is said."""
+    setattr(hub, fault, True)
+    done = client("publish", sealed, "--repo-id", REPOSITORY, script=IMPATIENT)
+    assert done.code == 0, done.err
+    assert hub.refs[REPOSITORY]["main"] in done.out and "interrupted" not in done.err
+    assert hub.refs[REPOSITORY][f"v{deqzoo.__version__}"] == hub.refs[REPOSITORY]["main"]
+    assert "model.safetensors" in hub.files(REPOSITORY)
+
+
+def test_of_two_uploads_at_once_one_wins_and_one_says_so(
+    hub: hub_double.HubDouble, client: Client, sealed: Path
+) -> None:
+    assert client.publish(sealed).code == 0
+    (sealed / "extra.json").write_text("{}")
+    assert run(["seal", str(sealed)]) == 0
+    theirs = {"config.json": b"theirs"}
+    hub.before_commit = lambda: hub.commit(REPOSITORY, "main", theirs)
+    done = client.publish(sealed)
+    assert done.code == 2 and len(done.err.splitlines()) == 1
+    assert "somebody else changed org/mdeq-test (main) during this upload" in done.err
+    assert hub.files(REPOSITORY) == theirs
+    hub.before_commit = lambda: None
+    assert client.publish(sealed).code == 0
+    assert "extra.json" in hub.files(REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    "token", ["hf_secret\nhf_more", "hf_secret hf_more", "hf_sécret", "hf_secret"]
+)
+def test_no_message_holds_a_token(
+    hub: hub_double.HubDouble, client: Client, sealed: Path, token: str
+) -> None:
+    hub.refuse_uploads = True
+    for more in ((), ("--token", token)):
+        done = client.publish(sealed, *more, token=token)
+        assert done.code == 2 and len(done.err.splitlines()) == 1, done.err
+        assert "cret" not in done.err and "more" not in done.err
+        assert REPOSITORY not in hub.refs
 
 
 def test_corrupted_download_is_found(

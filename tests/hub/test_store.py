@@ -152,7 +152,7 @@ def test_a_kill_while_sealing_leaves_a_seal_that_holds(
         for name in ("golden.json", "SHA256SUMS"):
             (folder / name).unlink(missing_ok=True)
 
-    for _ in kills(lambda: seal(folder, model), folder, prepare):
+    for _ in kills(lambda: seal(folder), folder, prepare):
         if (folder / "SHA256SUMS").exists():
             assert check_checksums(folder) == [] and check_golden(folder, model) == []
     # Sealing what is sealed touches nothing, so that a kill cannot part seal and prediction.
