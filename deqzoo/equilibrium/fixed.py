@@ -20,11 +20,11 @@ from deqzoo.equilibrium.gradients import JFB, NPG, UPG, Gradient
 from deqzoo.equilibrium.layout import Causal, Layout
 from deqzoo.equilibrium.maps import DetachableMap
 from deqzoo.equilibrium.solvers import Anderson, FixedPointIteration, Solution, Solver, Status
+from deqzoo.equilibrium.solvers.anderson import default_ridge
+from deqzoo.equilibrium.solvers.loop import quotient
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
 Map = Callable[[State], State]
-RIDGE = 1e-8
-"""Of Anderson's small systems, relative to the mean of their diagonal."""
 
 
 def has_fixed_steps(solver: Solver, gradient: Gradient) -> bool:
@@ -62,9 +62,7 @@ def fixed_point_of_steps(
             "a fixed number of steps needs solver 'anderson' or 'fixed_point' with tol 0 and "
             f"gradient 'upg', 'npg' or 'jfb', got {solver} and {gradient}"
         )
-    window, ridge = 1, RIDGE
-    if isinstance(solver, Anderson):
-        window, ridge = solver.window, RIDGE if solver.ridge is None else solver.ridge
+    window, ridge = (solver.window, solver.ridge) if isinstance(solver, Anderson) else (1, None)
     first = start
     precision = getattr(f, "dtype", None)
     if window == 1 and solver.damping == 1 and precision is not None:
@@ -103,7 +101,7 @@ def fixed_steps(
     *,
     window: int = 1,
     damping: float = 1.0,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     layout: Layout | None = None,
 ) -> State:
     """`steps` updates of Anderson's iteration (window 1: of the damped one) from a start.
@@ -117,7 +115,7 @@ def fixed_steps(
         steps: updates, each with one evaluation of F.
         window: evaluations that are mixed.
         damping: β.
-        ridge: relative to the mean diagonal of the Gram matrix.
+        ridge: relative to the mean diagonal of the Gram matrix; see `Anderson`.
         layout: see `fixed_point_of_steps`; a causal one mixes by sums over the positions before.
     """
     window = min(window, steps)
@@ -195,7 +193,7 @@ class _Series(torch.autograd.Function):
         return (None, None, None, *(damping * t for t in total), *none)
 
 
-def mixing_weights(gram: Sequence[Sequence[Tensor]], ridge: float) -> list[Tensor]:
+def mixing_weights(gram: Sequence[Sequence[Tensor]], ridge: float | None) -> list[Tensor]:
     """Weights (B,) of n evaluations from the lower triangle of their Gram matrices, each (B,).
 
     Elimination without pivots, written out: the systems are positive definite by their ridge, and
@@ -204,6 +202,8 @@ def mixing_weights(gram: Sequence[Sequence[Tensor]], ridge: float) -> list[Tenso
     """
     n = len(gram)
     scale = torch.stack([gram[i][i] for i in range(n)]).mean(0)
+    ridge = default_ridge(scale.dtype) if ridge is None else ridge
+    unknown = scale == 0
     scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
     a = [[gram[max(i, j)][min(i, j)] / scale for j in range(n)] for i in range(n)]
     for i in range(n):
@@ -223,7 +223,7 @@ def mixing_weights(gram: Sequence[Sequence[Tensor]], ridge: float) -> list[Tenso
         weights[i] = rest / a[i][i]
     total = torch.stack(weights).sum(0)
     shares = [w / total for w in weights]
-    unsolved = ~torch.isfinite(torch.stack(shares).sum(0))
+    unsolved = unknown | ~torch.isfinite(torch.stack(shares).sum(0))
     return [w.masked_fill(unsolved, 1.0 if i == n - 1 else 0.0) for i, w in enumerate(shares)]
 
 
@@ -273,7 +273,7 @@ def _residuals(z: State, fz: State, layout: Layout | None) -> tuple[Tensor, Tens
             b.to(_wide(b)) - a.to(_wide(b)) for a, b in zip(leaves(z), leaves(fz), strict=True)
         ]
         absolute = _inner(change, change, layout).sqrt()
-        return absolute, absolute / (_inner(leaves(fz), leaves(fz), layout).sqrt() + 1e-9)
+        return absolute, quotient(absolute, _inner(leaves(fz), leaves(fz), layout).sqrt())
 
 
 def _inner(x: Sequence[Tensor], y: Sequence[Tensor], layout: Layout | None) -> Tensor:

@@ -38,7 +38,7 @@ def test_steps_are_those_of_anderson(steps: int, window: int, damping: float) ->
     f, start, _ = problem()
     settings = {"max_steps": steps, "tol": 0.0, "window": window, "damping": damping}
     with torch.no_grad():
-        found = fixed_point(f, start, solver={"name": "anderson", "ridge": 1e-8, **settings})
+        found = fixed_point(f, start, solver={"name": "anderson", **settings})
         mine = fixed_steps(f, start, steps, window=window, damping=damping)
     for a, b in zip(mine, found.state, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
@@ -48,8 +48,7 @@ def test_steps_are_those_of_anderson(steps: int, window: int, damping: float) ->
 @pytest.mark.parametrize("name", ["anderson", "fixed_point"])
 def test_state_residual_and_gradient_are_those_of_fixed_point(name: str, gradient) -> None:
     f, start, weight = problem()
-    ridge = {"ridge": 1e-8} if name == "anderson" else {}
-    solver = make_solver({"name": name, "max_steps": 6, "tol": 0.0, **ridge})
+    solver = make_solver({"name": name, "max_steps": 6, "tol": 0.0})
     found = []
     for solve in (fixed_point, fixed_point_of_steps):
         solution = solve(f, start, solver=solver, gradient=make_gradient(gradient))
@@ -76,7 +75,7 @@ def test_positions_of_a_sequence_mix_by_what_precedes_them(padded: bool) -> None
         seen = z * valid.unsqueeze(2)  # nothing reads padding
         return torch.tanh((z + seen.cumsum(1) / 9) @ weight.T + shift)
 
-    solver = make_solver({"name": "anderson", "max_steps": 5, "tol": 0.0, "ridge": 1e-8})
+    solver = make_solver({"name": "anderson", "max_steps": 5, "tol": 0.0})
     gradient = make_gradient({"name": "upg", "steps": 2})
     start = torch.zeros(3, 9, 6, dtype=torch.float64)
     found = []

@@ -303,7 +303,7 @@ def test_live_tensors_do_not_grow_with_the_steps_of_a_solve(name: str) -> None:
         calls.append(1)
         if len(calls) in (8, 14, 20):
             counts.append(alive())
-        return 0.95 * state[0] + x[0], 0.9 * state[1] + x[1]
+        return torch.tanh(2 * state[0].roll(1, 0)) + x[0], 0.9 * state[1].sin() + x[1]
 
     gc.collect()
     gc.disable()
@@ -501,3 +501,77 @@ def test_empty_states(name: str, gradient: str, kind: str) -> None:
     assert found.state.shape == shape and x.grad is not None and x.grad.shape == shape
     assert found.converged.all()
     assert UPG().cost(3) and Unrolled().cost(3)
+
+
+DEPENDENT: dict[str, tuple[tuple[int, ...], Callable[[], object]]] = {
+    "rows": ((4, 3), Rows),
+    "segments": ((4, 3), lambda: Segments(torch.tensor([0, 1, 1, 0]), 2)),
+    "causal": ((2, 3, 3), Causal),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", list(DEPENDENT))
+@pytest.mark.parametrize("name", ["anderson", "broyden"])
+def test_exactly_dependent_residuals(name: str, kind: str, dtype: torch.dtype) -> None:
+    """Residuals of h ↦ b − h are ±r, and their Gram matrix has rank one."""
+    shape, layout = DEPENDENT[kind]
+    tol = 1e-4 if dtype in (torch.float32, torch.float64) else 1e-2
+    settings = {"name": name, "tol": tol, "max_steps": 12}
+    for b in (torch.ones(shape, dtype=dtype), randn(*shape, seed=3, dtype=dtype)):
+        found = make_solver(settings).solve(lambda h, b=b: b - h, torch.zeros_like(b), layout())
+        assert found.converged.all() and found.n_steps.max() <= 6
+        torch.testing.assert_close(found.state, b / 2, rtol=5 * tol, atol=5 * tol)
+
+
+@pytest.mark.parametrize("eigenvalues", [(-1.0,), (-1.0, 0.5), (-1.0, -1.0, 0.9, 0.5)])
+def test_few_distinct_eigenvalues(eigenvalues: tuple[float, ...]) -> None:
+    diagonal = torch.tensor(eigenvalues).repeat(16)
+    b = randn(8, len(diagonal), seed=3)
+    found = make_solver({"name": "anderson", "tol": 1e-5, "max_steps": 12}).solve(
+        lambda h: h * diagonal + b, torch.zeros_like(b)
+    )
+    assert found.converged.all()
+    torch.testing.assert_close(found.state, b / (1 - diagonal), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exact_gradient_through_dependent_residuals(solver: str, dtype: torch.dtype) -> None:
+    b = torch.ones(1, 1, dtype=dtype, requires_grad=True)
+    adjoint = {"name": solver, "max_steps": 40, "tol": 1e-4, "damping": 0.7}
+    for gradient in ("implicit", {"name": "implicit", "solver": adjoint}):
+        found = fixed_point(
+            lambda h: b - h, torch.zeros(1, 1, dtype=dtype), solver="broyden", gradient=gradient
+        )
+        (grad,) = torch.autograd.grad(found.state.sum(), b)
+        assert float(grad) == pytest.approx(0.5, abs=1e-3)
+        assert found.backward is not None and bool(found.backward.converged.all())
+
+
+def test_an_adjoint_that_does_not_converge_says_so() -> None:
+    b = torch.ones(2, 3, requires_grad=True)
+
+    def backward(**settings: object) -> object:
+        gradient = {"name": "implicit", "solver": {"name": "fixed_point", "max_steps": 9}}
+        found = fixed_point(
+            lambda h: b - h, torch.zeros(2, 3), solver="broyden", gradient={**gradient, **settings}
+        )
+        assert found.backward.converged is None
+        found.state.sum().backward()
+        return found.backward
+
+    with pytest.warns(UserWarning, match="did not converge") as seen:
+        report = backward()
+    assert len(seen) == 1
+    assert not report.converged.any() and report.residual.min() > 0.5 and report.n_evals == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(unsolved="ignore")
+        backward(solver={"name": "fixed_point", "max_steps": 9, "tol": 0.0})
+    with pytest.raises(RuntimeError, match=r"did not converge.* \(2 of 2 cells"):
+        backward(unsolved="raise")
+    with pytest.raises(ValueError, match="unsolved must be"):
+        backward(unsolved="maybe")
+    raising = make_gradient({"name": "implicit", "unsolved": "raise"})
+    assert make_gradient(raising.to_dict()) == raising

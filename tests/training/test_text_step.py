@@ -18,7 +18,7 @@ from deqzoo.training.step import TrainingStep
 from deqzoo.training.text import LanguageModelingTask, ResidentText
 
 PICARD = {"name": "fixed_point", "max_steps": 4, "tol": 0.0}
-ANDERSON = {"name": "anderson", "max_steps": 4, "tol": 0.0, "ridge": 1e-8}
+ANDERSON = {"name": "anderson", "max_steps": 4, "tol": 0.0}
 UPG = {"name": "upg", "steps": 2, "damping": 0.5}
 GRADIENTS = (UPG, {"name": "npg", "steps": 3, "damping": 0.9}, {"name": "jfb"})
 SIZES = {

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.gradients.base import Cost, Gradient, Map, Problem, attach_cotangent
-from deqzoo.equilibrium.solvers import Solver, make_solver
+from deqzoo.equilibrium.solvers import Solution, Solver, make_solver
 from deqzoo.equilibrium.solvers.anderson import Anderson
 from deqzoo.equilibrium.solvers.loop import row_peaks
 
@@ -27,20 +28,28 @@ class Implicit(Gradient):
 
     Args:
         solver: solver of the adjoint system, or its name or settings.
+        unsolved: what a backward pass does whose system did not converge, so that its gradient is
+            not exact: "warn" (once), "raise" a `RuntimeError`, or "ignore" it. A solver with `tol`
+            0 is asked for a number of steps and not for convergence.
     """
 
     solver: Solver | Mapping[str, Any] | str = field(
         default_factory=lambda: Anderson(max_steps=40, tol=1e-4)
     )
 
+    unsolved: Literal["warn", "raise", "ignore"] = "warn"
+
     name: ClassVar[str] = "implicit"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "solver", make_solver(self.solver))
+        if self.unsolved not in ("warn", "raise", "ignore"):
+            raise ValueError(
+                f"implicit: unsolved must be 'warn', 'raise' or 'ignore', got {self.unsolved!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        assert isinstance(self.solver, Solver)
-        return {"name": self.name, "solver": self.solver.to_dict()}
+        return {**super().to_dict(), "solver": make_solver(self.solver).to_dict()}
 
     def cost(
         self,
@@ -66,7 +75,24 @@ class Implicit(Gradient):
             unit = cotangent / size
             solution = solver.solve(lambda w: product(w) + unit, unit, layout=layout)
             problem.report.residual = solution.rel_residual
+            problem.report.status = solution.status
             problem.report.n_evals = solution.n_evals
+            if self.unsolved != "ignore" and solver.tol > 0:
+                self._complain(solution)
             return solution.state * size
 
         return attach_cotangent(problem, state, solve)
+
+    def _complain(self, solution: Solution) -> None:
+        left = int((~solution.converged).sum())
+        if not left:
+            return
+        message = (
+            "the adjoint system of an implicit gradient did not converge: the gradient is not "
+            "exact. See `solution.backward`; allow its solver more steps or a larger `tol`"
+        )
+        if self.unsolved == "raise":
+            worst = float(solution.rel_residual.max())
+            n = solution.status.numel()
+            raise RuntimeError(f"{message} ({left} of {n} cells, residual up to {worst:.1e})")
+        warnings.warn(message, stacklevel=2)  # the same text each time, which is shown once

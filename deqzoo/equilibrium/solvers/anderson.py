@@ -25,7 +25,7 @@ class Anderson(Solver):
     Args:
         window: number of evaluations that are mixed; 1 is the damped fixed-point iteration.
         ridge: Tikhonov term relative to the mean squared residual norm in the window; None takes
-            1e-8 in float32 and 1e-14 in float64.
+            what `default_ridge` says.
     """
 
     window: int = 6
@@ -54,8 +54,7 @@ class _Mixing(StepRule):
         self.window = min(solver.window, solver.max_steps)
         self.layout = layout
         self.work_dtype = torch.promote_types(matrix.dtype, torch.float32)
-        double = self.work_dtype == torch.float64
-        self.ridge = (1e-14 if double else 1e-8) if solver.ridge is None else solver.ridge
+        self.ridge = default_ridge(self.work_dtype) if solver.ridge is None else solver.ridge
         self.step = 0
         n_rows, size = matrix.shape
         self.maps = matrix.new_empty(n_rows, self.window, size)
@@ -115,7 +114,8 @@ class _Mixing(StepRule):
         # LAPACK's column order would make the batched mix fall back to a loop over the batch.
         solution = torch.linalg.solve_ex(system, ones).result.contiguous()
         weights = solution / solution.sum(1, keepdim=True)
-        plain = ~torch.isfinite(weights.sum(1))
+        # Nothing was measured where squares underflow: not even which of them to take.
+        plain = ~torch.isfinite(weights.sum(1)) | (scale.squeeze(1) == 0)
         if stalled is not None:
             plain = plain | stalled
         latest = torch.zeros_like(weights)
@@ -141,6 +141,15 @@ class _Mixing(StepRule):
         )
         if self.valid is not None:
             self.valid = self.valid[selection.cell_index]
+
+
+def default_ridge(dtype: torch.dtype) -> float:
+    """Ridge of Anderson's systems in a working precision: 5e-6 in float32, 1e-14 in float64.
+
+    Some ulps: less would round away on the diagonal, and a system of exactly dependent residuals
+    (h ↦ 1 − h gives two opposite ones) would stay singular.
+    """
+    return 1e-14 if dtype == torch.float64 else 5e-6
 
 
 def row_products(history: Tensor, x: Tensor) -> Tensor:

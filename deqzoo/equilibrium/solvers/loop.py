@@ -52,8 +52,8 @@ def row_peaks(rows: Tensor) -> Tensor:
 
 
 def quotient(absolute: Tensor, size: Tensor) -> Tensor:
-    """Relative residuals: 0 where both norms are 0."""
-    return absolute / size.clamp_min(torch.finfo(size.dtype).tiny)
+    """Relative residuals: 0 where both norms are 0, finite where only F(h) is 0."""
+    return absolute / torch.add(size, absolute, alpha=1e-30).add_(torch.finfo(size.dtype).tiny)
 
 
 class Residuals(NamedTuple):

@@ -25,11 +25,18 @@ class BackwardReport:
 
     Attributes:
         residual: relative residual ‖Jᵀw + g − w‖ / ‖Jᵀw + g‖ per cell.
+        status: int64, values of `Status` per cell.
         n_evals: vector-Jacobian products spent.
     """
 
     residual: Tensor | None = None
+    status: Tensor | None = None
     n_evals: int = 0
+
+    @property
+    def converged(self) -> Tensor | None:
+        """Bool per cell: the gradient is exact to the adjoint solver's tolerance."""
+        return None if self.status is None else self.status == Status.CONVERGED
 
 
 @dataclass
