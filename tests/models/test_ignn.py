@@ -661,3 +661,109 @@ def test_every_form_of_the_same_graph():
     ):
         with pytest.raises(UserError, match=said):
             call()
+
+
+@pytest.mark.parametrize("normalization", ["augmented", "symmetric", "none"])
+@pytest.mark.parametrize("directed", [False, True])
+def test_products_have_the_gradient_of_their_entries(normalization, directed):
+    """Parallel edges, self loops, and an edge whose reverse weighs the same or is missing."""
+    index = torch.tensor([[0, 1, 1, 2, 0, 3, 3], [1, 0, 2, 1, 1, 3, 0]])
+    if not directed:
+        index = torch.cat([index, index.flip(0)], dim=1)
+    weight = torch.ones(index.shape[1], dtype=torch.float64, requires_grad=True)
+    nodes = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def f(weight, nodes):
+        adjacency = Adjacency.from_edges(index, 4, weight, normalization)
+        return adjacency.propagate(nodes), adjacency.matmul(nodes)
+
+    assert torch.autograd.gradcheck(f, (weight, nodes))
+    assert torch.autograd.gradgradcheck(f, (weight, nodes))
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "upg", "npg", "jfb", "unrolled"])
+def test_edge_weights_get_their_gradient(gradient):
+    torch.manual_seed(0)
+    config = IGNNConfig(num_features=3, hidden_sizes=[4, 4], num_labels=2, directed=True)
+    model = IGNNForGraphClassification(config).double().eval()
+    index = torch.tensor([[0, 1, 2, 3, 0, 4, 1, 5, 6], [1, 2, 3, 0, 2, 0, 4, 6, 5]])
+    batch = torch.tensor([0, 0, 0, 0, 0, 1, 1])
+    x = torch.randn(7, 3, dtype=torch.float64)
+    weight = (torch.rand(9, dtype=torch.float64) + 0.5).requires_grad_()
+    adjoint = {"name": "anderson", "max_steps": 200, "tol": 1e-12}
+    spec = {
+        "implicit": {"name": "implicit", "solver": adjoint},
+        "upg": {"name": "upg", "steps": 300, "damping": 1.0},
+        "npg": {"name": "npg", "steps": 300, "damping": 1.0},
+        "unrolled": {"name": "unrolled", "steps": 300},
+    }.get(gradient, gradient)
+    solver = {"name": "anderson", "max_steps": 200, "tol": 1e-13}
+
+    def score(weight, **more):
+        output = model(x, index, edge_weight=weight, batch=batch, solver=solver, **more)
+        return output.logits[:, 0].sum()
+
+    (found,) = torch.autograd.grad(score(weight, gradient=spec), weight)
+    step, expected = 1e-5, torch.zeros(9, dtype=torch.float64)
+    with torch.no_grad():
+        for i in range(9):
+            moved = torch.zeros_like(weight)
+            moved[i] = step
+            expected[i] = (score(weight + moved) - score(weight - moved)) / (2 * step)
+    assert expected.abs().max() > 1e-5
+    if gradient == "jfb":
+        assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.5
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_constant_edges_cost_nothing_and_a_symmetric_one_is_kept_once():
+    index = torch.tensor([[0, 1], [1, 0]])
+    constant = Adjacency.from_edges(index, 2)
+    assert constant.transposed is constant and constant.detached() is constant
+    learned = Adjacency.from_edges(index, 2, torch.ones(2, requires_grad=True))
+    assert learned.is_symmetric and learned.transposed is not learned
+    assert learned.transposed.transposed is learned
+    assert not learned.detached().values.requires_grad
+
+
+def test_gnn_explainer_scores_edges_and_features():
+    """PyG's explainers mask messages; a layer that hands on its own messages takes the mask."""
+    from torch_geometric.explain import Explainer, GNNExplainer
+    from torch_geometric.nn import MessagePassing
+
+    class Edges(MessagePassing):
+        def forward(self, edge_index, n):
+            return self.propagate(edge_index, x=torch.ones(n, 1)).squeeze(1)
+
+        def message(self, x_j):
+            return x_j
+
+        def aggregate(self, inputs):
+            return inputs
+
+    class Explained(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.edges = model, Edges()
+
+        def forward(self, x, edge_index):
+            weight = self.edges(edge_index, len(x))
+            return self.model(x, edge_index, edge_weight=weight).logits
+
+    torch.manual_seed(0)
+    config = IGNNConfig(num_features=3, hidden_sizes=[4], num_labels=2, directed=True)
+    model = IGNNForGraphClassification(config).eval()
+    explainer = Explainer(
+        Explained(model),
+        algorithm=GNNExplainer(epochs=5),
+        explanation_type="model",
+        node_mask_type="attributes",
+        edge_mask_type="object",
+        model_config={"mode": "multiclass_classification", "task_level": "graph",
+                      "return_type": "raw"},
+    )  # fmt: skip
+    index = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    found = explainer(torch.randn(3, 3), index)
+    assert found.edge_mask.shape == (4,) and found.edge_mask.unique().numel() > 1
+    assert found.node_mask.shape == (3, 3)

@@ -48,8 +48,9 @@ class GraphMap(BatchMap, DetachableMap):
 
     def __call__(self, state: Tensor) -> Tensor:
         tensors = (state, self.weight, self.injection)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return _Step.apply(*tensors, self.adjacency, self.official_gradient)
+        values = self.adjacency.values
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, values)):
+            return _Step.apply(*tensors, values, self.adjacency, self.official_gradient)
         with torch.no_grad():
             return _step(*tensors, self.adjacency)[0]
 
@@ -63,9 +64,12 @@ class GraphMap(BatchMap, DetachableMap):
         )
 
     def detached(self) -> GraphMap:
-        """Return the same map without gradients to weight and injection."""
+        """Return the same map without gradients to weight, injection and edges."""
         return GraphMap(
-            self.weight.detach(), self.injection.detach(), self.adjacency, self.official_gradient
+            self.weight.detach(),
+            self.injection.detach(),
+            self.adjacency.detached(),
+            self.official_gradient,
         )
 
 
@@ -86,6 +90,7 @@ class _Step(torch.autograd.Function):
         state: Tensor,
         weight: Tensor,
         injection: Tensor,
+        values: Tensor,
         adjacency: Adjacency,
         official_gradient: bool,
     ) -> Tensor:
@@ -100,10 +105,14 @@ class _Step(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         state, weight, result = ctx.saved_tensors
         local = torch.ops.aten.threshold_backward(grad, result, 0)  # through the relu
-        needs_state, needs_weight, needs_injection = ctx.needs_input_grad[:3]
-        grad_state = grad_weight = None
+        needs_state, needs_weight, needs_injection, needs_values = ctx.needs_input_grad[:4]
+        grad_state = grad_weight = grad_values = None
+        if needs_state or needs_values:
+            into_spread = times_transposed(local, weight.T)
         if needs_state:
-            grad_state = ctx.adjacency.matmul(times_transposed(local, weight.T))
+            grad_state = ctx.adjacency.matmul(into_spread)
+        if needs_values:
+            grad_values = ctx.adjacency.entry_products(state, into_spread)
         if needs_weight:
             spread = ctx.spread
             if ctx.official_gradient:
@@ -111,7 +120,8 @@ class _Step(torch.autograd.Function):
             elif torch.is_grad_enabled():  # second derivatives: A^T z must depend on z
                 spread = ctx.adjacency.propagate(state)
             grad_weight = times_transposed(local.T, spread.T)
-        return grad_state, grad_weight, local if needs_injection else None, None, None
+        grad_injection = local if needs_injection else None
+        return grad_state, grad_weight, grad_injection, grad_values, None, None
 
 
 class ClippedSpectralNorm(nn.Module):

@@ -1,11 +1,11 @@
-"""Constant sparse matrices with fast products on both sides, and graph adjacencies made of them.
+"""Sparse matrices with fast products on both sides, and graph adjacencies made of them.
 
 Upstream keeps node data in columns; here they lie in rows (node-major), which is what the sparse
 kernels are fast at. `Y A` for Y of shape (d, n) becomes `A^T y` for y of shape (n, d).
 
-The matrices never need a gradient, so that the backward of a product is another product, with the
-transposed matrix. Both are kept by rows; autograd's own sparse backward is several times
-slower.
+The backward of a product is another product, with the transposed matrix, and both are kept by rows;
+autograd's own sparse backward is several times slower. The entries get gradients where they need
+them (edge weights that are learned or explained), one inner product of two rows per entry.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _LANCZOS_STEPS = 80
 
 
 class SparseMatrix:
-    """A constant sparse matrix (n_rows, n_columns) given by its entries, duplicates added up.
+    """A sparse matrix (n_rows, n_columns) given by its entries, duplicates added up.
 
     Args:
         index: (2, e) int64, row and column of each entry.
-        values: (e,) floating point.
+        values: (e,) floating point; its gradient is that of all products.
         shape: number of rows and columns.
     """
 
@@ -59,8 +59,8 @@ class SparseMatrix:
 
     @property
     def transposed(self) -> SparseMatrix:
-        """The transposed matrix; the same object where the matrix is symmetric."""
-        if self._symmetric:
+        """The transposed matrix; the same object where the matrix is symmetric and constant."""
+        if self._symmetric and not self.values.requires_grad:
             return self
         if self._transposed is None:
             origin = self._origin() if self._origin is not None else None
@@ -70,7 +70,8 @@ class SparseMatrix:
             self._symmetric = torch.equal(other.index, self.index) and torch.allclose(
                 other.values, self.values, rtol=self.rounding, atol=0
             )
-            if self._symmetric:
+            # Entry (i, j) gets another gradient than (j, i), though both are equal.
+            if self._symmetric and not self.values.requires_grad:
                 return self
             other._origin = weakref.ref(self)
             self._transposed = other
@@ -79,7 +80,7 @@ class SparseMatrix:
     @property
     def is_symmetric(self) -> bool:
         """Whether the matrix equals its transpose, up to the rounding of added duplicates."""
-        return self.transposed is self
+        return self.transposed is self or self._symmetric
 
     @property
     def rounding(self) -> float:
@@ -93,10 +94,16 @@ class SparseMatrix:
         return SparseMatrix(self.index.to(like.device), self.values.to(like), self.shape)
 
     def matmul(self, dense: Tensor) -> Tensor:
-        """Return the product with a dense (n_columns, d): (n_rows, d), differentiable in it."""
-        if torch.is_grad_enabled() and dense.requires_grad:
-            return _Product.apply(dense, self)
+        """Return the product with a dense (n_columns, d): (n_rows, d), differentiable in both."""
+        if torch.is_grad_enabled() and (dense.requires_grad or self.values.requires_grad):
+            return _Product.apply(dense, self.values, self)
         return self.product(dense)
+
+    def entry_products(self, left: Tensor, right: Tensor) -> Tensor:
+        """Inner products (e,) of the rows that entries connect: left (n_rows, d), right
+        (n_columns, d). The gradient of the entries of `self @ right` at the cotangent `left`."""
+        products = left.index_select(0, self.index[0]) * right.index_select(0, self.index[1])
+        return products.sum(1, dtype=self.values.dtype)
 
     @torch.no_grad()
     def product(self, dense: Tensor) -> Tensor:
@@ -128,13 +135,18 @@ class SparseMatrix:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, dense: Tensor, matrix: SparseMatrix) -> Tensor:
+    def forward(ctx: FunctionCtx, dense: Tensor, values: Tensor, matrix: SparseMatrix) -> Tensor:
         ctx.matrix = matrix
+        ctx.save_for_backward(dense if ctx.needs_input_grad[1] else None)
         return matrix.product(dense)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.matrix.transposed.matmul(grad.contiguous()), None
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (dense,) = ctx.saved_tensors
+        needs_dense, needs_values = ctx.needs_input_grad[:2]
+        grad_dense = ctx.matrix.transposed.matmul(grad.contiguous()) if needs_dense else None
+        grad_values = ctx.matrix.entry_products(grad, dense) if needs_values else None
+        return grad_dense, grad_values, None
 
 
 class Adjacency(SparseMatrix):
@@ -209,6 +221,14 @@ class Adjacency(SparseMatrix):
         moved._spectral_radius = self._spectral_radius
         return moved
 
+    def detached(self) -> Adjacency:
+        """Return the adjacency as a constant; the same object where it is one."""
+        if not self.values.requires_grad:
+            return self
+        constant = Adjacency(self.index, self.values.detach(), self.shape[0])
+        constant._spectral_radius = self._spectral_radius
+        return constant
+
     def propagate(self, nodes: Tensor) -> Tensor:
         """Send node data (n, d) along the edges: A^T nodes (n, d)."""
         return self.transposed.matmul(nodes)
@@ -235,7 +255,8 @@ class Adjacency(SparseMatrix):
         an upper bound (Collatz and Wielandt), so that a weight bound made of it stays safe.
         """
         if self._spectral_radius is None:
-            self._spectral_radius = _spectral_radius(self)
+            with torch.no_grad():
+                self._spectral_radius = _spectral_radius(self)
         return self._spectral_radius
 
 
@@ -279,7 +300,7 @@ def _spectral_radius(adjacency: Adjacency) -> float:
     n = adjacency.shape[0]
     if len(adjacency.values) == 0:
         return 0.0
-    wide = adjacency.to(torch.empty(0, dtype=torch.float64, device="cpu"))
+    wide = Adjacency(adjacency.index.cpu(), adjacency.values.detach().cpu().double(), n)
     if n <= _DENSE_EIGENVALUES_UP_TO:
         return float(torch.linalg.eigvals(wide.csr.to_dense()).abs().max())
     return _lanczos(wide) if wide.is_symmetric else _collatz_wielandt(wide)
