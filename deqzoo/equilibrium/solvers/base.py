@@ -25,7 +25,8 @@ class Solver(ABC):
 
     Args:
         max_steps: updates of the state; at most max_steps + 1 evaluations of F, the last of
-            which measures what is returned. The start is never returned.
+            which measures what is returned. The start comes back only for a cell without any
+            finite evaluation, with status NONFINITE; everybody else gets a later iterate.
         tol: a cell has converged when its residual is at most this.
         stop_mode: "rel" tests ‖F(h) − h‖ / ‖F(h)‖, "abs" tests ‖F(h) − h‖.
         damping: β in h + β (F(h) − h), in (0, 1].
