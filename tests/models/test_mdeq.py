@@ -397,3 +397,16 @@ def test_effective_weights_are_computed_once_per_forward(monkeypatch):
     )
     model(pictures(), labels=torch.tensor([0, 1, 2]), gradient="npg").loss.backward()
     assert len(calls) == sum(isinstance(m, WeightNormConv2d) for m in model.modules()) == 6
+
+
+def test_a_picture_without_an_answer_gets_none():
+    """With one NaN pixel no state is finite, and a class read from the start would be made up."""
+    model = tiny_model().eval()
+    pixels = pictures()
+    with torch.no_grad():
+        clean = model(pixels)
+        pixels[1, 0, 2, 2] = float("nan")
+        output = model(pixels)
+    assert output.logits[1].isnan().all() and not output.converged[1]
+    for row in (0, 2):
+        torch.testing.assert_close(output.logits[row], clean.logits[row])

@@ -358,6 +358,10 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
             return_dict=True,
         )
         logits = self.classifier(self.head(base.features))
+        if not self.training:
+            # Where no state was ever finite there is no answer: that of the start would be made up.
+            unknown = ~base.residual.isfinite().unsqueeze(1)
+            logits = logits.masked_fill(unknown, float("nan"))
         loss = None
         if labels is not None:
             loss = self.loss_function(
