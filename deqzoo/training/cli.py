@@ -86,6 +86,8 @@ def train(
     if time_budget is not None:
         seconds_of(time_budget, "--time-budget")
         loaded = replace(loaded, time_budget=time_budget)
+    if loaded.report_to and loaded.time_budget:
+        raise UserError("report_to is not read by runs with a time budget; leave one of them out")
     if deadline is not None and not loaded.time_budget:
         raise UserError("--deadline is for a run with a time budget; add --time-budget 8m")
     if dry_run:

@@ -357,6 +357,16 @@ def test_values_that_were_taken_in_silence(tmp_path, capsys, place, value, said)
     assert error.count("\n") == 1 and said in error
 
 
+def test_reports_of_runs_by_the_clock_are_refused(tmp_path, capsys):
+    content = {**MINIMAL, "report_to": ["tensorboard"], "time_budget": "8m"}
+    for change in ({}, {"time_budget": None}):
+        path = write(tmp_path, {k: v for k, v in {**content, **change}.items() if v is not None})
+        arguments = ["train", str(path), "--dry-run"]
+        assert run([*arguments, *(["--time-budget", "8m"] if change else [])]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "report_to" in error
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path, capsys):
     path = write(tmp_path, yaml.safe_dump(MINIMAL) + "batch_size: 7\n")
     assert run(["train", str(path), "--dry-run"]) == 2
