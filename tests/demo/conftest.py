@@ -141,14 +141,14 @@ def served(
     _wait(url, process)
     yield Served(url, zoo, first[IMAGES], first[TEXT], first[GRAPHS])
     process.terminate()
-    process.wait(timeout=30)
+    process.wait(timeout=300)
 
 
-def _wait(url: str, process: subprocess.Popen, seconds: float = 240) -> None:
+def _wait(url: str, process: subprocess.Popen, seconds: float = 1200) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         try:
-            with urllib.request.urlopen(url, timeout=5):
+            with urllib.request.urlopen(url, timeout=60):
                 return
         except OSError:
             time.sleep(0.5)

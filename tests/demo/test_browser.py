@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "artifacts" / "demo"
 PICTURES = ROOT / "examples" / "pictures"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-PATIENCE = 90_000  # milliseconds
+PATIENCE = 600_000  # milliseconds
 
 
 @pytest.fixture(scope="module")

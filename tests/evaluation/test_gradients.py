@@ -191,9 +191,9 @@ def test_command_ends_in_time_and_prints_no_empty_table(tmp_path, capsys) -> Non
     config = picture_model().config
     config.channels, config.image_size, config.final_channels = [32, 32], 32, 32
     load_class("MDEQForImageClassification")(config).save_pretrained(folder)
-    started = time.perf_counter()
+    started = time.process_time()  # which other work on the machine does not lengthen
     assert cli.run(["gradients", str(folder), "--seconds", "1", "--batch-size", "64"]) == 2
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
     printed = capsys.readouterr()
     assert "--seconds" in printed.err and printed.out == ""
 

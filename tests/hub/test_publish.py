@@ -130,7 +130,7 @@ def client(server: hub_double.HubDouble, tmp_path_factory) -> Iterator[Client]:
     client = Client(server.url, tmp_path_factory.mktemp("cache") / "home")
     yield client
     client.process.stdin.close()
-    client.process.wait(timeout=30)
+    client.process.wait(timeout=300)
 
 
 @pytest.fixture
