@@ -94,6 +94,42 @@ def fixed_point_of_steps(
     )
 
 
+def traced_solution(f: Map, start: State, solver: Solver, layout: Layout | None = None) -> Solution:
+    """All steps of a solver without books: what a solve becomes under torch.export.
+
+    The program does `max_steps` updates and one evaluation that measures the last iterate, which
+    is the result: no cell stops early, and none keeps an earlier iterate.
+
+    Raises:
+        ValueError: a solver other than 'anderson' and 'fixed_point'.
+    """
+    if type(solver) not in (Anderson, FixedPointIteration):
+        raise ValueError(
+            f"solver {solver.name!r} cannot be exported; choose 'anderson' or 'fixed_point'"
+        )
+    window, ridge = (solver.window, solver.ridge) if isinstance(solver, Anderson) else (1, None)
+    z = fixed_steps(
+        f, start, solver.max_steps,
+        window=window, damping=solver.damping, ridge=ridge, layout=layout,
+    )  # fmt: skip
+    absolute, relative = _residuals(z, f(z), layout)
+    chosen = relative if solver.stop_mode == "rel" else absolute
+    if isinstance(layout, Causal):
+        chosen = chosen.cummax(1).values
+    status = torch.where(chosen <= solver.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    n_evals = solver.max_steps + 1
+    return Solution(
+        state=z,
+        status=status,
+        n_steps=torch.full_like(status, solver.max_steps),
+        abs_residual=absolute,
+        rel_residual=relative,
+        residual=chosen,
+        n_evals=n_evals,
+        row_evals=n_evals * leaves(start)[0].shape[0],
+    )
+
+
 def fixed_steps(
     f: Map,
     start: State,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deqzoo.equilibrium.fixed import traced_solution
 from deqzoo.equilibrium.gradients import Gradient, make_gradient
 from deqzoo.equilibrium.gradients.base import Problem
 from deqzoo.equilibrium.layout import Layout, Rows, begin
@@ -39,7 +40,8 @@ def fixed_point(
     """Find h* = f(h*, *inputs) and give it the chosen backward pass.
 
     Gradients reach everything f touches: inputs, parameters, and tensors it closes over; with
-    grad mode off only the solve happens. Training and evaluation mode make no difference.
+    grad mode off only the solve happens. Training and evaluation mode make no difference. Under
+    torch.export a solve becomes all `max_steps` steps of its solver; see `traced_solution`.
 
     Args:
         f: the map; returns a state of the same structure and shapes as its first argument.
@@ -91,6 +93,8 @@ def fixed_point(
             callback,
             sample_steps,
         )
+    if torch.compiler.is_exporting():  # a program cannot look at residuals
+        return traced_solution(bound, z0, chosen_solver, layout)
     kept: dict[int, Tensor] = {}
     if sample_steps:
         callback = _keeper(kept, sample_steps, callback)

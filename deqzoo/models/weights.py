@@ -180,7 +180,9 @@ def _plain_weight(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
     if module._backward_hooks or module._backward_pre_hooks:
         return None
     weight = module.effective_weight() if isinstance(module, WeightNorm) else module.weight
-    return weight if type(weight) in (Tensor, nn.Parameter) else None
+    # torch.export shows every weight as a tensor of a class of its own.
+    known = torch.compiler.is_exporting() or type(weight) in (Tensor, nn.Parameter)
+    return weight if known else None
 
 
 def _zeros(module: nn.Module, *shape: int) -> Tensor:

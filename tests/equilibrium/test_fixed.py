@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from deqzoo.equilibrium import Causal, fixed_point, jacobian_penalty, make_gradient, make_solver
+from deqzoo.equilibrium import (
+    Causal,
+    Equilibrium,
+    fixed_point,
+    jacobian_penalty,
+    make_gradient,
+    make_solver,
+)
 from deqzoo.equilibrium.fixed import (
     difference_penalty,
     fixed_point_of_steps,
@@ -175,3 +183,30 @@ def test_series_keeps_nothing_alive() -> None:
         assert node() is None
     finally:
         gc.enable()
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, solver: dict) -> None:
+        super().__init__()
+        self.layer = Equilibrium(lambda h, x: torch.tanh(0.9 * h.roll(1, 1) + x), solver=solver)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.layer(torch.zeros_like(x), x)
+        return found.state, found.residual, found.converged
+
+
+@pytest.mark.parametrize("settings", [{"name": "fixed_point"}, {"name": "anderson", "window": 2}])
+def test_an_exported_program_does_all_steps(settings: dict) -> None:
+    """For every batch size, what the solver has after as many steps, with its residual."""
+    module = Exported({**settings, "max_steps": 5, "tol": 1e-9}).eval()
+    batch = torch.export.Dim("batch")
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (torch.randn(3, 6),), dynamic_shapes=({0: batch},), strict=False
+        )
+        x = torch.randn(4, 6)
+        found, expected = program.module()(x), module(x)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot be exported"), torch.no_grad():
+        torch.export.export(Exported({"name": "broyden"}), (x,), strict=False)
