@@ -149,7 +149,7 @@ def _attach_to_start(
         nonlocal latest
         point, latest = z.detach(), weakref.ref(z)
         fz = watched(point)  # the next step evaluates F here again, but records it
-        measured.append(residuals(fz - point, fz, layout, solver.stop_mode))
+        measured.append(residuals(fz - point, fz, layout, solver))
         return measured[-1].chosen
 
     def visit(k: int, z: Tensor) -> None:

@@ -10,6 +10,7 @@ weights) per *cell*. A layout says how rows form cells:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
@@ -58,18 +59,22 @@ class IndexSelection:
 
 @dataclass(frozen=True)
 class SuffixSelection:
-    """Kept positions `[start:]` of every sequence; `dropped` are the final states before them."""
+    """Kept positions `[start:stop]` of some sequences; `dropped` are the states before them."""
 
     start: int
     rows: Tensor
     cell_index: Tensor
-    dropped: Tensor  # (B, start, d)
+    dropped: Tensor  # (b, start, d)
+    sequences: Tensor | None = None  # (b,) int64, kept sequences; None keeps every one
+    stop: int | None = None
 
     def state(self, tensor: Tensor) -> Tensor:
-        return tensor[:, self.start :]
+        if self.sequences is not None:
+            tensor = tensor.index_select(0, self.sequences)
+        return tensor[:, self.start : self.stop]
 
     def cells(self, tensor: Tensor) -> Tensor:
-        return tensor[:, self.start :]
+        return self.state(tensor)
 
 
 class Layout(Protocol):
@@ -82,12 +87,16 @@ class Layout(Protocol):
     def to_state(self, matrix: Tensor) -> State: ...
     def cell_shape(self) -> tuple[int, ...]: ...
     def total(self, rows: Tensor) -> Tensor:
-        """Sum row quantities (R, ...) over each cell: (C, ...)."""
+        """Sum row quantities (R, ...) over each cell: (C, ...); `rows` itself where each is one."""
         ...
 
-    def gram(self, rows: Tensor, active: Tensor) -> Tensor:
+    def gram(self, rows: Tensor) -> Tensor:
         """Sum row products (R, ...) over what decides a cell's mixing weights: (C, ...)."""
-        ...
+        return self.total(rows)
+
+    def kept_gram(self, rows: Tensor, selection: Selection) -> Tensor:
+        """Row products (r, ...) of the selected rows, such that the sums of `gram` stay."""
+        return rows.index_select(0, selection.rows)
 
     def spread(self, cells: Tensor) -> Tensor:
         """Copy cell quantities (C, ...) to the rows of the cell: (R, ...)."""
@@ -95,7 +104,23 @@ class Layout(Protocol):
 
     def worst(self, residual: Tensor) -> Tensor:
         """Turn the residuals (C,) of the cells into those that decide about stopping."""
-        ...
+        return residual
+
+    def whole(self, norm: Tensor) -> Tensor:
+        """Turn norms (C,) of the cells into those of what the criterion "per sequence" looks at."""
+        return norm
+
+    def leading(self, active: Tensor) -> Tensor:
+        """Which active cells (C,) read no other active one."""
+        return active
+
+    def joins(self, device: torch.device) -> Tensor | None:
+        """The evaluations (C,) int64 at which the cells begin to move; None: all at the first."""
+        return None
+
+    def head(self, waiting: Tensor, matrix: Tensor) -> tuple[Layout, Selection]:
+        """What has to be evaluated while some cells (C,) still wait for their beginning."""
+        raise AssertionError("only a layout whose cells join later has a head")
 
     def select(self, active: Tensor, matrix: Tensor) -> tuple[Layout, Selection] | None:
         """Return what is left when cells that are not active leave, or None if it is not worth it.
@@ -126,7 +151,7 @@ def begin(layout: Layout, start: State) -> tuple[Layout, Tensor]:
     return own, matrix
 
 
-class Rows:
+class Rows(Layout):
     """Each sample of the batch on its own: state (B, ...) or a structure of such; cells (B,)."""
 
     holds_frozen = False
@@ -157,14 +182,8 @@ class Rows:
     def total(self, rows: Tensor) -> Tensor:
         return rows
 
-    def gram(self, rows: Tensor, active: Tensor) -> Tensor:
-        return rows
-
     def spread(self, cells: Tensor) -> Tensor:
         return cells
-
-    def worst(self, residual: Tensor) -> Tensor:
-        return residual
 
     def select(self, active: Tensor, matrix: Tensor) -> tuple[Layout, Selection] | None:
         kept = active.nonzero().squeeze(1)
@@ -178,7 +197,7 @@ class Rows:
         return Rows()
 
 
-class Segments:
+class Segments(Layout):
     """Graphs in one block-diagonal batch: state (N, d), cells (n,).
 
     Args:
@@ -208,14 +227,8 @@ class Segments:
     def total(self, rows: Tensor) -> Tensor:
         return rows.new_zeros(self.n, *rows.shape[1:]).index_add_(0, self.index, rows)
 
-    def gram(self, rows: Tensor, active: Tensor) -> Tensor:
-        return self.total(rows)
-
     def spread(self, cells: Tensor) -> Tensor:
         return cells.index_select(0, self.index)
-
-    def worst(self, residual: Tensor) -> Tensor:
-        return residual
 
     def select(self, active: Tensor, matrix: Tensor) -> tuple[Layout, Selection] | None:
         keep_row = self.spread(active)
@@ -231,20 +244,37 @@ class Segments:
         return self
 
 
-class Causal:
+class Causal(Layout):
     """Sequences whose map is causal: state (B, T, d), cells (B, T).
 
     Mixing weights of a position come from Gram matrices summed over the prefix that ends there,
     and a position has converged when it and all before it have: nothing later is ever read.
+    Converged positions stay in the sums with what they did before. Evaluations made while the
+    prefix still moved then get little weight: what a position learned from them is not about the
+    problem that is left to it.
 
     Args:
         valid: (B, T) bool, False at padding; padding counts as converged and weighs nothing.
+        cuts: positions, in ascending order, at which a solve that compacts is cut into parts.
+            Parts are solved one after another, each with the states before it fixed and with
+            `max_steps` of its own: fewer rows are evaluated, in more and shorter evaluations.
+        first: positions that are evaluated from the beginning; later ones join by and by, half as
+            many more at each evaluation. No position settles before those that it reads, so that
+            its first evaluations would be wasted. None begins with all.
     """
 
     holds_frozen = True
 
-    def __init__(self, valid: Tensor | None = None) -> None:
+    def __init__(
+        self, valid: Tensor | None = None, cuts: Sequence[int] = (), first: int | None = None
+    ) -> None:
+        if list(cuts) != sorted(set(cuts)) or (cuts and cuts[0] < 1):
+            raise ValueError(f"cuts must be ascending positions from 1 on, got {tuple(cuts)}")
+        if first is not None and first < 1:
+            raise ValueError(f"first must be None or at least 1, got {first}")
         self.valid = valid
+        self.cuts = tuple(cuts)
+        self.first = first
         self._shape: tuple[int, int] = (0, 0)
 
     def to_matrix(self, state: State) -> Tensor:
@@ -265,10 +295,14 @@ class Causal:
         mask = self.valid.reshape(-1, *[1] * (rows.ndim - 1))
         return torch.where(mask, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
 
-    def gram(self, rows: Tensor, active: Tensor) -> Tensor:
-        mask = active.reshape(-1, *[1] * (rows.ndim - 1))
-        rows = self.total(torch.where(mask, rows, torch.zeros_like(rows)))
-        return rows.reshape(*self._shape, *rows.shape[1:]).cumsum(1).flatten(0, 1)
+    def gram(self, rows: Tensor) -> Tensor:
+        return self._by_sequence(self.total(rows)).cumsum(1).flatten(0, 1)
+
+    def kept_gram(self, rows: Tensor, selection: Selection) -> Tensor:
+        """The first kept position of a sequence takes over the sums of those before it."""
+        kept = selection.state(self._by_sequence(rows)).clone()
+        kept[:, 0] = selection.state(self._by_sequence(self.gram(rows)))[:, 0]
+        return kept.flatten(0, 1)
 
     def spread(self, cells: Tensor) -> Tensor:
         return cells
@@ -276,17 +310,70 @@ class Causal:
     def worst(self, residual: Tensor) -> Tensor:
         return residual.reshape(self._shape).cummax(1).values.flatten()
 
+    def whole(self, norm: Tensor) -> Tensor:
+        square = self._by_sequence(self.total(norm).square())
+        return square.sum(1, keepdim=True).sqrt().expand(self._shape).flatten()
+
+    def leading(self, active: Tensor) -> Tensor:
+        count = active.reshape(self._shape).cumsum(1).flatten()
+        return active & (count == 1)
+
+    def joins(self, device: torch.device) -> Tensor | None:
+        n, length = self._shape
+        if self.first is None or length <= self.first:
+            return None
+        position = torch.arange(length, device=device).expand(n, length)
+        if self.valid is not None:  # a text joins alike wherever it lies
+            position = (self.valid.cumsum(1) - 1).clamp_min(0)
+        joined = torch.zeros_like(position)
+        reached = self.first
+        while reached < length:
+            joined += position >= reached
+            reached += max(1, reached // 2)
+        return joined.flatten()
+
+    def _by_sequence(self, rows: Tensor) -> Tensor:
+        return rows.reshape(*self._shape, *rows.shape[1:])
+
     def select(self, active: Tensor, matrix: Tensor) -> tuple[Layout, Selection] | None:
         n, length = self._shape
-        waiting = active.reshape(self._shape).any(0).nonzero()
-        start = int(waiting[0]) if len(waiting) else length
-        if start < 0.25 * length or start == length:
+        # Cutting costs about as much as evaluating sixteen rows.
+        enough = max(16, 0.1 * n * length)
+        if active.numel() - int(active.sum()) < enough:
             return None
-        layout = Causal(None if self.valid is None else self.valid[:, start:])
-        layout._shape = (n, length - start)
-        every = torch.arange(n * length, device=matrix.device).reshape(n, length)
-        kept = every[:, start:].flatten()
-        return layout, SuffixSelection(start, kept, kept, self.to_state(matrix)[:, :start])
+        waiting = active.reshape(self._shape)
+        sequences, positions = waiting.any(1).nonzero().squeeze(1), waiting.any(0).nonzero()
+        if not len(positions):
+            return None
+        start, stop = int(positions[0]), int(positions[-1]) + 1  # behind the last one is padding
+        if n * length - len(sequences) * (stop - start) < enough:
+            return None
+        return self._kept(start, stop, matrix, sequences if len(sequences) < n else None)
+
+    def head(self, waiting: Tensor, matrix: Tensor) -> tuple[Layout, Selection]:
+        n, length = self._shape
+        stop = int((~waiting).reshape(n, length).any(0).nonzero()[-1]) + 1
+        return self._kept(0, stop, matrix, None)
+
+    def _kept(
+        self, start: int, stop: int, matrix: Tensor, sequences: Tensor | None
+    ) -> tuple[Layout, Selection]:
+        selection = self.part(start, stop, self.to_state(matrix), sequences)
+        layout = Causal(None if self.valid is None else selection.state(self.valid))
+        layout._shape = (self._shape[0] if sequences is None else len(sequences), stop - start)
+        return layout, selection
+
+    def part(
+        self, start: int, stop: int, state: Tensor, sequences: Tensor | None = None
+    ) -> SuffixSelection:
+        """Positions `[start:stop]` of sequences (b,) of a state (B, T, d) that is final before."""
+        n, length = self._shape
+        every = torch.arange(n * length, device=state.device).reshape(n, length)
+        dropped = state[:, :start]
+        if sequences is not None:
+            every, dropped = every[sequences], dropped[sequences]
+        kept = every[:, start:stop].flatten()
+        return SuffixSelection(start, kept, kept, dropped, sequences, stop)
 
     def adjoint(self) -> Layout:
         """Whole sequences: gradients may flow from later positions to earlier ones."""
@@ -308,9 +395,6 @@ class _Sequences(Rows):
 
     def total(self, rows: Tensor) -> Tensor:
         return rows.reshape(self._n, self._length, *rows.shape[1:]).sum(1)
-
-    def gram(self, rows: Tensor, active: Tensor) -> Tensor:
-        return self.total(rows)
 
     def spread(self, cells: Tensor) -> Tensor:
         return cells.repeat_interleave(self._length, dim=0)

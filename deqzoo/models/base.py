@@ -94,7 +94,7 @@ def stored(chosen: Solver | Gradient) -> dict[str, Any]:
     return chosen.to_dict()
 
 
-SHARED_BY_SOLVERS = ("max_steps", "tol", "stop_mode", "check_every", "patience")
+SHARED_BY_SOLVERS = ("max_steps", "tol", "stop_mode", "criterion", "check_every", "patience")
 
 
 class DEQConfigMixin:

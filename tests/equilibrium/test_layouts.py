@@ -200,7 +200,8 @@ class CausalMap(BatchMap):
 
     def select(self, selection: Selection) -> CausalMap:
         assert isinstance(selection, SuffixSelection)
-        frozen = torch.cat((self.frozen, selection.dropped), dim=1)
+        kept = slice(None) if selection.sequences is None else selection.sequences
+        frozen = torch.cat((self.frozen[kept], selection.dropped), dim=1)
         less = CausalMap(self.weight, selection.state(self.x), frozen)
         less.lengths = self.lengths
         return less
@@ -252,6 +253,123 @@ def test_converged_prefixes_leave_without_changing_the_rest(solver: str) -> None
     assert min(less_map.lengths) < 24 and less.row_evals < full.row_evals
     torch.testing.assert_close(less.state, full.state, rtol=1e-7, atol=1e-9)
     assert torch.equal(less.n_steps, full.n_steps)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_parts_are_solved_one_after_another(solver: str) -> None:
+    settings = make_solver({"name": solver, "max_steps": 80, "tol": 1e-7})
+    whole_map, parts_map = causal_map(), causal_map()
+    zero = torch.zeros_like(whole_map.x)
+    whole = settings.solve(whole_map, zero, Causal())
+    parts = settings.solve(parts_map, zero, Causal(cuts=(1, 8)), compact=True)
+    assert {1, 7, 16} <= set(parts_map.lengths) and max(parts_map.lengths) == 16
+    assert parts.converged.all() and parts.row_evals < whole.row_evals
+    torch.testing.assert_close(parts.state, whole.state, rtol=1e-5, atol=1e-6)
+    residual = torch.linalg.vector_norm(whole_map(parts.state) - parts.state, dim=-1)
+    torch.testing.assert_close(parts.abs_residual, residual, rtol=1e-6, atol=1e-12)
+    assert (parts.residual.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_later_positions_join_by_and_by(solver: str) -> None:
+    settings = make_solver({"name": solver, "max_steps": 80, "tol": 1e-7})
+    f = causal_map()
+    zero = torch.zeros_like(f.x)
+    layout = Causal(first=4)
+    solution = settings.solve(f, zero, layout, compact=True)
+    assert f.lengths[:6] == [4, 6, 9, 13, 19, 24]
+    assert 2 * sum(f.lengths[:6]) < solution.row_evals <= 2 * sum(f.lengths)
+    residual = torch.linalg.vector_norm(f(solution.state) - solution.state, dim=-1)
+    torch.testing.assert_close(solution.abs_residual, residual, rtol=1e-6, atol=1e-12)
+    # Whoever watches, or keeps all rows, gets the same.
+    for options in ({"compact": False}, {"trace": True}, {"callback": lambda k, z, r: None}):
+        other = settings.solve(f, zero, layout, **options)
+        torch.testing.assert_close(other.state, solution.state, rtol=1e-7, atol=1e-9)
+        assert torch.equal(other.n_steps, solution.n_steps)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("max_steps", [1, 3, 8, 30])
+def test_whoever_joins_late_has_as_many_steps(solver: str, max_steps: int) -> None:
+    f = causal_map(length=200)
+    settings = make_solver({"name": solver, "max_steps": max_steps, "tol": 0.0})
+    solution = settings.solve(f, torch.zeros_like(f.x), Causal(first=2), compact=True)
+    # Of few steps no more than a quarter is spent on waiting.
+    assert solution.n_evals == len(f.lengths) == max_steps + 1 + max_steps // 4
+    assert ((solution.n_steps == max_steps) | (solution.residual == 0)).all()
+    assert torch.isfinite(solution.residual).all()
+    residual = torch.linalg.vector_norm(f(solution.state) - solution.state, dim=-1)
+    torch.testing.assert_close(solution.abs_residual, residual, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solved_sequences_leave(solver: str) -> None:
+    f = causal_map(24)
+    f.x[0] *= 30  # saturated: settles at once
+    settings = make_solver({"name": solver, "max_steps": 80, "tol": 1e-7})
+    kept: list[int] = []
+
+    class Watched(CausalMap):
+        def __call__(self, z: Tensor) -> Tensor:
+            kept.append(z.shape[0])
+            return super().__call__(z)
+
+        def select(self, selection: Selection) -> CausalMap:
+            less = super().select(selection)
+            return Watched(less.weight, less.x, less.frozen)
+
+    less = settings.solve(Watched(f.weight, f.x), torch.zeros_like(f.x), Causal(), compact=True)
+    full = settings.solve(f, torch.zeros_like(f.x), Causal())
+    assert kept[0] == 2 and kept[-1] == 1
+    torch.testing.assert_close(less.state, full.state, rtol=1e-7, atol=1e-9)
+    assert torch.equal(less.n_steps, full.n_steps) and torch.equal(less.status, full.status)
+
+
+@pytest.mark.parametrize("floor", [0.01, 0.02])
+def test_a_residual_minimum_that_is_no_fixed_point_is_left(floor: float) -> None:
+    """The residual of the first number is least near 0, where it is `floor`; it vanishes at 4."""
+
+    def f(z: Tensor) -> Tensor:
+        x, y = z[..., :1], z[..., 1:]
+        step = (floor + 0.5 * x.square() / (1 + x.square())) * torch.tanh(4 - x)
+        return torch.cat((x + step, 0.5 * y.sin() + 0.1 * x.cos()), dim=-1)
+
+    start = torch.full((1, 1, 2), -2.0, dtype=torch.float64)
+    settings = {"name": "anderson", "max_steps": 30, "tol": 1e-8}
+    held = make_solver({**settings, "max_steps": 100, "escape": None}).solve(f, start, Causal())
+    left = make_solver(settings).solve(f, start, Causal())
+    assert not held.converged.any() and left.converged.all()
+    torch.testing.assert_close(left.state[0, 0, 0], start.new_tensor(4.0))
+    assert left.n_steps.max() <= 30
+
+
+@pytest.mark.parametrize("stop_mode", ["rel", "abs"])
+def test_criterion_of_stopping(stop_mode: str) -> None:
+    f = causal_map()
+    zero = torch.zeros_like(f.x)
+    solutions = {}
+    for criterion in ("per token", "per sequence"):
+        settings = {"name": "anderson", "criterion": criterion, "stop_mode": stop_mode, "tol": 1e-2}
+        solutions[criterion] = make_solver(settings).solve(f, zero, Causal(first=5), compact=True)
+    one = solutions["per sequence"]
+    residual, size = f(one.state) - one.state, f(one.state)
+    norm = torch.linalg.vector_norm(residual, dim=(1, 2))
+    if stop_mode == "rel":
+        norm = norm / torch.linalg.vector_norm(size, dim=(1, 2))
+    torch.testing.assert_close(one.residual, norm.unsqueeze(1).expand(2, 24), rtol=1e-6, atol=0)
+    assert (norm <= 1e-2).all() and one.converged.all()
+    if stop_mode == "rel":
+        assert one.n_evals < solutions["per token"].n_evals
+    with pytest.raises(ValueError, match="'per token' or 'per sequence'"):
+        make_solver({"name": "anderson", "criterion": "token"})
+
+
+def test_settings_of_a_causal_layout_are_checked() -> None:
+    for cuts in ((3, 2), (0, 4), (2, 2)):
+        with pytest.raises(ValueError, match="cuts must be ascending"):
+            Causal(cuts=cuts)
+    with pytest.raises(ValueError, match="first must be None or at least 1"):
+        Causal(first=0)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,10 +12,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium.layout import Layout, Rows, Selection, begin
+from deqzoo.equilibrium.layout import Causal, Layout, Rows, Selection, begin
 from deqzoo.equilibrium.maps import BatchMap, Matrices
 from deqzoo.equilibrium.solvers.loop import Loop, StepCallback
-from deqzoo.equilibrium.solvers.solution import Solution
+from deqzoo.equilibrium.solvers.solution import Solution, joined
 from deqzoo.equilibrium.state import State
 from deqzoo.equilibrium.uncompiled import uncompiled
 
@@ -24,9 +25,10 @@ class Solver(ABC):
     """Settings that every solver has. Subclasses add the rule for one step.
 
     Args:
-        max_steps: updates of the state; at most max_steps + 1 evaluations of F, the last of
-            which measures what is returned. The start comes back only for a cell without any
-            finite evaluation, with status NONFINITE; everybody else gets a later iterate.
+        max_steps: updates of each cell's state; at most max_steps + 1 evaluations of F, the last
+            of which measures what is returned, and as many more as cells wait to join (`Causal`).
+            The start comes back only for a cell without any finite evaluation, with status
+            NONFINITE; everybody else gets a later iterate.
         tol: a cell has converged when its residual is at most this.
         stop_mode: "rel" tests ‖F(h) − h‖ / ‖F(h)‖, "abs" tests ‖F(h) − h‖.
         damping: β in h + β (F(h) − h), in (0, 1].
@@ -38,6 +40,11 @@ class Solver(ABC):
             at most N − 1 evaluations that change nothing for stopped cells and count in
             `Solution.n_evals`; and a cell that became non-finite goes back to the iterate it keeps
             (or stops) at the next look too, so that it may lose as many steps.
+        criterion: what has to meet the tolerance in a `Causal` layout. "per token": every token
+            does, and one that does stops when all before it have. "per sequence": the norms over
+            the whole sequence do, and it stops as one; later tokens then decide when earlier ones
+            stop, and single tokens may be far above the tolerance. TorchDEQ's solvers stop per
+            sequence (all of a batch at once). In other layouts a cell is judged as a whole anyway.
         patience: evaluations without a better residual after which a cell falls back to plain
             steps, and after three times as many stops as stalled. None switches this off.
 
@@ -48,6 +55,7 @@ class Solver(ABC):
     max_steps: int = 30
     tol: float = 1e-3
     stop_mode: Literal["rel", "abs"] = "rel"
+    criterion: Literal["per token", "per sequence"] = "per token"
     damping: float = 1.0
     check_every: int | None = None
     patience: int | None = None
@@ -59,6 +67,8 @@ class Solver(ABC):
         ok = isinstance(self.tol, (int, float)) and self.tol >= 0 and math.isfinite(self.tol)
         _require(ok, self, "tol", "a number ≥ 0")
         _require(self.stop_mode in ("rel", "abs"), self, "stop_mode", "'rel' or 'abs'")
+        ok = self.criterion in ("per token", "per sequence")
+        _require(ok, self, "criterion", "'per token' or 'per sequence'")
         ok = isinstance(self.damping, (int, float)) and 0 < self.damping <= 1
         _require(ok, self, "damping", "a number in (0, 1]")
         for field in ("check_every", "patience"):
@@ -108,8 +118,23 @@ class Solver(ABC):
         compact = compact and callback is None and not trace
         if compact and not isinstance(f, BatchMap):
             raise TypeError("samples can leave the batch of a `BatchMap` only; set compact=False")
+        if compact and isinstance(layout, Causal) and layout.cuts and self.criterion == "per token":
+            return self._solve_parts(f, z0, layout)
         loop = Loop(self, layout, matrix, trace)
         return loop.run(Matrices(f, layout), matrix, compact, callback)
+
+    def _solve_parts(self, f: Any, z0: Tensor, layout: Causal) -> Solution:
+        """Solve the parts of a causal layout one after another."""
+        found: list[Solution] = []
+        solved = z0[:, :0]
+        for start, stop in itertools.pairwise((0, *layout.cuts, z0.shape[1])):
+            selection = layout.part(start, stop, solved)
+            part = Causal(
+                None if layout.valid is None else selection.state(layout.valid), first=layout.first
+            )
+            found.append(self.solve(f.select(selection), selection.state(z0), part, compact=True))
+            solved = torch.cat((solved, found[-1].state), dim=1)
+        return joined(found)
 
 
 class StepRule(ABC):

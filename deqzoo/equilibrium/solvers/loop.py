@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium.layout import Layout, Rows, Selection
+from deqzoo.equilibrium.layout import Layout, Selection
 from deqzoo.equilibrium.solvers.solution import Solution, Status
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 StepCallback = Callable[[int, Tensor, Tensor], None]
 """Called after evaluation k = 1, 2, … with (k, matrix (R, D), stop-mode residual of the cells)."""
+
+WAITING_SHARE = 4
+"""Of the steps of a solve, one in that many may pass before the last cell begins to move."""
 
 
 def cell_norm(rows: Tensor, layout: Layout) -> Tensor:
@@ -30,7 +33,7 @@ def cell_norm(rows: Tensor, layout: Layout) -> Tensor:
     if rows.device.type != "cpu":  # limited by memory there: range is for nothing
         return scaled_norm(rows, layout).to(wide)
     norm = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
-    if type(layout) is Rows:
+    if layout.total(norm) is norm:  # every row is a cell
         return norm
     return layout.total(norm.square()).sqrt()
 
@@ -64,14 +67,21 @@ class Residuals(NamedTuple):
     chosen: Tensor
 
 
-def residuals(residual: Tensor, fz: Tensor, layout: Layout, stop_mode: str) -> Residuals:
+def residuals(residual: Tensor, fz: Tensor, layout: Layout, solver: Solver) -> Residuals:
     """Measure F(h) − h (R, D) at any scale of the state."""
-    absolute = scaled_norm(residual, layout)
-    relative = quotient(absolute, scaled_norm(fz, layout))
-    chosen = torch.nan_to_num(relative if stop_mode == "rel" else absolute, nan=math.inf)
+    absolute, size = scaled_norm(residual, layout), scaled_norm(fz, layout)
+    relative = quotient(absolute, size)
+    chosen = torch.nan_to_num(deciding(absolute, size, layout, solver), nan=math.inf)
     wide = torch.promote_types(fz.dtype, torch.float32)
     found = (absolute, relative, layout.worst(chosen))
     return Residuals(*(each.to(wide) for each in found))
+
+
+def deciding(absolute: Tensor, size: Tensor, layout: Layout, solver: Solver) -> Tensor:
+    """What a solver compares with its tolerance (C,), from ‖F(h) − h‖ and ‖F(h)‖ of the cells."""
+    if solver.criterion == "per sequence":
+        absolute, size = layout.whole(absolute), layout.whole(size)
+    return quotient(absolute, size) if solver.stop_mode == "rel" else absolute
 
 
 def _safe_range(dtype: torch.dtype) -> tuple[float, float]:
@@ -197,18 +207,29 @@ class Loop:
         self.check_every = solver.check_every or (1 if self.on_cpu else 4)
         self.autocast = torch.is_autocast_enabled(matrix.device.type)
         self.untroubled = self.on_cpu  # every cell has got better at every evaluation
+        # (C,) evaluations at which cells begin to move, of what is left and in the whole batch
+        self.joins = self.whole_joins = layout.joins(matrix.device)
+        self.last_join = 0
+        if self.joins is not None:
+            # Few steps are not spent on waiting.
+            self.joins = self.joins.clamp_max(solver.max_steps // WAITING_SHARE)
+            self.whole_joins = self.joins
+            self.books.n_steps = self.books.n_steps + self.joins
+            self.last_join = int(self.joins.max())
+            self.books.active = self.joins == 0
+            self.untroubled = self.untroubled and self.last_join == 0
 
     def run(self, f: _Map, z: Tensor, compact: bool, callback: StepCallback | None) -> Solution:
-        max_steps = self.solver.max_steps
-        for k in range(max_steps + 1):
-            fz = f(z)
+        last = self.solver.max_steps + self.last_join
+        for k in range(last + 1):
+            fz = f(z) if k >= self.last_join else self.evaluate_joined(k, f, z, compact)
             if k == 0 and self.on_cpu:
                 f, z, fz = self.choose_unit(f, z, fz)
             self.n_evals += 1
             self.row_evals += z.shape[0]
             residual = self.rule.residual(z, fz)
             self.measure(k, z, fz, residual, callback)
-            if k == max_steps:
+            if k == last:
                 break
             back = None
             if not self.untroubled and k % self.check_every == 0:
@@ -216,21 +237,33 @@ class Loop:
                 if broken:
                     back = self.recover(k)
                     running = bool(self.books.active.any())
-                if not running:
+                if not running and k >= self.last_join:
                     break
-                if compact and k > 0 and not broken:
+                if compact and k >= max(1, self.last_join) and not broken:
                     f, z, fz, residual = self.drop(f, z, fz, residual)
             z = self.advance(z, fz, residual, back)
         return self.finish()
+
+    def evaluate_joined(self, k: int, f: _Map, z: Tensor, compact: bool) -> Tensor:
+        """F where cells have begun to move; the others stay where they are."""
+        assert self.joins is not None
+        waiting = self.joins > k
+        if not compact:
+            return torch.where(waiting.unsqueeze(1), z, f(z))
+        layout, selection = self.layout.head(waiting, z)
+        rows = selection.rows
+        found = z.index_copy(0, rows, f.select(selection, layout)(z.index_select(0, rows)))
+        self.row_evals -= z.shape[0] - rows.numel()
+        return torch.where(waiting.unsqueeze(1), z, found)
 
     def measure(
         self, k: int, z: Tensor, fz: Tensor, residual: Tensor, callback: StepCallback | None
     ) -> None:
         """Enter evaluation k, made at iterate z, into the books."""
         books = self.books
-        own = cell_norm(residual, self.layout)
-        relative = quotient(own, cell_norm(fz, self.layout))
-        absolute, chosen = self.choose(own, relative)
+        own, size = cell_norm(residual, self.layout), cell_norm(fz, self.layout)
+        relative = quotient(own, size)
+        absolute, chosen = self.choose(own, size)
         improved = chosen < books.lowest
         # The usual case before the first cell stops, at a fraction of the operations.
         if self.untroubled:
@@ -240,10 +273,12 @@ class Loop:
             small = books.active & (torch.minimum(absolute, chosen) < self.least)
             if self.on_cpu and bool((odd := books.broken | small).any()):
                 exact = scaled_norm(residual, self.layout)
-                ratio = quotient(exact, scaled_norm(fz, self.layout))
+                exact_size = scaled_norm(fz, self.layout)
+                ratio = quotient(exact, exact_size)
                 relative = torch.where(odd, ratio.to(relative), relative)
                 absolute = torch.where(odd, exact.to(absolute), own)
-                absolute, chosen = self.choose(absolute, relative)
+                size = torch.where(odd, exact_size.to(size), size)
+                absolute, chosen = self.choose(absolute, size)
                 improved = chosen < books.lowest
                 books.broken = books.active & (chosen == math.inf)
         if k == 0:
@@ -259,6 +294,14 @@ class Loop:
             self.save(self.pending & ~kept)
             self.pending = kept
             books.update(k, kept, chosen, absolute, relative, self.solver, self.layout)
+        if k >= self.solver.max_steps and self.joins is not None:
+            late = books.active & (k - self.joins >= self.solver.max_steps)
+            books.stop(late, Status.MAX_STEPS, k)
+            self.untroubled = False
+        if k <= self.last_join and self.joins is not None:
+            books.active = books.active | (self.joins == k)
+            if k == self.last_join:
+                self.untroubled = self.on_cpu and bool(books.active.all())
         self.last = z
         if callback is not None:
             callback(k, self.in_own_units(z), chosen)
@@ -268,11 +311,11 @@ class Loop:
             return matrix
         return matrix * self.layout.spread(self.unit).unsqueeze(1).to(matrix.dtype)
 
-    def choose(self, absolute: Tensor, relative: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, absolute: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Return absolute residuals in the map's own units, and those that decide."""
         if self.unit is not None:
-            absolute = absolute * self.unit
-        chosen = relative if self.solver.stop_mode == "rel" else absolute
+            absolute, size = absolute * self.unit, size * self.unit
+        chosen = deciding(absolute, size, self.layout, self.solver)
         chosen = torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf)
         return absolute, self.layout.worst(chosen)
 
@@ -321,6 +364,8 @@ class Loop:
 
     def look(self) -> tuple[bool, bool]:
         """Read (any cell active, any broken) from the device in one transfer."""
+        if self.on_cpu:
+            return bool(self.books.active.any()), bool(self.books.broken.any())
         running, broken = torch.stack((self.books.active.any(), self.books.broken.any())).tolist()
         return running, broken
 
@@ -349,7 +394,7 @@ class Loop:
         if back is not None:
             self.rule.restart(books.broken)
             proposed = torch.where(spread(books.broken).unsqueeze(1), self.kept(), proposed)
-        if self.layout.holds_frozen:
+        if self.layout.holds_frozen and not self.untroubled:
             proposed = torch.where(spread(books.active).unsqueeze(1), proposed, self.kept())
         return proposed
 
@@ -370,6 +415,7 @@ class Loop:
         self.cell_index = cells if self.cell_index is None else self.cell_index[cells]
         self.row_index = rows if self.row_index is None else self.row_index[rows]
         self.books = self.books.take(cells)
+        self.joins = None if self.joins is None else self.joins[cells]
         self.pending = self.pending[cells]
         self.scale = None if self.scale is None else self.scale[cells]
         self.unit = None if self.unit is None else self.unit[cells]
@@ -395,6 +441,8 @@ class Loop:
             self.own_saved()
             self.file()
         books, shape = self.whole_books, self.whole_layout.cell_shape()
+        joins = self.whole_joins
+        n_steps = books.n_steps if joins is None else books.n_steps - joins
         self.layout, self.unit = self.whole_layout, self.whole_unit
         trace = None
         if self.trace is not None:
@@ -404,7 +452,7 @@ class Loop:
         return Solution(
             state=self.layout.to_state(self.in_own_units(self.whole_saved)),
             status=books.status.reshape(shape),
-            n_steps=books.n_steps.reshape(shape),
+            n_steps=n_steps.reshape(shape),
             abs_residual=books.abs_residual.reshape(shape),
             rel_residual=books.rel_residual.reshape(shape),
             residual=books.residual.reshape(shape),

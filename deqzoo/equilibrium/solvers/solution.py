@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.state import State
@@ -46,7 +47,7 @@ class Solution:
     Attributes:
         state: the result, in the structure of the start.
         status: int64, values of `Status`.
-        n_steps: int64, updates of the state until the cell stopped.
+        n_steps: int64, updates of the cell's state until it stopped.
         abs_residual: ‖F(h) − h‖ in float32 or wider, at the iterate in `state`: the best one, or,
             where cells read each other (`Causal`), the last finite one.
         rel_residual: the same over ‖F(h)‖.
@@ -82,3 +83,22 @@ class Solution:
     def n_evals_per_sample(self) -> Tensor:
         """Evaluations of F that a cell needed: one per update and one at the start."""
         return self.n_steps + 1
+
+
+def joined(parts: list[Solution]) -> Solution:
+    """The solution of sequences that were solved part by part."""
+
+    def whole(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts], dim=1)
+
+    return Solution(
+        state=whole("state"),
+        status=whole("status"),
+        n_steps=whole("n_steps"),
+        abs_residual=whole("abs_residual"),
+        rel_residual=whole("rel_residual"),
+        residual=whole("residual").cummax(1).values,
+        n_evals=sum(part.n_evals for part in parts),
+        row_evals=sum(part.row_evals for part in parts),
+        seconds=sum(part.seconds for part in parts),
+    )

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deqzoo.equilibrium import BatchMap, DetachableMap
-from deqzoo.equilibrium.layout import Selection, SuffixSelection
+from deqzoo.equilibrium.layout import IndexSelection, Selection, SuffixSelection
 
 NORM_EPS = 1e-5
+LONG_IN_WINDOWS = 3  # tokens, in windows of the attention, from which blocks pay
 # Fields of LayerTensors with one row per sample.
 BATCH_FIRST = (
     "past_key",
@@ -77,10 +78,11 @@ def relative_shift(scores: Tensor) -> Tensor:
     return padded[..., 1:, :].reshape(*lead, n_queries, n_keys)
 
 
-def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor) -> Tensor:
+def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor, window: int | None = None) -> Tensor:
     """Relative attention of T queries over M + T keys; heads concatenated, (B, T, d).
 
-    Products are taken in the dtype of the keys, the softmax in float32 at least.
+    Products are taken in the dtype of the keys, the softmax in float32 at least. A long text
+    without padding and dropout goes by blocks, see ``attend_in_blocks``.
     """
     n_head, d_head = layer.content_bias.shape
     query, key, value = (split_heads(part, n_head) for part in qkv.chunk(3, dim=-1))
@@ -90,6 +92,11 @@ def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor) -> Tensor:
     scale = d_head**-0.5
     content = (query + layer.content_bias.unsqueeze(1)) * scale
     position = (query + layer.position_bias.unsqueeze(1)) * scale
+    plain = layer.attention_mask is None and bias.ndim == 2
+    if window is not None and plain and query.shape[2] >= LONG_IN_WINDOWS * window:
+        relative = layer.relative[:, 1 - 2 * window :]
+        mixed = attend_in_blocks(content, position, key, value, relative, bias, window)
+        return mixed.transpose(1, 2).flatten(2)
     scores = relative_shift(position @ layer.relative.transpose(-1, -2))
     scores = scores + content @ key.transpose(-1, -2) + bias
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -99,10 +106,51 @@ def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor) -> Tensor:
     return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
 
-def attention_output(z: Tensor, u: Tensor, layer: LayerTensors, bias: Tensor, kind: str) -> Tensor:
+def attend_in_blocks(
+    content: Tensor,
+    position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    relative: Tensor,
+    bias: Tensor,
+    window: int,
+) -> Tensor:
+    """Attention over a band, linear in the length: the same sums as over all keys, (B, H, T, D).
+
+    A block of ``window`` queries sees 2 window - 1 keys: those of its own positions and the
+    window - 1 before them.
+
+    Args:
+        content, position: (B, H, T, D) scaled queries with either bias, T >= 2 window.
+        key, value: (B, H, M + T, D).
+        relative: (H, 2 window - 1, D) position keys of the nearest distances.
+        bias: (T, M + T), whose lower right corner is that of every block.
+    """
+    length, n_keys = content.shape[2], 2 * window - 1
+    rest = -length % window
+    missing = window - 1 - (key.shape[2] - length)  # keys before the first block; negative: unseen
+    content, position = (
+        F.pad(part, (0, 0, 0, rest)).unflatten(2, (-1, window)) for part in (content, position)
+    )  # (B, H, N, window, D)
+    key, value = (
+        F.pad(part, (0, 0, missing, rest)).unfold(2, n_keys, window) for part in (key, value)
+    )  # (B, H, N, D, 2 window - 1)
+    by_distance = position.flatten(2, 3) @ relative.transpose(-1, -2)
+    scores = relative_shift(by_distance.unflatten(2, (-1, window))) + content @ key
+    scores = scores + bias[-window:, -n_keys:]
+    if missing > 0:
+        scores[:, :, 0, :, :missing] = float("-inf")
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype)
+    return (weights @ value.transpose(-1, -2)).flatten(2, 3)[:, :, :length]
+
+
+def attention_output(
+    z: Tensor, u: Tensor, layer: LayerTensors, bias: Tensor, kind: str, window: int | None = None
+) -> Tensor:
     """First half of a sub-layer: z plus attention, normalised for post-LN; (B, T, d)."""
     content = z if kind == "post" else layer_norm(z, layer.norms, 0)
-    mixed = attend(F.linear(content.to(layer.qkv.dtype), layer.qkv) + u, layer, bias)
+    mixed = attend(F.linear(content.to(layer.qkv.dtype), layer.qkv) + u, layer, bias, window)
     if kind == "sandwich":
         mixed = layer_norm(mixed, layer.norms, 1)
     y = F.linear(mixed.to(layer.output.dtype), layer.output, layer.output_bias)
@@ -120,14 +168,16 @@ def feed_forward(h: Tensor, layer: LayerTensors) -> Tensor:
     return y if layer.down_mask is None else y * layer.down_mask
 
 
-def apply_layer(z: Tensor, u: Tensor, layer: LayerTensors, bias: Tensor, kind: str) -> Tensor:
+def apply_layer(
+    z: Tensor, u: Tensor, layer: LayerTensors, bias: Tensor, kind: str, window: int | None = None
+) -> Tensor:
     """One sub-layer.
 
     ``kind``: "post" (norms after each residual), "pre_normalized" (locuslab pre-LN: the
     feed-forward residual is the normalised tensor), "pre" (torchdeq ``seq`` pre-LN: the raw
     one), "sandwich" (torchdeq ``lm``: affine norms before both parts and after attention).
     """
-    h = attention_output(z, u, layer, bias, kind)
+    h = attention_output(z, u, layer, bias, kind, window)
     if kind == "post":
         return layer_norm(h + feed_forward(h, layer))
     normalized = layer_norm(h, layer.norms, 2)
@@ -136,11 +186,16 @@ def apply_layer(z: Tensor, u: Tensor, layer: LayerTensors, bias: Tensor, kind: s
 
 
 def apply_layers(
-    z: Tensor, u: Tensor, layers: tuple[LayerTensors, ...], bias: Tensor, kind: str
+    z: Tensor,
+    u: Tensor,
+    layers: tuple[LayerTensors, ...],
+    bias: Tensor,
+    kind: str,
+    window: int | None = None,
 ) -> Tensor:
     """F(z): all sub-layers in turn, every one with the same injection and visibility."""
     for layer in layers:
-        z = apply_layer(z, u, layer, bias, kind)
+        z = apply_layer(z, u, layer, bias, kind, window)
     return z
 
 
@@ -196,9 +251,10 @@ class EquilibriumMap:
     injection: Tensor  # (B, T, 3d)
     bias: Tensor  # (T, K) or (B, 1, T, K)
     kind: str
+    window: int | None = None  # distances that are seen
 
     def __call__(self, z: Tensor) -> Tensor:
-        return apply_layers(z, self.injection, self.layers, self.bias, self.kind)
+        return apply_layers(z, self.injection, self.layers, self.bias, self.kind, self.window)
 
     def in_precision(self, dtype: torch.dtype) -> "EquilibriumMap":
         """The same map with its matrix products in one precision: all operands are cast once.
@@ -233,23 +289,40 @@ class SolvableMap(EquilibriumMap, BatchMap):
     def select(self, selection: Selection) -> "SolvableMap":
         """What is left to solve: the last positions of every row, or some rows."""
         if isinstance(selection, SuffixSelection):
-            return self._suffix(selection.start, selection.dropped)
+            kept = selection.sequences
+            f = self if kept is None else self._rows(IndexSelection(kept, kept))
+            return f._suffix(selection.start, selection.stop, selection.dropped)
         return self._rows(selection)
 
-    def _suffix(self, start: int, solved: Tensor) -> "SolvableMap":
-        """Positions ``[start:]``; the states ``solved`` (B, start, d) become part of the past."""
+    def reordered(self, order: Tensor, valid: Tensor, window: int) -> "SolvableMap":
+        """The map of a text without past whose positions stand in another order (B, T).
+
+        ``valid`` (B, T) is in that order already.
+        """
+        injection = self.injection.gather(1, order.unsqueeze(2).expand_as(self.injection))
+        n = injection.shape[1]
+        bias = visibility(n, n, window, valid, dtype=self.bias.dtype, device=self.bias.device)
+        return replace(self, injection=injection, bias=bias)
+
+    def _suffix(self, start: int, stop: int | None, solved: Tensor) -> "SolvableMap":
+        """Positions ``[start:stop]``; the states ``solved`` (B, start, d) become the past."""
         (layer,) = self.layers
-        key, value = context_key_value(solved, self.injection[:, :start], layer, self.kind)
-        if layer.past_key is not None:
-            key = torch.cat([layer.past_key, key], dim=2)
-            value = torch.cat([layer.past_value, value], dim=2)
+        n_later = 0 if stop is None else self.injection.shape[1] - stop
+        n_keys = self.bias.shape[-1] - n_later
+        key, value = layer.past_key, layer.past_value
+        if start:
+            key, value = context_key_value(solved, self.injection[:, :start], layer, self.kind)
+            if layer.past_key is not None:
+                key = torch.cat([layer.past_key, key], dim=2)
+                value = torch.cat([layer.past_value, value], dim=2)
         mask = layer.attention_mask
         layer = layer._replace(
             past_key=key,
             past_value=value,
-            attention_mask=None if mask is None else mask[:, :, start:],
+            relative=layer.relative[:, n_later:],
+            attention_mask=None if mask is None else mask[:, :, start:stop, :n_keys],
         )
-        injection, bias = self.injection[:, start:], self.bias[..., start:, :]
+        injection, bias = self.injection[:, start:stop], self.bias[..., start:stop, :n_keys]
         return replace(self, layers=(layer,), injection=injection, bias=bias)
 
     def _rows(self, selection: Selection) -> "SolvableMap":
@@ -291,7 +364,7 @@ class CompiledMap(DetachableMap):
 
     def __call__(self, z: Tensor) -> Tensor:
         f = self.plain
-        return _compiled_layers()(z, f.injection, f.layers, f.bias, f.kind)
+        return _compiled_layers()(z, f.injection, f.layers, f.bias, f.kind, f.window)
 
     def twice_differentiable(self) -> EquilibriumMap:
         """The map uncompiled, as the exact Jacobian penalty needs it."""

@@ -142,6 +142,23 @@ def valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | N
     return None if bool(valid.all()) else valid
 
 
+def leading_padding_last(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Places (B, T) int64 that move every text to the front, and ``valid`` (B, T) in that order.
+
+    What stands between real tokens stays there: it counts in their distances.
+    """
+    n = valid.shape[1]
+    first = valid.int().argmax(1, keepdim=True)
+    order = (torch.arange(n, device=valid.device) + first) % n
+    return order, valid.gather(1, order)
+
+
+def reordered(tensor: Tensor, order: Tensor) -> Tensor:
+    """A tensor (B, T, ...) with the positions of every row in another order (B, T)."""
+    index = order.reshape(*order.shape, *[1] * (tensor.ndim - 2))
+    return tensor.gather(1, index.expand_as(tensor))
+
+
 def check_past(
     config: DEQTransformerConfig,
     cache: Any,

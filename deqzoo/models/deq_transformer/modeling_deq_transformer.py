@@ -38,8 +38,10 @@ from deqzoo.models.deq_transformer.inputs import (
     check_past,
     check_positions,
     joined_validity,
+    leading_padding_last,
     past_length,
     read_tokens,
+    reordered,
     targets_of,
     valid_tokens,
 )
@@ -62,6 +64,12 @@ from deqzoo.models.deq_transformer.outputs import (
     token_residual,
 )
 from deqzoo.models.weights import row_norms
+
+FIRST_PARTS = (1,)
+"""Where a text that has no past is cut: its first token sees little but itself, which makes it the
+hardest one, and all others read it."""
+FIRST_TOKENS = 10
+"""Tokens that a solve begins with; the others join by and by."""
 
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
@@ -167,8 +175,21 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
     ) -> Solution:
         """As the base class's; by default every token of a causal model is a sample of its own."""
         if layout is None and self.config.causal:
-            layout = Causal()
+            layout = self._causal(f, z0, None)
+        if isinstance(f, SolvableMap) and not self.training:
+            options.setdefault("compact", True)
         return super().solve(f, z0, layout, **options)
+
+    def _causal(self, f: Callable[[Tensor], Tensor], z0: Tensor, valid: Tensor | None) -> Causal:
+        """How the tokens of a text come to rest, outside of training one after another.
+
+        Nothing here may depend on the batch or on the length of the text: what a token gets would
+        depend on its neighbours, or on words to come.
+        """
+        if self.training or not isinstance(f, SolvableMap):
+            return Causal(valid)
+        begins = f.bias.shape[-1] == z0.shape[1] > 1
+        return Causal(valid, cuts=FIRST_PARTS if begins else (), first=FIRST_TOKENS)
 
     def resize_token_embeddings(
         self,
@@ -402,7 +423,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             device=injection.device,
         )
         kind = SolvableMap if self.config.has_equilibrium else EquilibriumMap
-        return kind(layers, injection, bias, self.config.kind)
+        return kind(layers, injection, bias, self.config.kind, self.config.window)
 
     def _bound_layers(
         self, n_keys: int, masks: DropoutMasks, cache: DEQTransformerCache | None, like: Tensor
@@ -445,14 +466,20 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             if gradient is not None:
                 self._need_equilibrium()
             return self._iterate(f, start, *self._iterations(solver))
-        layout = Causal(valid) if self.config.causal else None
+        order = None
+        alone = isinstance(f, SolvableMap) and f.bias.shape[-1] == start.shape[1]
+        if valid is not None and alone and not self.training:
+            order, valid = leading_padding_last(valid)
+            f, start = f.reordered(order, valid, self.config.window), reordered(start, order)
+        layout = self._causal(f, start, valid) if self.config.causal else None
         solution = self.solve(f, start, layout=layout, solver=solver, gradient=gradient)
         steps, residual, converged = solution.n_steps, solution.residual, solution.converged
         if steps.ndim == 1:  # one report per sequence
             steps, residual, converged = (
                 t.unsqueeze(1).expand(start.shape[:2]) for t in (steps, residual, converged)
             )
-        return SolveReport(solution.state, steps, residual, converged)
+        report = SolveReport(solution.state, steps, residual, converged)
+        return report if order is None else report.reordered(order.argsort(1))
 
     def _iterate(self, f: EquilibriumMap, z: Tensor, n: int, tol: float) -> SolveReport:
         """Apply F exactly n >= 1 times; every step is differentiable."""

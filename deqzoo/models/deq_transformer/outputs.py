@@ -9,6 +9,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from deqzoo.models.deq_transformer.block import EquilibriumMap
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
+from deqzoo.models.deq_transformer.inputs import reordered
 
 
 class CachingOutput(ModelOutput):
@@ -97,6 +98,11 @@ class SolveReport:
     steps: Tensor
     residual: Tensor
     converged: Tensor
+
+    def reordered(self, order: Tensor) -> "SolveReport":
+        """The report with the positions of every row in another order (B, T)."""
+        parts = (self.state, self.steps, self.residual, self.converged)
+        return SolveReport(*(reordered(part, order) for part in parts))
 
     def per_sample(self, valid: Tensor | None) -> dict[str, Tensor]:
         """Worst values over the real tokens (``valid`` (B, T)) of every sample."""
