@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,20 +11,13 @@ from transformers import PreTrainedModel
 from deqzoo.errors import UserError
 from deqzoo.evaluation.files import describe_environment, describe_model
 from deqzoo.records import FORMAT
+from deqzoo.tasks import load, task_of
 
 BUDGETS = (2, 4, 8, 16, 30)
 """Solver steps of the budget curve; the model's own most steps come last if they are more."""
 # Budget curves show what a number of steps gives, so the tolerance must not end a solve earlier.
 BUDGET_TOLERANCE = 1e-7
 _CURVE = ("residual_median", "residual_p95", "seconds_per_sample")
-
-#: Ends of class names -> module and class of their evaluator.
-EVALUATORS = {
-    "ForImageClassification": ("deqzoo.evaluation.images", "ImageEvaluator"),
-    "ForCausalLM": ("deqzoo.evaluation.text", "TextEvaluator"),
-    "ForGraphClassification": ("deqzoo.evaluation.graphs", "GraphEvaluator"),
-    "ForNodeClassification": ("deqzoo.evaluation.graphs", "NodeEvaluator"),
-}
 
 
 class Evaluator(Protocol):
@@ -92,12 +84,11 @@ def evaluator_of(
     Raises:
         UserError: no evaluation for this model, or no data.
     """
-    name = type(model).__name__
-    for suffix, (module, kind) in EVALUATORS.items():
-        if name.endswith(suffix):
-            make = getattr(importlib.import_module(module), kind)
-            return make(model, split, data, batch_size=batch_size, limit=limit, progress=progress)
-    raise UserError(f"{name} has no evaluation here")
+    info = task_of(type(model).__name__)
+    if info is None:
+        raise UserError(f"{type(model).__name__} has no evaluation here")
+    make = load(info.evaluator)
+    return make(model, split, data, batch_size=batch_size, limit=limit, progress=progress)
 
 
 def evaluate_model(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -22,13 +24,31 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
-from deqzoo.models.names import CLASSES, FAMILIES, FAMILY_CLASSES, load_class
+from deqzoo.models.names import CLASSES, FAMILIES, FAMILY_CLASSES, family_class, load_class
+from deqzoo.models.registration import AUTO_CLASSES
 from deqzoo.sealed import CHECKSUMS, require_weights_as_sealed
 from deqzoo.zoo import ORGANISATION, read_json, resolve_folder, suggestion
 
 logger = logging.getLogger(__name__)
 
 _HUB_TIMEOUT_SECONDS = 3
+
+
+def add_family(name: str, classes: Mapping[str, str]) -> None:
+    """Make a family of your own known to `DEQModel`, recipes, evaluation, cards and Auto classes.
+
+    Args:
+        name: the model type of its configuration.
+        classes: class name -> module. The names end as those of other families do: Config, Model,
+            ForImageClassification, ..., ImageProcessor.
+    """
+    FAMILY_CLASSES[name] = dict(classes)
+    CLASSES.update(classes)
+    config = family_class(name, "Config")
+    transformers.AutoConfig.register(name, config, exist_ok=True)
+    for suffix, (auto, _) in AUTO_CLASSES.items():
+        if (kind := family_class(name, suffix)) is not None:
+            getattr(transformers, auto).register(config, kind, exist_ok=True)
 
 
 class DEQModel:
@@ -153,7 +173,7 @@ def _class_of(config_file: Path) -> type[PreTrainedModel]:
         )
     known = FAMILY_CLASSES[model_type]
     models = [name for name in known if not name.endswith(("Config", "Processor"))]
-    base = next(name for name in models if name.endswith("Model"))
+    base = next((name for name in models if name.endswith("Model")), models[0])
     named = config.get("architectures") or [base]
     for name in named:
         if name in models:
@@ -193,4 +213,4 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-__all__ = ["CLASSES", "DEQModel", "FAMILIES", "load_class"]
+__all__ = ["CLASSES", "DEQModel", "FAMILIES", "add_family", "load_class"]

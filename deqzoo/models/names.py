@@ -32,9 +32,17 @@ CLASSES = {
     for family, classes in FAMILY_CLASSES.items()
     for name, module in classes.items()
 }
-FAMILIES = tuple(FAMILY_CLASSES)
+FAMILIES = FAMILY_CLASSES.keys()
+"""Model types that the zoo knows; `deqzoo.models.auto.add_family` adds one."""
 
 
 def load_class(name: str) -> Any:
     """A public class of a model family by its name."""
     return getattr(importlib.import_module(CLASSES[name]), name)
+
+
+def family_class(family: str, suffix: str) -> Any:
+    """The class of a family whose name ends so; None where it has none."""
+    names = FAMILY_CLASSES.get(family, {})
+    name = next((name for name in names if name.endswith(suffix)), None)
+    return None if name is None else load_class(name)

@@ -22,7 +22,7 @@ Action = Callable[[ModuleType], None]
 _AUTO = "transformers.models.auto"
 
 #: Suffix of a class -> its Auto class and its pipeline; graph heads have neither.
-_TASKS = {
+AUTO_CLASSES = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
     "Model": ("AutoModel", "feature-extraction"),
@@ -130,13 +130,13 @@ def _models(module: ModuleType) -> None:
     def register() -> None:
         for family, classes in FAMILY_CLASSES.items():
             for name in classes:
-                for suffix, (auto, _) in _TASKS.items():
+                for suffix, (auto, _) in AUTO_CLASSES.items():
                     if name.endswith(suffix):
                         getattr(module, auto).register(
                             _config_class(family), load_class(name), exist_ok=True
                         )
 
-    for auto, _ in _TASKS.values():
+    for auto, _ in AUTO_CLASSES.values():
         _know_names(getattr(module, auto))
     _register(register)
 
@@ -173,7 +173,7 @@ def _task_of(model: str) -> str | None:
     config = {} if folder is None else read_json(folder / "config.json")
     if config.get("model_type") in FAMILIES:
         for name in config.get("architectures") or ():
-            for suffix, (_, task) in _TASKS.items():
+            for suffix, (_, task) in AUTO_CLASSES.items():
                 if name.endswith(suffix):
                     return task
     return None

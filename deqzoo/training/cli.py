@@ -74,10 +74,11 @@ def train(
     if GraphRecipe.describes(recipe):
         _graphs(recipe, data, output, dry_run, seed, quiet)
         return
+    from deqzoo.tasks import build_task
     from deqzoo.training.arguments import check_report_to
     from deqzoo.training.clock import seconds_of
     from deqzoo.training.recipe import load_recipe, with_seed
-    from deqzoo.training.run import build_task, leave_process_group, run_recipe
+    from deqzoo.training.run import leave_process_group, run_recipe
 
     loaded = load_recipe(recipe)
     check_report_to(loaded.report_to)

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
 from deqzoo.data.images import SPLIT_SEED, ImageSource, Pictures, divide
 from deqzoo.data.own import divide_own, load_own_pictures, write_record
 from deqzoo.errors import UserError
-from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
+from deqzoo.models.names import family_class
 from deqzoo.training.recipe import Recipe, Stage
 from deqzoo.training.task import Plan, Probe, build_config, check_options, own_path
 
@@ -53,7 +53,8 @@ class ImageClassificationTask:
         self.training, self.validation = self._load(data, stand_in)
         self._check_sizes()
         self.config = self._config()
-        self.processor = MDEQImageProcessor.for_config(self.config)
+        processor = family_class(recipe.model.family, "ImageProcessor") or MDEQImageProcessor
+        self.processor = processor.for_config(self.config)
         self.mean = torch.tensor(self.processor.image_mean).reshape(1, 3, 1, 1)
         self.std = torch.tensor(self.processor.image_std).reshape(1, 3, 1, 1)
         self._order: tuple[int, Tensor] | None = None
@@ -105,10 +106,10 @@ class ImageClassificationTask:
                     f"{value}"
                 )
 
-    def _config(self) -> MDEQConfig:
+    def _config(self) -> PreTrainedConfig:
         names = self.training.classes
         return build_config(
-            MDEQConfig,
+            family_class(self.recipe.model.family, "Config"),
             self.recipe.model,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
@@ -116,7 +117,8 @@ class ImageClassificationTask:
         )
 
     def model(self) -> PreTrainedModel:
-        model = MDEQForImageClassification(self.config)
+        kind = family_class(self.recipe.model.family, "ForImageClassification")
+        model = kind(self.config)
         if self.recipe.whiten:
             whiten_stem(model, self._normalised(self._first_pictures()))
         return model

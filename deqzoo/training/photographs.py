@@ -139,3 +139,12 @@ def random_resized_crop(
     if flip and generator.random() < 0.5:
         pixels = pixels.flip(2)
     return pixels.contiguous()
+
+
+def image_task(
+    recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
+) -> ImageClassificationTask:
+    """The image task of a recipe: ImageNet is read as it goes, the other sets stay in memory."""
+    lazy = recipe.data.name == IMAGENET.name
+    kind = LazyImageClassificationTask if lazy else ImageClassificationTask
+    return kind(recipe, data, stand_in)

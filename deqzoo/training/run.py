@@ -25,10 +25,10 @@ from transformers import (
     set_seed,
 )
 
-from deqzoo.data.imagenet import IMAGENET
 from deqzoo.errors import UserError
 from deqzoo.files import mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
+from deqzoo.tasks import build_task
 from deqzoo.training.arguments import check_report_to
 from deqzoo.training.callbacks import (
     AverageCallback,
@@ -46,32 +46,12 @@ from deqzoo.training.checkpoints import (
     refuse_changes,
 )
 from deqzoo.training.clock import seconds_of
-from deqzoo.training.images import ImageClassificationTask
 from deqzoo.training.optimizers import build_optimizer, build_schedule
-from deqzoo.training.photographs import LazyImageClassificationTask
 from deqzoo.training.recipe import Recipe, recorded_recipe
 from deqzoo.training.task import Plan, Task
-from deqzoo.training.text import LanguageModelingTask
 from deqzoo.training.timed import TimedRun
 from deqzoo.training.trainer import RecipeTrainer, knows_start
 from deqzoo.zoo import read_json
-
-
-def build_task(recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False) -> Task:
-    """The task of a recipe, with its data loaded.
-
-    Args:
-        recipe: what is to be trained.
-        data: local folder of the data set; None fetches it from the Hub.
-        stand_in: take random data of the right shape and published size where no folder is
-            given; enough to build the model and estimate the cost.
-    """
-    if recipe.task == "language-modeling":
-        kind: type = LanguageModelingTask
-    else:
-        lazy = recipe.data.name == IMAGENET.name
-        kind = LazyImageClassificationTask if lazy else ImageClassificationTask
-    return kind(recipe, data, stand_in=stand_in and data is None)
 
 
 def run_recipe(
@@ -148,7 +128,7 @@ def _run(
     earlier = {}
     if recipe.model.start and not (last and (recipe.time_budget or knows_start(last))):
         earlier = start_from(model, recipe.model.start, out.parent)
-    if recipe.channels_last and recipe.task == "image-classification":
+    if recipe.channels_last and any(p.ndim == 4 for p in model.parameters()):
         model = model.to(memory_format=torch.channels_last)
     if recipe.time_budget:
         return _run_timed(
@@ -402,7 +382,7 @@ def _trainer(
     model.use_fixed_steps()
     if recipe.compile:
         model.compile_map(True)
-    elif recipe.model.family == "mdeq" and not cuda:
+    elif hasattr(model, "use_native_norm") and not cuda:
         model.use_native_norm()
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()

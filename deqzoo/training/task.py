@@ -166,7 +166,8 @@ def build_config(kind: type[_Config], model: Model, **sizes: Any) -> _Config:
         UserError: unknown preset or setting, or settings that do not fit together.
     """
     with settings_checked(kind, model.overrides, "model.overrides"):
-        return kind.from_preset(model.preset, **(sizes | model.overrides))
+        settings = sizes | model.overrides
+        return kind.from_preset(model.preset, **settings) if model.preset else kind(**settings)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
     ("content", "message"),
     [
         (changed(["name"], None), "missing key name"),
-        (changed(["model", "preset"], None), "missing key model.preset"),
+        (changed(["model", "family"], None), "missing key model.family"),
         ({**MINIMAL, "epoch": 3}, "unknown key epoch"),
         (changed(["stages", 0, "epochs"], "many"), r"stages\[0\].epochs must be of type float"),
         (changed(["stages", 0, "epochs"], 0), r"stages\[0\].epochs must be positive"),
@@ -76,7 +76,6 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         (changed(["optimizer", "lr"], -0.1), "optimizer.lr must be at least 0"),
         ({**MINIMAL, "average": 1.0}, r"average must be in \[0, 1\)"),
         ({**MINIMAL, "schedule": {"warmup": 3}}, "schedule.warmup is a share"),
-        (changed(["model", "family"], "deq_transformer"), "must be mdeq, got deq_transformer"),
         (
             {**changed(["stages", 0, "gradient"], {"name": "npg"}), "gradient_checkpointing": True},
             r"no effect on gradient 'npg' of stages\[0\]",
@@ -94,6 +93,8 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
+        (["task"], "segmentation", "task must be one of .*, got 'segmentation'"),
+        (["model", "family"], "deq_transformer", "must be mdeq, got deq_transformer"),
         (["model", "preset"], "resnet", "unknown MDEQ preset 'resnet'"),
         (["model", "overrides"], {"dropuot": 0.1}, "unknown key model.overrides.dropuot"),
         (["model", "overrides"], {"dropout": "a"}, "model settings: .*'dropout'"),
