@@ -77,7 +77,7 @@ class Solution:
     @property
     def converged(self) -> Tensor:
         """Bool: the residual fell below the tolerance."""
-        return self.status == Status.CONVERGED
+        return self.status.eq(int(Status.CONVERGED))
 
     @property
     def n_evals_per_sample(self) -> Tensor:
