@@ -3,6 +3,8 @@
 For MDEQ's CIFAR sizes and the resolutions of the recipes: the map forward, forward and backward,
 and a whole training step (solver, gradient, loss, Muon), in floating-point operations per second of
 process CPU time on one thread. The variants add up: memory layout, precision, compiled norm.
+`--books` compares, in turns, whole steps by `fixed_point`, which measures every evaluation, with
+those of recipes (`fixed_point_of_steps`, no books).
 """
 
 from __future__ import annotations
@@ -93,6 +95,35 @@ def measure(size: str, side: int, batch: int, variant: dict[str, bool], seconds:
     return row | {f"{name}, pictures/s": batch / least[name] for name in GRADIENTS}
 
 
+def without_books(size: str, side: int, batch: int, seconds: float) -> dict[str, float]:
+    """Pictures per second of whole steps with the solver's books and without, taken in turns."""
+    torch.manual_seed(0)
+    model = MDEQForImageClassification(MDEQConfig.from_preset(SIZES[size])).train()
+    model = model.to(memory_format=torch.channels_last)
+    model.use_native_norm()
+    optimizer = build_optimizer(model, Optimizer(name="muon", lr=1e-4))
+    pixels, labels = torch.randn(batch, 3, side, side), torch.randint(10, (batch,))
+
+    def step(books: bool) -> Callable[[], None]:
+        def run() -> None:
+            model.use_fixed_steps(not books)
+            with torch.autocast("cpu", torch.bfloat16):
+                gradient = GRADIENTS["UPG(3)"]
+                loss = model(pixels, labels=labels, solver=SOLVER, gradient=gradient).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    runs = {"with books": step(True), "without": step(False)}
+    for run in runs.values():
+        run()
+    least = stable_minima(runs, seconds)
+    row = {f"{name}, pictures/s": batch / least[name] for name in runs}
+    return row | {"ratio": least["with books"] / least["without"]}
+
+
 def _map_flops(model: MDEQForImageClassification, side: int) -> float:
     f, state = model.eval().equilibrium_map(torch.zeros(1, 3, side, side))
     model.train()
@@ -106,10 +137,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=8.0, help="per variant")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--books", action="store_true", help="steps with and without books only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if arguments.books:
+        for size in arguments.sizes:
+            for side in arguments.sides:
+                found = without_books(size, side, arguments.batch, arguments.seconds)
+                rows.append({"size": size, "side": side, **found})
+                print(rows[-1], flush=True)
+        what = "bf16, UPG(3) after five Anderson steps, one thread, process CPU time"
+        _write(arguments, "training_books", rows, what)
+        return
     for size in arguments.sizes:
         for side in arguments.sides:
             for name, variant in VARIANTS.items():
@@ -117,10 +158,14 @@ def main() -> None:
                 if found:
                     rows.append({"size": size, "side": side, "variant": name, **found})
                     print(size, side, name, flush=True)
+    _write(arguments, "training", rows, "one thread, process CPU time")
+
+
+def _write(arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]], what: str) -> None:
     columns = list(rows[0])
     table = markdown_table(columns, [[row[c] for c in columns] for row in rows])
-    text = f"Batch {arguments.batch}, one thread, process CPU time.\n\n{table}"
-    write_results(arguments.output, "training", {"batch": arguments.batch, "rows": rows}, text)
+    text = f"Batch {arguments.batch}, {what}.\n\n{table}"
+    write_results(arguments.output, name, {"batch": arguments.batch, "rows": rows}, text)
 
 
 if __name__ == "__main__":
