@@ -68,10 +68,10 @@ def test_folder_of_pictures(example: ModuleType, model: str, tmp_path: Path) -> 
     reached = example.main(
         [
             *(str(tmp_path / "pictures"), "--model", model, "--output", str(tmp_path / "out")),
-            *("--epochs", "12", "--lr", "0.01", "--cache", str(tmp_path / "cache")),
+            *("--epochs", "40", "--lr", "0.01", "--cache", str(tmp_path / "cache")),
         ]
     )
-    assert reached > 0.6
+    assert reached > 0.9
     tuned = DEQModel.from_pretrained(tmp_path / "out")
     assert tuned.config.id2label == {0: "blue", 1: "green", 2: "red"}
     assert tuned.classifier.weight.shape == (3, 16)

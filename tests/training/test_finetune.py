@@ -186,13 +186,13 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base, output = tiny_text(tmp_path / "base"), tmp_path / "tuned"
     file = tmp_path / "notes.txt"
     file.write_text("The dog saw the cat.\nthe cat saw the horse.\n" * 30)
-    options = ["--max-steps", 80, "--lr", 0.03, "--tokenizer", "extend"]
+    options = ["--max-steps", 160, "--lr", 0.01, "--tokenizer", "extend"]
     printed = finetuned(capsys, base, "--data", file, "--output", output, *options)
     assert "perplexity" in printed and "notes test" in printed
     (before,) = lines(capsys, "perplexity", file, "--model", base)
     (after,) = lines(capsys, "perplexity", file, "--model", output)
     assert before["unknown_share"] > 0 and after["unknown_share"] == 0
-    assert after["perplexity"] < 0.85 * before["perplexity"]
+    assert after["perplexity"] < 0.6 * before["perplexity"]
     content = json.loads((output / "evaluation" / "notes-test.json").read_text())
     assert content["data"]["samples"] == 6 * 7  # the last tenth of the lines
     folder = tmp_path / "texts"
