@@ -95,7 +95,8 @@ def evaluate(model: Path, name: str, data: Path | None, out: Path) -> None:
     network = DEQModel.from_pretrained(model)
     if torch.cuda.is_available():
         network = network.cuda()
-    content = evaluate_model(network, name, split="test", data=data)
+        torch.backends.cudnn.benchmark = False  # batch sizes change as samples converge
+    content = evaluate_model(network, name, split="test", data=data, budget_samples=0)
     (out / "evaluation.json").write_text(json.dumps(content, indent=1))
     say(json.dumps(content["results"])[:400])
 

@@ -382,7 +382,8 @@ class TimedRun:
         model = self.averaged()
         was_training = model.training
         model.eval()
-        with torch.no_grad():
+        # Samples leave the batch as they converge: cuDNN would try its kernels at every new size.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False):
             figures = self.task.evaluate(model, stage, samples)
         model.train(was_training)
         self.log(**{f"eval_{key}": value for key, value in figures.items()}, pflop=self._pflop())
