@@ -27,7 +27,7 @@ from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
 from deqzoo.training.optimizers import build_optimizer, rate_factor
 from deqzoo.training.recipe import Recipe, Stage
 from deqzoo.training.step import TrainingStep
-from deqzoo.training.task import Plan, Task
+from deqzoo.training.task import Task
 
 AHEAD = 4
 """Steps that the host may be ahead of the device: its clock is the device's to within them."""
@@ -78,7 +78,6 @@ class TimedRun:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
-        self.plan = Plan.of(recipe, task)
         self.flop_table = [sample_flops(task.probe, model, stage) for stage in recipe.stages]
         self.model = model.to(self.device).train()
         self.average = copy.deepcopy(self.model) if recipe.average else None
@@ -256,6 +255,8 @@ class TimedRun:
         """What each step of the present epoch takes."""
         if self.rows is None or self.position == 0:
             self.rows = self.data.epoch(self.epoch, stage)
+        if not len(self.rows):
+            raise UserError(f"a batch of {self._batch} is more than the training data hold")
         self.position %= len(self.rows)
         return self.rows
 

@@ -87,6 +87,11 @@ def test_a_run_goes_on_where_it_was_stopped(pictures, tmp_path) -> None:
             torch.testing.assert_close(tensor, two[name], rtol=0.02, atol=2e-3)
 
 
+def test_a_batch_larger_than_the_data_is_one_line(pictures, tmp_path) -> None:
+    with pytest.raises(UserError, match="a batch of 64 is more than the training data hold"):
+        run_recipe(make_recipe(batch_size=64), None, tmp_path / "run", progress=False)
+
+
 def test_a_deadline_cuts_the_training_time(pictures, tmp_path) -> None:
     out = tmp_path / "run"
     run_recipe(make_recipe(time_budget="1h"), None, out, progress=False, deadline=3.0)
