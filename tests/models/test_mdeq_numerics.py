@@ -196,9 +196,13 @@ def test_a_killed_compilation_of_the_norm_does_not_block_later_ones(tmp_path, mo
     monkeypatch.setattr(native_norm, "_build_key", lambda _: "key")
     leftover = tmp_path / "deqzoo_group_norm_key" / "lock"
     leftover.parent.mkdir()
-    leftover.touch()
+    leftover.write_text("of a killed process")
     extension = native_norm._extension.__wrapped__()  # past the cache
     assert extension.__name__ == "deqzoo_group_norm_key" and built == [leftover.parent]
+    # From 2.14 on torch leaves the file of its own lock, which is another one.
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+        assert not leftover.exists()
+    assert not leftover.exists() or leftover.read_text() != "of a killed process"
 
 
 def test_builds_of_the_norm_are_kept_apart(monkeypatch):
