@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 SPLIT_SEED = 0
 
+Groups = Iterator[tuple[list[bytes], list[Any]]]
+"""Encoded pictures with their labels, each an index into the classes or a class name."""
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -43,7 +46,9 @@ class ImageSource:
     `config` is the folder of the repository that holds the wanted variant. `parts` maps each split
     to the stored split and, where a stored split is divided, to "train" or "validation";
     `fingerprints` are those of the stored splits when complete; photographs have none, since what
-    a decoder and a scaler make of them differs in the last bit.
+    a decoder and a scaler make of them differs in the last bit. `stored_names` maps the class names
+    of the Hub's files to those of `classes` where they differ; `unpacked` reads a stored split from
+    a folder in the authors' own layout and returns None for any other folder.
     """
 
     name: str
@@ -56,6 +61,8 @@ class ImageSource:
     side: int | None = None
     validation_per_class: int = 0
     fingerprints: Mapping[str, str] | None = None
+    stored_names: Mapping[str, str] | None = None
+    unpacked: Callable[[Path, str], Groups | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,10 @@ def load_pictures(
         )
     stored, part = source.parts[split]
     folder = data_folder(source, data)
-    pixels, labels = _decode(source, _split_files(source, folder, stored), transform)
+    groups = source.unpacked(folder, stored) if source.unpacked else None
+    if groups is None:
+        groups = _row_groups(source, _split_files(source, folder, stored))
+    pixels, labels = _decode(source, folder, groups, transform)
     digests = picture_digests(pixels, labels)
     fingerprint = _fingerprint(digests)
     known = (source.fingerprints or {}).get(stored)
@@ -221,10 +231,12 @@ def _split_files(source: ImageSource, folder: Path, stored: str) -> list[Path]:
 
 def _decode(
     source: ImageSource,
-    files: list[Path],
+    folder: Path,
+    groups: Groups,
     transform: Callable[[Image.Image], Image.Image] | None,
 ) -> tuple[Tensor, Tensor]:
     """All pictures (N, 3, H, W) uint8 and labels (N,) int64 of a stored split."""
+    index = {name: number for number, name in enumerate(source.classes)}
 
     def to_array(encoded: bytes) -> np.ndarray:
         picture = to_rgb(Image.open(io.BytesIO(encoded)))
@@ -234,19 +246,19 @@ def _decode(
     labels: list[int] = []
     try:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for encoded, numbers in _row_groups(source, files):
+            for encoded, marks in groups:
                 arrays.extend(pool.map(to_array, encoded, chunksize=64))
-                labels.extend(numbers)
+                labels.extend(index.get(mark, mark) for mark in marks)
     except (ArrowException, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot read {source.title} from {files[0].parent}: {reason}") from error
+        raise UserError(f"cannot read {source.title} from {folder}: {reason}") from error
     if not arrays:
-        raise UserError(f"folder {files[0].parent} holds no picture of {source.title}")
+        raise UserError(f"folder {folder} holds no picture of {source.title}")
     sizes = {array.shape[:2] for array in arrays}
     expected = {(source.side, source.side)} if transform is None and source.side else sizes
     if sizes != expected or len(sizes) != 1:
         raise UserError(
-            f"folder {files[0].parent} does not hold {source.title}: pictures of "
+            f"folder {folder} does not hold {source.title}: pictures of "
             f"{len(sizes)} sizes, e.g. {sorted(sizes)[:2]}"
         )
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
@@ -292,6 +304,8 @@ def _label_numbers(source: ImageSource, path: Path, names: list[str] | None) -> 
         UserError: the file names other classes.
     """
     index = {_plain(name): number for number, name in enumerate(source.classes)}
+    if names is not None and source.stored_names is not None:
+        names = [source.stored_names.get(name, name) for name in names]
     if names is None:
         named = {name: number for number, name in enumerate(source.classes)}
         return {number: number for number in range(len(source.classes))} | named

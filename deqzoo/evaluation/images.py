@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -13,14 +14,21 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from deqzoo.data.cifar import CIFAR10
+from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
-from deqzoo.data.images import ImageSource, Pictures, load_pictures
+from deqzoo.data.images import ImageSource, Pictures
 from deqzoo.data.own import OwnPictures, pictures_of_split, read_record
+from deqzoo.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from deqzoo.errors import UserError
 from deqzoo.evaluation.classify import load_processor, to_batch
 from deqzoo.tasks import metrics
 
+_KNOWN = (
+    (CIFAR10, load_cifar10),
+    # As large as they are stored: the processor scales and crops.
+    (IMAGENETTE, functools.partial(load_imagenette, size=160)),
+    (TINY_IMAGENET, load_tiny_imagenet),
+)
 WORTH_COMPILING = 2000
 """Pictures from which compiling the norm (half a minute, once) pays."""
 
@@ -159,18 +167,15 @@ def _pictures_of(
 ) -> Pictures | OwnPictures:
     """Pictures of one's own, or the split of the data set whose class names the labels are."""
     labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    source = next((known for known in (CIFAR10, IMAGENETTE) if labels == known.classes), None)
+    source, load = next((pair for pair in _KNOWN if labels == pair[0].classes), (None, None))
     record = read_record(model.config._name_or_path)
     if data is not None and (record or source is None or not _may_hold(source, data)):
         return pictures_of_split(data, split, labels, record)
-    if source is CIFAR10:
-        return load_pictures(CIFAR10, split, data)
-    if source is IMAGENETTE:
-        # As large as they are stored: the processor scales and crops.
-        return load_imagenette(split, data, size=160)
+    if load is not None:
+        return load(split, data)
     raise UserError(
         f"the model's labels ({', '.join(labels[:4])}, ...) are those of no known data set "
-        f"({CIFAR10.title}, {IMAGENETTE.title}): name pictures of your own with --data"
+        f"({', '.join(known.title for known, _ in _KNOWN)}): name pictures of your own with --data"
     )
 
 

@@ -181,6 +181,15 @@ DATA_TEXTS = {
         subset="160px",
         beside="convolutional networks: 85.8 / 91.6 / 93.6 % after 5 / 20 / 80 epochs",
     ),
+    "tiny-imagenet": DataText(
+        "zh-plus/tiny-imagenet",
+        "Tiny ImageNet",
+        "The published validation split serves as test split, since the labels of the test split are not "
+        "public; 5,000 training pictures are kept to choose by. ImageNet's terms allow research use only.",
+        "Its pictures have 64 × 64 pixels, 500 of each class to learn from; many classes can hardly be told "
+        "apart at that size.",
+        subset="data",
+    ),
     "wikitext-2": DataText(
         "Salesforce/wikitext",
         "WikiText-2",

@@ -18,6 +18,7 @@ from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
 from deqzoo.data.images import SPLIT_SEED, ImageSource, Pictures, divide
 from deqzoo.data.own import divide_own, load_own_pictures, write_record
+from deqzoo.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
@@ -29,16 +30,20 @@ AREA = (0.08, 1.0)
 """Share of a picture that random resized crops take where a recipe does not say."""
 ASPECT = (3 / 4, 4 / 3)
 """Their width / height."""
-LOADERS = {"cifar10": load_cifar10, "imagenette": load_imagenette}
+LOADERS = {
+    "cifar10": load_cifar10,
+    "imagenette": load_imagenette,
+    "tiny-imagenet": load_tiny_imagenet,
+}
 OWN = "imagefolder"
 """Name of pictures of one's own in a recipe."""
 PATCHES = 2000 * 32 * 32
 """About how many patches the whitening filters are computed from."""
-SOURCES = {"cifar10": CIFAR10, "imagenette": IMAGENETTE}
+SOURCES = {source.name: source for source in (CIFAR10, IMAGENETTE, TINY_IMAGENET)}
 
 
 class ImageClassificationTask:
-    """CIFAR-10 and Imagenette with MDEQ."""
+    """CIFAR-10, Imagenette and Tiny ImageNet with MDEQ."""
 
     metric = "accuracy"
     higher_is_better = True

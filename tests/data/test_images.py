@@ -13,7 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from deqzoo.data import CIFAR10, IMAGENETTE, load_cifar10, load_imagenette
+from deqzoo.data import (
+    CIFAR10,
+    IMAGENETTE,
+    TINY_IMAGENET,
+    load_cifar10,
+    load_imagenette,
+    load_tiny_imagenet,
+)
 from deqzoo.data.images import picture_digests, validation_rows
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
@@ -176,7 +183,10 @@ def test_rows_without_a_picture(tmp_path: Path) -> None:
         load_cifar10("test", tmp_path)
 
 
-def write_photographs(path: Path, sizes: list[tuple[int, int]], labels: list[int]) -> None:
+def write_photographs(
+    path: Path, sizes: list[tuple[int, int]], labels: list[int], names: list[str] | None = None
+) -> None:
+    """Pictures of noise; `names` of the classes are kept as the Hub keeps them."""
     rows = []
     for size, label in zip(sizes, labels, strict=True):
         stream = pa.BufferOutputStream()
@@ -184,7 +194,12 @@ def write_photographs(path: Path, sizes: list[tuple[int, int]], labels: list[int
         Image.fromarray(noise).save(stream, "PNG")
         rows.append({"image": {"bytes": stream.getvalue().to_pybytes()}, "label": label})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    table = pa.Table.from_pylist(rows)
+    if names is not None:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        described = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": described})
+    pq.write_table(table, path)
 
 
 def test_imagenette_is_scaled_and_cropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +211,49 @@ def test_imagenette_is_scaled_and_cropped(tmp_path: Path, monkeypatch: pytest.Mo
     assert not pictures.complete
     monkeypatch.setitem(IMAGENETTE.rows, "validation", 2)
     assert load_imagenette("test", tmp_path, size=16).complete
+
+
+def _write_tiny_imagenet(folder: Path, shades: dict[str, list[int]]) -> None:
+    """The authors' layout: pictures of one shade each, as many to train as to test."""
+    rows = []
+    for number, values in shades.items():
+        images = folder / "train" / number / "images"
+        images.mkdir(parents=True)
+        for i, value in enumerate(values):
+            Image.new("L", (64, 64), value).save(images / f"{number}_{i}.JPEG")
+    (folder / "val" / "images").mkdir(parents=True)
+    for number, values in shades.items():
+        for value in values:
+            name = f"val_{len(rows)}.JPEG"
+            Image.new("RGB", (64, 64), (value, 0, 0)).save(folder / "val" / "images" / name)
+            rows.append(f"{name}\t{number}\t0\t0\t63\t63\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(rows))
+
+
+def test_tiny_imagenet_in_its_authors_layout(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-imagenet-200"
+    _write_tiny_imagenet(folder, {"n01443537": [10, 20], "n12267677": [200, 220]})
+    for data in (tmp_path, folder):
+        test = load_tiny_imagenet("test", data)
+        assert [test.classes[label] for label in test.labels] == ["goldfish"] * 2 + ["acorn"] * 2
+        assert test.pixels.shape == (4, 3, 64, 64) and not test.complete
+        assert (test.pixels[:, 1].float().mean() < 5) and test.pixels[2, 0].float().mean() > 150
+    train, held_out = (load_tiny_imagenet(split, folder) for split in ("train", "validation"))
+    assert train.labels.tolist() == held_out.labels.tolist() == [0, test.labels[-1].item()]
+    grey = load_tiny_imagenet("train+validation", folder).pixels
+    assert grey.shape[1] == 3 and torch.equal(grey[:, 0], grey[:, 2])
+    (folder / "train" / "n01443537").rename(folder / "train" / "n00000001")
+    with pytest.raises(UserError, match="does not hold Tiny ImageNet: class n00000001"):
+        load_tiny_imagenet("train", folder)
+
+
+def test_tiny_imagenet_in_the_layout_of_the_hub(tmp_path: Path) -> None:
+    """There the classes are WordNet's numbers, in their order."""
+    stored = sorted(TINY_IMAGENET.stored_names)
+    file = tmp_path / "data" / "valid-00000-of-00001.parquet"
+    write_photographs(file, [(64, 64), (64, 64)], [0, 199], names=stored)
+    test = load_tiny_imagenet("test", tmp_path)
+    assert [test.classes[label] for label in test.labels] == ["goldfish", "acorn"]
 
 
 def test_variants_and_converted_layouts_are_told_apart(tmp_path: Path) -> None:
