@@ -61,7 +61,9 @@ class _Then(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        module.__loader__ = module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.action(module)
 
 
@@ -153,7 +155,7 @@ def _image_processors(module: ModuleType) -> None:
     _register(register)
 
 
-def _pipelines(module: ModuleType) -> None:
+def _pipelines(module: Any) -> None:
     """`pipeline` asks the Hub about a name before anything loads it."""
     for name in ("resolve_revision", "find_adapter_config_file"):
         if hasattr(module, name):
