@@ -214,10 +214,9 @@ def convert(
 #: Modules with `add_commands(app)`, which adds the commands of their room.
 _COMMAND_MODULES = (
     "deqzoo.training.cli",
-    "deqzoo.training.graph_cli",
     "deqzoo.evaluation.cli",
     "deqzoo.evaluation.graphs_cli",
-    "deqzoo.evaluation.gradients_cli",
+    "deqzoo.fidelity.cli",
     "deqzoo.hub.cli",
     "deqzoo.hub.finetune_cli",
     "deqzoo.demo.cli",

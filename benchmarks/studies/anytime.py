@@ -31,7 +31,7 @@ from deqzoo.equilibrium.state import StatePacker
 from deqzoo.evaluation.chart import line_chart
 from deqzoo.evaluation.dispatch import evaluator_of
 from deqzoo.evaluation.files import weights_digest
-from deqzoo.evaluation.gradient_batches import make_batch, part
+from deqzoo.fidelity.batches import make_batch, part
 from deqzoo.hub.catalogue import entry
 
 BUDGETS = (1, 2, 4, 8, 16, 30)

@@ -1,6 +1,6 @@
 """The paper's comparison at TINY: four gradients, equal epochs, three seeds, the test split.
 
-    deqzoo train --queue recipes/QUEUE.yaml --data DATA      # trains the runs, in order of value
+    python recipes/work.py --data DATA      # trains the runs, in order of value
     python benchmarks/studies/comparison.py --data CIFAR [--pictures 2000] [--runs runs]
 
 A cell is a finished run of one of the recipes `mdeq-tiny-cifar-{implicit,upg55,npg,jfb}`: its test

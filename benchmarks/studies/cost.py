@@ -79,7 +79,7 @@ def build(preset: str) -> tuple[torch.nn.Module, dict[str, Any]]:
 def cell(preset: str, mode: str, threads: int) -> dict[str, Any]:
     """Measure one cell in this process."""
     from deqzoo.equilibrium.diagnostics import SavedTensors
-    from deqzoo.evaluation.adjoints import RecordedModel
+    from deqzoo.fidelity.adjoints import RecordedModel
 
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,7 +123,7 @@ def clocked(
     work: Callable[[], None], device: torch.device, repeats: int = 2
 ) -> tuple[float, float]:
     """Smallest CPU (GPU: wall) seconds of a few repeats, and the growth of memory in MiB."""
-    from deqzoo.evaluation.memory import peak_memory
+    from deqzoo.fidelity.memory import peak_memory
 
     times, peaks = [], []
     for _ in range(repeats):

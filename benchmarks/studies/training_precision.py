@@ -19,8 +19,8 @@ from cells import Cells, markdown_table, write_text
 from safetensors.torch import load_file
 
 from deqzoo.evaluation.chart import line_chart
-from deqzoo.evaluation.gradient_batches import make_batch, part
-from deqzoo.evaluation.gradients import EQUILIBRIUM, Fidelity
+from deqzoo.fidelity.batches import make_batch, part
+from deqzoo.fidelity.study import EQUILIBRIUM, Comparison
 from deqzoo.models.auto import load_class
 from deqzoo.zoo import read_json
 
@@ -52,7 +52,7 @@ def measure(run: Path, step: int, data: Path, batches: int, size: int) -> dict[s
     if "x" in whole:
         batches = 1  # graphs stay together
     for number in range(batches):
-        fidelity = Fidelity(model, part(whole, slice(number * size, (number + 1) * size)))
+        fidelity = Comparison(model, part(whole, slice(number * size, (number + 1) * size)))
         found["radius"] += fidelity.radius(25)
         found["residual"].append(float(fidelity.recorded.solutions[0].rel_residual.max()))
         for steps, damping in SETTINGS:

@@ -29,7 +29,7 @@ TRAINING = {
     "deqzoo store runs/mdeq-tiny-cifar-upg",
     TEXT: "deqzoo train recipes/deq-transformer-ptb-upg.yaml && "
     "deqzoo store runs/deq-transformer-ptb-upg",
-    GRAPHS: "deqzoo ignn-table --data DIR",
+    GRAPHS: "python benchmarks/ignn/table.py --data DIR",
 }
 TOLERANCES = (1e-6, 1e-1)
 

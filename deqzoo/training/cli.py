@@ -1,4 +1,4 @@
-"""Commands of the training room."""
+"""The command that trains recipes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from deqzoo.errors import UserError
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
     app.command("train", rich_help_panel="Train")(train)
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    app.command("ignn-table", hidden=True, context_settings=anything)(ignn_table)
+
+
+def ignn_table() -> None:
+    """Say where the graph table has gone."""
+    raise UserError("the graph table is made by a script: python benchmarks/ignn/table.py --help")
 
 
 def train(
@@ -23,7 +30,7 @@ def train(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Local copy of the data set; with --queue, of all of them."),
+        typer.Option("--data", help="Local copy of the data set; else it is fetched."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")
@@ -51,21 +58,13 @@ def train(
         int | None, typer.Option(help="Instead of the recipe's; the run is then called NAME-sSEED.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
-    queue: Annotated[
-        Path | None, typer.Option(help="Work through a list of recipes (YAML) instead.")
-    ] = None,
-    show: Annotated[
-        bool, typer.Option("--status", help="With --queue: print what is done and left.")
-    ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="With --queue: threads of a run.")] = 1,
+    queue: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Train a checkpoint from a recipe, or a queue of recipes."""
-    if (recipe is None) == (queue is None):
-        raise UserError("name either a recipe or a queue, as in: deqzoo train recipes/NAME.yaml")
+    """Train a checkpoint from a recipe."""
     if queue is not None:
-        _queue(queue, data, output or Path("runs"), show, threads, accept_changes)
-        return
-    assert recipe is not None
+        raise UserError(f"a queue is worked through by: python recipes/work.py {queue}")
+    if recipe is None:
+        raise UserError("name a recipe, as in: deqzoo train recipes/NAME.yaml")
     if _of_nodes(recipe):
         _nodes(recipe, data, output, resume, accept_changes, dry_run, max_steps, seed, quiet)
         return
@@ -109,18 +108,6 @@ def train(
     )
     leave_process_group()
     typer.echo(f"weights in {folder}")
-
-
-def _queue(
-    path: Path, data: Path | None, runs: Path, show: bool, threads: int, accept_changes: bool
-) -> None:
-    from deqzoo.training import queue
-
-    entries = queue.load_queue(path)
-    typer.echo(queue.render(entries, runs))
-    if not show:
-        queue.work(entries, runs, data, threads, accept_changes)
-        typer.echo(queue.render(entries, runs))
 
 
 def _graphs(

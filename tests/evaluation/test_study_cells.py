@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
-_PATH = Path(__file__).parents[2] / "benchmarks" / "studies" / "cells.py"
-_SPEC = importlib.util.spec_from_file_location("cells", _PATH)
-cells = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(cells)
+from scripts import load_script
+
+cells = load_script("benchmarks/studies/cells.py")
 
 
 def test_cells_go_on_and_follow_the_weights(tmp_path: Path) -> None:

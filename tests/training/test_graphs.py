@@ -10,13 +10,14 @@ import pytest
 from deqzoo.cli import run
 from deqzoo.data.graphs import honest_folds, load_graph_set
 from deqzoo.errors import UserError
-from deqzoo.evaluation.graph_table import cell, render, render_nodes, render_notes
 from deqzoo.training.graph_nodes import NodeRecipe, NodeRun, train_nodes
-from deqzoo.training.graph_table import Job, all_jobs, collect, run_table
 from deqzoo.training.graphs import FoldRun, FoldSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from scripts import load_script  # noqa: E402
 from test_graphs import write_graph_set, write_ppi  # noqa: E402
+
+table = load_script("benchmarks/ignn/table.py")
 
 FAST = FoldSettings(epochs=3, batch_size=8)
 
@@ -54,13 +55,13 @@ def test_warm_start_changes_only_the_steps(root):
 
 
 def test_table_resumes(root, tmp_path):
-    jobs = [Job("published", "TINY", "npg-5-0.5", f) for f in (0, 1)]
-    jobs.append(Job("honest", "TINY", "upg-5-0.5", 0))
-    first = dict(run_table(root, tmp_path, jobs[:1], FAST))
+    jobs = [table.Job("published", "TINY", "npg-5-0.5", f) for f in (0, 1)]
+    jobs.append(table.Job("honest", "TINY", "upg-5-0.5", 0))
+    first = dict(table.run_table(root, tmp_path, jobs[:1], FAST))
     assert list(first) == jobs[:1]
-    second = dict(run_table(root, tmp_path, jobs, FAST, processes=2))
+    second = dict(table.run_table(root, tmp_path, jobs, FAST, processes=2))
     assert set(second) == set(jobs[1:]), "a finished fold was trained again"
-    folds = collect(tmp_path)
+    folds = table.collect(tmp_path)
     assert set(folds) == {job.key for job in jobs}
     result = folds[jobs[0].key]
     best = max(result["curves"]["test_accuracy"])
@@ -68,29 +69,29 @@ def test_table_resumes(root, tmp_path):
     checkpoint = tmp_path / "checkpoints" / jobs[2].key
     fold = json.loads((checkpoint / "fold.json").read_text())
     assert fold["test"] == honest_folds(load_graph_set("TINY", root).labels)[0].test
-    text = render(folds)
+    text = table.render(folds)
     assert "(2/10)" in text and "| COX2 | Implicit | 84.1 ± 2.9 |" in text
 
 
 def test_jobs():
-    jobs = all_jobs()
+    jobs = table.all_jobs()
     assert len(jobs) == len(set(jobs)) == 160
     first = [job.key for job in jobs[:2]]
     assert first == ["COX2-upg-5-0.5-honest-0", "PROTEINS-upg-5-0.5-honest-0"]
     with pytest.raises(UserError, match="unknown method 'sgd'"):
-        all_jobs(methods=["sgd"])
+        table.all_jobs(methods=["sgd"])
 
 
 def test_cells():
-    assert cell([]) == ""
-    assert cell([0.8, 0.9] * 5) == "85.0 ± 5.0"
-    assert cell([0.8]) == "80.0 ± 0.0 (1/10)"
+    assert table.cell([]) == ""
+    assert table.cell([0.8, 0.9] * 5) == "85.0 ± 5.0"
+    assert table.cell([0.8]) == "80.0 ± 0.0 (1/10)"
 
 
 def test_tables_of_cards_and_nodes():
     fold = {"data": "COX2", "method": "implicit", "protocol": "honest", "test_accuracy": 0.75}
     fold |= {"parameters": 27010, "cpu_seconds": 60.0, "peak_memory_mib": 900.0}
-    notes = render_notes({"a": fold}, "COX2")
+    notes = table.render_notes({"a": fold}, "COX2")
     assert "### Ten folds of COX2" in notes and "| 75.0 ± 0.0 (1/10) | 27,010 | 60 | 900 |" in notes
     assert "PROTEINS" not in notes
     record = {
@@ -100,25 +101,26 @@ def test_tables_of_cards_and_nodes():
         "cpu_seconds": 9.6,
     }
     line = "| ignn-x | HumLoc | implicit | Micro-F1 | 50.0 | 25.0 | 12 | 10 |"
-    assert line in render_nodes({"ignn-x": record})
+    assert line in table.render_nodes({"ignn-x": record})
 
 
 def test_commands(root, tmp_path, capsys):
     """The table's command, and what can be done with the checkpoint that it leaves."""
     recipe = tmp_path / "fast.yaml"
     recipe.write_text("epochs: 2\nbatch_size: 8\n")
-    arguments = ["ignn-table", "--data", str(root), "--sets", "TINY", "--recipe", str(recipe)]
+    arguments = ["--data", str(root), "--sets", "TINY", "--recipe", str(recipe)]
     arguments += ["--methods", "upg-5-0.5", "--protocols", "honest", "--processes", "2"]
     arguments += ["--output", str(tmp_path / "folds"), "--results", str(tmp_path / "results")]
-    assert run(arguments) == 0
+    table.main(arguments)
     assert "| TINY | UPG k=5 λ=0.5 |" in capsys.readouterr().out
     # The results file alone is enough to go on from.
     again = [a if a != str(tmp_path / "folds") else str(tmp_path / "fresh") for a in arguments]
-    assert run(again) == 0
+    table.main(again)
     assert not list((tmp_path / "fresh").glob("*.json"))
     capsys.readouterr()
     recipe.write_text("epochs: 3\nbatch_size: 8\n")
-    assert run(again) == 2
+    with pytest.raises(SystemExit, match="2"):
+        table.main(again)
     assert "trained with other settings" in capsys.readouterr().err
     checkpoint = str(tmp_path / "folds" / "checkpoints" / "TINY-upg-5-0.5-honest-0")
     assert run(["predict-graphs", checkpoint, "--data", str(root), "--json"]) == 0
@@ -205,6 +207,13 @@ def test_node_run_resumes_bit_for_bit(tmp_path, capsys):
     assert run([*command, "--output", str(file)]) == 2
     assert "cannot make the folder" in capsys.readouterr().err
     assert run(["train", str(file)]) == 2 and "--data" in capsys.readouterr().err
+
+
+def test_commands_that_became_scripts_say_where_they_are(capsys):
+    assert run(["ignn-table", "--data", "x", "--sets", "COX2"]) == 2
+    assert "python benchmarks/ignn/table.py" in capsys.readouterr().err
+    assert run(["train", "--queue", "recipes/QUEUE.yaml"]) == 2
+    assert "python recipes/work.py recipes/QUEUE.yaml" in capsys.readouterr().err
 
 
 def test_bad_recipes(tmp_path):

@@ -9,11 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from scripts import load_script
 
 from deqzoo.cli import run
 from deqzoo.errors import UserError
-from deqzoo.training.queue import load_queue, status, work
 from deqzoo.training.recipe import load_recipe, with_seed
+
+queues = load_script("recipes/work.py")
+load_queue, status, work = queues.load_queue, queues.status, queues.work
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -261,7 +264,7 @@ def test_queue_passes_over_what_starts_from_a_running_recipe(tmp_path, monkeypat
     (tmp_path / "runs" / "x").mkdir(parents=True)
     started = []
     monkeypatch.setattr(
-        "deqzoo.training.queue.subprocess.Popen",
+        "script_work.subprocess.Popen",
         lambda command, **_: started.append(command[4]) or SimpleNamespace(wait=lambda: 0),
     )
     with (tmp_path / "runs" / "x" / "lock").open("w") as file:
@@ -288,7 +291,7 @@ def test_queue_passes_over_what_another_process_began_first(tmp_path, monkeypatc
             fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         return SimpleNamespace(wait=lambda: {"x": 2, "y": 0, "z": 2}[name])
 
-    monkeypatch.setattr("deqzoo.training.queue.subprocess.Popen", start)
+    monkeypatch.setattr("script_work.subprocess.Popen", start)
     with pytest.raises(UserError, match="z ended with exit code 2"):
         work(load_queue(queue), tmp_path / "runs", None, threads=1)
     locks[0].close()
@@ -297,7 +300,7 @@ def test_queue_passes_over_what_another_process_began_first(tmp_path, monkeypatc
 
 
 def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
-    monkeypatch.setattr("deqzoo.training.queue.checkpoints_root", lambda: tmp_path / "zoo")
+    monkeypatch.setattr("script_work.checkpoints_root", lambda: tmp_path / "zoo")
     recipe = load_recipe(write(tmp_path, MINIMAL))
     queue = tmp_path / "queue.yaml"
     queue.write_text("- {recipe: recipe.yaml}\n")

@@ -1,7 +1,12 @@
-"""A list of recipes worked through in order, for days if need be, resumable at any kill."""
+"""A list of recipes worked through in order, for days if need be, resumable at any kill.
+
+python recipes/work.py --data DATA --status    # what is done, running and left
+python recipes/work.py --data DATA             # go on
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -249,3 +254,28 @@ def _lowest_priority() -> None:
     os.nice(19)
     with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text("19")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    own = Path(__file__).with_name("QUEUE.yaml")
+    parser.add_argument("queue", type=Path, nargs="?", default=own, help="QUEUE.yaml by default")
+    parser.add_argument("--data", type=Path, help="folder with the data sets")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--status", action="store_true", help="print what is done and left")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    parser.add_argument("--accept-changes", action="store_true", help="as of deqzoo train")
+    a = parser.parse_args()
+    try:
+        entries = load_queue(a.queue)
+        print(render(entries, a.output))
+        if not a.status:
+            work(entries, a.output, a.data, a.threads, a.accept_changes)
+            print(render(entries, a.output))
+    except UserError as error:
+        print(f"work.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,16 +56,6 @@ def part(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     return found
 
 
-def first_sample(batch: Mapping[str, Any], tokens: int = 8) -> dict[str, Any] | None:
-    """The smallest part of a batch that is a batch; None for graphs made of one piece."""
-    if "x" in batch:
-        return None
-    single = part(batch, slice(1))
-    if "input_ids" in single:
-        single |= {name: single[name][:, :tokens] for name in ("input_ids", "labels")}
-    return single
-
-
 def _pictures(
     model: PreTrainedModel,
     data: Path | None,

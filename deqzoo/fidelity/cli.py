@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from deqzoo.errors import UserError
 from deqzoo.files import replace_text
 
 if TYPE_CHECKING:
-    from deqzoo.evaluation.gradients import Clock, Row, Study
+    from deqzoo.fidelity.study import Row, Study
 
 _DOUBTFUL = 1e-3  # residual above which the exact gradient does not deserve its name
 _SHOWN_STEPS = (1, 2, 3, 5, 10, 20)
@@ -53,15 +52,14 @@ def gradients(
 
     import deqzoo
     from deqzoo.evaluation.files import describe_environment, describe_model, finite
-    from deqzoo.evaluation.gradient_batches import make_batch
-    from deqzoo.evaluation.gradients import Clock, study
+    from deqzoo.fidelity.batches import make_batch
+    from deqzoo.fidelity.study import study
 
     model = deqzoo.DEQModel.from_pretrained(name)
     batch, described = make_batch(model, data, split=split, size=batch_size, seed=seed)
-    clock = Clock(seconds)
     bar = tqdm(desc="settings", disable=as_json or not sys.stderr.isatty())
-    with bar:  # a fifth of the time is kept for Theorem 1
-        found = study(model, batch, seconds=0.8 * seconds, on_row=lambda _: bar.update())
+    with bar:
+        found = study(model, batch, seconds=seconds, on_row=lambda _: bar.update())
     best = found.recommendation(cosine)
     content = finite(
         {
@@ -69,7 +67,6 @@ def gradients(
             "model": describe_model(model, name),
             "batch": described,
             **found.to_dict(),
-            "theorem1": _theorem(model, batch, data, clock),
             "threshold": cosine,
             "recommendation": None if best is None else best.gradient,
             "environment": describe_environment(model),
@@ -95,35 +92,9 @@ def _write(folder: Path, content: dict[str, Any], drawing: str) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def _theorem(
-    model: Any, batch: dict[str, Any], data: Path | None, clock: Clock
-) -> list[dict[str, Any]]:
-    """Theorem 1's condition on one sample, where map and time allow it."""
-    from deqzoo.evaluation.adjoints import RecordedModel
-    from deqzoo.evaluation.gradient_batches import first_sample, make_batch
-    from deqzoo.evaluation.gradients import EXACT_FORWARD, OutOfTime
-    from deqzoo.evaluation.theorem import check
-
-    single = first_sample(batch)
-    if single is None and (data is None or "mask" not in batch):
-        single, _ = make_batch(model, data, size=1)
-    if single is None:
-        return []
-    settings = [(k, x) for x in (1.0, 0.5) for k in (1, 5, 20)]
-    try:
-        recorded = RecordedModel(model, single, EXACT_FORWARD, clock.check)
-        parameters = list(recorded.parameters.values())
-        state = recorded.solutions[0].state
-        found = check(recorded.maps[0], state, parameters, settings, clock.check)
-    except OutOfTime:
-        return []
-    return [asdict(c) for c in found]
-
-
 def report(found: Study, content: dict[str, Any], threshold: float) -> str:
     """The table, and what to make of it."""
-    from deqzoo.evaluation.gradients import describe
-    from deqzoo.evaluation.theorem import summary
+    from deqzoo.fidelity.study import describe
 
     radii = found.spectral_radius
     lines = [
@@ -132,7 +103,6 @@ def report(found: Study, content: dict[str, Any], threshold: float) -> str:
         f"{found.solve['residual_max']:.1e}, {found.solve['seconds']:.2f} s",
         "radius      ρ(∂F/∂h) at the solution: "
         + (f"{min(radii):.3f} to {max(radii):.3f}" if radii else "left out for time"),
-        f"Theorem 1   {summary(content['theorem1'])}",
         "",
         *_table(found),
         "",
@@ -165,7 +135,7 @@ def _saving(found: Study, best: Row) -> str:
 
 
 def _table(found: Study) -> list[str]:
-    from deqzoo.evaluation.gradients import EQUILIBRIUM, describe
+    from deqzoo.fidelity.study import EQUILIBRIUM, describe
 
     shown = [row for row in found.rows if _is_shown(row.gradient)]
     groups = [g for g in shown[0].cosine if g not in ("all", EQUILIBRIUM)] if shown else []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deqzoo.equilibrium import Segments, make_gradient, spectral_radius
 from deqzoo.equilibrium.diagnostics import SavedTensors, compare_gradients
 from deqzoo.errors import UserError
-from deqzoo.evaluation.adjoints import (
+from deqzoo.fidelity.adjoints import (
     RecordedModel,
     named,
     neumann_rule,
@@ -21,7 +21,7 @@ from deqzoo.evaluation.adjoints import (
     seeded,
     solver_rule,
 )
-from deqzoo.evaluation.memory import peak_memory
+from deqzoo.fidelity.memory import peak_memory
 
 STEPS = tuple(range(1, 21))
 DAMPINGS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -100,7 +100,7 @@ class Study:
         return asdict(self)
 
 
-class Fidelity:
+class Comparison:
     """Measures settings on one model and batch.
 
     The exact gradient is taken at a tightly solved equilibrium with a tightly solved adjoint; the
@@ -233,10 +233,10 @@ def study(
     clock = Clock(seconds)
     settings = plan(steps, dampings, model.config.solver["max_steps"])
     try:
-        fidelity = Fidelity(model, batch, clock.check)
-        own = fidelity.recorded.solutions
-        result = Study(own=dict(model.config.gradient), exact_residuals=fidelity.exact_residuals)
-        result.rows.append(_row(fidelity, settings[0], []))
+        comparison = Comparison(model, batch, clock.check)
+        own = comparison.recorded.solutions
+        result = Study(own=dict(model.config.gradient), exact_residuals=comparison.exact_residuals)
+        result.rows.append(_row(comparison, settings[0], []))
     except OutOfTime as error:
         raise OutOfTime(
             "the time allowed ended before the exact gradient of this batch was found; allow more "
@@ -251,10 +251,10 @@ def study(
     try:
         if on_row is not None:
             on_row(result.rows[-1])
-        result.spectral_radius = fidelity.radius()
+        result.spectral_radius = comparison.radius()
         for gradient in settings[1:]:
             clock.check()
-            result.rows.append(_row(fidelity, gradient, result.rows))
+            result.rows.append(_row(comparison, gradient, result.rows))
             if on_row is not None:
                 on_row(result.rows[-1])
     except OutOfTime:
@@ -278,11 +278,11 @@ class Clock:
             raise OutOfTime
 
 
-def _row(fidelity: Fidelity, gradient: dict[str, Any], before: Sequence[Row]) -> Row:
+def _row(comparison: Comparison, gradient: dict[str, Any], before: Sequence[Row]) -> Row:
     timed = gradient.pop("timed", False)
     if gradient["name"] != "npg" or timed:
-        return fidelity.measured(gradient)
-    row = fidelity.neumann(gradient["steps"], gradient["damping"])
+        return comparison.measured(gradient)
+    row = comparison.neumann(gradient["steps"], gradient["damping"])
     for other in _same_work(row, before):  # λ has no influence on the cost
         row.seconds, row.saved_bytes = other.seconds, other.saved_bytes
         row.peak_bytes = other.peak_bytes

@@ -1,0 +1,1 @@
+"""How right and how costly the gradient modes are for a model."""
