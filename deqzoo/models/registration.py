@@ -166,7 +166,7 @@ def _pipelines(module: Any) -> None:
     def get_task(model: str, *args: Any, **kwargs: Any) -> str:
         return _task_of(model) or ask_hub(model, *args, **kwargs)
 
-    module.get_task = get_task
+    setattr(module, "get_task", get_task)  # noqa: B010 (the module has it only at run time)
 
 
 def _task_of(model: str) -> str | None:
