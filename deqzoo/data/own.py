@@ -45,6 +45,8 @@ RECORD = "own_data.json"
 """In a checkpoint: what it was trained on."""
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.2
+FEWEST = 5
+"""Samples that can choose weights; where there would be fewer, those that are measured do it."""
 _PICTURES = ("image", "img", "picture", "photo", "file_name", "file", "path", "filename")
 _LABELS = ("label", "labels", "class", "category", "target")
 _Table = tuple[list[bytes | Path], list[str], list[str] | None]
@@ -320,15 +322,52 @@ def stratified(
 
     A class with at least two samples is in both; one with a single sample is only trained on.
     """
+    train, _, held_out = three_parts(labels, share, 0.0, seed)
+    return train, held_out
+
+
+def three_parts(
+    labels: Tensor, share: float = HELD_OUT, validation: float = HELD_OUT / 2, seed: int = 0
+) -> tuple[list[int], list[int], list[int]]:
+    """Rows to train on, to choose weights by, and to measure, class by class (N,).
+
+    Args:
+        labels: int64 (N,).
+        share: to measure, at least one sample of a class that has two.
+        validation: share that chooses. Fewer than `FEWEST` rows in all choose nothing: they are
+            trained on.
+        seed: of the draw.
+    """
     draws = random.Random(seed)
-    train, held_out = [], []
+    train, choosing, held_out = [], [], []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten().tolist()
         draws.shuffle(members)
         count = min(max(round(share * len(members)), 1), len(members) - 1)
+        end = min(count + round(validation * len(members)), len(members) - 1)
         held_out += members[:count]
-        train += members[count:]
-    return sorted(train), sorted(held_out)
+        choosing += members[count:end]
+        train += members[end:]
+    if len(choosing) < FEWEST:
+        train, choosing = train + choosing, []
+    return sorted(train), sorted(choosing), sorted(held_out)
+
+
+def _to_train_on(found: dict[str, OwnPictures]) -> OwnPictures:
+    """The split to train on.
+
+    Raises:
+        UserError: there is none, or it has fewer than two classes.
+    """
+    if "train" not in found:
+        raise UserError(f"the data have no split to train on, but {', '.join(found)}")
+    training = found["train"]
+    if len(training.labels.unique()) < 2:
+        raise UserError(
+            f"{training.name} holds pictures of {len(training.labels.unique())} class; at least "
+            "two are needed, a folder for each"
+        )
+    return training
 
 
 def divide_own(
@@ -339,14 +378,7 @@ def divide_own(
     Raises:
         UserError: fewer than two classes, or no class with two pictures.
     """
-    if "train" not in found:
-        raise UserError(f"the data have no split to train on, but {', '.join(found)}")
-    training = found["train"]
-    if len(training.labels.unique()) < 2:
-        raise UserError(
-            f"{training.name} holds pictures of {len(training.labels.unique())} class; at least "
-            "two are needed, a folder for each"
-        )
+    training = _to_train_on(found)
     other = next((found[split] for split in ("validation", "test") if split in found), None)
     if other is not None and len(other):
         return training, other
@@ -354,6 +386,51 @@ def divide_own(
     if not held_out:
         raise UserError(f"{training.name} has one picture of each class; give at least two")
     return training.part(rows, "train"), training.part(held_out, "test")
+
+
+def divide_in_three(
+    found: dict[str, OwnPictures], share: float = HELD_OUT, seed: int = 0
+) -> tuple[OwnPictures, OwnPictures | None, OwnPictures]:
+    """Pictures to train on, to choose weights by, and to measure.
+
+    Stored splits where there are; what is missing is drawn class by class from the pictures to
+    train on. None to choose by: there are too few for that, see `FEWEST`.
+
+    Args:
+        found: pictures by split.
+        share: to measure; half of it chooses.
+        seed: of the draw.
+
+    Raises:
+        UserError: fewer than two classes, or no class with two pictures.
+    """
+    training = _to_train_on(found)
+    stored = {split: found[split] for split in ("validation", "test") if len(found.get(split, ()))}
+    validation = 0.0 if "validation" in stored else share / 2
+    if "test" in stored:
+        rows, choosing = list(range(len(training))), []
+        if validation:
+            rows, _, choosing = three_parts(training.labels, validation, 0.0, seed)
+            if len(choosing) < FEWEST:
+                rows, choosing = list(range(len(training))), []
+        held_out: list[int] = []
+    else:
+        rows, choosing, held_out = three_parts(training.labels, share, validation, seed)
+        if not held_out:
+            raise UserError(f"{training.name} has one picture of each class; give at least two")
+    drawn = training.part(choosing, "validation") if choosing else None
+    return (
+        training.part(rows, "train"),
+        stored.get("validation", drawn),
+        stored.get("test", training.part(held_out, "test")),
+    )
+
+
+def chose_weights(record: dict[str, Any] | None, digests: Sequence[str]) -> dict[str, bool]:
+    """What an evaluation says where its samples also chose the weights that they measure."""
+    record = record or {}
+    one = record.get("one_hold_out") and not set(digests).isdisjoint(record["validation"])
+    return {"chose_weights": True} if one else {}
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> None:
@@ -379,52 +456,77 @@ def pictures_of_split(
 
     Args:
         path: see `load_own_pictures`.
-        split: a stored split where the data have several, else "test" (what the model was not
-            trained on), "train" or "all".
+        split: "train" (what the model was trained on), "validation" (what chose its weights),
+            "test" (the rest) or "all"; a split that the data store is taken as it is, and where
+            they store no test split nor leave anything for it, their validation split measures.
         classes: of the model.
         record: of the model.
     """
     found = load_own_pictures(path, classes)
-    if len(found) > 1:
-        stored = "validation" if split == "test" and "test" not in found else split
-        if stored not in found:
-            raise UserError(f"{path} has no split {split!r}; its splits are {', '.join(found)}")
-        return replace(found[stored], split=split)
-    (whole,) = found.values()
-    return whole.part(unseen(whole.digests(), record or {}, split), split)
+    if len(found) == 1:
+        (whole,) = found.values()
+        return whole.part(unseen(whole.digests(), record or {}, split), split)
+    if split in found and (split != "train" or record is None):
+        return found[split]
+    if record is not None and "train" in found and split in SPLITS:
+        whole = found["train"]
+        rows = _rows(whole.digests(), record, split)
+        if rows:
+            return whole.part(rows, split)
+    if split == "test" and "validation" in found:
+        return replace(found["validation"], split=split)
+    raise UserError(f"{path} has no split {split!r}; its splits are {', '.join(found)}")
 
 
 def lines_of_split(text: OwnText, split: str, record: dict[str, Any] | None) -> list[str]:
-    """Lines of a text to measure a model on: "test" (not trained on), "train" or "all".
+    """Lines of a text to measure a model on: "train", "validation", "test" or "all".
 
     Raises:
-        UserError: another split.
+        UserError: another split, or one that the model does not know.
     """
-    if split not in ("train", "test", "all"):
-        raise UserError(f"unknown split {split!r}; texts of your own have train, test and all")
-    cut = int((record or {}).get("lines", 0))
-    known = cut > 0 and text_digest(text.lines[:cut]) == (record or {}).get("train")
+    _require_split(split)
+    record = record or {}
+    cut = int(record.get("lines", 0))
+    known = cut > 0 and text_digest(text.lines[:cut]) == record.get("train")
+    chosen = cut + (0 if record.get("one_hold_out") else int(record.get("validation", 0)))
     if split == "train" and not known:
         raise UserError(f"the model was not trained on {text.name} as it is now")
+    if split == "validation" and (not known or chosen == cut):
+        raise UserError(f"no lines of {text.name} chose the model's weights alone")
     if split == "all" or not known:
         return text.lines
-    return text.lines[:cut] if split == "train" else text.lines[cut:]
+    return {
+        "train": text.lines[:cut],
+        "validation": text.lines[cut:chosen],
+        "test": text.lines[chosen:],
+    }[split]
+
+
+def _require_split(split: str) -> None:
+    if split not in (*SPLITS, "all"):
+        raise UserError(
+            f"unknown split {split!r}; data of your own have {', '.join(SPLITS)} and all"
+        )
+
+
+def _rows(digests: Sequence[str], record: dict[str, Any], split: str) -> list[int]:
+    if split == "all":
+        return list(range(len(digests)))
+    apart = () if record.get("one_hold_out") else record.get("validation", ())
+    place = dict.fromkeys(apart, "validation")
+    place |= {digest: "train" for digest in record.get("train", ())}
+    return [row for row, digest in enumerate(digests) if place.get(digest, "test") == split]
 
 
 def unseen(digests: Sequence[str], record: dict[str, Any], split: str) -> list[int]:
-    """Rows of a split: "train" are those that the model was trained on, "test" the others.
+    """Rows of a split: "train" are those that the model was trained on, "validation" those that
+    chose its weights, "test" the others.
 
     Raises:
         UserError: another split, or one without samples.
     """
-    if split not in ("train", "test", "all"):
-        raise UserError(f"unknown split {split!r}; data of your own have train, test and all")
-    seen = set(record.get("train", ()))
-    rows = [
-        row
-        for row, digest in enumerate(digests)
-        if split == "all" or (digest in seen) == (split == "train")
-    ]
+    _require_split(split)
+    rows = _rows(digests, record, split)
     if not rows:
         what = "the model was trained on all of these" if split == "test" else "there are none"
         raise UserError(f"the {split} split of these data is empty: {what}; try --split all")
@@ -441,6 +543,9 @@ class OwnText:
     def divided(self, share: float = HELD_OUT / 2) -> tuple[list[str], list[str]]:
         """Lines to train on, and the last tenth.
 
+        Args:
+            share: that is held out.
+
         Raises:
             UserError: fewer than two lines.
         """
@@ -451,6 +556,21 @@ class OwnText:
             )
         cut = len(self.lines) - max(1, round(len(self.lines) * share))
         return self.lines[:cut], self.lines[cut:]
+
+    def divided_in_three(
+        self, share: float = HELD_OUT / 2
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Lines to train on, the tenth that chooses weights, and the last tenth, to be measured.
+
+        The second part is empty where it would have fewer than `FEWEST` lines or no word.
+
+        Raises:
+            UserError: fewer than two lines.
+        """
+        rest, held_out = self.divided(share)
+        cut = len(rest) - len(held_out)
+        few = len(held_out) < FEWEST or cut < FEWEST or not "".join(rest[cut:]).strip()
+        return (rest, [], held_out) if few else (rest[:cut], rest[cut:], held_out)
 
 
 def load_own_text(path: str | Path, column: str | None = None) -> OwnText:

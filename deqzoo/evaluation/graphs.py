@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from deqzoo.data.graphs import GraphSet, load_graph_set, load_own_graphs
-from deqzoo.data.own import graph_digests, read_record, unseen
+from deqzoo.data.own import chose_weights, graph_digests, read_record, unseen
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
 from deqzoo.evaluation.graph_nodes import NODE_TASKS, SPLITS, node_parts
@@ -145,6 +146,7 @@ class _GraphData:
         if data is None:
             raise UserError("graph data are read from a local folder: name it with --data")
         self.model = model
+        self.progress = progress
         self._load(Path(data), split, batch_size, limit)
 
     def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
@@ -152,6 +154,32 @@ class _GraphData:
 
     def environment(self) -> dict[str, Any]:
         return {}
+
+    def _figures(
+        self,
+        parts: Iterable[tuple[Any, Any]],
+        count: int,
+        labels: torch.Tensor,
+        solver: dict[str, Any] | None,
+        title: str,
+    ) -> dict[str, Any]:
+        """Figures of batches of graphs with the rows that count, whose labels follow each other.
+
+        Ctrl-C ends it early: `interrupted` is then the number of samples measured until there.
+        """
+        outputs = _Outputs(self.model)
+        self.interrupted = 0
+        try:
+            for graphs, rows in tqdm(
+                parts, desc=title, total=count, unit="batch", disable=not self.progress
+            ):
+                outputs.add(graphs, solver, rows)
+        except KeyboardInterrupt:
+            if not outputs.parts:
+                raise
+            self.interrupted = sum(len(part[0]) for part in outputs.parts)
+            labels = labels[: self.interrupted]
+        return outputs.figures(labels, len(labels))
 
 
 class GraphEvaluator(_GraphData):
@@ -166,6 +194,7 @@ class GraphEvaluator(_GraphData):
     unit = "graphs"
 
     def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
+        self.chose: dict[str, bool] = {}
         folder = Path(self.model.config._name_or_path)
         record = read_record(folder)
         if record is None and (folder / "fold.json").is_file():
@@ -177,8 +206,10 @@ class GraphEvaluator(_GraphData):
             self.graphs = load_own_graphs(root, encoding_of(self.model))
             if bool((self.graphs.labels < 0).any()):
                 raise UserError(f"{root} has graphs without labels: nothing to measure against")
-            rows = unseen(graph_digests(self.graphs.graphs), record or {}, split)
+            digests = graph_digests(self.graphs.graphs)
+            rows = unseen(digests, record or {}, split)
             self.fold = {"data": self.graphs.name, split: rows}
+            self.chose = chose_weights(record, [digests[row] for row in rows])
         self.index = self.fold[split][:limit]
         self.limit = limit if limit is not None and limit < len(self.fold[split]) else None
         self.batch_size = batch_size
@@ -192,6 +223,7 @@ class GraphEvaluator(_GraphData):
             "complete": self.limit is None,
             **({} if self.limit is None else {"limit": self.limit}),
             "local": True,
+            **self.chose,
         }
 
     def measure(
@@ -201,10 +233,12 @@ class GraphEvaluator(_GraphData):
         title: str = "evaluating",
     ) -> dict[str, Any]:
         index = self.index[:samples]
-        outputs = _Outputs(self.model)
-        for start in range(0, len(index), self.batch_size):
-            outputs.add(self.graphs.batch(index[start : start + self.batch_size]), solver)
-        return outputs.figures(self.graphs.labels[index], len(index))
+        starts = range(0, len(index), self.batch_size)
+        parts = (
+            (self.graphs.batch(index[start : start + self.batch_size]), slice(None))
+            for start in starts
+        )
+        return self._figures(parts, len(starts), self.graphs.labels[index], solver, title)
 
 
 class NodeEvaluator(_GraphData):
@@ -246,10 +280,8 @@ class NodeEvaluator(_GraphData):
         samples: int | None = None,
         title: str = "evaluating",
     ) -> dict[str, Any]:
-        outputs = _Outputs(self.model)
-        for part in self.parts:
-            outputs.add(part.graphs, solver, part.rows)
-        return outputs.figures(self.labels, len(self.labels))
+        parts = ((part.graphs, part.rows) for part in self.parts)
+        return self._figures(parts, len(self.parts), self.labels, solver, title)
 
 
 class _Outputs:

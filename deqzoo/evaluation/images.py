@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
 from deqzoo.data.images import ImageSource, Pictures
-from deqzoo.data.own import OwnPictures, pictures_of_split, read_record
+from deqzoo.data.own import OwnPictures, chose_weights, pictures_of_split, read_record
 from deqzoo.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from deqzoo.errors import UserError
 from deqzoo.evaluation.classify import load_processor, to_batch
@@ -76,6 +76,9 @@ class ImageEvaluator:
         self.pictures = _pictures_of(model, split, data)
         self.processor = load_processor(model)
         self.description = self.pictures.describe()
+        if isinstance(self.pictures, OwnPictures):
+            record = read_record(model.config._name_or_path)
+            self.description |= chose_weights(record, self.pictures.digests())
         if limit is not None and limit < len(self.pictures):
             self.pictures = _first(self.pictures, limit)
             self.description |= {"pictures": limit, "complete": False, "limit": limit}
@@ -138,9 +141,9 @@ def run(
     starts = range(0, len(pictures), batch_size)
     for start in tqdm(starts, desc=title, unit="batch", disable=not progress):
         rows = range(start, min(start + batch_size, len(pictures)))
-        batch = to_batch(processor, [pictures.picture(row) for row in rows], model)
-        began = time.perf_counter()
         try:
+            batch = to_batch(processor, [pictures.picture(row) for row in rows], model)
+            began = time.perf_counter()
             with torch.inference_mode():
                 output = model(pixel_values=batch, solver=solver)
         except KeyboardInterrupt:

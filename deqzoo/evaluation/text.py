@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deqzoo.data.own import lines_of_split, load_own_text, read_record, text_digest
+from deqzoo.data.own import OwnText, lines_of_split, load_own_text, read_record, text_digest
 from deqzoo.data.text import (
     SOURCES,
     UNKNOWN,
@@ -125,7 +125,15 @@ def _stream_of(
         "complete": True,
         "unknown_share": prepared.unknown_share,
         "local": True,
+        **({"chose_weights": True} if split == "test" and _one_hold_out(text, record) else {}),
     }
+
+
+def _one_hold_out(text: OwnText, record: dict[str, Any] | None) -> bool:
+    """Whether the lines that the model was not trained on chose its weights."""
+    record = record or {}
+    lines = text.lines[: int(record.get("lines", 0))]
+    return bool(record.get("one_hold_out")) and text_digest(lines) == record.get("train")
 
 
 def _is_text(tokenizer: PreTrainedTokenizerFast, data: str | os.PathLike[str]) -> bool:

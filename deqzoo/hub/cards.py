@@ -372,6 +372,12 @@ def _results(entry: Entry, repository: str | None) -> list[str]:
         for name in names
     ]
     parts = [_table(head, rows)]
+    parts += [
+        f"These {data['samples']:,} {data['unit']} also chose the weights of this model, for want "
+        "of more: a figure that flatters."
+        for evaluation in found
+        if (data := evaluation.get("data", {})).get("chose_weights")
+    ]
     parts += [line for evaluation in found for line in _against_baselines(evaluation)]
     commands = dict.fromkeys(measuring_command(entry, e, repository) for e in found)
     parts.append("Measured by " + " and ".join(f"`{command}`" for command in commands) + ".")
@@ -419,7 +425,7 @@ def _facts(data: dict[str, Any]) -> Iterator[str]:
     if "samples" in data:
         yield f"{data['samples']:,} {data['unit']}"
     for key, value in data.items():
-        if key not in ("name", "split", "samples", "unit"):
+        if key not in ("name", "split", "samples", "unit", "chose_weights"):
             yield f"{key.replace('_', ' ')}: {_number(value)}"
 
 

@@ -102,6 +102,8 @@ def main_figure(evaluation: dict[str, Any]) -> str | None:
     if "fold" in data:
         where += f", fold {data['fold']}"
     value = main_value(evaluation)
+    if data.get("chose_weights"):
+        where += " (which chose the weights, too)"
     return None if value is None else f"{value} on {where}"
 
 

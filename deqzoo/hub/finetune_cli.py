@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from deqzoo.errors import UserError
 from deqzoo.evaluation.options import ModelName
 
 
@@ -45,7 +44,9 @@ def finetune(
     label_column: Annotated[
         str | None, typer.Option(help="Column of the labels in a table of pictures.")
     ] = None,
-    held_out: Annotated[float, typer.Option(help="Share that is held out of training.")] = 0.2,
+    held_out: Annotated[
+        float, typer.Option(help="Share kept to be measured; half as much chooses the weights.")
+    ] = 0.2,
     augment: Annotated[
         bool, typer.Option("--augment/--no-augment", help="Crop and mirror pictures at random.")
     ] = True,
@@ -54,13 +55,27 @@ def finetune(
     report_to: Annotated[
         str, typer.Option(help="tensorboard, wandb, trackio, ... or none; several by commas.")
     ] = "none",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was cut off.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train a model of the zoo further on pictures, texts or graphs of your own."""
-    from deqzoo.training.finetune import Settings, prepare, train, warnings_of
+    from deqzoo.training.finetune import (
+        Settings,
+        clear,
+        prepare,
+        require_free,
+        train,
+        warnings_of,
+    )
 
-    if (output / "config.json").is_file() or output.is_file():
-        raise UserError(f"{output} already holds a model or is a file; choose another --output")
+    unmeasured = (output / "run.json").is_file() and not (output / "README.md").is_file()
+    if resume and unmeasured:  # cut off when it was trained already
+        clear(output)
+        typer.echo(f"{finish(output, data)}; model, card and evaluation in {output}")
+        return
+    require_free(output, resume)
     settings = Settings(
         epochs=epochs, batch_size=batch_size, lr=lr, solver=solver, gradient=gradient,
         freeze=freeze, seed=seed, report_to=tuple(report_to.split(",")), held_out=held_out,
@@ -69,12 +84,12 @@ def finetune(
     job = prepare(model, data, settings)
     for line in warnings_of(job):
         print(line, file=sys.stderr)
-    train(job, output, settings, progress=not quiet)
+    train(job, output, settings, resume=resume, progress=not quiet)
     typer.echo(f"{finish(output, data)}; model, card and evaluation in {output}")
 
 
 def finish(folder: Path, data: Path) -> str:
-    """Measure a trained model on its hold-out, seal it and write its card; the main figure."""
+    """Measure a trained model on its test part, seal it and write its card; the main figure."""
     import deqzoo
     from deqzoo.evaluation.dispatch import evaluate_model
     from deqzoo.evaluation.files import write_evaluation

@@ -71,7 +71,7 @@ def train(
     from deqzoo.training.own_graphs import GraphRecipe
 
     if GraphRecipe.describes(recipe):
-        _graphs(recipe, data, output, dry_run, seed, quiet)
+        _graphs(recipe, data, output, resume, dry_run, seed, quiet)
         return
     from deqzoo.tasks import build_task
     from deqzoo.training.arguments import check_report_to
@@ -111,7 +111,13 @@ def train(
 
 
 def _graphs(
-    path: Path, data: Path | None, output: Path | None, dry_run: bool, seed: int | None, quiet: bool
+    path: Path,
+    data: Path | None,
+    output: Path | None,
+    resume: bool,
+    dry_run: bool,
+    seed: int | None,
+    quiet: bool,
 ) -> None:
     """Train a graph classifier on graphs of one's own."""
     from deqzoo.training import own_graphs
@@ -123,7 +129,8 @@ def _graphs(
         typer.echo(json.dumps(own_graphs.describe(recipe, data), indent=2))
         return
     out = output or Path("runs") / recipe.name
-    typer.echo(f"weights in {own_graphs.train_graphs(recipe, data, out, progress=not quiet)}")
+    folder = own_graphs.train_graphs(recipe, data, out, resume=resume, progress=not quiet)
+    typer.echo(f"weights in {folder}")
 
 
 def _of_nodes(recipe: Path) -> bool:

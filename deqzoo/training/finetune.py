@@ -1,6 +1,8 @@
 """Training on data of one's own: pictures, texts and graphs, from a model of the zoo or from none.
 
-One run of `DEQTrainer`: a stratified hold-out chooses the weights and ends the run early.
+One run of `DEQTrainer`: a validation part chooses the weights and ends the run early, and a test
+part is kept for the figure, both drawn class by class. Few data have one hold-out for both, which
+is said.
 """
 
 from __future__ import annotations
@@ -17,14 +19,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 
 from deqzoo.data import own
 from deqzoo.data.graphs import GraphSet, collate_graphs, load_own_graphs
 from deqzoo.data.text import END, UNKNOWN, count_vocabulary
 from deqzoo.errors import UserError
+from deqzoo.files import mark_complete, replace_text
 from deqzoo.models.auto import DEQModel
 from deqzoo.models.deq_transformer import DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
@@ -33,10 +44,12 @@ from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
     text_style,
 )
 from deqzoo.training.arguments import DEQTrainingArguments, check_report_to
+from deqzoo.training.checkpoints import differences, latest_checkpoint
 from deqzoo.training.graphs import class_settings
 from deqzoo.training.images import augment
 from deqzoo.training.norms import freeze_batch_norm
 from deqzoo.training.trainer import DEQTrainer
+from deqzoo.zoo import read_json
 
 FREEZE = ("none", "norms", "backbone")
 TOKENIZERS = ("keep", "extend", "build")
@@ -63,7 +76,8 @@ class Settings:
             last layers'; "none" trains everything.
         seed: of the hold-out, the new weights and the order.
         report_to: as in `TrainingArguments`: tensorboard, wandb, trackio, ... or none.
-        held_out: share of every class that is held out where the data have no split for it.
+        held_out: share of every class that is kept to be measured where the data have no test
+            split; half as much chooses the weights. Of texts half of each.
         max_steps: stop after so many optimiser steps.
         augment: vary pictures.
         tokenizer: of texts: "keep" the model's, "extend" it by the new words, or "build" one of
@@ -106,6 +120,7 @@ class Job:
         model: to train.
         train: samples to learn.
         held_out: samples that choose the weights.
+        measured: how many others the figure is of; 0 where `held_out` has to serve for both.
         collate: samples to the model's arguments.
         save_processor: writes what belongs beside the weights.
         record: what `own_data.json` holds.
@@ -126,6 +141,7 @@ class Job:
     last_layers: tuple[str, ...]
     lr: float
     unit: str
+    measured: int
     accuracy: bool = True
     solver: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
@@ -161,11 +177,23 @@ def prepare(name: str | Path, data: str | Path, settings: Settings) -> Job:
     return build(lambda **changes: DEQModel.from_pretrained(name, **changes), data, settings)
 
 
-def train(job: Job, output: str | Path, settings: Settings, *, progress: bool = True) -> Path:
+def train(
+    job: Job,
+    output: str | Path,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> Path:
     """Train, keep the weights that the hold-out likes best, and save them with the record.
 
-    A run that was cut off goes on from its last checkpoint in `output/checkpoints`, which is
-    removed at the end.
+    Args:
+        job: the model and its data.
+        output: folder of the model. The run's own files lie in `checkpoints` there, which is
+            removed at the end.
+        settings: of the training.
+        resume: go on from the last checkpoint of a run that was cut off, or start if there is none.
+        progress: show a bar.
 
     Returns:
         The folder, which `from_pretrained` loads.
@@ -174,8 +202,7 @@ def train(job: Job, output: str | Path, settings: Settings, *, progress: bool = 
         UserError: the output is no folder of such a run, or settings do not fit.
     """
     output = Path(output)
-    if output.is_file() or (output / "config.json").is_file():
-        raise UserError(f"{output} already holds a model or is a file; choose another --output")
+    require_free(output, resume)
     output.mkdir(parents=True, exist_ok=True)
     _freeze(job, settings.freeze)
     n = len(job.train)  # type: ignore[arg-type]
@@ -212,6 +239,7 @@ def train(job: Job, output: str | Path, settings: Settings, *, progress: bool = 
         prediction_loss_only=not job.accuracy,
         solver=settings.solver or job.solver,
         gradient=settings.gradient,
+        restore_callback_states_from_checkpoint=True,
     )
     started = time.time()
     trainer = DEQTrainer(
@@ -221,12 +249,13 @@ def train(job: Job, output: str | Path, settings: Settings, *, progress: bool = 
         eval_dataset=job.held_out,
         data_collator=job.collate,
         compute_metrics=_accuracy if job.accuracy else None,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=_PATIENCE)],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=_PATIENCE), _Resumable(job.train)],
     )
     if not progress:
         trainer.remove_callback(PrinterCallback)
-    last = _resumable(output, job.record, settings)
-    trainer.train(resume_from_checkpoint=last)
+    last = _resumable(output, job, settings, resume)
+    if last is None or not _ended(trainer, Path(last), total):
+        trainer.train(resume_from_checkpoint=last)
     job.model.save_pretrained(output)
     job.save_processor(output)
     own.write_record(output, job.record)
@@ -240,43 +269,88 @@ def train(job: Job, output: str | Path, settings: Settings, *, progress: bool = 
         "seconds": round(time.time() - started, 1),
         "samples": n,
         "held_out": len(job.held_out),  # type: ignore[arg-type]
+        "measured": job.measured or len(job.held_out),  # type: ignore[arg-type]
         "curve": [
             {k.removeprefix("eval_"): v for k, v in e.items() if k in _KEPT} for e in history
         ],
     }  # fmt: skip
-    (output / "run.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    logs = output / "checkpoints" / "runs"  # of TensorBoard
-    if logs.is_dir():
-        shutil.move(logs, output / "runs")
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    (output / "begun.json").unlink(missing_ok=True)
+    replace_text(output / "run.json", json.dumps(content, indent=2) + "\n")
+    clear(output)
     return output
 
 
+def clear(output: Path) -> None:
+    """Remove what only the run needed."""
+    logs = output / "checkpoints" / "runs"  # of TensorBoard
+    if logs.is_dir():
+        shutil.move(logs, output / "runs")
+    (output / BEGUN).unlink(missing_ok=True)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+
+
+BEGUN = "begun.json"
+"""In the folder of a run that has not ended: what it is."""
 _KEPT = ("step", "eval_loss", "eval_accuracy")
 
 
-def _resumable(output: Path, record: dict[str, Any], settings: Settings) -> str | None:
-    """The last checkpoint of the same run, if it was cut off.
+def require_free(output: Path, resume: bool = False) -> None:
+    """Refuse an output that holds something else than what may go on.
 
     Raises:
-        UserError: the folder holds the checkpoints of another run.
+        UserError: a file, a finished model, or a run that was cut off and is not to be resumed.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    begun = (output / BEGUN).is_file()
+    if output.is_file() or ((output / "config.json").is_file() and not begun):
+        raise UserError(f"{output} already holds a model or is a file; choose another --output")
+    if begun and not resume:
+        raise UserError(f"{output} already holds a run; add --resume to go on, or remove it")
 
-    begun = output / "begun.json"
-    now = json.loads(json.dumps({"settings": asdict(settings), "data": record}))
-    folder = output / "checkpoints"
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+class _Resumable(TrainerCallback):
+    """Tells pictures the epoch, and marks checkpoints that were written to their end."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # accelerate calls `set_epoch` of a data set, but not in an epoch that is resumed.
+        self.data.epoch = int(state.epoch + 1e-6)  # type: ignore[attr-defined]
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _resumable(output: Path, job: Job, settings: Settings, resume: bool) -> str | None:
+    """The last sound checkpoint of the same run, if it was cut off and is to go on.
+
+    Raises:
+        UserError: the folder holds the checkpoints of another run, or damaged ones only.
+    """
+    begun = output / BEGUN
+    model = job.model.config._name_or_path
+    now = {"model": model, "settings": asdict(settings), "data": job.record}
+    last = latest_checkpoint(output / "checkpoints") if resume else None
     if last is not None:
-        if not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != now:
+        if differences(read_json(begun), now):
             raise UserError(
-                f"{output} holds the checkpoints of a run with other data or settings; remove it "
+                f"{output} holds a run of another model, or with other data or settings; remove it "
                 "or choose another --output"
             )
         print(f"going on from {last}", file=sys.stderr)
-    begun.write_text(json.dumps(now), encoding="utf-8")
+    replace_text(begun, json.dumps(now))
     return last
+
+
+def _ended(trainer: DEQTrainer, last: Path, total: int) -> bool:
+    """Whether a run was cut off after its last step; its best weights are then taken."""
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    if state.global_step < total and stopping["early_stopping_patience_counter"] < _PATIENCE:
+        return False
+    trainer.state = state
+    best = last.parent / Path(state.best_model_checkpoint or last).name
+    trainer.model.load_state_dict(load_file(best / "model.safetensors"), strict=False)
+    return True
 
 
 def _freeze(job: Job, what: str) -> None:
@@ -300,12 +374,17 @@ def _accuracy(prediction: Any) -> dict[str, float]:
 
 def warnings_of(job: Job) -> list[str]:
     """What a user should know about the data before the run."""
-    held_out = len(job.held_out)  # type: ignore[arg-type]
+    measured = job.measured or len(job.held_out)  # type: ignore[arg-type]
     found = list(job.notes)
-    if job.accuracy and held_out < FEW:
-        spread = 100 / math.sqrt(max(held_out, 1))
+    if not job.measured:
         found.append(
-            f"the hold-out has {held_out} {job.unit} only: its accuracy is known to about "
+            f"so few {job.unit} give one hold-out, which chooses the weights and is measured: its "
+            "figure flatters"
+        )
+    if job.accuracy and measured < FEW:
+        spread = 100 / math.sqrt(max(measured, 1))
+        found.append(
+            f"the test part has {measured} {job.unit} only: its accuracy is known to about "
             f"±{spread:.0f} points (two standard errors)"
         )
     return found
@@ -315,9 +394,13 @@ def warnings_of(job: Job) -> list[str]:
 
 
 class _Training(Dataset):
-    """Pictures in memory (N, 3, H, W) uint8, varied anew each time they are asked for."""
+    """Pictures in memory (N, 3, H, W) uint8, varied anew in every epoch.
 
-    def __init__(self, pictures: Any, processor: Any, vary: bool) -> None:
+    How depends on seed, epoch and row alone, so that a resumed run sees the same.
+    """
+
+    def __init__(self, pictures: Any, processor: Any, vary: bool, seed: int) -> None:
+        self.seed, self.epoch = seed, 0
         self.pixels, self.labels = pictures.pixels, pictures.labels
         self.side = processor.crop_size["height"]
         self.mean = torch.tensor(processor.image_mean).reshape(3, 1, 1)
@@ -330,7 +413,8 @@ class _Training(Dataset):
     def __getitem__(self, row: int) -> dict[str, Any]:
         pixels = self.pixels[row][None]
         if self.options:
-            generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,))))
+            draw = np.random.SeedSequence((self.seed, self.epoch, row)).generate_state(1)
+            generator = torch.Generator().manual_seed(int(draw[0]))
             pixels = augment(pixels, torch.tensor([row]), 0, self.options, generator, self.side)
         else:
             first = (pixels.shape[-1] - self.side) // 2
@@ -362,7 +446,7 @@ def _pictures(load: Callable[..., Any], data: str | Path, settings: Settings) ->
     from deqzoo.evaluation.classify import load_processor
 
     found = own.load_own_pictures(data, label_column=settings.label_column)
-    training, held_out = own.divide_own(found, settings.held_out, settings.seed)
+    training, choosing, test = own.divide_in_three(found, settings.held_out, settings.seed)
     names = training.classes
     model = load(
         num_labels=len(names),
@@ -376,14 +460,21 @@ def _pictures(load: Callable[..., Any], data: str | Path, settings: Settings) ->
     listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
     return Job(
         model=model,
-        train=_Training(training.in_memory(side), processor, settings.augment),
-        held_out=_HeldOut(held_out, processor),
+        train=_Training(training.in_memory(side), processor, settings.augment, settings.seed),
+        held_out=_HeldOut(choosing or test, processor),
         collate=None,
         save_processor=lambda folder: processor.save_pretrained(folder),
-        record={"kind": "pictures", "name": training.name, "train": training.digests()},
+        record={
+            "kind": "pictures",
+            "name": training.name,
+            "train": training.digests(),
+            "validation": (choosing or test).digests(),
+            "one_hold_out": choosing is None,
+        },
         last_layers=("classifier", "head"),
         lr=1e-3,
         unit="pictures",
+        measured=len(test) if choosing else 0,
         # Phantom gradients of a rough equilibrium train as well; the recipes take five.
         solver={"max_steps": min(10, model.config.solver["max_steps"])},
         notes=[f"to learn: {listed if len(names) < 20 else f'{len(names)} classes'}"],
@@ -418,7 +509,7 @@ def _text(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job
     from deqzoo.evaluation.text import load_tokenizer
 
     text = own.load_own_text(data)
-    training, held_out = text.divided(settings.held_out / 2)
+    training, choosing, test = text.divided_in_three(settings.held_out / 2)
     model = load()
     tokenizer = load_tokenizer(model)
     if settings.tokenizer != "keep":
@@ -432,7 +523,7 @@ def _text(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job
         return torch.tensor(tokenizer(prepared.text)["input_ids"]), prepared.unknown_share
 
     words, unknown = ids(training)
-    other, _ = ids(held_out)
+    other, _ = ids(choosing or test)
     length = model.config.tgt_len
     note = f"{len(words):,} words to learn, {unknown:.1%} of them unknown to the model"
     if unknown > 0.1 and settings.tokenizer == "keep":
@@ -447,11 +538,14 @@ def _text(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job
             "kind": "text",
             "name": text.name,
             "lines": len(training),
+            "validation": len(choosing or test),
+            "one_hold_out": not choosing,
             "train": own.text_digest(training),
         },
         last_layers=("transformer.embedding", "lm_head"),
         lr=3e-4,
-        unit="segments",
+        unit="lines",
+        measured=len(test) if choosing else 0,
         accuracy=False,
         notes=[note],
     )
@@ -528,8 +622,9 @@ def graph_job(model: PreTrainedModel, graphs: GraphSet, settings: Settings) -> J
         raise UserError(f"{type(model).__name__} classifies no graphs; choose a graph classifier")
     if len(graphs.labels.unique()) < 2:
         raise UserError(f"{graphs.name} holds graphs of one class; at least two are needed")
-    rows, held_out = own.stratified(graphs.labels, settings.held_out, settings.seed)
-    if not held_out:
+    share = settings.held_out
+    rows, choosing, test = own.three_parts(graphs.labels, share, share / 2, settings.seed)
+    if not test:
         raise UserError(f"{graphs.name} has one graph of each class; give at least two")
     digests = own.graph_digests(graphs.graphs)
     counts = np.bincount(graphs.labels.numpy())
@@ -538,13 +633,20 @@ def graph_job(model: PreTrainedModel, graphs: GraphSet, settings: Settings) -> J
     return Job(
         model=model,
         train=_List([graphs.graphs[i] for i in rows]),
-        held_out=_List([graphs.graphs[i] for i in held_out]),
+        held_out=_List([graphs.graphs[i] for i in choosing or test]),
         collate=collate_graphs,
         save_processor=lambda folder: None,
-        record={"kind": "graphs", "name": graphs.name, "train": [digests[i] for i in rows]},
+        record={
+            "kind": "graphs",
+            "name": graphs.name,
+            "train": [digests[i] for i in rows],
+            "validation": [digests[i] for i in choosing or test],
+            "one_hold_out": not choosing,
+        },
         last_layers=("dense", "classifier"),
         lr=2e-3,
         unit="graphs",
+        measured=len(test) if choosing else 0,
         notes=[f"graphs of the classes {listed}"],
     )
 

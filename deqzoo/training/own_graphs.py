@@ -110,7 +110,13 @@ def describe(recipe: GraphRecipe, data: str | Path | None) -> dict[str, Any]:
 
 
 def train_graphs(
-    recipe: GraphRecipe, data: str | Path | None, out: Path, *, progress: bool = True
+    recipe: GraphRecipe,
+    data: str | Path | None,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
 ) -> Path:
-    """Train a recipe; the folder `model` in `out` is the result."""
-    return train(build(recipe, data), out / "model", recipe.settings(), progress=progress)
+    """Train a recipe; the folder `model` in `out` is the result. See `finetune.train`."""
+    job = build(recipe, data)
+    return train(job, out / "model", recipe.settings(), resume=resume, progress=progress)

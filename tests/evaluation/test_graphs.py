@@ -107,3 +107,40 @@ def test_an_empty_split_is_said(
         assert run(arguments) == 2
         assert "validation split" in capsys.readouterr().err
     assert len(predicted(capsys, checkpoint, "--data", tmp_path)) == 1
+
+
+def test_an_interrupted_evaluation_keeps_what_it_has(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
+    edges = torch.tensor([[0, 1], [1, 0]])
+    graphs = [data_class(x=torch.eye(5)[[i, 4]], edge_index=edges, y=1 + i % 2) for i in (0, 1, 2)]
+    torch.save(graphs * 3, tmp_path / "own.pt")
+    forward, calls = deqzoo.IGNNForGraphClassification.forward, []
+
+    def interrupted(self, *values, **keywords):
+        calls.append(1)
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return forward(self, *values, **keywords)
+
+    output = tmp_path / "evaluation.json"
+    arguments = ["evaluate", checkpoint, "--data", tmp_path / "own.pt", "--output", output]
+    arguments = [*map(str, arguments), "--split", "all"]
+    limit = 0
+    assert run([*arguments, "--batch-size", "9"]) == 0
+    whole = json.loads(output.read_text())["results"]
+    monkeypatch.setattr(deqzoo.IGNNForGraphClassification, "forward", interrupted)
+    limit = 3  # of three batches, each of the same graphs
+    assert run([*arguments, "--batch-size", "3"]) == 130
+    content = json.loads(output.read_text())
+    assert content["data"]["samples"] == 6 and content["data"]["complete"] is False
+    assert content["results"]["accuracy"] == pytest.approx(whole["accuracy"])
+    assert "batch" in capsys.readouterr().err
+    calls.clear()
+    limit = 3  # the figures, the budget's own, one of its rows
+    assert run([*arguments, "--batch-size", "9", "--budget"]) == 130
+    assert json.loads(output.read_text())["data"]["samples"] == 9
+    calls.clear()
+    limit = 1
+    output.unlink()
+    assert run(arguments) == 130 and not output.exists()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import deqzoo
 from deqzoo.cli import run
@@ -22,6 +23,7 @@ from deqzoo.data import own
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
 from deqzoo.training.finetune import Settings, with_words
+from deqzoo.training.trainer import DEQTrainer
 
 pytest.importorskip("datasets")
 
@@ -255,6 +257,122 @@ def test_graphs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert content["data"]["samples"] == 8
     model = deqzoo.DEQModel.from_pretrained(output)
     assert model.config.graph_encoding["classes"] == [3, 7]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    tiny_mdeq: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    data = write_folder(tmp_path / "things", count=7, side=32)
+    base = ["finetune", tiny_mdeq, "--data", data, "--quiet", "--max-steps", 7, "--lr", 0.01]
+    command = [*map(str, base), "--output"]
+    assert run([*command, str(tmp_path / "whole")]) == 0
+    step, calls = DEQTrainer.training_step, []
+
+    def dies(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 5:  # within the second epoch of three steps
+            raise KeyboardInterrupt
+        return step(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DEQTrainer, "training_step", dies)
+        assert run([*command, str(tmp_path / "cut")]) == 130
+    capsys.readouterr()
+    assert run([*command, str(tmp_path / "cut")]) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert run([*command, str(tmp_path / "cut"), "--resume", "--seed", "1"]) == 2
+    assert "other data or settings" in capsys.readouterr().err
+    assert run([*command, str(tmp_path / "cut"), "--resume"]) == 0
+    assert "going on from" in capsys.readouterr().err
+    results = []
+    for name in ("whole", "cut"):
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        weights = load_file(tmp_path / name / "model.safetensors")
+        results.append((weights, record["curve"], record["steps"]))
+        assert not (tmp_path / name / "checkpoints").exists()
+        assert not (tmp_path / name / "begun.json").exists()
+    assert results[0][1:] == results[1][1:]
+    assert all(torch.equal(results[0][0][key], results[1][0][key]) for key in results[0][0])
+    assert run([*command, str(tmp_path / "cut"), "--resume"]) == 2
+    assert "already holds a model" in capsys.readouterr().err
+
+
+def test_a_run_cut_off_after_its_training_is_finished(
+    tiny_mdeq: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    data, output = write_folder(tmp_path / "things"), tmp_path / "tuned"
+    base = ["finetune", tiny_mdeq, "--data", data, "--output", output, "--quiet", "--max-steps", 4]
+    command = [*map(str, base)]
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deqzoo.data.own.write_record", dies)  # the weights are saved by then
+        assert run(command) == 130
+    before = load_file(output / "model.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(DEQTrainer, "training_step", dies)
+        patch.setattr("deqzoo.hub.finetune_cli.finish", dies)
+        assert run([*command, "--resume"]) == 130
+    assert run([*command, "--resume"]) == 0
+    after = load_file(output / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert (output / "README.md").is_file() and not (output / "checkpoints").exists()
+    assert "on things test" in capsys.readouterr().out
+
+
+def test_the_figure_is_not_of_what_chose_the_weights(
+    tiny_mdeq: Path, tmp_path: Path, capsys
+) -> None:
+    data, output = write_folder(tmp_path / "things", count=20, side=24), tmp_path / "tuned"
+    command = ["finetune", tiny_mdeq, "--data", data, "--output", output, "--max-steps", 2]
+    printed = finetuned(capsys, *command[1:])
+    assert "chose the weights" not in printed
+    record = own.read_record(output)
+    parts = {
+        split: own.pictures_of_split(data, split, tuple(COLOURS), record)
+        for split in (*own.SPLITS, "all")
+    }
+    assert {split: len(part) for split, part in parts.items()} == {
+        "train": 42, "validation": 6, "test": 12, "all": 60,
+    }  # fmt: skip
+    seen = [set(parts[split].digests()) for split in own.SPLITS]
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+    assert torch.bincount(parts["test"].labels).tolist() == [4, 4, 4]
+    content = json.loads((output / "evaluation" / "things-test.json").read_text())
+    assert content["data"]["samples"] == 12 and "chose_weights" not in content["data"]
+    # Six pictures of a class are too few for three parts, and that is said.
+    few, output = write_folder(tmp_path / "few"), tmp_path / "of-few"
+    assert run([*map(str, ["finetune", tiny_mdeq, "--data", few, "--output", output]),
+                "--max-steps", "2", "--quiet"]) == 0  # fmt: skip
+    printed = capsys.readouterr()
+    assert "(which chose the weights, too)" in printed.out and "flatters" in printed.err
+    content = json.loads((output / "evaluation" / "few-test.json").read_text())
+    assert content["data"]["chose_weights"] is True
+    assert "also chose the weights" in (output / "README.md").read_text()
+    # Measured on other data, the same model's figure is as good as any.
+    file = tmp_path / "e.json"
+    assert run(["evaluate", str(output), "--data", str(data), "--output", str(file)]) == 0
+    assert "chose_weights" not in json.loads(file.read_text())["data"]
+
+
+def test_stored_splits_are_taken(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "things", count=40, side=8)
+    whole = own.load_own_pictures(folder)["train"]
+    rows = own.three_parts(whole.labels)
+    parts = {s: whole.part(r, s) for s, r in zip(own.SPLITS, rows, strict=True)}
+    for stored, sizes in (
+        (("train",), (57, 9, 18)),
+        (("train", "test"), (75, 9, 24)),
+        (("train", "validation"), (66, 12, 18)),
+        (own.SPLITS, (84, 12, 24)),
+    ):
+        found = own.divide_in_three({split: parts[split] for split in stored})
+        assert tuple(map(len, found)) == sizes, stored
+        for split, part in zip(own.SPLITS, found, strict=True):
+            if split in stored and split != "train":
+                assert part is parts[split]
 
 
 def test_settings_are_checked() -> None:
