@@ -475,6 +475,7 @@ def test_graphs_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     model = scratch(tmp_path, content, capsys)
     record = evaluated(model, tmp_path / "pairs.pt", tmp_path)
     assert record["results"]["accuracy"] == 1 and record["data"]["samples"] == 6
+    capsys.readouterr()
     for change in (
         {"name": "a/b"},
         {"data": {"name": "graphs"}},
