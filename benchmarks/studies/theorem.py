@@ -154,21 +154,21 @@ def _dense(linear: Linearization, d: int, settings: Sequence[tuple[int, float]])
 def _bounded(linear: Linearization, settings: Sequence[tuple[int, float]]) -> list[Condition]:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(linear.point.shape, generator=generator).to(linear.point)
-    u, largest = _unit(start), 0.0
+    u, largest = unit(start), 0.0
     for _ in range(_ITERATIONS):
         u = linear.gram(u)
         largest = max(largest, float(u.norm()))
-        u = _unit(u)
+        u = unit(u)
     leading = u
-    u = _unit(start)
+    u = unit(start)
     for _ in range(_ITERATIONS):  # towards the smallest singular value
-        u = _unit(largest * u - linear.gram(u))
+        u = unit(largest * u - linear.gram(u))
     smallest = _squared(linear.to_parameters(u))
     slow = linear.series(start, 4, 1.0)
     conditions = []
     for steps, damping in settings:
         distance = max(
-            _squared(linear.to_parameters(linear.series(_unit(v), steps, damping))) ** 0.5
+            _squared(linear.to_parameters(linear.series(unit(v), steps, damping))) ** 0.5
             for v in (start, leading, slow)
         )
         distance, allowed = distance / largest**0.5, smallest / largest
@@ -177,7 +177,8 @@ def _bounded(linear: Linearization, settings: Sequence[tuple[int, float]]) -> li
     return conditions
 
 
-def _unit(u: Tensor) -> Tensor:
+def unit(u: Tensor) -> Tensor:
+    """u / ‖u‖."""
     return u / u.norm().clamp_min(torch.finfo(u.dtype).tiny)
 
 
