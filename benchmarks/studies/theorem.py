@@ -5,32 +5,20 @@ is A has a non-negative inner product with the exact gradient if ‖A (I − J) 
 σ_min(X)² / σ_max(X). For the Neumann gradient that distance is ‖X B^k‖, B = λJ + (1 − λ)I (in the
 transposed layout used there).
 
-    python benchmarks/studies/theorem.py MODEL [--data DIR] [--seconds 60]
-
-prints the condition for six settings (k, λ) of the Neumann gradient on one sample, as JSON lines.
+`theorem1.py` has the command.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import deqzoo
 from deqzoo.equilibrium.state import StatePacker
-from deqzoo.errors import UserError
-from deqzoo.fidelity.adjoints import RecordedModel
-from deqzoo.fidelity.batches import make_batch, part
-from deqzoo.fidelity.study import EXACT_FORWARD, Clock
-
-SETTINGS = tuple((steps, damping) for damping in (1.0, 0.5) for steps in (1, 5, 20))
+from deqzoo.fidelity.batches import part
 
 _DENSE_ENTRIES = 40_000_000
 _ITERATIONS = 12
@@ -179,6 +167,7 @@ def _bounded(linear: Linearization, settings: Sequence[tuple[int, float]]) -> li
 
 def unit(u: Tensor) -> Tensor:
     """u / ‖u‖."""
+    """u / ‖u‖."""
     return u / u.norm().clamp_min(torch.finfo(u.dtype).tiny)
 
 
@@ -194,31 +183,3 @@ def first_sample(batch: Mapping[str, Any], tokens: int = 8) -> dict[str, Any] | 
     if "input_ids" in single:
         single |= {name: single[name][:, :tokens] for name in ("input_ids", "labels")}
     return single
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="zoo name or folder")
-    parser.add_argument("--data", type=Path, help="local copy of its data set; else a stand-in")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time allowed")
-    arguments = parser.parse_args()
-    try:
-        model = deqzoo.DEQModel.from_pretrained(arguments.model)
-        batch, _ = make_batch(model, arguments.data)
-        single = first_sample(batch)
-        if single is None and (arguments.data is None or "mask" not in batch):
-            single, _ = make_batch(model, arguments.data, size=1)
-        if single is None:
-            raise UserError("a graph of nodes is one sample, too large for this condition")
-        clock = Clock(arguments.seconds)
-        recorded = RecordedModel(model, single, EXACT_FORWARD, clock.check)
-        parameters = list(recorded.parameters.values())
-        state = recorded.solutions[0].state
-        for found in check(recorded.maps[0], state, parameters, SETTINGS, clock.check):
-            print(json.dumps(asdict(found)))
-    except UserError as error:
-        sys.exit(f"theorem.py: {error}")
-
-
-if __name__ == "__main__":
-    main()

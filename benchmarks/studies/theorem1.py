@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from anytime import folder_of
 from cells import Cells, markdown_table, write_text
+from theorem import Linearization, first_sample, unit
 from torch import Tensor
 
 import deqzoo
 from deqzoo.equilibrium import fixed_point, spectral_radius
 from deqzoo.equilibrium.state import StatePacker
-from deqzoo.evaluation.adjoints import (
+from deqzoo.evaluation.files import weights_digest
+from deqzoo.fidelity.adjoints import (
     Held,
     RecordedModel,
     named,
@@ -37,10 +39,8 @@ from deqzoo.evaluation.adjoints import (
     no_rule,
     solver_rule,
 )
-from deqzoo.evaluation.files import weights_digest
-from deqzoo.evaluation.gradient_batches import first_sample, make_batch
-from deqzoo.evaluation.gradients import EXACT_ADJOINT, EXACT_FORWARD
-from deqzoo.evaluation.theorem import Linearization, unit
+from deqzoo.fidelity.batches import make_batch
+from deqzoo.fidelity.study import EXACT_ADJOINT, EXACT_FORWARD
 from deqzoo.hub.catalogue import entries
 from deqzoo.zoo import resolve_bundled
 
