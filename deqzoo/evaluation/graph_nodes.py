@@ -106,6 +106,6 @@ def evaluate_parts(model: IGNNForNodeClassification, parts: list[NodePart]) -> d
     labels = torch.cat([part.labels[part.rows] for part in parts])
     reports = zip(*((out.n_steps, out.residual, out.converged) for out in outputs), strict=True)
     return {
-        **classification_figures(logits, labels),
+        **classification_figures(logits, labels, model.config.decision_threshold),
         **equilibrium_summary(*(torch.cat(report) for report in reports)),
     }

@@ -303,7 +303,7 @@ class _Outputs:
     def figures(self, labels: torch.Tensor, samples: int) -> dict[str, Any]:
         logits, *report = (torch.cat(parts).cpu() for parts in zip(*self.parts, strict=True))
         return {
-            **classification_figures(logits, labels),
+            **classification_figures(logits, labels, self.model.config.decision_threshold),
             **equilibrium_summary(*report),
             "seconds_per_sample": self.seconds / samples,
         }

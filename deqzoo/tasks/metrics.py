@@ -159,12 +159,38 @@ def constant_micro_f1(labels: Tensor) -> float:
     return (2 * counts.cumsum(0) / (named + counts.sum())).max().item()
 
 
-def classification_figures(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def best_threshold(logits: Tensor, labels: Tensor) -> float:
+    """The probability from which a label should be named for the best micro-F1.
+
+    Args:
+        logits: (n, c), one per label.
+        labels: (n, c) of 0 and 1.
+
+    Returns:
+        One threshold for all labels, halfway between the last probability that is named and the
+        next lower one.
+    """
+    from torch import arange
+
+    scores, order = logits.double().sigmoid().flatten().sort(descending=True)
+    hits = labels.double().flatten()[order].cumsum(0)
+    named = arange(1, len(scores) + 1, device=scores.device)
+    f1 = 2 * hits / (named + hits[-1])
+    f1[:-1][scores[:-1] == scores[1:]] = -1  # equal scores are named together
+    best = int(f1.argmax())
+    following = scores[best + 1] if best + 1 < len(scores) else scores.new_zeros(())
+    return float((scores[best] + following) / 2)
+
+
+def classification_figures(
+    logits: Tensor, labels: Tensor, threshold: float = 0.5
+) -> dict[str, Any]:
     """The figures of a classifier, with the baselines of a constant answer.
 
     Args:
         logits: (n, c).
         labels: classes (n,), int64; or several labels per row, (n, c) of 0 and 1.
+        threshold: probability from which one of several labels is named.
 
     Returns:
         Micro-F1 for several labels; else accuracy, likelihood and calibration, and the area under
@@ -172,7 +198,7 @@ def classification_figures(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """
     if labels.ndim == 2:
         return {
-            "micro_f1": micro_f1((logits > 0).to(labels.dtype), labels),
+            "micro_f1": micro_f1((logits.sigmoid() > threshold).to(labels.dtype), labels),
             "constant_micro_f1": constant_micro_f1(labels),
         }
     figures = {"accuracy": accuracy(logits, labels), "majority": majority(labels)}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from deqzoo.data.graphs import (
     collate_graphs,
@@ -22,7 +23,13 @@ from deqzoo.data.graphs import (
 )
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
-from deqzoo.tasks.metrics import area_under_curve, classification_figures, micro_f1
+from deqzoo.models.ignn.configuration_ignn import IGNNConfig
+from deqzoo.tasks.metrics import (
+    area_under_curve,
+    best_threshold,
+    classification_figures,
+    micro_f1,
+)
 
 
 def write_graph_set(folder, name="TINY", count=30, node_labels=True):
@@ -294,6 +301,24 @@ def test_figures():
     figures = classification_figures(logits, torch.tensor([1, 0, 0, 1]))
     assert figures["accuracy"] == 0.75 and figures["auc"] == pytest.approx(0.75)
     assert area_under_curve(torch.zeros(4), torch.tensor([0, 1, 0, 1])) == 0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_threshold_of_several_labels(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(40, 5, generator=generator).mul(4).round().div(2)  # with ties
+    labels = (torch.rand(40, 5, generator=generator) < logits.sigmoid()).float()
+    cuts = torch.cat([torch.tensor([0.0]), logits.sigmoid().unique()])
+    every = [micro_f1((logits.sigmoid() > cut).float(), labels) for cut in cuts]
+    threshold = best_threshold(logits, labels)
+    figures = classification_figures(logits, labels, threshold)
+    assert figures["micro_f1"] == pytest.approx(max(every))
+    assert figures["micro_f1"] >= classification_figures(logits, labels)["micro_f1"]
+
+
+def test_thresholds_are_probabilities() -> None:
+    with pytest.raises(StrictDataclassError, match="decision_threshold=1.5"):
+        IGNNConfig(decision_threshold=1.5)
 
 
 def test_sets_with_public_files(tmp_path):

@@ -42,6 +42,8 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
             parameters, the projection of stored weights in every forward (evaluation too), A + A^T
             in the evaluation of graph classifiers, and the gradient of W that is wrong for
             directed graphs. Meant for parity tests and converted checkpoints.
+        decision_threshold: probability from which one of several labels is named, chosen on
+            validation data; it changes no output of the model.
         graph_encoding: what the classes and node features of a graph classifier stand for, as
             `deqzoo.data.tu.GraphEncoding` has it; None where nobody says.
         solver: the equilibrium solver's settings, as in `deqzoo.equilibrium.make_solver`.
@@ -72,6 +74,7 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
     normalize_states: bool = False
     classifier_bias: bool = True
     official: bool = False
+    decision_threshold: float = 0.5
     graph_encoding: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -102,3 +105,5 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
             raise ValueError(f"spectral_radius={self.spectral_radius} must be positive")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if not 0 < self.decision_threshold < 1:
+            raise ValueError(f"decision_threshold={self.decision_threshold} must be in (0, 1)")
