@@ -3,9 +3,9 @@
     python benchmarks/ignn/baselines.py --data ROOT
 
 Graphs are described by how many nodes have each label and each degree (up to 10), nodes by their
-own features, without their neighbours. The strength of the penalty is chosen on the validation part, as
-is the threshold of several labels; figures are of the test part. Graph sets have the ten folds of
-`table.py`'s honest protocol. Results: baselines.json and baselines.md beside this script.
+own features, without their neighbours. The strength of the penalty is chosen on the validation
+part, as is the threshold of several labels; figures are of the test part. Graph sets have the ten
+folds of `table.py`'s honest protocol. Results: baselines.json and baselines.md beside this script.
 """
 
 from __future__ import annotations
