@@ -40,10 +40,10 @@ def _solver(name: str, steps: int, tol: float = 0.0) -> dict[str, Any]:
 
 
 def modes(backward_steps: int) -> dict[str, dict[str, Any]]:
-    """Gradients by name: the upstream settings, our fastest of equal accuracy, and phantoms."""
+    """Gradients by name: the official settings, the fastest of equal accuracy, and phantoms."""
     few = max(3, backward_steps // 3)
     return {
-        "implicit broyden (upstream)": {
+        "implicit broyden, all steps": {
             "name": "implicit", "solver": _solver("broyden", backward_steps),
         },
         "implicit anderson, all steps": {
@@ -87,7 +87,7 @@ def cell(preset: str, mode: str, threads: int) -> dict[str, Any]:
     model = model.to(device)
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     family, forward_steps, backward_steps, size = MODELS[preset]
-    solver = "broyden" if "upstream" in mode else "anderson"
+    solver = "broyden" if "broyden" in mode else "anderson"
     gradient = modes(backward_steps)[mode]
     recorded = RecordedModel(model, batch, _solver(solver, forward_steps))
     recorded.loss = None  # only the solution is of use
@@ -157,25 +157,25 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
         preset, mode = key.split(": ")
         row = [preset, mode, f"{cell_['backward_seconds']:.2f}", f"{cell_['step_seconds']:.2f}"]
         row += [f"{cell_['saved_mib']:.0f}", f"{cell_['step_peak_mib']:.0f}"]
-        for base in ("implicit broyden (upstream)", "implicit anderson, a third"):
+        for base in ("implicit broyden, all steps", "implicit anderson, a third"):
             reference = cells.get(f"{preset}: {base}")
             row.append(_ratios(cell_, reference))
         rows.append(row)
     head = ["model", "gradient", "backward s", "step s", "saved MiB", "peak MiB"]
-    head += ["against upstream (backward, step, peak)", "against our fastest implicit"]
+    head += ["against Broyden (backward, step, peak)", "against Anderson, a third"]
     return markdown_table(head, rows)
 
 
 def plot(cells: dict[str, dict[str, Any]]) -> str:
-    """Time of a whole step by gradient and model, that of upstream's gradient being 1, as SVG."""
+    """Time of a whole step by gradient and model, that of the implicit gradient by Broyden being 1, as SVG."""
     rows: dict[str, dict[str, list[float]]] = {}
     for key, cell_ in cells.items():
         preset, mode = key.split(": ")
-        reference = cells.get(f"{preset}: implicit broyden (upstream)")
+        reference = cells.get(f"{preset}: implicit broyden, all steps")
         if reference is not None:
             share = cell_["step_seconds"] / reference["step_seconds"]
             rows.setdefault(mode, {})[preset] = [share]
-    return dot_chart(rows, title="Cost of a training step", x_label="time of a step, upstream = 1")
+    return dot_chart(rows, title="Cost of a training step", x_label="time of a step, Broyden = 1")
 
 
 def _ratios(cell_: dict[str, Any], reference: dict[str, Any] | None) -> str:
