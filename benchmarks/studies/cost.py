@@ -167,7 +167,7 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(cells: dict[str, dict[str, Any]]) -> str:
-    """Time of a whole step by gradient and model, that of the implicit gradient by Broyden being 1, as SVG."""
+    """Time of a whole step by gradient and model, with Broyden's method as 1, as SVG."""
     rows: dict[str, dict[str, list[float]]] = {}
     for key, cell_ in cells.items():
         preset, mode = key.split(": ")

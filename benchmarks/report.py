@@ -1,0 +1,203 @@
+"""The evidence on two pages: every figure of REPORT.md, read from the files that commands wrote.
+
+    python benchmarks/report.py
+
+No number of the report is typed by hand: the text below holds places that are filled from
+evaluation files and from the results of the studies. A test renders it and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from deqzoo.hub.card_texts import DATA_TEXTS
+from deqzoo.hub.catalogue import Entry, below_baseline, entries, main_value
+from deqzoo.tasks.metrics import METRICS
+
+HERE = Path(__file__).resolve().parent
+T_95 = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262}
+"""97.5 % quantile of Student's t for the mean of so many values."""
+
+
+def cells(name: str) -> dict[str, Any]:
+    """Cells of a study by name."""
+    file = HERE / "studies" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["cells"]
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share of n independent answers (Wilson 1927)."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return middle - half, middle + half
+
+
+def mean_interval(values: list[float]) -> str:
+    """Mean, standard deviation (ddof 1) and half of the 95 % interval of the mean, in %."""
+    deviation = statistics.stdev(values)
+    half = T_95[len(values)] * deviation / len(values) ** 0.5
+    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f} (mean ± {100 * half:.1f})"
+
+
+def checkpoint_rows() -> Iterable[list[str]]:
+    """Test figures of the checkpoints, with interval, baseline, equilibrium and file."""
+    for found in entries():
+        stem = next((s for s in found.evaluations if s.endswith("-test")), None)
+        if stem is None:
+            continue
+        evaluation = found.evaluations[stem]
+        results, data = evaluation["results"], evaluation["data"]
+        interval = ""
+        if evaluation["metric"] == "accuracy":
+            low, high = wilson(results["accuracy"], data["samples"])
+            interval = f"{100 * low:.1f} to {100 * high:.1f} %"
+        yield [
+            found.name,
+            main_value(evaluation) or "",
+            interval,
+            beside(found, evaluation),
+            f"{100 * results['converged_share']:.1f} %",
+            f"{results['n_steps_mean']:.1f}",
+            f"`{stem}.json`",
+        ]
+
+
+def beside(found: Entry, evaluation: dict[str, Any]) -> str:
+    """The baseline in the file and what others reached."""
+    baseline = METRICS[evaluation["metric"]].baseline
+    parts = []
+    if baseline in evaluation["results"]:
+        value = f"{100 * evaluation['results'][baseline]:.1f} %"
+        parts.append(f"{'**not above** ' if below_baseline(evaluation) else ''}constant: {value}")
+    text = DATA_TEXTS.get(evaluation["data"]["name"])
+    if text is not None and text.beside:
+        parts.append(text.beside)
+    return "; ".join(parts)
+
+
+def gradient_rows() -> Iterable[list[str]]:
+    """Study 6: accuracy of three seeds, and paired differences to the implicit gradient."""
+    by_gradient: dict[str, dict[str, dict[str, float]]] = {}
+    for key, cell in cells("comparison").items():
+        gradient, _, seed = key.rpartition(", seed ")
+        if seed.isdigit():
+            by_gradient.setdefault(gradient, {})[seed] = cell
+    implicit = by_gradient["implicit"]
+    for gradient, seeds in by_gradient.items():
+        values = [cell["accuracy"] for cell in seeds.values()]
+        paired = [seeds[seed]["accuracy"] - implicit[seed]["accuracy"] for seed in seeds]
+        first = next(iter(seeds.values()))
+        yield [
+            gradient,
+            mean_interval(values),
+            "" if gradient == "implicit" else mean_interval(paired),
+            f"{first['evaluations_per_step']:.1f}",
+            f"{first['pflop']:.2f}",
+        ]
+
+
+def graph_rows() -> Iterable[list[str]]:
+    """Ten folds of the graph sets: three rules of choosing the epoch, beside baselines."""
+    folds = json.loads((HERE / "ignn" / "results.json").read_text())["folds"].values()
+    baselines = json.loads((HERE / "ignn" / "baselines.json").read_text())["graphs"]
+    for name, baseline in baselines.items():
+        for method in ("implicit", "upg-5-0.5"):
+            mine = [f for f in folds if f["data"] == name and f["method"] == method]
+            honest = [f for f in mine if f["protocol"] == "honest"]
+            published = [f["best_test_accuracy"] for f in mine if f["protocol"] == "published"]
+            if len(honest) != 10:
+                continue
+            selection = [f["best_test_accuracy"] - f["test_accuracy"] for f in honest]
+            yield [
+                name,
+                method,
+                mean_interval([f["test_accuracy"] for f in honest]),
+                mean_interval([f["last_test_accuracy"] for f in honest]),
+                f"{100 * statistics.mean(selection):.1f}",
+                f"{100 * statistics.mean(published):.1f}" if len(published) == 10 else "",
+                f"{100 * baseline['majority']:.1f}",
+                f"{100 * baseline['logistic_regression']:.1f} ± {100 * baseline['deviation']:.1f}",
+            ]
+
+
+def theorem_rows() -> Iterable[list[str]]:
+    """Theorem 1 over all checkpoints, by setting."""
+    found = cells("theorem1")
+    for setting in next(iter(found.values()))["distance"]:
+        refuted = sum(
+            all(side > cell["allowed"] for side in cell["distance"][setting].values())
+            for cell in found.values()
+        )
+        cosines = {
+            name: [cell["agreement"][setting][name]["cosine"] for cell in found.values()]
+            for name in ("npg", "upg")
+        }
+        yield [
+            setting,
+            f"{refuted} of {len(found)}",
+            *(f"{min(values):.3f}, {statistics.median(values):.3f}" for values in cosines.values()),
+        ]
+
+
+def fill() -> str:
+    """REPORT.md."""
+    studies = cells("broyden")["mdeq-cifar-large"]["seconds"]
+    npg = studies["NPG, k = 5, λ = 0.5"]
+    broyden = [value / npg for name, value in studies.items() if "Broyden" in name]
+    theorem3 = cells("theorem3")
+    worst, mild = theorem3["error 0.3"], theorem3["error 0.03"]
+    exact = theorem3["error 0"]
+    places = {
+        "checkpoints": table(
+            ["checkpoint", "test split", "95 % interval", "beside", "converged", "steps", "file"],
+            checkpoint_rows(),
+        ),
+        "gradients": table(
+            ["gradient", "test accuracy, %", "against implicit, same seed", "evaluations per step",
+             "PFLOP"],
+            gradient_rows(),
+        ),
+        "graphs": table(
+            ["data", "gradient", "epoch by validation", "last epoch", "gain of the best test epoch",
+             "published protocol", "most frequent class", "logistic regression"],
+            graph_rows(),
+        ),
+        "theorem": table(
+            ["setting", "condition refuted", "cosine of NPG: least, median",
+             "cosine of UPG: least, median"],
+            theorem_rows(),
+        ),
+        "slowest": f"{min(broyden):.1f}",
+        "fastest": f"{max(broyden):.1f}",
+        "jfb": f"{max(v for n, v in studies.items() if 'Broyden' in n) / studies['JFB']:.1f}",
+        "worst_error": f"{worst['error']:g}",
+        "worst_excess": f"{worst['means'][-1] - exact['means'][-1]:.3f}",
+        "mild_error": f"{mild['error']:g}",
+        "mild_excess": f"{mild['means'][-1] - exact['means'][-1]:.4f}",
+        "one_term_error": f"{theorem3['terms 1']['error']:.2f}",
+        "one_term_last": f"{theorem3['terms 1']['last']:.0e}",
+    }  # fmt: skip
+    text = (HERE / "REPORT.template.md").read_text(encoding="utf-8")
+    for name, value in places.items():
+        assert f"{{{name}}}" in text, name
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def main() -> None:
+    (HERE / "REPORT.md").write_text(fill(), encoding="utf-8")
+    print(HERE / "REPORT.md")
+
+
+if __name__ == "__main__":
+    main()
