@@ -68,6 +68,7 @@ def checkpoint_rows() -> Iterable[list[str]]:
             beside(found, evaluation),
             f"{100 * results['converged_share']:.1f} %",
             f"{results['n_steps_mean']:.1f}",
+            str(data["looks"]),
             f"`{stem}.json`",
         ]
 
@@ -159,7 +160,8 @@ def fill() -> str:
     exact = theorem3["error 0"]
     places = {
         "checkpoints": table(
-            ["checkpoint", "test split", "95 % interval", "beside", "converged", "steps", "file"],
+            ["checkpoint", "test split", "95 % interval", "beside", "converged", "steps",
+             "looks", "file"],
             checkpoint_rows(),
         ),
         "gradients": table(

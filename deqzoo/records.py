@@ -9,7 +9,8 @@ An evaluation file says what was measured with which weights on which data:
 | `metric` | the figure that the evaluation is known by, a key of `deqzoo.tasks.metrics.METRICS` |
 | `model` | name, class, parameters, SHA-256 of the weights, solver and gradient |
 | `data` | `name`, `split`, number of `samples` and their `unit`, `complete`, fingerprint or fold, |
-| | `chose_weights` where the samples had to end the training as well |
+| | `chose_weights` where the samples had to end the training as well; `looks`: how many |
+| | different weights of this name were measured on the test split |
 | `results` | figures by their names in `METRICS`, per-class figures as mappings |
 | `budget` | quality after fixed numbers of solver steps, or null: `samples`, `tol`, `default` |
 | | (with the model's own solver) and `steps`, rows of `max_steps` and figures |

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deqzoo import UserError
+from deqzoo.evaluation.files import write_evaluation
 from deqzoo.records import read_evaluation, upgraded
 from deqzoo.tasks.metrics import METRICS
 from deqzoo.zoo import list_models, resolve_bundled
@@ -101,3 +102,25 @@ def test_files_of_a_newer_version_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"format": 3}))
     with pytest.raises(UserError, match="reads up to 2"):
         read_evaluation(path)
+
+
+def test_looks_at_the_test_split_are_counted(tmp_path: Path) -> None:
+    """Another look is that of other weights; repeating a measurement is none."""
+
+    def written(weights: str, split: str = "test", before: Path | None = None) -> dict:
+        data = {"name": "x", "split": split, "samples": 9, "unit": "pictures", "complete": True}
+        content = {"format": 2, "model": {"weights_sha256": weights}, "data": data, "results": {}}
+        path = tmp_path / f"x-{split}.json"
+        return read_evaluation(write_evaluation(path, content, before))["data"]
+
+    assert written("a")["looks"] == 1
+    assert written("a")["looks"] == 1
+    assert written("b")["looks"] == 2
+    stored = (tmp_path / "x-test.json").rename(tmp_path / "stored.json")
+    assert written("c", before=stored)["looks"] == 3
+    assert "looks" not in written("a", "validation")
+
+
+def test_every_stored_test_figure_says_how_often_its_split_was_measured() -> None:
+    looks = [read_evaluation(path)["data"].get("looks") for path in FILES if "-test" in path.stem]
+    assert looks and all(isinstance(count, int) and count >= 1 for count in looks)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
 from deqzoo.files import file_digest, replace_text
+from deqzoo.records import read_evaluation
 from deqzoo.sealed import record
 
 _PACKAGES = ("deqzoo", "torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow")
@@ -80,12 +81,19 @@ def require_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {above} is no folder that can be written to")
 
 
-def write_evaluation(path: Path, content: Mapping[str, Any]) -> Path:
+def write_evaluation(path: Path, content: Mapping[str, Any], before: Path | None = None) -> Path:
     """Write an evaluation file; numbers that are not finite become null.
+
+    Args:
+        path: of the file.
+        content: in the current format.
+        before: the evaluation that it replaces, `path` by default: a test split that has been
+            measured with other weights of the same name was looked at once more.
 
     Raises:
         UserError: the file cannot be written.
     """
+    content = _with_looks(content, before or path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
@@ -94,6 +102,18 @@ def write_evaluation(path: Path, content: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+def _with_looks(content: Mapping[str, Any], before: Path) -> dict[str, Any]:
+    """The content of a test split's evaluation with the number of weights that were measured."""
+    data = dict(content["data"])
+    if data["split"] == "test" and data.get("complete"):
+        data["looks"] = 1
+        if before.is_file():
+            old = read_evaluation(before)
+            other = old["model"].get("weights_sha256") != content["model"].get("weights_sha256")
+            data["looks"] = old["data"].get("looks", 1) + other
+    return {**content, "data": data}
 
 
 def finite(value: Any) -> Any:

@@ -425,7 +425,10 @@ def _facts(data: dict[str, Any]) -> Iterator[str]:
     if "samples" in data:
         yield f"{data['samples']:,} {data['unit']}"
     for key, value in data.items():
-        if key not in ("name", "split", "samples", "unit", "chose_weights"):
+        if key == "looks":
+            times = "once" if value == 1 else f"{value} times, with the weights of {value} releases"
+            yield f"measured {times}"
+        elif key not in ("name", "split", "samples", "unit", "chose_weights"):
             yield f"{key.replace('_', ' ')}: {_number(value)}"
 
 

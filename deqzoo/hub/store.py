@@ -77,7 +77,8 @@ def store_run(
     with replacing(target) as fresh:
         shutil.copytree(model_folder, fresh)
         for file, content in files.items():
-            write_evaluation(fresh / "evaluation" / file, content)
+            before = target / "evaluation" / file
+            write_evaluation(fresh / "evaluation" / file, content, before)
         if record:
             shutil.copyfile(run / "record.json", fresh / "training.json")
         write_golden(fresh, model)
