@@ -1,19 +1,22 @@
-"""Ten minutes of one rented GPU: a trial of every stage, a run, its evaluation.
+"""Ten minutes of one rented GPU: a trial of every stage, a run, its evaluation, costs of gradients.
 
     python benchmarks/one_gpu.py trial RECIPE --data DATA
     python benchmarks/one_gpu.py run RECIPE --data DATA --output OUT --deadline 9m
 
-Needs this checkout, torch and transformers, and neither an installation nor `hub_configs`. `trial`
-compiles and times each stage for 15 seconds and says what fell back; kernels that it compiled are
-found again by `run` where TORCHINDUCTOR_CACHE_DIR names the same folder. `run` leaves in OUT, in at
-most eight files of at most 16 MiB: `model.tar` in parts, the record, `metrics.jsonl`,
-`evaluation.json` of the test split and the log.
+Needs this checkout, torch and transformers, and neither an installation nor `hub_configs`. DATA is
+the folder of a data set, or several folders and archives that hold its parts. `trial` compiles and
+times each stage for 15 seconds and says what fell back; kernels that it compiled are found again by
+`run` where TORCHINDUCTOR_CACHE_DIR names the same folder. `run` leaves in OUT, in at most eight
+files of at most 16 MiB: `model.tar` in parts, the record, `metrics.jsonl`, `evaluation.json` of the
+test split, and `costs.json` as far as the time goes: forward and backward of every gradient on the
+official models (`benchmarks/studies/cost.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import platform
 import shutil
@@ -101,6 +104,49 @@ def evaluate(model: Path, name: str, data: Path | None, out: Path) -> None:
     say(json.dumps(content["results"])[:400])
 
 
+def gather(parts: list[Path], folder: Path) -> Path:
+    """One folder of data that came in parts: parquet files are linked, archives unpacked."""
+    if len(parts) == 1 and parts[0].is_dir():
+        return parts[0]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for part in parts:
+        if part.is_file():
+            shutil.unpack_archive(
+                part, folder, **({"filter": "data"} if tarfile.is_tarfile(part) else {})
+            )
+            continue
+        if not part.is_dir():
+            sys.exit(f"one_gpu.py: there is no {part}")
+        for file in part.rglob("*.parquet"):
+            link = folder / file.relative_to(part)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    say(f"data: {len(files)} files of {size / 2**20:.0f} MiB in {folder}")
+    return folder
+
+
+def costs(out: Path, seconds: float) -> None:
+    """Times of every gradient on the official models, cell by cell until the time is over."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "studies"))
+    import cost
+
+    ends = time.monotonic() + seconds
+    cells: dict[str, object] = {}
+    for preset, (_, _, backward_steps, _) in cost.MODELS.items():
+        for mode in cost.modes(backward_steps):
+            began = time.monotonic()
+            cells[f"{preset}: {mode}"] = cost.cell(preset, mode, torch.get_num_threads())
+            gc.collect()
+            (out / "costs.json").write_text(json.dumps({"missing": [], "cells": cells}, indent=1))
+            if time.monotonic() + 2 * (time.monotonic() - began) > ends:
+                say(f"costs: {len(cells)} cells, then the time was over")
+                return
+    say(f"costs: all {len(cells)} cells")
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -108,7 +154,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("trial", "run"))
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--data", type=Path, help="folder of the data set")
+    parser.add_argument("--data", type=Path, nargs="+", help="folder of the data set, or parts")
     parser.add_argument("--output", type=Path, default=Path("one_gpu"), help="what is kept")
     parser.add_argument("--work", type=Path, default=Path("runs/one_gpu"), help="folder of the run")
     parser.add_argument("--time-budget", help="of training, over the recipe's")
@@ -119,13 +165,17 @@ def main() -> None:
     recipe = load_recipe(options.recipe)
     if options.time_budget:
         recipe = dataclasses.replace(recipe, time_budget=options.time_budget)
+    data = gather(options.data, options.work.with_name("data")) if options.data else None
     if options.what == "trial":
-        trial(recipe, options.data, options.work, options.seconds)
+        trial(recipe, data, options.work, options.seconds)
         return
     deadline = seconds_of(options.deadline, "--deadline")
-    run(recipe, options.data, options.work, options.output, deadline)
+    run(recipe, data, options.work, options.output, deadline)
     if deadline - (time.monotonic() - STARTED) > 20:
-        evaluate(options.work / "model", recipe.name, options.data, options.output)
+        evaluate(options.work / "model", recipe.name, data, options.output)
+    left = deadline - (time.monotonic() - STARTED)
+    if left > 30:
+        costs(options.output, left - 10)
 
 
 if __name__ == "__main__":
