@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 import deqzoo
 import deqzoo.zoo
 from deqzoo.errors import UserError
-from deqzoo.evaluation.options import ModelName
+from deqzoo.evaluation.options import ModelName, SolverName
 from deqzoo.models.names import FAMILIES
 from deqzoo.models.registration import after_import
 
@@ -209,6 +209,30 @@ def convert(
         raise UserError(f"unknown family {family!r}; the families are mdeq, deq-transformer, ignn")
     importlib.import_module(module).convert(source, config, output, weights)
     typer.echo(f"written to {output}")
+
+
+@app.command(rich_help_panel="Use models")
+def export(
+    name: ModelName,
+    output: Annotated[Path, typer.Option(help="File to write: .onnx, or .pt2 (torch.export).")],
+    steps: Annotated[int, typer.Option(min=1, help="Solver steps that every call does.")],
+    solver: SolverName = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples per call; any number by default.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the pictures in pixels, or tokens (64).")
+    ] = None,
+) -> None:
+    """Write a model with a fixed number of solver steps as a program that runs without deqzoo."""
+    from deqzoo.models.exporting import check_target, export_model
+
+    check_target(output)
+    model = deqzoo.DEQModel.from_pretrained(name)
+    facts = export_model(model, output, steps, solver=solver, batch=batch, size=size)
+    shapes = ", ".join(f"{key} {tuple(shape)}" for key, shape in facts["inputs"].items())
+    shapes = shapes.replace("'", "")
+    typer.echo(f"{shapes} -> {', '.join(facts['outputs'])}; written to {output}")
 
 
 #: Modules with `add_commands(app)`, which adds the commands of their room.

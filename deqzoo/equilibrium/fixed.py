@@ -20,8 +20,8 @@ from deqzoo.equilibrium.gradients import JFB, NPG, UPG, Gradient
 from deqzoo.equilibrium.layout import Causal, Layout
 from deqzoo.equilibrium.maps import DetachableMap
 from deqzoo.equilibrium.solvers import Anderson, FixedPointIteration, Solution, Solver, Status
-from deqzoo.equilibrium.solvers.anderson import default_ridge
 from deqzoo.equilibrium.solvers.loop import quotient
+from deqzoo.equilibrium.solvers.traced import solved_weights
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
 Map = Callable[[State], State]
@@ -91,42 +91,6 @@ def fixed_point_of_steps(
         residual=relative if solver.stop_mode == "rel" else absolute,
         n_evals=solver.max_steps + recorded,
         row_evals=(solver.max_steps + recorded) * absolute.numel(),
-    )
-
-
-def traced_solution(f: Map, start: State, solver: Solver, layout: Layout | None = None) -> Solution:
-    """All steps of a solver without books: what a solve becomes under torch.export.
-
-    The program does `max_steps` updates and one evaluation that measures the last iterate, which
-    is the result: no cell stops early, and none keeps an earlier iterate.
-
-    Raises:
-        ValueError: a solver other than 'anderson' and 'fixed_point'.
-    """
-    if type(solver) not in (Anderson, FixedPointIteration):
-        raise ValueError(
-            f"solver {solver.name!r} cannot be exported; choose 'anderson' or 'fixed_point'"
-        )
-    window, ridge = (solver.window, solver.ridge) if isinstance(solver, Anderson) else (1, None)
-    z = fixed_steps(
-        f, start, solver.max_steps,
-        window=window, damping=solver.damping, ridge=ridge, layout=layout,
-    )  # fmt: skip
-    absolute, relative = _residuals(z, f(z), layout)
-    chosen = relative if solver.stop_mode == "rel" else absolute
-    if isinstance(layout, Causal):
-        chosen = chosen.cummax(1).values
-    status = torch.where(chosen <= solver.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
-    n_evals = solver.max_steps + 1
-    return Solution(
-        state=z,
-        status=status,
-        n_steps=torch.full_like(status, solver.max_steps),
-        abs_residual=absolute,
-        rel_residual=relative,
-        residual=chosen,
-        n_evals=n_evals,
-        row_evals=n_evals * leaves(start)[0].shape[0],
     )
 
 
@@ -237,30 +201,8 @@ def mixing_weights(gram: Sequence[Sequence[Tensor]], ridge: float | None) -> lis
     evaluation is taken alone.
     """
     n = len(gram)
-    scale = torch.stack([gram[i][i] for i in range(n)]).mean(0)
-    ridge = default_ridge(scale.dtype) if ridge is None else ridge
-    unknown = scale == 0
-    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
-    a = [[gram[max(i, j)][min(i, j)] / scale for j in range(n)] for i in range(n)]
-    for i in range(n):
-        a[i][i] = a[i][i] + ridge
-    right = [torch.ones_like(scale) for _ in range(n)]
-    for k in range(n):
-        for i in range(k + 1, n):
-            ratio = a[i][k] / a[k][k]
-            for j in range(k + 1, n):
-                a[i][j] = a[i][j] - ratio * a[k][j]
-            right[i] = right[i] - ratio * right[k]
-    weights: list[Tensor] = [scale] * n
-    for i in reversed(range(n)):
-        rest = right[i]
-        for j in range(i + 1, n):
-            rest = rest - a[i][j] * weights[j]
-        weights[i] = rest / a[i][i]
-    total = torch.stack(weights).sum(0)
-    shares = [w / total for w in weights]
-    unsolved = unknown | ~torch.isfinite(torch.stack(shares).sum(0))
-    return [w.masked_fill(unsolved, 1.0 if i == n - 1 else 0.0) for i, w in enumerate(shares)]
+    rows = [torch.stack([gram[max(i, j)][min(i, j)] for j in range(n)], -1) for i in range(n)]
+    return list(solved_weights(torch.stack(rows, -2), ridge).unbind(-1))
 
 
 def difference_penalty(f: Map, state: State, size: float) -> Tensor:

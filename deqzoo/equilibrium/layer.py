@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deqzoo.equilibrium.fixed import traced_solution
 from deqzoo.equilibrium.gradients import Gradient, make_gradient
 from deqzoo.equilibrium.gradients.base import Problem
 from deqzoo.equilibrium.layout import Layout, Rows, begin
@@ -19,6 +18,7 @@ from deqzoo.equilibrium.maps import BatchMap, BoundMap, DetachableMap, Matrices
 from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, Status, make_solver
 from deqzoo.equilibrium.solvers.loop import Residuals, StepCallback, residuals
 from deqzoo.equilibrium.state import State, leaves, rebuild
+from deqzoo.equilibrium.transforms import transformed
 
 SolverSpec = Solver | str | Mapping[str, Any]
 GradientSpec = Gradient | str | Mapping[str, Any]
@@ -42,6 +42,9 @@ def fixed_point(
     Gradients reach everything f touches: inputs, parameters, and tensors it closes over; with
     grad mode off only the solve happens. Training and evaluation mode make no difference. Under
     torch.export a solve becomes all `max_steps` steps of its solver; see `traced_solution`.
+    Under torch.func.vmap too, where nothing can depend on values; a cell that meets `tol` stays
+    where it is. grad, vjp and jacrev of torch.func differentiate through every gradient; with
+    implicit and npg once, and under vmap where they stand inside: vmap(grad(...)).
 
     Args:
         f: the map; returns a state of the same structure and shapes as its first argument.
@@ -93,8 +96,8 @@ def fixed_point(
             callback,
             sample_steps,
         )
-    if torch.compiler.is_exporting():  # a program cannot look at residuals
-        return traced_solution(bound, z0, chosen_solver, layout)
+    if torch.compiler.is_exporting():  # programs are for inference
+        return chosen_solver.solve(bound, z0, layout)
     kept: dict[int, Tensor] = {}
     if sample_steps:
         callback = _keeper(kept, sample_steps, callback)
@@ -104,7 +107,8 @@ def fixed_point(
         return solution
     layout, matrix = begin(layout, solution.state)
     if torch.is_grad_enabled():
-        problem = _problem(Matrices(bound, layout), checkpoint, chosen_solver.max_steps)
+        recorded = Matrices(bound, layout, watched=not transformed())
+        problem = _problem(recorded, checkpoint, chosen_solver.max_steps)
         solution.backward = problem.report
         solution.state = layout.to_state(chosen_gradient.attach(problem, matrix))
         kept = {k: chosen_gradient.attach(problem, z) for k, z in kept.items()}
@@ -121,7 +125,7 @@ def _problem(
 ) -> Problem:
     products = f
     if isinstance(f.f, DetachableMap):
-        products = Matrices(f.f.detached(), f.layout)
+        products = Matrices(f.f.detached(), f.layout, f.watched)
     return Problem(f, products, f.layout, checkpoint, BackwardReport(), max_steps, visit)
 
 
@@ -139,7 +143,8 @@ def _attach_to_start(
     """Let a gradient that needs no solve make the state, and measure it with one evaluation."""
     started = time.perf_counter()
     layout, start = begin(layout, z0)
-    recorded, watched = Matrices(bound, layout), Matrices(bound, layout)
+    visible = not transformed()
+    recorded, watched = (Matrices(bound, layout, visible) for _ in range(2))
     measured: list[Residuals] = []
     samples = []
     latest: weakref.ref[Tensor] | None = None  # what was measured last

@@ -214,8 +214,9 @@ class Segments(Layout):
         self.n = n
 
     def to_matrix(self, state: State) -> Tensor:
-        if not isinstance(state, Tensor) or state.ndim != 2 or len(state) != len(self.index):
-            raise ValueError(f"a segmented state is one tensor of shape ({len(self.index)}, d)")
+        n = self.index.shape[0]
+        if not isinstance(state, Tensor) or state.ndim != 2 or state.shape[0] != n:
+            raise ValueError(f"a segmented state is one tensor of shape ({n}, d)")
         return state
 
     def to_state(self, matrix: Tensor) -> State:
@@ -308,7 +309,12 @@ class Causal(Layout):
         return cells
 
     def worst(self, residual: Tensor) -> Tensor:
-        return residual.reshape(self._shape).cummax(1).values.flatten()
+        residual = residual.reshape(self._shape)
+        if torch.compiler.is_exporting():  # ONNX has no running maximum
+            length = self._shape[1]
+            seen = torch.ones(length, length, dtype=torch.bool, device=residual.device).tril()
+            return torch.where(seen, residual.unsqueeze(1), 0).amax(2).flatten()
+        return residual.cummax(1).values.flatten()
 
     def whole(self, norm: Tensor) -> Tensor:
         square = self._by_sequence(self.total(norm).square())

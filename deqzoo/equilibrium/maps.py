@@ -76,16 +76,18 @@ class Matrices:
     """A map on states, seen as one on matrices (R, D).
 
     A map may work in place (`nn.ReLU(inplace=True)`) or answer in a buffer of its own: both are
-    found out at the first two calls, which work on copies, and given copies from then on.
+    found out at the first two calls, which work on copies, and given copies from then on. Where
+    that cannot be seen, in programs and under torch.func (`watched` False), every call gets one.
 
     Raises:
         ValueError: (when called) the map returns a state of another shape than its argument's, or
             began to write into a state later than at its second call.
     """
 
-    def __init__(self, f: Any, layout: Layout) -> None:
+    def __init__(self, f: Any, layout: Layout, watched: bool = True) -> None:
         self.f = f
         self.layout = layout
+        self.watched = watched
         self.n_calls = 0
         self._in_place = False  # writes into what it is given
         self._reuses = False  # answers in the same memory every time
@@ -96,7 +98,8 @@ class Matrices:
     def __call__(self, matrix: Tensor) -> Tensor:
         first = self.n_calls == 0
         self.n_calls += 1
-        given = _copy(matrix) if first or self._in_place else matrix
+        copied = first or self._in_place or not self.watched
+        given = _copy(matrix) if copied else matrix
         version = _version(given)
         state, cells = self.layout.to_state(given), self.layout.cell_shape()
         found = self.f(state)
@@ -108,6 +111,8 @@ class Matrices:
                 f"expected tensors of shapes {_shapes(state)}, got {_shapes(found)}: the map must "
                 "return a state like its input"
             )
+        if not self.watched:
+            return out.to(matrix.dtype)
         return self._owned(matrix, given, version, out).to(matrix.dtype)
 
     def _owned(self, matrix: Tensor, given: Tensor, version: int, out: Tensor) -> Tensor:

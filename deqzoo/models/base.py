@@ -307,7 +307,8 @@ class DEQPreTrainedModel(PreTrainedModel):
         )
         self.solver_seconds += solution.seconds
         self.backward_report = solution.backward
-        self._warn_unsolved(solution)
+        if chosen_solver.tol > 0:  # else steps are asked for, not convergence
+            self._warn_unsolved(solution)
         return solution
 
     def _resolvable(self, solver: Solver, dtype: torch.dtype) -> Solver:

@@ -208,5 +208,5 @@ def test_an_exported_program_does_all_steps(settings: dict) -> None:
         found, expected = program.module()(x), module(x)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="cannot be exported"), torch.no_grad():
+    with pytest.raises(ValueError, match="looks at values"), torch.no_grad():
         torch.export.export(Exported({"name": "broyden"}), (x,), strict=False)

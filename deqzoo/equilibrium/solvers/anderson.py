@@ -12,6 +12,7 @@ from torch import Tensor
 from deqzoo.equilibrium.layout import Layout, Selection
 from deqzoo.equilibrium.solvers.base import Solver, StepRule, _is_int, _require
 from deqzoo.equilibrium.solvers.fixed_point import damped_step
+from deqzoo.equilibrium.solvers.traced import default_ridge
 
 LONG_STEP = 20.0  # of an escape, in residuals
 ENOUGH = 0.8  # a residual that falls to this share of the lowest one is no stall
@@ -50,6 +51,10 @@ class Anderson(Solver):
         _require(ok, self, "ridge", "None or a number ≥ 0")
         ok = self.escape is None or (_is_int(self.escape) and self.escape >= 1)
         _require(ok, self, "escape", "None or an int ≥ 1")
+
+    @property
+    def mixing(self) -> tuple[int, float | None]:
+        return self.window, self.ridge
 
     def history(self) -> int:
         return 2 * min(self.window, self.max_steps) + 3
@@ -213,15 +218,6 @@ class _Stall:
         if self.books is not None:
             lowest, waited, led = (t[selection.cell_index] for t in self.books)
             self.books = lowest, waited, led
-
-
-def default_ridge(dtype: torch.dtype) -> float:
-    """Ridge of Anderson's systems in a working precision: 5e-6 in float32, 1e-14 in float64.
-
-    Some ulps: less would round away on the diagonal, and a system of exactly dependent residuals
-    (h ↦ 1 − h gives two opposite ones) would stay singular.
-    """
-    return 1e-14 if dtype == torch.float64 else 5e-6
 
 
 def row_products(history: Tensor, x: Tensor) -> Tensor:

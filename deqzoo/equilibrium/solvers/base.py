@@ -16,7 +16,9 @@ from deqzoo.equilibrium.layout import Causal, Layout, Rows, Selection, begin
 from deqzoo.equilibrium.maps import BatchMap, Matrices
 from deqzoo.equilibrium.solvers.loop import Loop, StepCallback
 from deqzoo.equilibrium.solvers.solution import Solution, joined
+from deqzoo.equilibrium.solvers.traced import traced_solution
 from deqzoo.equilibrium.state import State
+from deqzoo.equilibrium.transforms import batched, transformed
 from deqzoo.equilibrium.uncompiled import uncompiled
 
 
@@ -62,6 +64,11 @@ class Solver(ABC):
 
     name: ClassVar[str]
 
+    @property
+    def mixing(self) -> tuple[int, float | None] | None:
+        """(window, ridge) of Anderson's iteration, (1, None) of the plain one, None of others."""
+        return None
+
     def __post_init__(self) -> None:
         _require(_is_int(self.max_steps) and self.max_steps >= 1, self, "max_steps", "an int ≥ 1")
         ok = isinstance(self.tol, (int, float)) and self.tol >= 0 and math.isfinite(self.tol)
@@ -88,8 +95,6 @@ class Solver(ABC):
     def start(self, matrix: Tensor, layout: Layout) -> StepRule:
         """Return the rule's memory for a solve that starts at a matrix (R, D)."""
 
-    @uncompiled  # how often the loop turns depends on values; compiling f is up to f
-    @torch.no_grad()
     def solve(
         self,
         f: Callable[[State], State],
@@ -112,16 +117,39 @@ class Solver(ABC):
         Raises:
             TypeError: `compact` with a map that is no `BatchMap`.
             ValueError: a start that does not fit the layout, or a map whose states have other
-                shapes than its start.
+                shapes than its start; under torch.export and vmap a solver other than 'anderson'
+                and 'fixed_point', or `trace` and `callback`.
         """
-        layout, matrix = begin(layout or Rows(), z0)
+        layout = layout or Rows()
+        if torch.compiler.is_exporting() or batched():
+            if trace or callback is not None:
+                raise ValueError(
+                    "torch.export and torch.func.vmap show no single steps: leave trace, callback "
+                    "and sample_steps out"
+                )
+            with torch.no_grad():
+                return traced_solution(f, z0, self, layout)
+        return self._solve(f, z0, layout, compact, trace, callback)
+
+    @uncompiled  # how often the loop turns depends on values; compiling f is up to f
+    @torch.no_grad()
+    def _solve(
+        self,
+        f: Callable[[State], State],
+        z0: State,
+        layout: Layout,
+        compact: bool,
+        trace: bool,
+        callback: StepCallback | None,
+    ) -> Solution:
+        layout, matrix = begin(layout, z0)
         compact = compact and callback is None and not trace
         if compact and not isinstance(f, BatchMap):
             raise TypeError("samples can leave the batch of a `BatchMap` only; set compact=False")
         if compact and isinstance(layout, Causal) and layout.cuts and self.criterion == "per token":
             return self._solve_parts(f, z0, layout)
         loop = Loop(self, layout, matrix, trace)
-        return loop.run(Matrices(f, layout), matrix, compact, callback)
+        return loop.run(Matrices(f, layout, not transformed()), matrix, compact, callback)
 
     def _solve_parts(self, f: Any, z0: Tensor, layout: Causal) -> Solution:
         """Solve the parts of a causal layout one after another."""

@@ -17,6 +17,7 @@ class FixedPointIteration(Solver):
     """h ← h + β (F(h) − h). The stopping residual is that of F, whatever the damping β."""
 
     name: ClassVar[str] = "fixed_point"
+    mixing: ClassVar[tuple[int, None]] = (1, None)
 
     def start(self, matrix: Tensor, layout: Layout) -> StepRule:
         return _Damped(self.damping, layout)

@@ -31,7 +31,7 @@ def check_tokens(config: DEQTransformerConfig, input_ids: Tensor, training: bool
     """Refuse what is no batch of this model's words.
 
     The indices themselves are read in training on the CPU only: elsewhere every step would wait
-    for the device.
+    for the device. A program for export cannot look at them.
 
     Raises:
         UserError: not (batch, tokens), no tokens, or an index outside the vocabulary.
@@ -45,7 +45,7 @@ def check_tokens(config: DEQTransformerConfig, input_ids: Tensor, training: bool
         raise UserError(
             f"input_ids must be whole numbers, got {input_ids.dtype}; convert by .long()"
         )
-    if training and input_ids.device.type != "cpu":
+    if training and input_ids.device.type != "cpu" or torch.compiler.is_exporting():
         return
     advice = "use the tokenizer that belongs to the model"
     _refuse_foreign(config, "input_ids", input_ids, advice)

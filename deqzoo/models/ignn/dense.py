@@ -28,7 +28,8 @@ def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> T
         weight: (m, p).
         plus: (n, m).
     """
-    if _ONEDNN_LINEAR is None or not _fits(x, weight) or torch.is_grad_enabled():
+    plain = _ONEDNN_LINEAR is None or torch.is_grad_enabled() or torch.compiler.is_exporting()
+    if plain or not _fits(x, weight):
         # Equilibria are solved in the weights' dtype; and a backward pass, which runs outside
         # of autocast, could not multiply what autocast had narrowed.
         with torch.autocast(x.device.type, enabled=False):

