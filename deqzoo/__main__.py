@@ -1,6 +1,21 @@
-"""`python -m deqzoo`."""
+"""`deqzoo` and `python -m deqzoo`."""
 
-from deqzoo.cli import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C ends it in one line while it is still importing, too."""
+    try:
+        from deqzoo.cli import run
+
+        code = run()
+    except KeyboardInterrupt:
+        print("deqzoo: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
 
 if __name__ == "__main__":
     main()

@@ -57,6 +57,8 @@ app = typer.Typer(
 _USAGE_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+_INTERRUPTED = 130
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Local copy of the data set; else it is fetched.")
@@ -273,7 +275,10 @@ def run(arguments: list[str] | None = None) -> int:
     # The commands print convergence themselves.
     logging.getLogger("deqzoo.models").setLevel(logging.ERROR)
     try:
-        return app(args=arguments, prog_name="deqzoo", standalone_mode=False) or 0
+        code = app(args=arguments, prog_name="deqzoo", standalone_mode=False) or 0
+        if code == _INTERRUPTED:  # typer swallows the exception
+            raise KeyboardInterrupt
+        return code
     except _USAGE_ERROR as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "deqzoo"
@@ -288,7 +293,7 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         print("deqzoo: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
 
 
 def _quiet(transformers_logging: Any) -> None:
@@ -300,8 +305,3 @@ def _quiet(transformers_logging: Any) -> None:
 def _fail(message: str) -> int:
     print(f"deqzoo: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(run())

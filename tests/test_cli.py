@@ -19,6 +19,8 @@ import deqzoo
 from deqzoo import cli
 from deqzoo.cli import run
 
+PICTURE = Path(__file__).resolve().parents[1] / "examples" / "pictures" / "chelsea.png"
+
 PICTURES = Path(__file__).parents[1] / "examples" / "pictures"
 CAT = PICTURES / "chelsea.png"
 
@@ -54,7 +56,7 @@ def test_help_groups_the_commands_and_cuts_no_sentence(capsys: pytest.CaptureFix
 def test_shells_complete_model_names() -> None:
     environment = dict(os.environ, _DEQZOO_COMPLETE="complete_bash", COMP_CWORD="2",
                        COMP_WORDS="deqzoo info mdeq-t")  # fmt: skip
-    code = "import sys; sys.argv = ['deqzoo']; from deqzoo.cli import main; main()"
+    code = "import sys; sys.argv = ['deqzoo']; from deqzoo.__main__ import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
@@ -68,6 +70,27 @@ def test_python_m_prints_one_line_on_mistakes() -> None:
     # Other installed libraries may say something of their own as they are imported.
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("deqzoo: ")]
     assert "--nonsense" in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["deqzoo.cli", "typer", "torch", "transformers", "PIL.Image"])
+def test_ctrl_c_while_importing_ends_in_one_line(module: str) -> None:
+    """The signal comes as the module is looked for, whatever imports it."""
+    code = f"""
+import signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["deqzoo", "classify", {str(PICTURE)!r}]
+from deqzoo.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines() == ["deqzoo: interrupted"]
 
 
 def test_list_and_info(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+import torch
 from transformers.utils import logging as transformers_logging
 
 from . import examples as example_pictures
 from . import graphs_tab, images_tab, look, text_tab, why_tab
-from .guard import GATE, MAX_FILE, middleware
+from .guard import CORES, GATE, MAX_FILE, middleware
 from .shelf import Shelf
 
 TITLE = "deqzoo: networks that solve for their answer"
@@ -109,6 +110,8 @@ def launch(
         block: wait until the server is stopped.
     """
     transformers_logging.disable_progress_bar()
+    if "OMP_NUM_THREADS" not in os.environ:  # else every worker would start one for each core
+        torch.set_num_threads(max(1, CORES // GATE.workers))
     # The page itself says what has not converged.
     logging.getLogger("deqzoo.models").setLevel(logging.ERROR)
     return demo.launch(

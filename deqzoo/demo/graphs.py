@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from deqzoo.data.graphs import load_graph_set
 from deqzoo.data.tu import GraphEncoding
-from deqzoo.equilibrium import Solution, Solver, make_solver
 from deqzoo.errors import UserError
 from deqzoo.evaluation.graphs import encoding_of
+from deqzoo.evaluation.watch import watched_solver
 from deqzoo.zoo import read_json
 
 from .charts import curves
@@ -252,7 +252,7 @@ def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = Non
         residuals[-1].append(float(residual.max()))
 
     output = loaded.model(
-        graph.x, graph.edge_index, output_hidden_states=True, solver=_watched(settings, watch)
+        graph.x, graph.edge_index, output_hidden_states=True, solver=watched_solver(settings, watch)
     )
     found = output.logits[0].float().softmax(-1)
     names = [class_name(loaded, i) for i in range(len(found))]
@@ -266,17 +266,6 @@ def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = Non
         residuals=residuals,
         tolerance=float(settings["tol"]),
     )
-
-
-def _watched(settings: dict[str, Any], callback: Any) -> Solver:
-    """A solver that reports every step of every solve."""
-    solver = make_solver(settings)
-
-    class Watched(type(solver)):  # type: ignore[misc]
-        def solve(self, f: Any, z0: Any, layout: Any = None, *_: Any, **__: Any) -> Solution:
-            return super().solve(f, z0, layout, callback=callback)
-
-    return Watched(**{f.name: getattr(solver, f.name) for f in fields(solver)})
 
 
 def class_name(loaded: Loaded, index: int) -> str:

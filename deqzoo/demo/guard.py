@@ -7,11 +7,13 @@ import functools
 import html
 import inspect
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -34,6 +36,8 @@ MAX_NEW_WORDS = 200
 MAX_STEPS = 100
 MAX_GRAPH_FILE_BYTES = 10_000_000
 TIME_LIMIT_SECONDS = 60.0
+#: That this process may use.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Deadline:
@@ -67,42 +71,53 @@ _REQUEST: ContextVar[tuple[float, Callable[[], bool]]] = ContextVar("request")
 """When the present request was taken up, and whether its sender still waits."""
 
 
+@dataclass(eq=False)
+class _Ticket:
+    endpoint: str
+
+
 class Gate:
     """Lets a few requests work at a time, one of each client in turn.
+
+    No endpoint keeps the others out: it has all workers only while nothing else is asked for.
 
     Args:
         workers: requests that work at the same time.
         per_client: requests of one client that wait or work.
+        per_endpoint: requests for one endpoint that wait, of all clients together.
         waiting: requests that wait, of all clients together.
     """
 
-    def __init__(self, workers: int, per_client: int, waiting: int) -> None:
-        self.workers, self.per_client, self.waiting = workers, per_client, waiting
+    def __init__(self, workers: int, per_client: int, per_endpoint: int, waiting: int) -> None:
+        self.workers, self.per_client = workers, per_client
+        self.per_endpoint, self.waiting = per_endpoint, waiting
         self._changed = threading.Condition()
-        self._working = 0
+        self._working: list[str] = []  # their endpoints
         self._clients: dict[str, int] = {}  # requests that wait or work
-        self._queues: dict[str, deque[object]] = {}  # the client whose turn is next first
+        self._queues: dict[str, deque[_Ticket]] = {}  # the client whose turn is next first
 
     @contextlib.contextmanager
-    def enter(self, client: str) -> Iterator[None]:
+    def enter(self, client: str, endpoint: str) -> Iterator[None]:
         """Wait for a turn, and keep it until the end.
 
         Raises:
-            UserError: too many requests of this client or of all, or the waiting took too long.
+            UserError: too many requests of this client, for this endpoint or of all, or the
+                waiting took too long.
         """
-        ticket, deadline = object(), Deadline()
+        ticket, deadline = _Ticket(endpoint), Deadline()
         with self._changed:
             if self._clients.get(client, 0) >= self.per_client:
                 raise UserError(
                     f"{self.per_client} of your requests are not answered yet; wait for them first"
                 )
-            if sum(map(len, self._queues.values())) >= self.waiting:
+            wanted = [one.endpoint for queue in self._queues.values() for one in queue]
+            if len(wanted) >= self.waiting or wanted.count(endpoint) >= self.per_endpoint:
                 raise UserError("too many people are asking at the moment; try again in a minute")
             self._clients[client] = self._clients.get(client, 0) + 1
             queue = self._queues.setdefault(client, deque())
             queue.append(ticket)
             try:
-                while self._working >= self.workers or self._next() is not ticket:
+                while len(self._working) >= self.workers or self._next() is not ticket:
                     self._changed.wait(1.0)
                     deadline.check()
             except BaseException:
@@ -113,17 +128,19 @@ class Gate:
                 self._queues.pop(client)
                 if queue:  # behind the others
                     self._queues[client] = queue
-            self._working += 1
+            self._working.append(endpoint)
             self._changed.notify_all()  # another may be next now
         try:
             yield
         finally:
             with self._changed:
-                self._working -= 1
+                self._working.remove(endpoint)
                 self._leave(client)
 
-    def _next(self) -> object:
-        return next(iter(self._queues.values()))[0]
+    def _next(self) -> _Ticket:
+        first = [queue[0] for queue in self._queues.values()]
+        share = max(1, self.workers - 1)
+        return next((t for t in first if self._working.count(t.endpoint) < share), first[0])
 
     def _leave(self, client: str) -> None:
         self._clients[client] -= 1
@@ -133,11 +150,11 @@ class Gate:
 
 
 #: A class behind one address may ask at once; it takes turns with the others.
-GATE = Gate(workers=2, per_client=32, waiting=64)
+GATE = Gate(workers=max(2, min(4, CORES)), per_client=32, per_endpoint=48, waiting=64)
 
 
 @contextlib.contextmanager
-def _request() -> Iterator[None]:
+def _request(endpoint: str) -> Iterator[None]:
     """A turn at the gate for the request that Gradio handles in this thread, and its clock."""
     request = LocalContext.request.get(None)
     host = getattr(getattr(request, "client", None), "host", None)
@@ -149,7 +166,7 @@ def _request() -> Iterator[None]:
 
     token = _REQUEST.set((time.monotonic(), wanted))
     try:
-        with GATE.enter(host or "local"):
+        with GATE.enter(host or "local", endpoint):
             yield
     finally:
         with contextlib.suppress(ValueError):  # a generator may end in another context
@@ -162,12 +179,13 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     It waits for its turn among the requests of all clients; the waiting counts as its time.
     Works on generator functions, too. What is not the user's to mend goes to the log.
     """
+    endpoint = f"{function.__module__}.{function.__qualname__}"
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
         def stream(*arguments: Any) -> Iterator[Any]:
             try:
-                with _request():
+                with _request(endpoint):
                     yield from function(*arguments)
             except Exception as error:
                 raise _message(error) from None
@@ -177,7 +195,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         try:
-            with _request():
+            with _request(endpoint):
                 return function(*arguments)
         except Exception as error:
             raise _message(error) from None

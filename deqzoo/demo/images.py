@@ -18,8 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from deqzoo.errors import UserError
-from deqzoo.evaluation.classify import Classification, read_picture, to_batch
-from deqzoo.evaluation.watch import watch
+from deqzoo.evaluation.classify import (
+    Classification,
+    classify_pixels,
+    read_picture,
+    to_batch,
+)
+from deqzoo.evaluation.watch import watch, watched_solver
 
 from . import examples
 from .charts import probability_chart, residual_chart
@@ -152,6 +157,17 @@ def solve_picture(loaded: Loaded, picture: Image.Image, solver: dict[str, Any]) 
         settings={**model.config.solver, **solver},
         seconds=seconds,
     )
+
+
+def solve_batch(loaded: Loaded, pixels: Tensor, solver: dict[str, Any]) -> list[Classification]:
+    """Classify several prepared pictures (B, 3, H, W) together.
+
+    Raises:
+        UserError: the time limit is over, or nobody waits any more.
+    """
+    settings = {**loaded.model.config.solver, **solver}
+    watched = watched_solver(settings, Deadline().check)
+    return classify_pixels(loaded.model, pixels, top_k=1, solver=watched)
 
 
 def seen_picture(pixels: Tensor, processor: Any) -> Image.Image:

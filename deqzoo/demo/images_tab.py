@@ -7,8 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from deqzoo.evaluation.classify import classify_pixels
-
 from . import examples, images
 from .controls import (
     TO_THE_ANSWER,
@@ -120,7 +118,9 @@ def batch_tab(shelf: Shelf, pictures: list[Path]) -> None:
             )  # fmt: skip
             if pictures:
                 fill = gr.Button("Use the examples", elem_id="batch-examples")
-            button = gr.Button("Find the equilibria", variant="primary", elem_id="batch-run")
+            with gr.Row():
+                button = gr.Button("Find the equilibria", variant="primary", elem_id="batch-run")
+                stop = gr.Button("Stop", elem_id="batch-stop", min_width=80, scale=0)
         with gr.Column(min_width=280):
             answers = gr.HTML(
                 '<div class="dz-waiting">Several pictures are solved together, yet each one takes '
@@ -135,14 +135,14 @@ def batch_tab(shelf: Shelf, pictures: list[Path]) -> None:
         settings = settings_from(solver, budget, exponent)
         loaded = shelf.get(checkpoint, IMAGES)
         small, batch = images.open_pictures(paths, loaded)
-        found = classify_pixels(loaded.model, batch, top_k=1, solver=settings)
+        found = images.solve_batch(loaded, batch, settings)
         labels = list(loaded.model.config.label2id)
         return images.batch_html(small, [Path(p).name for p in paths], found, labels)
 
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "images"}
     inputs = [files, *controls.inputs]
     safe = in_place(run, [answers], answers)
-    button.click(safe, inputs, answers, **options)
+    running = [button.click(safe, inputs, answers, **options)]
     gr.on([button.click], None, None, None, js=TO_THE_ANSWER)
     if pictures:
 
@@ -153,8 +153,9 @@ def batch_tab(shelf: Shelf, pictures: list[Path]) -> None:
         filled = fill.click(
             known, [controls.checkpoint], files, api_visibility="private", queue=False
         )
-        filled.then(safe, inputs, answers, **options)
+        running.append(filled.then(safe, inputs, answers, **options))
         filled.then(None, None, None, js=TO_THE_ANSWER)
+    stop.click(None, None, None, cancels=running, api_visibility="private")
 
 
 def endpoint(shelf: Shelf) -> None:

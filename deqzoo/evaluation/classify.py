@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from deqzoo.equilibrium import Solver
 from deqzoo.errors import UserError
 
 
@@ -72,7 +73,7 @@ def classify_pixels(
     pixels: Tensor,
     *,
     top_k: int = 5,
-    solver: dict[str, Any] | str | None = None,
+    solver: Solver | dict[str, Any] | str | None = None,
 ) -> list[Classification]:
     """Classify one batch of prepared pictures (B, 3, H, W), as `to_batch` makes them."""
     output = model.eval()(pixel_values=pixels, solver=solver)

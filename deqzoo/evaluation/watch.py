@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deqzoo.equilibrium import Rows
+from deqzoo.equilibrium import Rows, Solution, Solver, make_solver
 from deqzoo.equilibrium.diagnostics import SavedTensors
+from deqzoo.equilibrium.solvers.base import StepCallback
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,17 @@ def watch(
     return Watched(
         history, path, final, n_steps, solution.residual.float().cpu(), solution.converged.cpu()
     )
+
+
+def watched_solver(settings: dict[str, Any], callback: StepCallback) -> Solver:
+    """A solver that reports every step of every solve to a callback, as `Solver.solve` takes it."""
+    solver = make_solver(settings)
+
+    class Reporting(type(solver)):  # type: ignore[misc]
+        def solve(self, f: Any, z0: Any, layout: Any = None, *_: Any, **__: Any) -> Solution:
+            return super().solve(f, z0, layout, callback=callback)
+
+    return Reporting(**{f.name: getattr(solver, f.name) for f in fields(solver)})
 
 
 def training_memory(

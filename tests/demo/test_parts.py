@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
 from importlib.metadata import PackageNotFoundError
@@ -376,25 +377,38 @@ def test_space_runs_from_its_own_folder(tmp_path, capsys) -> None:
     assert "not an empty folder" in capsys.readouterr().err
 
 
+def _inside(gate: Gate) -> int:
+    """Requests that wait or work."""
+    return sum(gate._clients.values())
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 300
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
 def test_the_gate_serves_clients_in_turn() -> None:
-    gate, order, full = Gate(workers=1, per_client=3, waiting=5), [], []
+    gate, order, full = Gate(1, per_client=3, per_endpoint=5, waiting=5), [], []
 
     def ask(client: str) -> None:
-        with gate.enter(client):
+        with gate.enter(client, "graph"):
             order.append(client)
             time.sleep(0.05)
 
     def start(client: str) -> threading.Thread:
         thread = threading.Thread(target=ask, args=(client,))
+        before = _inside(gate)
         thread.start()
-        time.sleep(0.02)
+        _until(lambda: _inside(gate) > before)
         return thread
 
-    with gate.enter("first"):
+    with gate.enter("first", "graph"):
         threads = [start(client) for client in ("greedy", "greedy", "greedy", "second")]
         for client in ("greedy", "third", "fourth"):
             try:
-                with gate.enter(client):
+                with gate.enter(client, "graph"):
                     pass
             except UserError as error:
                 full.append(str(error))
@@ -407,23 +421,56 @@ def test_the_gate_serves_clients_in_turn() -> None:
         thread.join(timeout=300)
     assert order == ["greedy", "second", "third", "greedy", "greedy"]
     assert all("too many people" in said for said in full[1:])
-    with gate.enter("greedy"):  # nobody is counted any more
+    with gate.enter("greedy", "graph"):  # nobody is counted any more
         assert gate._clients == {"greedy": 1} and not gate._queues
 
 
 def test_a_request_that_was_given_up_leaves_the_queue(monkeypatch) -> None:
-    gate = Gate(workers=1, per_client=2, waiting=5)
-    with gate.enter("one"):
+    gate = Gate(1, per_client=2, per_endpoint=5, waiting=5)
+    with gate.enter("one", "graph"):
         token = guard._REQUEST.set((time.monotonic(), lambda: False))
-        with pytest.raises(UserError, match="nobody waits"), gate.enter("two"):
+        with pytest.raises(UserError, match="nobody waits"), gate.enter("two", "graph"):
             pass
         guard._REQUEST.reset(token)
         token = guard._REQUEST.set((time.monotonic() - 100, lambda: True))
-        with pytest.raises(UserError, match="took more than"), gate.enter("two"):
+        with pytest.raises(UserError, match="took more than"), gate.enter("two", "graph"):
             pass
         guard._REQUEST.reset(token)
-    with gate.enter("two"):
+    with gate.enter("two", "graph"):
         assert gate._clients == {"two": 1}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_no_endpoint_has_all_workers_while_another_is_asked_for(workers: int) -> None:
+    gate, order, threads = Gate(workers, per_client=9, per_endpoint=3, waiting=5), [], []
+    done = threading.Event()
+
+    def ask(client: str, endpoint: str) -> None:
+        with gate.enter(client, endpoint):
+            order.append(endpoint)
+            done.wait(300)
+
+    def start(client: str, endpoint: str) -> None:
+        threads.append(threading.Thread(target=ask, args=(client, endpoint)))
+        before = _inside(gate)
+        threads[-1].start()
+        _until(lambda: _inside(gate) > before)
+
+    with gate.enter("else", "graph"):
+        for client in "abcde"[: workers + 1]:  # the last two wait: one worker is busy with a graph
+            start(client, "generate")
+        start("f", "classify")
+        _until(lambda: len(order) >= workers - 1)
+        assert order == ["generate"] * (workers - 1)
+    _until(lambda: len(order) >= workers)
+    assert order == ["generate"] * (workers - 1) + ["classify"]
+    start("g", "generate")
+    with pytest.raises(UserError, match="too many people"), gate.enter("h", "generate"):
+        pass
+    done.set()
+    for thread in threads:
+        thread.join(timeout=300)
+    assert len(order) == len(threads)
 
 
 def test_work_that_nobody_waits_for_ends(text_folder, tiny_mdeq) -> None:
@@ -435,6 +482,7 @@ def test_work_that_nobody_waits_for_ends(text_folder, tiny_mdeq) -> None:
         lambda: text.score(texts, "the river " * 200),
         lambda: list(text.write(texts, "the river", 200)),
         lambda: images.solve_picture(pictures, picture, settings),
+        lambda: images.solve_batch(pictures, to_batch(pictures.reader, [picture] * 3, pictures.model), settings),
     ):
         asked = []
         wanted = lambda asked=asked: asked.append(1) or len(asked) < 3  # noqa: E731
