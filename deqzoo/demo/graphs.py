@@ -38,6 +38,7 @@ MAX_GRAPHS = 10_000
 MAX_FEATURE_VALUES = 20_000_000
 _PARTS = ("A", "graph_indicator", "graph_labels", "node_labels")
 SIDE = 420.0
+RING = ' class="dz-ringed"'
 
 
 @dataclass(frozen=True)
@@ -298,10 +299,45 @@ def positions(n: int, edges: np.ndarray, rounds: int = 200) -> np.ndarray:
 
 def graph_html(graph: Graph, reading: Reading, kinds: Sequence[str]) -> str:
     """The graph, its nodes coloured by the norm of their equilibrium and named by their kinds."""
-    n = len(graph.x)
-    edges = graph.edge_index.numpy()
-    place = positions(n, edges) * (SIDE - 40) + 20
     low, high = float(reading.norms.min()), float(reading.norms.max())
+    names = [kinds[kind] for kind in graph.x.argmax(1).tolist()]
+    tips = [
+        f"node {i}, {name}: norm {norm:.3g}"
+        for i, (name, norm) in enumerate(zip(names, reading.norms.tolist(), strict=True))
+    ]
+    caption = (
+        "The fuller the colour, the larger the equilibrium at a node: "
+        f'<span class="dz-scale"><i></i></span> norm {low:.3g} to {high:.3g}'
+    )
+    edges = graph.edge_index.shape[1] // 2
+    label = graph.title or f"graph with {len(names)} nodes and {edges} edges"
+    share = (reading.norms - low) / max(high - low, 1e-9)
+    shown = names if "C" in kinds else ()  # atoms
+    return drawing(graph.edge_index, share, tips, caption, label, names=shown)
+
+
+def drawing(
+    edge_index: Tensor,
+    share: Tensor,
+    tips: Sequence[str],
+    caption: str,
+    label: str,
+    names: Sequence[str] = (),
+    ringed: int | None = None,
+) -> str:
+    """A graph as SVG.
+
+    Args:
+        edge_index: (2, e), both directions.
+        share: fullness of every node's colour (n,), 0 to 1.
+        tips: what every node says when pointed at.
+        caption: HTML below the drawing.
+        label: what the drawing shows, for those who do not see it.
+        names: written into the nodes.
+        ringed: a node with a ring.
+    """
+    n, edges = len(tips), edge_index.numpy()
+    place = positions(n, edges) * (SIDE - 40) + 20
     radius = max(3.0, min(9.0, 70 / np.sqrt(n)))
     lines = "".join(
         f'<line x1="{place[a, 0]:.1f}" y1="{place[a, 1]:.1f}" '
@@ -309,27 +345,23 @@ def graph_html(graph: Graph, reading: Reading, kinds: Sequence[str]) -> str:
         for a, b in edges.T
         if a < b
     )
-    molecule = "C" in kinds
-    numbers = graph.x.argmax(1).tolist()
     dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" '
-        f'style="--s:{(norm - low) / max(high - low, 1e-9):.2f}">'
-        f"<title>node {i}, {kinds[kind]}: norm {norm:.3g}</title></circle>"
-        + (f'<text x="{x:.1f}" y="{y + 4:.1f}">{kinds[kind]}</text>' if molecule else "")
-        for i, ((x, y), norm, kind) in enumerate(
-            zip(place, reading.norms.tolist(), numbers, strict=True)
-        )
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" style="--s:{full:.2f}"'
+        f"{RING if i == ringed else ''}><title>{escape(tip)}</title></circle>"
+        for i, ((x, y), full, tip) in enumerate(zip(place, share.tolist(), tips, strict=True))
+    )
+    words = "".join(
+        f'<text x="{x:.1f}" y="{y + 4:.1f}">{escape(name)}</text>'
+        for (x, y), name in zip(place, names, strict=False)
     )
     top = float(place[:, 1].max()) + 20
     wide = float(place[:, 0].max()) + 20
     width = 240 if n < 8 else 460
-    label = escape(graph.title or f"graph with {n} nodes and {edges.shape[1] // 2} edges")
     return (
         f'<figure class="dz-graph" style="max-width:{width}px">'
-        f'<svg viewBox="0 0 {wide:.0f} {top:.0f}" role="img" aria-label="{label}">'
-        f'<g class="dz-edges">{lines}</g><g class="dz-nodes">{dots}</g></svg>'
-        f"<figcaption>The fuller the colour, the larger the equilibrium at a node: "
-        f'<span class="dz-scale"><i></i></span> norm {low:.3g} to {high:.3g}</figcaption></figure>'
+        f'<svg viewBox="0 0 {wide:.0f} {top:.0f}" role="img" aria-label="{escape(label)}">'
+        f'<g class="dz-edges">{lines}</g><g class="dz-nodes">{dots}{words}</g></svg>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -352,9 +384,11 @@ def verdict_html(graph: Graph, reading: Reading, stored: str | None) -> str:
     truth = "" if stored is None else f" The data set says: <b>{escape(stored)}</b>."
     title = f"<b>{escape(graph.title)}</b>: " if graph.title else ""
     things = ("atoms", "bonds") if graph.title else ("nodes", "edges")
+    count = len(reading.residuals)
+    layers = f" in {count} layers" if count > 1 else ""
     return (
         f'<div class="dz-verdict dz-{mood}"><div><span class="dz-badge">{badge}</span> after '
-        f"<b>{reading.n_steps}</b> steps, residual {reading.residual:.2g}."
+        f"<b>{reading.n_steps}</b> steps{layers}, residual {reading.residual:.2g}."
         f'<div class="dz-note">{title}{len(graph.x)} {things[0]}, '
         f"{graph.edge_index.shape[1] // 2} {things[1]}."
         f"{truth}</div></div></div>"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from . import graphs
+from . import graphs, nodes
 from .controls import (
     TO_THE_ANSWER,
+    checkpoint_menu,
     in_place,
     missing_checkpoint,
     settings_from,
@@ -39,14 +39,6 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
                 )
             button = gr.Button("Find the equilibrium", variant="primary", elem_id="graph-run")
             examples = gr.Column(elem_id="graph-examples")
-            nodes = shelf.names(NODES)
-            if nodes:
-                listed = escape(", ".join(nodes))
-                gr.HTML(
-                    f'<p class="dz-note">The zoo’s models of nodes ({listed}) read '
-                    "networks of thousands of nodes, which cannot be shipped with this page; "
-                    "<code>deqzoo evaluate NAME --data DIR</code> measures them.</p>"
-                )
             with gr.Accordion("Use graphs of your own", open=False):
                 files = gr.File(
                     label="Files in TUDataset's format (NAME_A.txt, NAME_graph_indicator.txt, …)",
@@ -102,6 +94,53 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
     )
     chosen.then(safe, inputs, outputs, **options)
     chosen.then(None, None, None, js=TO_THE_ANSWER)
+    if shelf.names(NODES):
+        _nodes(shelf, root)
+
+
+def _nodes(shelf: Shelf, root: Path | None) -> None:
+    """Lay out what models of nodes are for, below the graphs."""
+    with gr.Column(elem_classes="dz-writing"):
+        gr.Markdown(
+            "### Nodes of a network\n\nThese models name every node of one large network, which "
+            "cannot be shipped with this page (`--graph-data` names a folder that has it). On a "
+            "small network, too, you see what an equilibrium is good for: what a node says "
+            "travels far beyond the two or three edges of a layered network, and fades on the way."
+        )
+    with gr.Row(elem_classes="dz-layout"):
+        with gr.Column(min_width=280):
+            checkpoint = checkpoint_menu(shelf, NODES, "node")
+            source = gr.Dropdown(
+                nodes.available_networks(root), value=nodes.CLUB, label="Network",
+                elem_id="node-source",
+            )  # fmt: skip
+            node = gr.Number(0, label="Node that is changed", precision=0, elem_id="node-number")
+            button = gr.Button("Change this node", variant="primary", elem_id="node-run")
+        with gr.Column(min_width=280):
+            verdict = gr.HTML(
+                '<div class="dz-waiting">Take the features of one node away, and see where in the '
+                "network the equilibrium moves.</div>",
+                elem_id="node-verdict",
+            )
+            drawn = gr.HTML(elem_id="node-drawing")
+            path = gr.HTML(elem_id="node-distance")
+
+    def run(name: Any, chosen: Any, number: Any) -> tuple[str, str, str]:
+        loaded = shelf.get(name, NODES)
+        network = nodes.pick(loaded, chosen, root)
+        found = nodes.reach(loaded, network, number)
+        at = int(number)
+        return (
+            nodes.verdict_html(network, found, at),
+            nodes.network_html(network, found, at),
+            nodes.distance_html(found),
+        )
+
+    outputs = [verdict, drawn, path]
+    gr.on(
+        [button.click, node.submit], in_place(run, outputs, verdict), [checkpoint, source, node],
+        outputs, api_visibility="private", concurrency_id="graphs", show_progress_on=[verdict],
+    )  # fmt: skip
 
 
 def _examples(shelf: Shelf) -> tuple[list[list[Any]], list[str]]:

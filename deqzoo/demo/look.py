@@ -77,10 +77,10 @@ CSS = """
 .dz-chart text { fill: var(--dz-faint); font-size: 13px; }
 .dz-grid { stroke: var(--dz-rule); stroke-width: 1; }
 .dz-line { fill: none; stroke-width: 2.4; stroke-linejoin: round; stroke-linecap: round; }
-.dz-tolerance { stroke: var(--dz-good); stroke-width: 1.8; stroke-dasharray: 6 5; }
-.dz-chart .dz-tolerance-label { fill: var(--dz-good); font-weight: 600; }
+.dz-tolerance { stroke: var(--dz-faint); stroke-width: 1.8; stroke-dasharray: 6 5; }
+.dz-chart .dz-tolerance-label { font-weight: 600; }
 .dz-stroke-0 { stroke: var(--dz-0); } .dz-stroke-1 { stroke: var(--dz-1); }
-.dz-stroke-2 { stroke: var(--dz-2); stroke-dasharray: 9 4; } .dz-stroke-3 { stroke: var(--dz-3); }
+.dz-stroke-2 { stroke: var(--dz-2); } .dz-stroke-3 { stroke: var(--dz-3); }
 .dz-stroke-4 { stroke: var(--dz-4); stroke-dasharray: 3 5; } .dz-stroke-5 { stroke: var(--dz-5); }
 .dz-fill-0 { fill: var(--dz-0); background: var(--dz-0); }
 .dz-fill-1 { fill: var(--dz-1); background: var(--dz-1); }
@@ -154,11 +154,11 @@ CSS = """
 .dz-error { padding: .8rem 1rem; border-radius: 8px; line-height: 1.5; overflow-wrap: anywhere;
   background: color-mix(in srgb, var(--dz-late) 14%, transparent);
   box-shadow: inset 4px 0 0 var(--dz-late); }
-#graph-residuals .dz-chart { max-width: 480px; }
+#graph-residuals .dz-chart, #node-distance .dz-chart { max-width: 400px; }
 .dz-why { margin: .4rem 0 1rem; }
 .dz-why h3 { margin: 0 0 .2rem; font-size: 1.1rem; }
 .dz-why p { margin: 0 0 .6rem; max-width: 52rem; }
-.dz-why .dz-chart { max-width: 480px; }
+.dz-why .dz-chart { max-width: 400px; }
 .dz-why .dz-cards { max-width: 480px; margin-bottom: .6rem;
   grid-template-columns: repeat(2, minmax(0, 1fr)); }
 #why-head { align-items: end; flex-wrap: wrap; }
@@ -173,6 +173,7 @@ CSS = """
 .dz-mini small { display: block; color: var(--dz-faint); }
 .dz-right span { color: var(--dz-good); } .dz-wrong span { color: var(--dz-late); }
 #image-picture img { object-fit: contain; }
+[id$="-checkpoint"] input { text-overflow: ellipsis; padding-right: 1.6rem !important; }
 [id$="-examples"] button img { object-fit: cover !important; width: 100%; height: 100%; }
 footer .show-api { display: inline-flex !important; }
 @media (max-width: 640px) {
@@ -181,6 +182,7 @@ footer .show-api { display: inline-flex !important; }
     max-width: calc(100vw - 66px); }
   [id^="image"][id$="-examples"] > .gallery > * { flex: none; }
 }
+.dz-nodes .dz-ringed { stroke: var(--body-text-color) !important; stroke-width: 3 !important; }
 .dz-nodes circle { stroke: var(--dz-faint); stroke-width: 1;
   fill: color-mix(in srgb, var(--dz-hot) calc(var(--s) * 100%), var(--background-fill-primary)); }
 """

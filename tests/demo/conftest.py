@@ -24,6 +24,7 @@ from deqzoo import (
     DEQTransformerForCausalLM,
     IGNNConfig,
     IGNNForGraphClassification,
+    IGNNForNodeClassification,
 )
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
 
@@ -87,6 +88,16 @@ def graph_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained classifier of nodes."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("node") / "ignn-nodes-test"
+    config = IGNNConfig(num_features=6, hidden_sizes=[8], num_labels=2)
+    IGNNForNodeClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def graph_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PROTEINS' format with two tiny graphs: a triangle of class 1 and an edge of class 2."""
     root = tmp_path_factory.mktemp("graphs")
@@ -114,15 +125,16 @@ def served(
     tiny_mdeq: Path,
     text_folder: Path,
     graph_folder: Path,
+    node_folder: Path,
     graph_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     zoo = tmp_path_factory.mktemp("demo") / "hub_configs"
     zoo.mkdir()
-    from deqzoo.demo.shelf import GRAPHS, IMAGES, TEXT, Shelf
+    from deqzoo.demo.shelf import GRAPHS, IMAGES, NODES, TEXT, Shelf
 
     first = {}
-    stand_ins = {IMAGES: tiny_mdeq, TEXT: text_folder, GRAPHS: graph_folder}
+    stand_ins = {IMAGES: tiny_mdeq, TEXT: text_folder, GRAPHS: graph_folder, NODES: node_folder}
     for task, stand_in in stand_ins.items():
         found = Shelf().entries(task)
         for folder in [entry.folder for entry in found] or [stand_in]:

@@ -231,6 +231,19 @@ def test_graph_tab(page) -> None:
     page.message("graph number")
 
 
+def test_models_of_nodes(page) -> None:
+    page.tab("Graph")
+    page.page.click("#node-run")
+    page.page.wait_for_selector("#node-drawing circle")
+    page.shot("nodes")
+    assert page.page.locator("#node-drawing circle").count() == 34
+    assert "of the 33 other nodes" in page.page.inner_text("#node-verdict")
+    assert page.page.locator("#node-distance circle").count() == 3
+    page.page.locator("#node-number input").fill("99")
+    page.page.click("#node-run")
+    page.message("the node must be a whole number from 0 to 33".capitalize())
+
+
 def test_phone_in_the_dark(browser, served) -> None:
     opened = Page(browser, served.url, PHONE, "dark")
     page = opened.page

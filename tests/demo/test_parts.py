@@ -19,16 +19,18 @@ from html import unescape
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gradio as gr
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import deqzoo.zoo
-from deqzoo import DEQModel
+from deqzoo import DEQModel, IGNNConfig, IGNNForNodeClassification
 from deqzoo.cli import run
-from deqzoo.demo import charts, graphs, guard, images, molecules, text
+from deqzoo.demo import charts, graphs, guard, images, molecules, nodes, text
 from deqzoo.demo.app import build_demo
 from deqzoo.demo.controls import in_place, menu_label
 from deqzoo.demo.guard import Deadline, Gate, guarded
@@ -389,6 +391,83 @@ def _until(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
+def node_model(config: dict[str, Any]) -> Loaded:
+    torch.manual_seed(0)
+    model = IGNNForNodeClassification(IGNNConfig(**config)).eval()
+    return Loaded(Entry("node-test", Path("node-test"), model.config.to_dict(), {}), model, None)
+
+
+def test_a_change_at_a_node_is_followed_through_the_network() -> None:
+    """On a chain, by distance, as two calls of the model have it; two layers would end at two."""
+    chosen = node_model({"num_features": 6, "hidden_sizes": [8], "num_labels": 3})
+    network = nodes.pick(chosen, nodes.CHAIN, None)
+    found = nodes.reach(chosen, network, 3)
+    assert found.distance.tolist() == [abs(i - 3) for i in range(40)] and found.converged
+    x = network.x.clone()
+    x[3] = 0
+    exact = {"tol": 1e-9, "max_steps": 400}
+    with torch.inference_mode():
+        before, after = (
+            chosen.model(
+                y, network.edge_index, output_hidden_states=True, solver=exact
+            ).hidden_states[-1]
+            for y in (network.x, x)
+        )
+    expected = (after - before).norm(dim=1) / before.norm(dim=1)
+    torch.testing.assert_close(found.change, expected, rtol=1e-3, atol=1e-6)
+    far = int(found.distance[found.change > nodes.UNMOVED].max())
+    assert 2 < far < 36
+    said = nodes.verdict_html(network, found, 3)
+    assert f"up to <b>{far}</b> edges away" in said and "drawn at random" in said
+    drawn = nodes.network_html(network, found, 3)
+    assert drawn.count("<circle") == 40 and drawn.count("dz-ringed") == 1
+    assert "node 3, 0 edges away" in drawn.split("dz-ringed")[1][:60]
+    assert nodes.distance_html(found).count("<circle") == 36
+    with pytest.raises(UserError, match="from 0 to 39"):
+        nodes.reach(chosen, network, 40)
+
+
+def test_a_network_of_this_machine_is_read_with_its_labels(tmp_path: Path) -> None:
+    """A path of three proteins and one without a partner; labels of each, and the wrong width."""
+    pytest.importorskip("torch_geometric")
+    (tmp_path / "HumLoc").mkdir()
+    np.savez(
+        tmp_path / "HumLoc" / "humloc.npz", x=np.eye(4, 6, dtype=np.float32),
+        edge_index=np.array([[0, 1], [1, 2]]), y=np.array([[0, 1], [1, 1], [0, 0], [1, 0]]),
+        train_idx=[0], val_idx=[1], test_idx=[2, 3],
+    )  # fmt: skip
+    assert nodes.available_networks(tmp_path) == [nodes.CLUB, nodes.CHAIN, "HumLoc"]
+    many = {"num_labels": 2, "problem_type": "multi_label_classification"}
+    chosen = node_model({"num_features": 6, "hidden_sizes": [8], **many})
+    network = nodes.pick(chosen, "HumLoc", tmp_path)
+    said = nodes.verdict_html(network, nodes.reach(chosen, network, 1), 1)
+    assert "of the 2 other nodes" in said and "the data set: labels 0, 1." in said
+    alone = nodes.reach(chosen, network, 3)
+    assert "has no edges" in nodes.verdict_html(network, alone, 3)
+    assert nodes.distance_html(alone) == ""
+    other = node_model({"num_features": 5, "hidden_sizes": [8], **many})
+    with pytest.raises(UserError, match="have 6 features, but node-test reads 5"):
+        nodes.pick(other, "HumLoc", tmp_path)
+    with pytest.raises(UserError, match="available here: karate club"):
+        nodes.pick(other, "../HumLoc", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stop", "answer"), [("batch-stop", "batch-answers"), ("write-stop", "write-output")]
+)
+def test_stop_ends_whatever_fills_the_answer(stop: str, answer: str) -> None:
+    config = build_demo(Path(deqzoo.__file__).parents[1] / "examples" / "pictures").config
+    numbers = {c["props"].get("elem_id"): c["id"] for c in config["components"]}
+    cancels = {
+        number
+        for event in config["dependencies"]
+        if [numbers[stop], "click"] in [list(target) for target in event["targets"]]
+        for number in event["cancels"]
+    }
+    filling = {e["id"] for e in config["dependencies"] if numbers[answer] in e["outputs"]}
+    assert filling and cancels == filling
+
+
 def test_the_gate_serves_clients_in_turn() -> None:
     gate, order, full = Gate(1, per_client=3, per_endpoint=5, waiting=5), [], []
 
@@ -477,12 +556,13 @@ def test_work_that_nobody_waits_for_ends(text_folder, tiny_mdeq) -> None:
     """Perplexity, writing and pictures alike, in the middle."""
     texts, pictures = loaded(text_folder, load_tokenizer), loaded(tiny_mdeq, load_processor)
     picture = Image.new("RGB", (50, 40), "orange")
+    batch = to_batch(pictures.reader, [picture] * 3, pictures.model)
     settings = {"name": "anderson", "max_steps": 40, "tol": 0.0}
     for work in (
         lambda: text.score(texts, "the river " * 200),
         lambda: list(text.write(texts, "the river", 200)),
         lambda: images.solve_picture(pictures, picture, settings),
-        lambda: images.solve_batch(pictures, to_batch(pictures.reader, [picture] * 3, pictures.model), settings),
+        lambda: images.solve_batch(pictures, batch, settings),
     ):
         asked = []
         wanted = lambda asked=asked: asked.append(1) or len(asked) < 3  # noqa: E731

@@ -1,0 +1,248 @@
+"""What the demo finds out about models of nodes: their answers, and how far a change travels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqzoo.errors import UserError
+from deqzoo.evaluation.graph_nodes import NODE_TASKS
+from deqzoo.evaluation.watch import watched_solver
+
+from .charts import curves
+from .graphs import drawing
+from .guard import Deadline, whole_number
+from .shelf import Loaded
+
+CLUB, CHAIN = "karate club", "chain of 40 nodes"
+MAX_DRAWN = 60
+#: Change, relative to a state's size, below which a node counts as not reached: float32's noise.
+UNMOVED = 1e-6
+#: Who met whom outside the club: Zachary, An information flow model for conflict and fission in
+#: small groups, 1977. Members after each one whose number is larger.
+_FRIENDS = (
+    (1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 17, 19, 21, 31), (2, 3, 7, 13, 17, 19, 21, 30),
+    (3, 7, 8, 9, 13, 27, 28, 32), (7, 12, 13), (6, 10), (6, 10, 16), (16,), (), (30, 32, 33), (33,),
+    (), (), (), (33,), (32, 33), (32, 33), (), (), (32, 33), (33,), (32, 33), (), (32, 33),
+    (25, 27, 29, 32, 33), (25, 27, 31), (31,), (29, 33), (33,), (31, 33), (32, 33), (32, 33),
+    (32, 33), (33,), (),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Network:
+    """Features (n, p), dense or sparse; edges (2, e) in both directions; labels, if they are known.
+
+    Attributes:
+        labels: (n,) classes, or (n, labels) of 0 and 1.
+    """
+
+    name: str
+    x: Tensor
+    edge_index: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a model says about one node, and what changing that node does to all others.
+
+    Attributes:
+        answer: class or label -> probability, the likeliest first.
+        distance: edges from the node (n,); -1 where no path leads.
+        change: of every node's state (n,), relative to its size, once the node has no features.
+        n_steps, residual, converged: the solver's report.
+    """
+
+    answer: dict[str, float]
+    distance: Tensor
+    change: Tensor
+    n_steps: int
+    residual: float
+    converged: bool
+
+
+def available_networks(root: Path | None) -> list[str]:
+    """Small networks that always work, then the data sets on this machine."""
+    found = [] if root is None else [n for n in ("HumLoc", "EukLoc", "Twitch") if _has(root, n)]
+    return [CLUB, CHAIN, *found]
+
+
+def _has(root: Path, name: str) -> bool:
+    return any((root / name).glob("**/*.npz"))
+
+
+@lru_cache(maxsize=2)
+def _stored(name: str, root: Path) -> Network:
+    graph = NODE_TASKS[name].load(root, "test")[0]
+    return Network(name, graph.x, graph.edge_index, graph.y)
+
+
+@lru_cache(maxsize=8)
+def made_up(name: str, width: int) -> Network:
+    """A small network whose features are drawn, always the same ones: about 20 of each node."""
+    rows = _FRIENDS if name == CLUB else tuple((i + 1,) for i in range(39)) + ((),)
+    pairs = torch.tensor([(a, b) for a, others in enumerate(rows) for b in others]).T
+    chance = torch.full((len(rows), width), min(0.5, 20 / width))
+    x = torch.bernoulli(chance, generator=torch.Generator().manual_seed(0))
+    return Network(name, x, torch.cat([pairs, pairs.flip(0)], dim=1), None)
+
+
+def pick(loaded: Loaded, source: Any, root: Path | None) -> Network:
+    """The network that a user asked for.
+
+    Raises:
+        UserError: an unknown one, or one whose features the model does not read.
+    """
+    width = loaded.model.config.num_features
+    if source in (CLUB, CHAIN):
+        return made_up(source, width)
+    if source not in available_networks(root) or root is None:
+        known = ", ".join(available_networks(root))
+        raise UserError(f"unknown network {str(source)[:80]!r}; available here: {known}")
+    network = _stored(source, root)
+    if network.x.shape[1] != width:
+        raise UserError(
+            f"nodes of {source} have {network.x.shape[1]} features, but {loaded.entry.name} reads "
+            f"{width}; choose another checkpoint or another network"
+        )
+    return network
+
+
+@torch.inference_mode()
+def reach(
+    loaded: Loaded, network: Network, node: Any, solver: dict[str, Any] | None = None
+) -> Reach:
+    """Read a network as it is and with one node's features taken away.
+
+    Raises:
+        UserError: no such node, or the time limit is over.
+    """
+    model, deadline = loaded.model, Deadline()
+    chosen = whole_number(node, "the node", 0, len(network.x) - 1)
+    # What is compared is far smaller than the states: to the end of what float32 resolves.
+    settings = {**model.config.solver, **(solver or {}), "tol": UNMOVED / 10}
+    watched = watched_solver(settings, deadline.check)
+    x = network.x.to_dense() if network.x.is_sparse else network.x
+    without = x.clone()
+    without[chosen] = 0
+    before, after = (
+        model(features, network.edge_index, output_hidden_states=True, solver=watched)
+        for features in (x, without)
+    )
+    states = before.hidden_states[-1]
+    moved = (after.hidden_states[-1] - states).norm(dim=1) / states.norm(dim=1).clamp_min(1e-12)
+    many = model.config.problem_type == "multi_label_classification"
+    logits = before.logits[chosen].float()
+    found = logits.sigmoid() if many else logits.softmax(-1)
+    order = found.argsort(descending=True).tolist()
+    return Reach(
+        answer={_label(loaded, i): float(found[i]) for i in order},
+        distance=_distances(network.edge_index, len(x), chosen),
+        change=moved,
+        n_steps=int(before.n_steps[0]),
+        residual=float(before.residual[0]),
+        converged=bool(before.converged[0]),
+    )
+
+
+def _label(loaded: Loaded, index: int) -> str:
+    name = loaded.model.config.id2label.get(index, "")
+    many = loaded.model.config.problem_type == "multi_label_classification"
+    kind = "label" if many else "class"
+    return f"{kind} {index}" if not name or name.startswith("LABEL_") else name
+
+
+def _distances(edge_index: Tensor, n: int, start: int) -> Tensor:
+    distance = torch.full((n,), -1)
+    front = torch.zeros(n, dtype=torch.bool)
+    front[start] = True
+    step = 0
+    while front.any():
+        distance[front] = step
+        reached = torch.zeros(n, dtype=torch.bool)
+        reached[edge_index[1][front[edge_index[0]]]] = True
+        front, step = reached & (distance < 0), step + 1
+    return distance
+
+
+def verdict_html(network: Network, found: Reach, node: int) -> str:
+    """The node's answer where its features are real, and how far a change there is felt."""
+    mood, badge = ("good", "Equilibrium found") if found.converged else ("late", "Stopped early")
+    felt = (found.change > UNMOVED) & (found.distance > 0)
+    far = int(found.distance[felt].max()) if felt.any() else 0
+    others = int((found.distance > 0).sum())
+    text = (
+        f"Node {node} has no edges, so its features change no other node."
+        if not others
+        else (
+            f"Without the features of node {node}, the states of <b>{int(felt.sum()):,}</b> of the "
+            f"{others:,} other nodes that it is connected with change, up to <b>{far}</b> "
+            f"edge{'s' * (far != 1)} away. A network of two layers would reach two edges."
+        )
+    )
+    if network.labels is None:
+        answer = "The features are drawn at random, so the answers mean nothing here."
+    else:
+        stored = network.labels[node]
+        true = stored.nonzero().flatten().tolist() if stored.dim() else [int(stored)]
+        said = ", ".join(f"{escape(n)} {p:.0%}" for n, p in list(found.answer.items())[:3])
+        kind = "labels" if stored.dim() else "class"
+        answer = (
+            f"The model says of node {node}: <b>{said}</b>; the data set: {kind} "
+            f"{', '.join(map(str, true)) or 'none'}."
+        )
+    return (
+        f'<div class="dz-verdict dz-{mood}"><div><span class="dz-badge">{badge}</span> after '
+        f"<b>{found.n_steps}</b> steps, residual {found.residual:.2g}. {text}"
+        f'<div class="dz-note">{answer}</div></div></div>'
+    )
+
+
+def network_html(network: Network, found: Reach, node: int) -> str:
+    """The nodes around the chosen one, coloured by how much they change."""
+    known = found.distance >= 0
+    order = torch.where(known, found.distance, len(known)).argsort(stable=True)
+    shown = order[: min(MAX_DRAWN, int(known.sum()))]
+    place = torch.full((len(known),), -1)
+    place[shown] = torch.arange(len(shown))
+    pairs = place[network.edge_index]
+    pairs = pairs[:, (pairs >= 0).all(0)]
+    change = found.change[shown].clamp_min(UNMOVED)
+    low, high = math.log10(UNMOVED), math.log10(float(change.max()))
+    share = (change.log10() - low) / max(high - low, 1e-9)
+    tips = [
+        f"node {int(i)}, {int(found.distance[i])} edges away: changes by {found.change[i]:.1g}"
+        for i in shown
+    ]
+    rest = len(known) - len(shown)
+    caption = (
+        f"The fuller the colour, the more a node’s state changes without the features of node "
+        f'{node}, which has a ring: <span class="dz-scale"><i></i></span> 10⁻⁶ or less to '
+        f"{10**high:.1g} of its size."
+        + (f" {rest:,} nodes farther away not drawn." if rest else "")
+    )
+    label = f"{network.name}: {len(shown)} nodes around node {node}"
+    return drawing(pairs, share, tips, caption, label, ringed=0)
+
+
+def distance_html(found: Reach) -> str:
+    """Mean change by the distance in edges."""
+    last = int(found.distance.max())
+    if not last:
+        return ""
+    points = [
+        (float(d), max(float(found.change[found.distance == d].mean()), UNMOVED / 10))
+        for d in range(1, last + 1)
+    ]
+    return curves(
+        "Change of the state, by distance", {"mean over the nodes": points},
+        tip="{x:.0f} edges away: {y:.1e}", x_label="edges away", log_y=True,
+    )  # fmt: skip
