@@ -83,6 +83,7 @@ class Interrupt:
         if name == {module!r}:
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 sys.meta_path.insert(0, Interrupt())
 sys.argv = ["deqzoo", "classify", {str(PICTURE)!r}]
 from deqzoo.__main__ import main

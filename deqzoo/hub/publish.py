@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import re
@@ -27,6 +26,7 @@ from deqzoo.zoo import resolve_bundled
 
 #: Between two bytes of an answer; committing many large files takes the Hub a while.
 TIME_LIMIT_SECONDS = 120.0
+_TRIES = 5
 _TOKEN = re.compile(r"hf_\w+|(?<=Bearer )\S+")
 #: Files that are a checkpoint's own, whether or not the checksums in the repository name them.
 _OWN = re.compile(
@@ -79,9 +79,8 @@ def publish(
     unless every file arrived, since all of them are one commit. The same commit removes what an
     earlier upload left and this one lacks; files of other origin stay.
 
-    The tag `vVERSION` names what this version of the package last put on main: it moves with a
-    new upload to main, and uploads to other branches leave it alone. Only a commit's id stays the
-    same for ever.
+    An upload to main gets the tag `vVERSION` of the package, a later one with other files
+    `vVERSION-2` and so on: a tag names the same files for ever. Other branches get none.
 
     Args:
         name: zoo name or local folder.
@@ -114,7 +113,8 @@ def publish(
         CommitOperationAdd(path, io.BytesIO(source) if isinstance(source, bytes) else str(source))
         for path, source in contents.items()
     ]
-    commit, removed = upload(HfApi(token=token), repo_id, operations, _OWN, branch, private, tag)
+    api = HfApi(token=token)
+    commit, removed, tag = upload(api, repo_id, operations, _OWN, branch, private, tag)
     return Report(repo_id, branch, files, tag, commit, tuple(removed))
 
 
@@ -156,14 +156,14 @@ def upload(
     private: bool = False,
     tag: str | None = None,
     kind: Literal["model", "space"] = "model",
-) -> tuple[str, list[str]]:
-    """Create the repository, commit and tag; the commit's id, and the files that it removed.
+) -> tuple[str, list[str], str | None]:
+    """Create the repository, commit and tag; the commit's id, the files that it removed, the tag.
 
     Args:
         operations: the files to be there afterwards.
         own: paths that are removed where they are not among the files; so are those which the
             repository's checksums name. Everything else stays.
-        tag: moved to the commit if it exists.
+        tag: for the commit; its next edition where the tag names another one.
 
     Raises:
         UserError: the Hub refused, could not be reached, or has another upload in between.
@@ -186,7 +186,7 @@ def upload(
         deletions = map(CommitOperationDelete, removed)
         commit = _commit(api, repo_id, [*operations, *deletions], branch, parent, kind)
         if tag is not None:
-            _move_tag(api, repo_id, tag, commit, kind)
+            tag = _tag(api, repo_id, tag, commit, kind)
     except UserError:
         raise
     except HfHubHTTPError as error:
@@ -206,7 +206,7 @@ def upload(
             f"the upload to {repo_id} was interrupted, {done}; run the same command again "
             f"({_line(error, secrets)})"
         ) from None
-    return commit, removed
+    return commit, removed, tag
 
 
 def _commit(
@@ -263,24 +263,23 @@ def _left_over(
     return [p for p in present if p not in files and (p in sealed or own.fullmatch(p))]
 
 
-def _move_tag(api: HfApi, repo_id: str, tag: str, commit: str, kind: str) -> None:
-    """Let a tag name a commit.
-
-    The Hub moves none, so it is made anew; where that fails the old one is put back.
-    """
-    tags = api.list_repo_refs(repo_id, repo_type=kind).tags
-    target = next((known.target_commit for known in tags if known.name == tag), None)
-    if target == commit:
-        return
-    if target is not None:
-        api.delete_tag(repo_id, tag=tag, repo_type=kind)
-    try:
-        api.create_tag(repo_id, tag=tag, revision=commit, repo_type=kind)
-    except Exception:
-        if target is not None:
-            with contextlib.suppress(Exception):
-                api.create_tag(repo_id, tag=tag, revision=target, repo_type=kind)
-        raise
+def _tag(api: HfApi, repo_id: str, version: str, commit: str, kind: str) -> str:
+    """Tag a commit with a version, or with its next edition (VERSION-2, ...); the tag."""
+    for _ in range(_TRIES):
+        tags = {t.name: t.target_commit for t in api.list_repo_refs(repo_id, repo_type=kind).tags}
+        editions = (version if n == 1 else f"{version}-{n}" for n in itertools.count(1))
+        tag = next(name for name in editions if tags.get(name, commit) == commit)
+        if tag in tags:
+            break
+        try:
+            api.create_tag(repo_id, tag=tag, revision=commit, repo_type=kind)
+            break
+        except HfHubHTTPError as error:  # another upload took this edition
+            if error.response is None or error.response.status_code != 409:
+                raise
+    else:
+        raise RuntimeError(f"{_TRIES} editions in a row were taken by others")
+    return tag
 
 
 def _line(error: BaseException, secrets: list[str]) -> str:

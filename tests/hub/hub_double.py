@@ -2,7 +2,8 @@
 
 Repositories live in memory. Faults can be switched on: `refuse_uploads` breaks off large files,
 `refuse_tags` forbids tags, `corrupt` alters what is served, `lose_answer` and `hang` keep the
-answer to a commit back, `before_commit` is called before one. Standard library only.
+answer to a commit back, `before_commit` is called before one, and only `answers` requests are
+allowed if it is a number. Standard library only.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class HubDouble(ThreadingHTTPServer):
         self.n_commits = 0
         self.refuse_uploads = False
         self.refuse_tags = False
-        self.refuse_tags_once = False
         self.lose_answer = False
         self.hang = False
+        self.answers: int | None = None
         self.before_commit = lambda: None
+        self.lock = threading.Lock()
         self.parents: dict[str, str | None] = {}
         self.messages: dict[str, str] = {}
         self.corrupt = ""
@@ -91,6 +93,18 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def parse_request(self) -> bool:
+        """Take a request, or refuse it once enough were answered."""
+        if not super().parse_request():
+            return False
+        if self.server.answers is not None:
+            self.server.answers -= 1
+            if self.server.answers < 0:
+                self.close_connection = True
+                self.answer(403, {"error": "Forbidden"})
+                return False
+        return True
 
     def authorized(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -163,6 +177,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repository: str, revision: str, sent: bytes) -> None:
         self.server.before_commit()
+        with self.server.lock:
+            self.commit_alone(repository, revision, sent)
+
+    def commit_alone(self, repository: str, revision: str, sent: bytes) -> None:
         files = dict(self.server.files(repository, revision))
         message = ""
         for line in map(json.loads, sent.splitlines()):
@@ -191,8 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         refs = self.server.refs[repository]
         source = name if kind == "tag" else "main"
         target = wanted.get("tag", name) if kind == "tag" else name
-        if kind == "tag" and (self.server.refuse_tags or self.server.refuse_tags_once):
-            self.server.refuse_tags_once = False
+        if kind == "tag" and self.server.refuse_tags:
             return self.answer(403, {"error": "Forbidden"})
         if target in refs:
             return self.answer(409, {"error": "Reference already exists"})
@@ -205,13 +222,6 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.close()
         self.server.objects[hashlib.sha256(content).hexdigest()] = content
-        return self.answer(200)
-
-    def do_DELETE(self) -> None:
-        _, _, _, organisation, name, kind, tag = unquote(urlsplit(self.path).path).split("/")
-        if not self.authorized() or kind != "tag":
-            return self.answer(401, {"error": "Invalid username or password."})
-        del self.server.refs[f"{organisation}/{name}"][tag]
         return self.answer(200)
 
     def do_GET(self) -> None:

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,7 +182,7 @@ def test_publishing_again_replaces(
     assert run(["seal", str(sharded)]) == 0
     assert client.publish(sharded).code == 0
     tag = f"v{deqzoo.__version__}"
-    first = hub.refs[REPOSITORY][tag]
+    first, before = hub.refs[REPOSITORY][tag], hub.files(REPOSITORY)
     theirs = {".gitattributes": b"*.bin lfs", "docs/guide.md": b"How to"}
     rendered = {"evaluation/old.json": b"{}", "mdeq-test-budget.svg": b"<svg/>"}
     hub.commit(REPOSITORY, "main", hub.files(REPOSITORY) | theirs | rendered)
@@ -192,11 +194,13 @@ def test_publishing_again_replaces(
     assert files.items() >= theirs.items() and not rendered.keys() & files.keys()
     assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
     assert "extra.json" not in files and "model.safetensors.index.json" not in files
-    assert hub.refs[REPOSITORY][tag] == hub.refs[REPOSITORY]["main"] != first
-    # A branch does not move the tag of the release.
+    # A tag names the same files for ever; what differs is its next edition, and branches have none.
+    assert hub.refs[REPOSITORY][tag] == first and hub.files(REPOSITORY, tag) == before
+    assert f"tag {tag}-2" in done.out and hub.files(REPOSITORY, f"{tag}-2") == files
+    assert f"tag {tag}-2" in client.publish(sealed).out  # nothing new, so no third one
     assert client.publish(sharded, "--revision", "trial").code == 0
-    assert hub.files(REPOSITORY, tag) == files
     assert "extra.json" in hub.files(REPOSITORY, "trial")
+    assert {name for name in hub.refs[REPOSITORY] if name.startswith("v")} == {tag, f"{tag}-2"}
 
 
 def test_renderings_do_not_spoil_the_seal(
@@ -262,10 +266,42 @@ def test_a_refused_tag_leaves_the_old_one(
     before = hub.refs[REPOSITORY][tag]
     (sealed / "extra.json").write_text("{}")
     assert run(["seal", str(sealed)]) == 0
-    hub.refuse_tags_once = True
+    hub.refuse_tags = True
     done = client.publish(sealed)
     assert done.code == 2 and "are uploaded" in done.err
     assert hub.refs[REPOSITORY][tag] == before != hub.refs[REPOSITORY]["main"]
+    hub.refuse_tags = False
+    assert client.publish(sealed).code == 0  # the files are there; the tag follows
+    assert hub.refs[REPOSITORY][f"{tag}-2"] == hub.refs[REPOSITORY]["main"]
+
+
+def test_refused_from_any_request_on_leaves_the_old_files_or_the_new_ones(
+    hub: hub_double.HubDouble, client: Client, sealed: Path
+) -> None:
+    """And the same command again ends with the new ones, tagged, whatever was there."""
+    assert client.publish(sealed).code == 0
+    refs, old = dict(hub.refs[REPOSITORY]), hub.files(REPOSITORY)
+    (sealed / "extra.json").write_text("{}")
+    assert run(["seal", str(sealed)]) == 0
+    left = []
+    for answers in range(100):
+        hub.refs[REPOSITORY] = dict(refs)
+        hub.objects.clear()
+        hub.answers = answers
+        done = client.publish(sealed)
+        hub.answers = None
+        files = hub.files(REPOSITORY)
+        left.append("extra.json" in files)
+        assert left[-1] or files == old
+        if done.code == 0:
+            break
+        assert done.code == 2 and len(done.err.splitlines()) == 1, done.err
+        assert ("(the files are uploaded)" in done.err) <= left[-1]
+        if left[-1] or answers % 4 == 0:
+            assert client.publish(sealed).code == 0
+            assert hub.files(REPOSITORY, f"v{deqzoo.__version__}-2") == hub.files(REPOSITORY)
+            assert "extra.json" in hub.files(REPOSITORY)
+    assert left == sorted(left) and not left[0] and left[-1] and len(left) > 6
 
 
 @pytest.mark.parametrize("fault", ["lose_answer", "hang"])
@@ -296,6 +332,37 @@ def test_of_two_uploads_at_once_one_wins_and_one_says_so(
     hub.before_commit = lambda: None
     assert client.publish(sealed).code == 0
     assert "extra.json" in hub.files(REPOSITORY)
+
+
+def test_of_two_clients_at_once_one_wins_and_one_says_so(
+    hub: hub_double.HubDouble, client: Client, sealed: Path, tmp_path: Path
+) -> None:
+    """Both have seen the same state when they commit; then the loser's second try is the next."""
+    assert client.publish(sealed).code == 0
+    other = Path(shutil.copytree(sealed, tmp_path / "other" / "mdeq-test"))
+    for folder, text in ((sealed, "{}"), (other, "[]")):
+        (folder / "extra.json").write_text(text)
+        assert run(["seal", str(folder)]) == 0
+    second = Client(hub.url, tmp_path / "home")
+    both = threading.Barrier(2)
+    hub.before_commit = lambda: both.wait(300)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(client.publish, sealed), pool.submit(second.publish, other)]
+            done = [one.result() for one in asked]
+        assert sorted(one.code for one in done) == [0, 2]
+        lost = [one.code for one in done].index(2)
+        (line,) = done[lost].err.splitlines()
+        assert f"somebody else changed {REPOSITORY} (main) during this upload" in line
+        texts = [b"{}", b"[]"]
+        assert hub.files(REPOSITORY)["extra.json"] == texts[1 - lost]
+        hub.before_commit = lambda: None
+        again = (client, second)[lost].publish((sealed, other)[lost])
+        assert again.code == 0 and hub.files(REPOSITORY)["extra.json"] == texts[lost]
+        assert f"tag v{deqzoo.__version__}-3" in again.out
+    finally:
+        second.process.stdin.close()
+        second.process.wait(timeout=300)
 
 
 @pytest.mark.parametrize(
