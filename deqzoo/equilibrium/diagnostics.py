@@ -244,7 +244,8 @@ class SavedTensors:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._beside:
                 self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # An operation that saves its own output would else hold itself, where no collector sees it.
+        return tensor.detach()
 
     @property
     def bytes(self) -> int:

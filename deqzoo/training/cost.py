@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from deqzoo.equilibrium.diagnostics import SavedTensors
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.training.recipe import Stage
 from deqzoo.training.task import Probe
@@ -70,16 +71,7 @@ def _untracked(model: nn.Module) -> Iterator[None]:
 
 def saved_bytes(function: Callable[[], Any], model: nn.Module) -> int:
     """Bytes that autograd keeps for the backward pass of a call, the model's weights left out."""
-    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.enable_grad(), SavedTensors((*model.parameters(), *model.buffers())) as saved:
         result = function()  # alive until the end, so that no storage is counted under two names
     del result
-    return sum(kept.values())
+    return saved.bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from deqzoo.equilibrium import (
     jacobian_penalty,
     spectral_radius,
 )
+from deqzoo.equilibrium.diagnostics import SavedTensors
 
 from .cases import F64, H_STAR, H_TANH, W_TANH, X_TANH, affine
 
@@ -169,3 +171,25 @@ def test_fidelity_of_a_map_says_what_it_lacks() -> None:
         gradient_fidelity(torch.tanh, torch.zeros(1, 2), "jfb")
     with pytest.raises(ValueError, match="parameters="):
         gradient_fidelity(torch.tanh, torch.zeros(1, 2), "jfb", loss=torch.sum)
+
+
+def test_counting_what_backward_keeps_holds_nothing() -> None:
+    """An operation that saves its own output, as exp does, does not keep itself alive."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    before = tensors()
+    x = torch.zeros(4, requires_grad=True)
+    with SavedTensors() as saved:
+        y = x.exp()
+    assert saved.bytes == 16
+    del x, y  # without a backward pass, which would free what was saved
+    assert tensors() == before
+    x = torch.zeros(4, requires_grad=True)
+    with SavedTensors():
+        y = x.exp()
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    assert slope.tolist() == curvature.tolist() == [1.0] * 4
