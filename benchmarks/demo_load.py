@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -25,39 +27,39 @@ import httpx
 from timing import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = ROOT / "examples" / "pictures" / "chelsea.png"
+PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.*g"))
+KINDS = ("classify", "perplexity", "generate", "graph")
 TEXT = "The river rises in the hills and flows through the old town to the sea ."
-PORT = 7899
 WAIT = 120.0
 
 
 class User(threading.Thread):
     """Asks until the end, one question at a time."""
 
-    def __init__(self, number: int, functions: dict[str, Any], reads: float, end: float) -> None:
+    def __init__(
+        self, number: int, url: str, functions: dict[str, Any], reads: float, end: float
+    ) -> None:
         super().__init__(daemon=True)
         self.random = random.Random(number)
         transport = httpx.HTTPTransport(
             local_address=f"127.0.{1 + number // 250}.{1 + number % 250}"
         )
-        self.http = httpx.Client(
-            base_url=f"http://127.0.0.1:{PORT}/gradio_api", transport=transport, timeout=WAIT
-        )
+        self.http = httpx.Client(base_url=f"{url}/gradio_api", transport=transport, timeout=WAIT)
         self.functions, self.reads, self.end = functions, reads, end
-        self.seconds: list[float] = []
+        self.seconds: list[tuple[str, float]] = []
         self.errors: Counter[str] = Counter()
 
     def run(self) -> None:
         time.sleep(self.random.uniform(0, self.reads))
         while time.monotonic() < self.end:
-            kind = self.random.choice(("classify", "perplexity", "generate", "graph"))
+            kind = self.random.choice(KINDS)
             began = time.monotonic()
             try:
                 fault = self.ask(kind)
             except Exception as error:  # whatever a user would see fail
                 fault = f"{type(error).__name__}: {error}"
             if fault is None:
-                self.seconds.append(time.monotonic() - began)
+                self.seconds.append((kind, time.monotonic() - began))
             else:
                 self.errors[f"{kind}: {fault[:120]}"] += 1
             time.sleep(self.random.expovariate(1 / self.reads))
@@ -67,7 +69,8 @@ class User(threading.Thread):
         function = self.functions[kind]
         data = dict(function["defaults"])
         if kind == "classify":
-            files = {"files": (PICTURE.name, PICTURE.read_bytes(), "image/png")}
+            picture = self.random.choice(PICTURES)
+            files = {"files": (picture.name, picture.read_bytes(), "image/*")}
             (path,) = self.http.post("/upload", files=files).raise_for_status().json()
             data["picture"] = {"path": path, "meta": {"_type": "gradio.FileData"}}
         elif kind == "graph":
@@ -91,23 +94,30 @@ class User(threading.Thread):
 
 def measure(users: int, seconds: float, reads: float) -> dict[str, Any]:
     """Figures of one server under so many users."""
-    command = [sys.executable, str(ROOT / "app.py"), "--port", str(PORT)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        functions = _functions()
-        before = resident(server.pid)
+        functions = _functions(url)
+        before, used = resident(server.pid), processor(server.pid)
         end = time.monotonic() + seconds
-        people = [User(number, functions, reads, end) for number in range(users)]
+        people = [User(number, url, functions, reads, end) for number in range(users)]
         for one in people:
             one.start()
-        halfway: list[float] = []
+        memory: list[float] = []
+        load: list[float] = []
         while time.monotonic() < end:
             time.sleep(1)
-            if not halfway and time.monotonic() > end - seconds / 2:
-                halfway.append(resident(server.pid))
+            load.append(os.getloadavg()[0])
+            if time.monotonic() > end - seconds * (4 - len(memory)) / 5:  # every fifth
+                memory.append(resident(server.pid))
         for one in people:
             one.join(WAIT)
-        taken = sorted(second for one in people for second in one.seconds)
+        asked = [pair for one in people for pair in one.seconds]
+        taken = sorted(second for _, second in asked)
         errors = sum((one.errors for one in people), Counter())
         return {
             "users": users,
@@ -117,26 +127,33 @@ def measure(users: int, seconds: float, reads: float) -> dict[str, Any]:
             "errors": dict(errors),
             "per_second": round(len(taken) / seconds, 2),
             **{f"p{share}": round(_quantile(taken, share), 1) for share in (50, 95, 99)},
-            "rss_mib": [before, *halfway, resident(server.pid)],
+            "p95_by_endpoint": {
+                kind: round(_quantile(sorted(s for k, s in asked if k == kind), 95), 1)
+                for kind in KINDS
+            },
+            "rss_mib": [before, *memory, resident(server.pid)],
+            "cpu_seconds_per_answer": round((processor(server.pid) - used) / max(len(taken), 1), 2),
+            "load_average": round(sum(load) / len(load), 1),
         }
     finally:
         server.terminate()
         server.wait(30)
 
 
-def _functions() -> dict[str, Any]:
+def _functions(url: str) -> dict[str, Any]:
     """The endpoints of a server that has just been started, with their arguments."""
-    url = f"http://127.0.0.1:{PORT}"
-    for _ in range(600):
+    for _ in range(1200):
         try:
             config = httpx.get(f"{url}/config", timeout=5).raise_for_status().json()
             break
         except httpx.HTTPError:
             time.sleep(0.5)
+    else:
+        raise SystemExit("the demo did not start")
     described = httpx.get(f"{url}/gradio_api/info", timeout=60).json()["named_endpoints"]
     numbers = {d["api_name"]: d["id"] for d in config["dependencies"]}
     found = {}
-    for kind in ("classify", "perplexity", "generate", "graph"):
+    for kind in KINDS:
         parameters = described[f"/{kind}"]["parameters"]
         found[kind] = {
             "id": numbers[kind],
@@ -152,6 +169,12 @@ def resident(process: int) -> int:
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS"))
 
 
+def processor(process: int) -> float:
+    """Seconds of processor time that a process has used (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _quantile(taken: list[float], percent: int) -> float:
     return taken[min(len(taken) - 1, len(taken) * percent // 100)] if taken else float("nan")
 
@@ -159,16 +182,18 @@ def _quantile(taken: list[float], percent: int) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures in Markdown."""
     lines = [
-        "| users | minutes | answered | errors | per s | p50 / p95 / p99 s "
-        "| RSS MiB: start, half-way, end |",
-        "|---|---|---|---|---|---|---|",
+        "| users | minutes | answered | errors | per s | p50 / p95 / p99 s | p95 by endpoint "
+        "| CPU s per answer | RSS MiB: start, by fifths, end | load average of the machine |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row['users']} | {row['seconds'] / 60:g} | {row['answered']} "
             f"| {sum(row['errors'].values())} | {row['per_second']} "
             f"| {row['p50']} / {row['p95']} / {row['p99']} "
-            f"| {', '.join(map(str, row['rss_mib']))} |"
+            f"| {', '.join(f'{k} {v}' for k, v in row['p95_by_endpoint'].items())} "
+            f"| {row['cpu_seconds_per_answer']} | {', '.join(map(str, row['rss_mib']))} "
+            f"| {row['load_average']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -65,9 +65,12 @@ IMPATIENT = """
 import sys
 from deqzoo.cli import run
 from deqzoo.hub import publish
-publish.TIME_LIMIT_SECONDS = 1.0
-if run(sys.argv[1:]):
-    raise SystemExit("refused")
+usual, publish.TIME_LIMIT_SECONDS = publish.TIME_LIMIT_SECONDS, 1.0
+try:
+    if run(sys.argv[1:]):
+        raise SystemExit("refused")
+finally:
+    publish.TIME_LIMIT_SECONDS = usual
 """
 
 PUSH = """
