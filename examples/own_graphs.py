@@ -24,10 +24,16 @@ name: my-graphs
 task: graph-classification
 data: {{name: graphs, path: {path}}}
 model:
-  hidden_sizes: [32, 32]
-  gradient: {{name: upg, steps: 5, damping: 0.5}}
-epochs: {epochs}
-lr: 0.002
+  family: ignn
+  overrides:
+    hidden_sizes: [32, 32]
+    gradient: {{name: upg, steps: 5, damping: 0.5}}
+optimizer: {{name: adam, lr: 0.002}}
+schedule: {{name: constant, warmup: 0}}
+stages: [{{epochs: {epochs}}}]
+batch_size: 32
+precision: float32
+evaluation: {{per_epoch: 0.1}}
 """
 
 

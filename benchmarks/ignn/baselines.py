@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from deqzoo.evaluation.graph_nodes import NODE_TASKS, SPLITS
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
@@ -27,7 +28,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from deqzoo.data.graphs import honest_folds, load_graph_set
-from deqzoo.evaluation.graph_nodes import NODE_TASKS, SPLITS
 from deqzoo.files import replace_text
 from deqzoo.tasks.metrics import best_threshold, classification_figures
 

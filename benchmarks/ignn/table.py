@@ -1,10 +1,10 @@
 """The graph table: ten folds of every data set, gradient and protocol, resumable fold by fold.
 
-    python benchmarks/ignn/table.py --data ROOT --recipe recipes/ignn-table.yaml --processes 2
+    python benchmarks/ignn/table.py --data ROOT --processes 2
 
-Each finished fold is one JSON file in the output folder; folds that have one, there or in the
-results file of an earlier run, are not trained again. Every fold runs in a process of its own, so
-that peak memory is the fold's.
+Every fold is a run of one recipe, with the fold's data, gradient and seed, in a process of its own,
+so that peak memory is the fold's. Each finished fold is one JSON file in the output folder; folds
+that have one, there or in the results file of an earlier run, are not trained again.
 """
 
 from __future__ import annotations
@@ -14,27 +14,35 @@ import json
 import math
 import multiprocessing
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deqzoo.data.graphs import (
-    N_FOLDS,
-    Fold,
-    GraphSet,
-    honest_folds,
-    load_graph_set,
-    published_folds,
-)
+import deqzoo
+from deqzoo.data.graphs import N_FOLDS
 from deqzoo.errors import UserError
-from deqzoo.files import replace_text, replacing
+from deqzoo.evaluation.graphs import GraphEvaluator
+from deqzoo.files import replace_text
+from deqzoo.records import read_evaluation
 from deqzoo.sealed import record as seal
-from deqzoo.training.graphs import METHODS, FoldRecord, FoldRun, FoldSettings
+from deqzoo.tasks.metrics import words
+from deqzoo.training.recipe import Data, Recipe, load_recipe
+from deqzoo.training.run import run_recipe
 from deqzoo.zoo import checkpoints_root, read_json
 
+ROOT = Path(__file__).parents[2]
+ADJOINT = {"name": "fixed_point", "max_steps": 300, "tol": 1e-3}
+METHODS: dict[str, dict[str, Any]] = {
+    "implicit": {"name": "implicit", "solver": ADJOINT},
+    "upg-5-0.5": {"name": "upg", "steps": 5, "damping": 0.5},
+    "upg-5-1.0": {"name": "upg", "steps": 5, "damping": 1.0},
+    "npg-5-0.5": {"name": "npg", "steps": 5, "damping": 0.5},
+}
+"""Columns of the graph table: how the equilibria are differentiated."""
 DATA_SETS = ("COX2", "PROTEINS")
 PROTOCOLS = ("published", "honest")
 CHECKPOINT_METHOD = "upg-5-0.5"
@@ -94,7 +102,7 @@ def run_table(
     root: str | Path,
     output: str | Path,
     jobs: Sequence[Job],
-    settings: FoldSettings | None = None,
+    recipe: Recipe,
     results: str | Path | None = None,
     processes: int = 1,
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
@@ -102,9 +110,9 @@ def run_table(
 
     Args:
         root: folder of the data sets.
-        output: folder for one JSON file per fold, and for the checkpoints of fold 0.
+        output: folder for one JSON file per fold, and for their runs.
         jobs: what to train, see `all_jobs`.
-        settings: of the training.
+        recipe: of the training; data, gradient and seed are each job's own.
         results: a file that `collect` wrote; its folds count as done.
         processes: folds trained at the same time, with one thread each.
 
@@ -113,84 +121,93 @@ def run_table(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    settings = settings or FoldSettings()
     done = collect(output, results)
-    waiting = [job for job in jobs if job.key not in done]
     for job in jobs:
-        if job.key in done and done[job.key]["settings"] != asdict(settings):
+        if job.key in done and done[job.key]["settings"] != settings_of(recipe):
             raise UserError(
                 f"{job.key} was trained with other settings; name folders without it "
                 "with --output and --results"
             )
-    sets = {name: load_graph_set(name, root) for name in {job.data for job in waiting}}
-    tasks = [(sets[job.data], job, settings, output) for job in waiting]
-    # A fork shares the loaded data and libraries; this process has never run autograd threads.
+    waiting = [(Path(root), job, recipe, output) for job in jobs if job.key not in done]
+    # A fork shares the loaded libraries; this process has never run autograd threads.
     context = multiprocessing.get_context("fork")
     with context.Pool(processes, maxtasksperchild=1) as pool:
-        yield from pool.imap_unordered(_run_job, tasks)
+        yield from pool.imap_unordered(_run_job, waiting)
 
 
-def _run_job(task: tuple[GraphSet, Job, FoldSettings, Path]) -> tuple[Job, dict[str, Any]]:
-    data, job, settings, output = task
+def _run_job(task: tuple[Path, Job, Recipe, Path]) -> tuple[Job, dict[str, Any]]:
+    root, job, recipe, output = task
     torch.set_num_threads(1)
-    run = FoldRun(data, fold_of(data, job), job.method, settings, job.fold)
-    result = summarize(job, run.run(), settings)
-    if job.protocol == "honest" and job.fold == 0:
-        save_checkpoint(run, data, job, result, output / "checkpoints" / job.key)
+    folder, started = output / "runs" / job.key, time.process_time()
+    run_recipe(recipe_of(recipe, job), root, folder, resume=True, progress=False)
+    seconds = time.process_time() - started
+    model = deqzoo.DEQModel.from_pretrained(folder / "model")
+    test = GraphEvaluator(model, "test", root, batch_size=128, limit=None, progress=False)
+    content = read_json(folder / "record.json")
+    result = summarize(job, content, settings_of(recipe), seconds, test.measure()["accuracy"])
     replace_text(output / f"{job.key}.json", json.dumps(result))
     return job, result
 
 
-def fold_of(data: GraphSet, job: Job) -> Fold:
-    """Return the indices that a job trains, validates and tests on."""
-    folds = published_folds if job.protocol == "published" else honest_folds
-    return folds(data.labels)[job.fold]
+def recipe_of(recipe: Recipe, job: Job) -> Recipe:
+    """The recipe of a job."""
+    gradient = METHODS[job.method]
+    overrides = {**recipe.model.overrides, "gradient": gradient}
+    return replace(
+        recipe,
+        name=job.key,
+        data=Data(job.data, {"fold": job.fold, "protocol": job.protocol}),
+        model=replace(recipe.model, overrides=overrides),
+        stages=tuple(replace(stage, gradient=gradient) for stage in recipe.stages),
+        evaluation=replace(recipe.evaluation, snapshots=0),
+        seed=recipe.seed + job.fold,
+    )
 
 
-def summarize(job: Job, record: FoldRecord, settings: FoldSettings) -> dict[str, Any]:
-    """Return a fold's figures by both rules of choosing the epoch, and its curves, rounded."""
-    curves = {k: [round(x, 5) for x in v] for k, v in asdict(record).items() if isinstance(v, list)}
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What decides whether two folds can stand in one table."""
+    epochs = recipe.stages[0].epochs
+    return {
+        "epochs": epochs,
+        "batch_size": recipe.batch_size,
+        "lr": recipe.optimizer.lr,
+        "halve_after": epochs * recipe.schedule.at,
+        "tol": recipe.stages[0].solver["tol"],
+        "warm_start": True,
+        "seed": recipe.seed,
+    }
+
+
+def summarize(
+    job: Job, record: Mapping[str, Any], settings: Mapping[str, Any], seconds: float, test: float
+) -> dict[str, Any]:
+    """A fold's figures by its protocol's rule of choosing the epoch, and its curve.
+
+    Args:
+        job: the fold.
+        record: of its run. By the published protocol its validation part is the test part.
+        settings: of the training.
+        seconds: CPU time of the run.
+        test: accuracy of the kept weights on the test part.
+    """
+    curve = [row["accuracy"] for row in record["validation"]]
     result = {
         **asdict(job),
-        "settings": asdict(settings),
-        "best_test_accuracy": max(record.test_accuracy),
-        "best_epoch": record.test_accuracy.index(max(record.test_accuracy)) + 1,
-        "last_test_accuracy": record.test_accuracy[-1],
-        "parameters": record.parameters,
-        "seconds": round(record.seconds, 2),
-        "evaluation_seconds": round(record.evaluation_seconds, 2),
-        "cpu_seconds": round(record.cpu_seconds, 2),
-        "peak_memory_mib": round(record.peak_memory_mib, 1),
-        "curves": curves,
+        "settings": settings,
+        "parameters": record["parameters"],
+        "seconds": record["seconds"],
+        "cpu_seconds": round(seconds, 2),
+        "peak_memory_mib": record["peak_memory_mib"],
+        "curves": {"accuracy": [round(value, 5) for value in curve]},
     }
-    if record.validation_accuracy:
-        epoch = record.chosen_epoch
-        result["chosen_epoch"] = epoch + 1
-        result["validation_accuracy"] = record.validation_accuracy[epoch]
-        result["test_accuracy"] = record.chosen_test_accuracy
-    return result
-
-
-def save_checkpoint(
-    run: FoldRun, data: GraphSet, job: Job, result: dict[str, Any], folder: Path
-) -> None:
-    """Write the weights of the chosen epoch, and beside them the fold's indices and figures."""
-    fold = fold_of(data, job)
-    content = {
-        "data": data.name,
-        "protocol": job.protocol,
-        "fold": job.fold,
-        "method": job.method,
-        **{key: result[key] for key in ("chosen_epoch", "validation_accuracy", "test_accuracy")},
-        "settings": asdict(run.settings),
-        "train": fold.train,
-        "validation": fold.validation,
-        "test": fold.test,
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as fresh:
-        run.model.eval().save_pretrained(fresh)  # holds the chosen epoch since the run's end
-        (fresh / "fold.json").write_text(json.dumps(content) + "\n")
+    if job.protocol == "published":
+        best = max(curve)
+        epoch = curve.index(best) + 1
+        return {**result, "best_test_accuracy": best, "best_epoch": epoch}
+    best = record["best"]
+    epoch = [row["step"] for row in record["validation"]].index(best["step"]) + 1
+    figures = {"chosen_epoch": epoch, "validation_accuracy": best["accuracy"]}
+    return {**result, **figures, "test_accuracy": test}
 
 
 def collect(output: str | Path, results: str | Path | None = None) -> dict[str, dict[str, Any]]:
@@ -288,22 +305,30 @@ def render_notes(folds: Mapping[str, Mapping[str, Any]], name: str) -> str:
     return f"### Ten folds of {name}\n\n{_LEGEND}\n{_COLUMNS}" + "\n".join(rows) + "\n"
 
 
-def render_nodes(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the table of node classifiers, from the run records of checkpoints by name."""
+def render_nodes(folders: Sequence[Path]) -> str:
+    """Return the table of node classifiers, from the folders of checkpoints."""
     rows = []
-    for name, record in sorted(records.items()):
-        recipe = record["recipe"]
-        key = next(k for k in ("auc", "micro_f1", "accuracy") if k in record["test"])
-        gradient = recipe["model"].get("gradient", {}).get("name", "upg")
-        figures = [f"{100 * record[split][key]:.1f}" for split in ("validation", "test")]
-        # Records of earlier versions say "steps".
-        steps = f"{record['test'].get('n_steps_mean', record['test'].get('steps')):.0f}"
-        cpu = f"{record['cpu_seconds']:.0f}"
-        title = {"auc": "AUC", "micro_f1": "Micro-F1", "accuracy": "accuracy"}[key]
-        rows.append(
-            f"| {name} | {recipe['data']} | {gradient} | {title} | {' | '.join(figures)} | "
-            f"{steps} | {cpu} |"
+    for folder in folders:
+        validation, test = (
+            read_evaluation(next((folder / "evaluation").glob(f"*-{split}.json")))
+            for split in ("validation", "test")
         )
+        metric, figures = test["metric"], [validation["results"], test["results"]]
+        record = next(
+            read_json(folder / name)
+            for name in ("training.json", "run.json")
+            if (folder / name).is_file()
+        )
+        cells = [
+            folder.name,
+            test["data"]["name"],
+            test["model"]["gradient"]["name"],
+            words(metric),
+            *(f"{100 * results[metric]:.1f}" for results in figures),
+            f"{figures[1]['n_steps_mean']:.0f}",
+            f"{record.get('cpu_seconds', record['seconds']):.0f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
     return _NODE_HEAD + "\n".join(rows) + "\n"
 
 
@@ -338,10 +363,13 @@ def write_notes(folds: dict[str, Any], results: Path) -> None:
             text = render_notes(folds, name)
             replace_text(folder / "notes.md", text)
             seal(folder / "notes.md")
-    runs = sorted(checkpoints_root().glob("ignn-*/run.json"))
-    if runs:
-        text = render_nodes({run.parent.name: read_json(run) for run in runs})
-        replace_text(results / "nodes.md", text)
+    folders = [
+        config.parent
+        for config in sorted(checkpoints_root().glob("ignn-*/config.json"))
+        if read_json(config)["architectures"] == ["IGNNForNodeClassification"]
+    ]
+    if folders:
+        replace_text(results / "nodes.md", render_nodes(folders))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -355,7 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Path(__file__).parent,
         help="folder of results.json and table.md; its folds count as done",
     )
-    add("--recipe", type=Path, help="settings of the training; recipes/ignn-table.yaml")
+    recipe = ROOT / "recipes" / "ignn-cox2-upg.yaml"
+    add("--recipe", type=Path, default=recipe, help="of the training; that of COX2")
     add("--sets", default="COX2,PROTEINS", help="data sets, separated by commas")
     add("--methods", default="all", help="gradients, separated by commas, or all")
     add("--protocols", default="published,honest", help="protocols, separated by commas")
@@ -374,9 +403,9 @@ def fill(a: argparse.Namespace) -> None:
     stored = a.results / "results.json"
     methods = tuple(METHODS) if a.methods == "all" else tuple(a.methods.split(","))
     jobs = all_jobs(a.sets.split(","), methods, a.protocols.split(","))
-    settings = FoldSettings.read(a.recipe) if a.recipe else None
     if not a.render:
-        for job, result in run_table(a.data, a.output, jobs, settings, stored, a.processes):
+        recipe = load_recipe(a.recipe)
+        for job, result in run_table(a.data, a.output, jobs, recipe, stored, a.processes):
             print(f"{job.key}: {result['seconds']:.0f} s", file=sys.stderr)
     folds = collect(a.output, stored)
     if not folds:

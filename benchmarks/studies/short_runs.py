@@ -38,7 +38,7 @@ def train(recipe: Recipe, data: Path, out: Path) -> dict[str, float]:
     record = json.loads((out / "record.json").read_text())
     return {
         "accuracy": last["eval_accuracy"],
-        "nll": last["eval_nll"],
+        "nll": last["eval_negative_log_likelihood"],
         "residual": last["eval_residual_median"],
         "pflop": record["pflop"],
         "steps": record["steps"],

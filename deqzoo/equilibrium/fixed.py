@@ -5,7 +5,7 @@ looks at flags, which on a GPU waits for the device. Training with `tol` 0 needs
 same steps are done here on the tensors of a state themselves (never packed into one matrix),
 without control flow that depends on values, so that a whole solve can be traced by torch.compile
 with `fullgraph=True` and captured in a CUDA graph. Every entry of the batch is a cell of its own,
-or under the layout `Causal` every position of a sequence.
+under the layout `Causal` every position of a sequence, under `Segments` every graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.gradients import JFB, NPG, UPG, Gradient
-from deqzoo.equilibrium.layout import Causal, Layout
+from deqzoo.equilibrium.layout import Causal, Layout, Segments
 from deqzoo.equilibrium.maps import DetachableMap
 from deqzoo.equilibrium.solvers import Anderson, FixedPointIteration, Solution, Solver, Status
 from deqzoo.equilibrium.solvers.loop import quotient
@@ -48,8 +48,8 @@ def fixed_point_of_steps(
         start: batch-first tensors, one cell per entry of the batch.
         solver: settings for which `has_fixed_steps` holds.
         gradient: likewise.
-        layout: `Causal` for sequences (B, T, d) whose positions are cells; every other one counts
-            as `Rows`.
+        layout: `Causal` for sequences (B, T, d) whose positions are cells, `Segments` for graphs;
+            every other one counts as `Rows`.
 
     Returns:
         A `Solution` whose state carries the graph; no cell of it is `converged`.
@@ -138,6 +138,8 @@ def fixed_steps(
             z = _step(z, fz, damping)
             continue
         weights = mixing_weights(gram, ridge)
+        if isinstance(layout, Segments):
+            weights = [layout.spread(w) for w in weights]
         mixed = _mix(maps, weights)
         if damping != 1:
             shift = _mix(residuals, [w * (1 - damping) for w in weights])
@@ -255,13 +257,14 @@ def _residuals(z: State, fz: State, layout: Layout | None) -> tuple[Tensor, Tens
 
 
 def _inner(x: Sequence[Tensor], y: Sequence[Tensor], layout: Layout | None) -> Tensor:
-    """Inner products per cell, (B,) or (B, T), summed in float32 at least."""
+    """Inner products per cell, (B,), (B, T) or (graphs,), summed in float32 at least."""
     start = 2 if isinstance(layout, Causal) else 1
     parts = [
         (a.to(_wide(a)) * b.to(_wide(b))).flatten(start).sum(start)
         for a, b in zip(x, y, strict=True)
     ]
-    return torch.stack(parts).sum(0)
+    sums = torch.stack(parts).sum(0)
+    return layout.total(sums) if isinstance(layout, Segments) else sums
 
 
 def _gram(x: Sequence[Tensor], y: Sequence[Tensor], layout: Layout | None) -> Tensor:

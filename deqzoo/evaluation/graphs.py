@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from deqzoo.data.graphs import GraphSet, load_graph_set, load_own_graphs
 from deqzoo.data.own import chose_weights, graph_digests, read_record, unseen
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
-from deqzoo.evaluation.graph_nodes import NODE_TASKS, SPLITS, node_parts
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification, IGNNPreTrainedModel
+from deqzoo.tasks.graphs import FOLD
 from deqzoo.tasks.metrics import classification_figures, equilibrium_summary
-from deqzoo.zoo import read_json
+from deqzoo.tasks.nodes import NODE_SETS, SPLITS, node_parts, node_set_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def stored_fold(model: IGNNPreTrainedModel) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint has none.
     """
-    file = Path(model.config._name_or_path) / "fold.json"
+    file = Path(model.config._name_or_path) / FOLD
     if not file.is_file():
         raise UserError(f"no {file}: this checkpoint stores no fold to evaluate on")
     return json.loads(file.read_text(encoding="utf-8"))
@@ -126,7 +127,7 @@ def split_indices(model: IGNNPreTrainedModel, name: str, split: str) -> list[int
     return fold[split]
 
 
-class _GraphData:
+class _GraphData(ABC):
     """What the evaluators of graph models share: a local folder, one of three splits, no limit."""
 
     budget_samples = None
@@ -149,8 +150,9 @@ class _GraphData:
         self.progress = progress
         self._load(Path(data), split, batch_size, limit)
 
+    @abstractmethod
     def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
-        raise NotImplementedError
+        """Read a split."""
 
     def environment(self) -> dict[str, Any]:
         return {}
@@ -197,7 +199,7 @@ class GraphEvaluator(_GraphData):
         self.chose: dict[str, bool] = {}
         folder = Path(self.model.config._name_or_path)
         record = read_record(folder)
-        if record is None and (folder / "fold.json").is_file():
+        if record is None and (folder / FOLD).is_file():
             self.fold = stored_fold(self.model)
             if not self.fold.get(split):
                 raise UserError(f"the {split} split of this checkpoint's fold is empty")
@@ -255,12 +257,9 @@ class NodeEvaluator(_GraphData):
     def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
         if limit is not None:
             raise UserError("a node classifier reads whole graphs; leave --limit out")
-        file = Path(self.model.config._name_or_path) / "run.json"
-        if not file.is_file():
-            raise UserError(f"no {file}: this checkpoint does not say what it was trained on")
-        self.name = read_json(file)["recipe"]["data"]
-        self.metric = NODE_TASKS[self.name].figure
-        graphs = NODE_TASKS[self.name].load(root, split)
+        self.name = node_set_of(Path(self.model.config._name_or_path))
+        self.metric = NODE_SETS[self.name].figure
+        graphs = NODE_SETS[self.name].load(root, split)
         self.parts = node_parts(self.model.config, graphs, split)
         self.labels = torch.cat([part.labels[part.rows] for part in self.parts])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -158,12 +157,10 @@ def _graphs(
     if split not in ("train", "validation", "test"):
         raise UserError(f"unknown split {split!r}; choose from train, validation, test")
     if nodes:
-        from deqzoo.evaluation.graph_nodes import NODE_TASKS, node_parts
+        from deqzoo.tasks.nodes import NODE_SETS, node_parts, node_set_of
 
-        if not (folder / "run.json").is_file():
-            raise UserError(f"{folder} does not say what it was trained on; leave --data out")
-        name = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]["data"]
-        part = node_parts(model.config, NODE_TASKS[name].load(Path(data), split), split)[0]
+        name = node_set_of(folder)
+        part = node_parts(model.config, NODE_SETS[name].load(Path(data), split), split)[0]
         batch = {"x": part.graphs, "labels": part.labels, "mask": part.mask}
         return batch, f"the {split} nodes of a graph of {name}"
     from deqzoo.data.graphs import load_graph_set

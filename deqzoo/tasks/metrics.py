@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -210,20 +211,31 @@ def classification_figures(
     }
 
 
-def equilibrium_summary(n_steps: Tensor, residual: Tensor, converged: Tensor) -> dict[str, float]:
+def joined_summary(reports: Sequence[Sequence[Tensor]]) -> dict[str, float]:
+    """`equilibrium_summary` of several batches' steps, residuals and, where told, convergence."""
+    from torch import cat
+
+    return equilibrium_summary(*(cat(list(values)) for values in zip(*reports, strict=True)))
+
+
+def equilibrium_summary(
+    n_steps: Tensor, residual: Tensor, converged: Tensor | None = None
+) -> dict[str, float]:
     """How well a set of samples was solved.
 
     Args:
         n_steps: solver steps (N,); a solve of n steps evaluates F n + 1 times.
         residual: relative residuals (N,).
-        converged: bool (N,).
+        converged: bool (N,), where it is known.
     """
     steps, residual = n_steps.double(), residual.double()
-    return {
+    summary = {
         "n_steps_mean": steps.mean().item(),
         "n_steps_p95": steps.quantile(0.95).item(),
         "f_evaluations_per_sample": steps.mean().item() + 1,
         "residual_median": residual.nanquantile(0.5).item(),
         "residual_p95": residual.nanquantile(0.95).item(),
-        "converged_share": converged.double().mean().item(),
     }
+    if converged is not None:
+        summary["converged_share"] = converged.double().mean().item()
+    return summary

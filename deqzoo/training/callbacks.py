@@ -126,6 +126,7 @@ def save_snapshot(model: PreTrainedModel, folder: Path, step: int) -> None:
     half = {name: t.half() if t.is_floating_point() else t for name, t in _flat(model).items()}
     with replacing(folder / f"step-{step:07d}.safetensors") as fresh:
         save_file(half, fresh)
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
 
 

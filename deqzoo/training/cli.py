@@ -65,14 +65,6 @@ def train(
         raise UserError(f"a queue is worked through by: python recipes/work.py {queue}")
     if recipe is None:
         raise UserError("name a recipe, as in: deqzoo train recipes/NAME.yaml")
-    if _of_nodes(recipe):
-        _nodes(recipe, data, output, resume, accept_changes, dry_run, max_steps, seed, quiet)
-        return
-    from deqzoo.training.own_graphs import GraphRecipe
-
-    if GraphRecipe.describes(recipe):
-        _graphs(recipe, data, output, resume, dry_run, seed, quiet)
-        return
     from deqzoo.tasks import build_task
     from deqzoo.training.arguments import check_report_to
     from deqzoo.training.clock import seconds_of
@@ -108,64 +100,3 @@ def train(
     )
     leave_process_group()
     typer.echo(f"weights in {folder}")
-
-
-def _graphs(
-    path: Path,
-    data: Path | None,
-    output: Path | None,
-    resume: bool,
-    dry_run: bool,
-    seed: int | None,
-    quiet: bool,
-) -> None:
-    """Train a graph classifier on graphs of one's own."""
-    from deqzoo.training import own_graphs
-
-    recipe = own_graphs.GraphRecipe.read(path)
-    if seed is not None:
-        recipe = replace(recipe, seed=seed, name=f"{recipe.name}-s{seed}")
-    if dry_run:
-        typer.echo(json.dumps(own_graphs.describe(recipe, data), indent=2))
-        return
-    out = output or Path("runs") / recipe.name
-    folder = own_graphs.train_graphs(recipe, data, out, resume=resume, progress=not quiet)
-    typer.echo(f"weights in {folder}")
-
-
-def _of_nodes(recipe: Path) -> bool:
-    from deqzoo.training.graph_nodes import NodeRecipe
-
-    return NodeRecipe.describes(recipe)
-
-
-def _nodes(
-    path: Path,
-    data: Path | None,
-    output: Path | None,
-    resume: bool,
-    accept_changes: bool,
-    dry_run: bool,
-    max_steps: int | None,
-    seed: int | None,
-    quiet: bool,
-) -> None:
-    """Train a node classifier: whole graphs, without the stages of the other recipes."""
-    from deqzoo.training.graph_nodes import NodeRecipe, NodeRun, train_nodes
-
-    recipe = NodeRecipe.read(path)
-    if seed is not None:
-        recipe = replace(recipe, seed=seed, name=f"{recipe.name}-s{seed}")
-    if max_steps is not None:
-        raise UserError("--max-steps is for pictures and text; set epochs in a graph recipe")
-    if data is None:
-        raise UserError(f"name the folder that holds {recipe.data} with --data")
-    if dry_run:
-        typer.echo(json.dumps(NodeRun(recipe, data).describe(), indent=2))
-        return
-    out = output or Path("runs") / recipe.name
-    record = train_nodes(
-        recipe, data, out, resume=resume, progress=not quiet, accept_changes=accept_changes
-    )
-    typer.echo(f"test: {json.dumps(record['test'])}")
-    typer.echo(f"weights in {out / 'model'}")

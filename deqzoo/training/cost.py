@@ -23,9 +23,37 @@ ONE_STEP = {"name": "fixed_point", "max_steps": 1, "tol": 0.0}
 
 def count_flops(function: Callable[[], Any]) -> float:
     """FLOPs (two per multiply-add) of the convolutions and matrix products of a call."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_SPARSE) as counter:
         function()
     return float(counter.get_total_flops())
+
+
+def _bag_flops(table: Any, rows: Any, *others: Any, out_val: Any = None, **_: Any) -> int:
+    """Of a sum of weighted rows: a product with a sparse matrix."""
+    return 2 * rows.numel() * table.shape[1]
+
+
+def _linear_flops(x: Any, *others: Any, out_val: Any = None, **_: Any) -> int:
+    return 2 * x.numel() * out_val.shape[1]
+
+
+def _addmm_flops(plus: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * (a._nnz() if a.layout != torch.strided else a.numel()) * b.shape[1]
+
+
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula that gets tensors in place of their shapes."""
+    formula._get_raw = True  # type: ignore[attr-defined]
+    return formula
+
+
+_SPARSE = {
+    torch.ops.aten._embedding_bag_forward_only: _raw(_bag_flops),
+    torch.ops.aten.addmm: _raw(_addmm_flops),
+}
+"""Products that torch's counter leaves out, or counts as if their matrix were dense."""
+if torch.backends.mkldnn.is_available():
+    _SPARSE[torch.ops.mkldnn._linear_pointwise] = _raw(_linear_flops)
 
 
 @contextlib.contextmanager

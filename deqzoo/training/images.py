@@ -23,8 +23,17 @@ from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.models.names import family_class
+from deqzoo.tasks.metrics import accuracy, joined_summary, negative_log_likelihood
 from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan, Probe, build_config, check_options, own_path
+from deqzoo.training.task import (
+    Plan,
+    Probe,
+    build_config,
+    check_options,
+    epoch_order,
+    mixed_seed,
+    own_path,
+)
 
 AREA = (0.08, 1.0)
 """Share of a picture that random resized crops take where a recipe does not say."""
@@ -46,7 +55,6 @@ class ImageClassificationTask:
     """CIFAR-10, Imagenette and Tiny ImageNet with MDEQ."""
 
     metric = "accuracy"
-    higher_is_better = True
     validation_chunk = 250
 
     def __init__(
@@ -98,6 +106,8 @@ class ImageClassificationTask:
                 f"{path} has {len(training)} to train on: use a smaller batch_size"
             )
         self.record = {"kind": "pictures", "name": training.name, "train": training.digests()}
+        if self.recipe.evaluation.keep == "best":
+            self.record |= {"one_hold_out": True, "validation": held_out.digests()}
         return training.in_memory(options["size"]), held_out.in_memory(options["size"])
 
     def _check_sizes(self) -> None:
@@ -139,7 +149,7 @@ class ImageClassificationTask:
         """Pictures (b, 3, S, S) float32 and labels (b,), b = batch_size / world."""
         rows, epoch = self._rows(plan, micro_step, rank, world)
         stage = plan.stage(micro_step // plan.accumulate)
-        generator = torch.Generator().manual_seed(_mix(self.recipe.seed, micro_step, rank))
+        generator = torch.Generator().manual_seed(mixed_seed(self.recipe.seed, micro_step, rank))
         pixels = self.training.pixels[rows]
         side = stage.resolution or self.config.image_size
         pixels = augment(pixels, rows, epoch, self.recipe.augment, generator, side)
@@ -151,9 +161,7 @@ class ImageClassificationTask:
     def _rows(self, plan: Plan, micro_step: int, rank: int, world: int) -> tuple[Tensor, int]:
         """Which pictures (b,) a process gets, and the number of the epoch."""
         step, part = divmod(micro_step, plan.accumulate)
-        per_epoch = plan.steps_per_epoch[plan.index(step)]
-        epoch = int(plan.epoch(step) + 1e-9)
-        position = round((plan.epoch(step) - epoch) * per_epoch) % per_epoch
+        epoch, position = plan.position(step)
         size = self.recipe.batch_size
         share = size // world
         first = (position * plan.accumulate + part) * size + rank * share
@@ -161,8 +169,7 @@ class ImageClassificationTask:
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(_mix(self.recipe.seed, epoch, 1 << 20))
-            self._order = (epoch, torch.randperm(len(self.training), generator=generator))
+            self._order = (epoch, epoch_order(self.recipe.seed, epoch, len(self.training)))
         return self._order[1]
 
     def _normalised(self, pixels: Tensor) -> Tensor:
@@ -197,23 +204,18 @@ class ImageClassificationTask:
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
         """Accuracy and solver report with the config's own solver, at the stage's resolution."""
         n = min(samples, len(self.validation))
-        right, loss, residuals, steps = 0, 0.0, [], []
+        logits, reports = [], []
         for start in range(0, n, self.validation_chunk):
             end = min(start + self.validation_chunk, n)
-            pixels, labels = self._validation_batch(start, end, stage.resolution)
+            pixels, _ = self._validation_batch(start, end, stage.resolution)
             out = model(pixel_values=pixels.to(model.device), shallow=stage.shallow)
-            logits = out.logits.float().cpu()
-            right += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            residuals.append(out.residual.float().cpu())
-            steps.append(out.n_steps.float().cpu())
-        residual = torch.cat(residuals)
+            logits.append(out.logits.float().cpu())
+            reports.append([t.cpu() for t in (out.n_steps, out.residual, out.converged)])
+        scores, labels = torch.cat(logits), self.validation.labels[:n]
         return {
-            "accuracy": right / n,
-            "nll": loss / n,
-            "residual_median": float(residual.median()),
-            "residual_p95": float(residual.quantile(0.95)),
-            "steps_mean": float(torch.cat(steps).mean()),
+            "accuracy": accuracy(scores, labels),
+            "negative_log_likelihood": negative_log_likelihood(scores, labels),
+            **joined_summary(reports),
         }
 
     def _validation_batch(self, start: int, end: int, side: int | None) -> tuple[Tensor, Tensor]:
@@ -512,11 +514,3 @@ def whiten_stem(model: MDEQForImageClassification, pixels: Tensor) -> None:
     filters = torch.cat((filters, -filters))
     filters = filters.repeat(math.ceil(len(weight) / len(filters)), 1)[: len(weight)]
     weight.copy_(filters.reshape(weight.shape) / filters.norm(dim=1).mean())
-
-
-def _mix(*numbers: int) -> int:
-    """A seed from several numbers, equal on every platform."""
-    seed = 0x9E3779B97F4A7C15
-    for number in numbers:
-        seed = ((seed ^ number) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
-    return seed

@@ -105,5 +105,7 @@ def decay(schedule: Schedule, progress: float) -> float:
     """Factor once a share of the decay is over."""
     if schedule.name == "constant":
         return 1.0
+    if schedule.name == "step":
+        return 1.0 if progress < schedule.at else schedule.final
     fall = progress if schedule.name == "linear" else (1 - math.cos(math.pi * progress)) / 2
     return 1 - fall * (1 - schedule.final)

@@ -16,12 +16,11 @@ from deqzoo.training.images import (
     AREA,
     ASPECT,
     ImageClassificationTask,
-    _mix,
     check_augmentation,
     random_box,
 )
 from deqzoo.training.recipe import Recipe
-from deqzoo.training.task import Plan, check_options
+from deqzoo.training.task import Plan, check_options, mixed_seed
 
 
 class LazyImageClassificationTask(ImageClassificationTask):
@@ -91,7 +90,7 @@ class LazyImageClassificationTask(ImageClassificationTask):
     def _crop(self, row: int, epoch: int, side: int) -> Tensor:
         """A training picture, uint8 (3, side, side); the draw depends on row and epoch alone."""
         options = self.recipe.augment
-        generator = np.random.default_rng(_mix(self.recipe.seed, epoch, row))
+        generator = np.random.default_rng(mixed_seed(self.recipe.seed, epoch, row))
         return random_resized_crop(
             self.training.picture(row),
             side,

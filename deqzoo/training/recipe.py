@@ -73,11 +73,15 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up over a share of all steps, then decay to `final` times the peak."""
+    """Linear warm-up over a share of all steps, then decay to `final` times the peak.
 
-    name: Literal["linear", "cosine", "constant"] = "linear"
+    A "step" falls to it at once, after the share `at` of what follows the warm-up.
+    """
+
+    name: Literal["linear", "cosine", "constant", "step"] = "linear"
     warmup: float = 0.1
     final: float = 0.0
+    at: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Validation during the run: how often, on how much; `snapshots` half-precision copies."""
+    """Validation during the run: how often, on how much; `snapshots` half-precision copies.
+
+    `keep` says which weights are the result: the last, or the best on the validation split.
+    """
 
     per_epoch: float = 1.0
     samples: int = 1000
     snapshots: int = 10
+    keep: Literal["last", "best"] = "last"
 
 
 @dataclass(frozen=True)
@@ -172,8 +180,17 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        raise UserError(f"recipe {path}: {error}") from error
+        raise UserError(f"recipe {path}: {error}{_hint(content)}") from error
     return recipe
+
+
+def _hint(content: dict[str, Any]) -> str:
+    """What to write where a recipe looks like one of graphs of version 0.1."""
+    if isinstance(content.get("data"), str) or {"lr", "epochs"} & set(content):
+        return (
+            "; recipes of graphs are written like all others now, see recipes/ignn-humloc-upg.yaml"
+        )
+    return ""
 
 
 def recorded_recipe(record: Any) -> Recipe | None:
@@ -260,7 +277,7 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
 _AT_LEAST: dict[type, dict[str, float]] = {
     Recipe: {"batch_size": 1, "accumulate": 1, "checkpoint_minutes": 0, "seed": 0},
     Optimizer: {"lr": 0, "other_lr": 0, "weight_decay": 0, "clip": 0},
-    Schedule: {"warmup": 0, "final": 0},
+    Schedule: {"warmup": 0, "final": 0, "at": 0},
     Jacobian: {"weight": 0, "every": 1, "probes": 1, "difference": 0},
     Stage: {"resolution": 1},
     Evaluation: {"per_epoch": 0, "samples": 2, "snapshots": 0},

@@ -418,16 +418,22 @@ def use_bf16(recipe: Recipe) -> bool:
 
 
 def save_result(trainer: RecipeTrainer | TimedRun, out: Path) -> Path:
-    """Write the weights of a run so far, in half precision, as a `from_pretrained` folder."""
+    """Write the weights of a run so far as a `from_pretrained` folder."""
     folder = out / "model"
     with replacing(folder) as fresh:
-        export(trainer.averaged(), fresh)
+        export(trainer.result(), fresh)
         trainer.task.save_processor(str(fresh))
     return folder
 
 
 def export(model: PreTrainedModel, folder: Path) -> None:
-    """Save half-precision weights in shards of at most 16 MB whose config says float32."""
+    """Save half-precision weights in shards of at most 16 MB whose config says float32.
+
+    Weights with a norm bound stay as they are: rounded they would no longer meet it.
+    """
+    if hasattr(model, "project_"):
+        model.save_pretrained(folder, max_shard_size="16MB")
+        return
     # Halves of tied weights would no longer share memory, and be stored twice.
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {
@@ -489,6 +495,7 @@ def _record(
         "threads": torch.get_num_threads(),
         "device": device_name(),
         **({"changes": run.changes} if run.changes else {}),
+        **({} if run.best is None else {"best": run.best.describe()}),
         "versions": versions(),
         "validation": run.earlier + _validation_curve(out / "metrics.jsonl"),
     }

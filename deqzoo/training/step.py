@@ -96,6 +96,8 @@ class TrainingStep:
         if self.recipe.optimizer.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
         self.optimizer.step()
+        if hasattr(self.model, "project_"):  # weights with a norm bound
+            self.model.project_()
         self._average()
 
     def loss(self, rows: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ class TrainingStep:
                     figures[f"solver_{name}"] = value.detach().float().mean()
             if outputs.logits is not None and inputs["labels"].shape == outputs.logits.shape[:-1]:
                 right = outputs.logits.detach().argmax(-1) == inputs["labels"]
-                figures["right"] = right.float().mean()
+                figures["right"] = right.sum() / (inputs["labels"] >= 0).sum()
             if self.jacobian is not None:
                 penalty = penalty_of(outputs, self.jacobian)
                 figures["jacobian_penalty"] = penalty.detach()

@@ -25,8 +25,7 @@ class Task(Protocol):
     """Data, model and metrics of a recipe. One object serves one run."""
 
     metric: str
-    """Name of the validation figure that says which weights are better, e.g. "accuracy"."""
-    higher_is_better: bool
+    """Validation figure that says which weights are better, a key of `METRICS`."""
 
     def model(self) -> PreTrainedModel:
         """A new model, initialised from the global random state."""
@@ -115,7 +114,8 @@ class Resident(Protocol):
 class Probe:
     """The map of some samples, the state it starts from, and a forward of the whole model.
 
-    `forward` takes `solver` and `gradient`, as the model does.
+    `forward` takes `solver` and `gradient`, as the model does. Where a model solves several
+    equilibria one after another, `f` is the maps of all.
     """
 
     f: Callable[[Any], Any]
@@ -149,6 +149,12 @@ class Plan:
 
     def stage(self, step: int) -> Stage:
         return self.stages[self.index(step)]
+
+    def position(self, step: int) -> tuple[int, int]:
+        """Number of the epoch that an optimiser step belongs to, and of the step in that epoch."""
+        per_epoch = self.steps_per_epoch[self.index(step)]
+        epoch = int(self.epoch(step) + 1e-9)
+        return epoch, round((self.epoch(step) - epoch) * per_epoch) % per_epoch
 
     def epoch(self, step: int) -> float:
         """Epochs trained before an optimiser step, over all stages."""
@@ -216,6 +222,20 @@ def own_path(recipe: Recipe, data: str | os.PathLike[str] | None) -> str:
     if not path:
         raise UserError(f"say where the {recipe.data.name} is: data.path in the recipe, or --data")
     return path
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed from several numbers, equal on every platform."""
+    seed = 0x9E3779B97F4A7C15
+    for number in numbers:
+        seed = ((seed ^ number) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
+    return seed
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    """Order (n,) int64 in which an epoch takes its samples, the same after a resume."""
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch, 1 << 20))
+    return torch.randperm(n, generator=generator)
 
 
 def _running_sum(lengths: Sequence[int]) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 from deqzoo.models.deq_transformer.modeling_deq_transformer import DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
+from deqzoo.tasks.metrics import joined_summary
 from deqzoo.training.recipe import Recipe, Stage
 from deqzoo.training.task import Plan, Probe, build_config, check_options, own_path
 
@@ -41,7 +42,6 @@ class LanguageModelingTask:
     """
 
     metric = "perplexity"
-    higher_is_better = False
 
     def __init__(
         self, recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
@@ -86,9 +86,7 @@ class LanguageModelingTask:
         """Words and next words (b, T), b = batch_size / world, and where they stand."""
         step, part = divmod(micro_step, plan.accumulate)
         length = self._segment_length(plan.stage(step))
-        per_epoch = plan.steps_per_epoch[plan.index(step)]
-        epoch = int(plan.epoch(step) + 1e-9)
-        position = round((plan.epoch(step) - epoch) * per_epoch) % per_epoch
+        _, position = plan.position(step)
         share = self.recipe.batch_size // world
         first = part * self.recipe.batch_size + rank * share
         start = position * length
@@ -151,7 +149,7 @@ class LanguageModelingTask:
         stream = self.corpus.stream("validation")[:samples]
         streams = batch_streams(stream, min(VALIDATION_STREAMS, len(stream) // 2))
         memory, nll, count = None, 0.0, 0
-        residuals, steps = [], []
+        reports = []
         for start in range(0, streams.shape[1] - 1, self.config.tgt_len):
             words = streams[:, start : start + self.config.tgt_len + 1].to(model.device)
             out = model(
@@ -165,15 +163,11 @@ class LanguageModelingTask:
             memory = out.memory
             nll += float(out.nll.double().sum())
             count += out.nll.numel()
-            residuals.append(out.token_residual.float().flatten().cpu())
-            steps.append(out.token_steps.float().flatten().cpu())
-        residual = torch.cat(residuals)
+            reports.append([t.flatten().cpu() for t in (out.token_steps, out.token_residual)])
         return {
             "perplexity": math.exp(min(nll / count, 700.0)),
-            "nll": nll / count,
-            "residual_median": float(residual.median()),
-            "residual_p95": float(residual.quantile(0.95)),
-            "steps_mean": float(torch.cat(steps).mean()),
+            "negative_log_likelihood": nll / count,
+            **joined_summary(reports),
         }
 
     def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:

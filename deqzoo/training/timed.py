@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
+from deqzoo.training.best import BestWeights
 from deqzoo.training.callbacks import save_snapshot
 from deqzoo.training.clock import TimeBudget
 from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
@@ -78,6 +79,7 @@ class TimedRun:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+        self.best = BestWeights(task.metric) if recipe.evaluation.keep == "best" else None
         self.flop_table = [sample_flops(task.probe, model, stage) for stage in recipe.stages]
         self.model = model.to(self.device).train()
         self.average = copy.deepcopy(self.model) if recipe.average else None
@@ -104,8 +106,12 @@ class TimedRun:
     # What is kept of a run.
 
     def averaged(self) -> PreTrainedModel:
-        """The weights that are evaluated and kept."""
+        """The weights that are evaluated."""
         return self.model if self.average is None else self.average
+
+    def result(self) -> PreTrainedModel:
+        """The weights that are kept."""
+        return self.averaged() if self.best is None else self.best.applied(self.averaged())
 
     @property
     def finished(self) -> bool:
@@ -154,6 +160,7 @@ class TimedRun:
             "spent": self.spent,
             "inherited": self.inherited,
             "earlier": self.earlier,
+            "best": None if self.best is None else self.best.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,6 +181,8 @@ class TimedRun:
         ]
         self.spent, self.inherited = state["spent"], state["inherited"]
         self.earlier = state["earlier"]
+        if self.best is not None and state.get("best"):
+            self.best.load_state_dict(state["best"])
 
     # Training.
 
@@ -387,6 +396,8 @@ class TimedRun:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False):
             figures = self.task.evaluate(model, stage, samples)
         model.train(was_training)
+        if self.best is not None:
+            self.best.see(model, figures, self.count)
         self.log(**{f"eval_{key}": value for key, value in figures.items()}, pflop=self._pflop())
         # A deadline leaves room for another one, and for writing the weights.
         self.reserve = max(self.reserve, 1.5 * (time.monotonic() - started) + 5)
@@ -431,6 +442,7 @@ class TimedRun:
         if stage.shallow:
             evaluations = 3.0 * self.model.config.unroll_layers
         else:
+            n_steps /= getattr(self.task, "solves", 1)
             gradient = self.model.resolve_gradient(stage.gradient or None)
             evaluations = n_steps if gradient.needs_solve else 0.0
             evaluations += gradient.cost(round(n_steps), products=products).evaluations

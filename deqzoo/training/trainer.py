@@ -21,6 +21,7 @@ from deqzoo.errors import UserError
 from deqzoo.files import mark_complete
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.models.deq_transformer import DEQTransformerForCausalLM
+from deqzoo.training.best import BestWeights
 from deqzoo.training.checkpoints import conditions, differences, keep_newest, refuse_changes
 from deqzoo.training.constraints import ProjectionCallback
 from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
@@ -205,6 +206,9 @@ class RecipeTrainer(DEQTrainer):
             # Trained weights are worth remembering from the first step, fresh ones are not.
             rule = moving_average(recipe.average, warm_up=not recipe.model.start)
             self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
+        self.best = BestWeights(task.metric) if recipe.evaluation.keep == "best" else None
+        if any(stage.jacobian for stage in plan.stages):
+            require_map(self.model)
         self.flop_table = [sample_flops(task.probe, self.model, stage) for stage in plan.stages]
         self.spent = 0.0
         self.evaluations: list[float] = []
@@ -262,13 +266,16 @@ class RecipeTrainer(DEQTrainer):
         """Add the FLOPs of a step on all processes, the products of an implicit gradient apart."""
         per_evaluation, rest = self.flop_table[self.plan.index(self.state.global_step)]
         stage = self.stage
-        samples = len(inputs["labels"]) * self.args.world_size
+        # A graph of nodes is one sample, however many labels it has.
+        batch = min(len(inputs["labels"]), self.recipe.batch_size)
+        samples = batch * self.args.world_size
         if stage.shallow:
             per_layer = 3.0 + float(self.recipe.gradient_checkpointing)
             evaluations = per_layer * self.model.config.unroll_layers
         else:
             gradient = self.model.resolve_gradient(stage.gradient)
-            steps = int(outputs.n_steps.max())
+            solves = getattr(self.task, "solves", 1)
+            steps = round(int(outputs.n_steps.max()) / solves)
             cost = gradient.cost(
                 steps,
                 checkpoint=self.recipe.gradient_checkpointing,
@@ -290,6 +297,7 @@ class RecipeTrainer(DEQTrainer):
             save_file(_flat(self.average.module), folder / "average.safetensors")
             (folder / "average.txt").write_text(str(int(self.average.n_averaged)))
         own = {
+            "best": None if self.best is None else self.best.state_dict(),
             "task": self.task.state_dict(),
             "spent": self.spent,
             "inherited": self.inherited,
@@ -324,6 +332,8 @@ class RecipeTrainer(DEQTrainer):
             )
         extra = torch.load(path, weights_only=True)
         self.task.load_state_dict(extra["task"])
+        if self.best is not None and extra.get("best"):
+            self.best.load_state_dict(extra["best"])
         self.spent = extra["spent"]
         self.inherited = extra.get("inherited", self.inherited)
         self.earlier = extra.get("earlier", self.earlier)
@@ -356,6 +366,8 @@ class RecipeTrainer(DEQTrainer):
         with torch.no_grad():
             figures = self.task.evaluate(model, stage, self.recipe.evaluation.samples)
         model.train(was_training)
+        if self.best is not None:
+            self.best.see(model, figures, self.state.global_step)
         metrics = {f"eval_{key}": value for key, value in figures.items()}
         self.log({**metrics, "pflop": round(self.spent / 1e15, 6)})
         self.control = self.callback_handler.on_evaluate(
@@ -364,8 +376,12 @@ class RecipeTrainer(DEQTrainer):
         return metrics
 
     def averaged(self) -> PreTrainedModel:
-        """The weights that are evaluated and kept."""
+        """The weights that are evaluated."""
         return self.model if self.average is None else self.average.module
+
+    def result(self) -> PreTrainedModel:
+        """The weights that are kept."""
+        return self.averaged() if self.best is None else self.best.applied(self.averaged())
 
 
 def moving_average(
@@ -421,6 +437,6 @@ def require_map(model: nn.Module) -> None:
     """
     if "output_state" not in inspect.signature(model.forward).parameters:
         raise UserError(
-            f"jacobian_weight: {type(model).__name__} has no output_state, so that its Jacobian "
-            "cannot be penalised; graph models are bound by kappa instead"
+            f"jacobian: {type(model).__name__} has no output_state, so that its Jacobian cannot be "
+            "penalised; graph models are bound by kappa instead"
         )

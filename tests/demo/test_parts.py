@@ -58,7 +58,11 @@ def test_page_without_checkpoints(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(deqzoo.zoo, "checkpoints_root", lambda: tmp_path)
     page = json.dumps(build_demo().get_config_file())
     assert page.count("No checkpoint for") == 5
-    for command in ("mdeq-tiny-cifar-upg.yaml", "deq-transformer-ptb-upg.yaml", "ignn/table.py"):
+    for command in (
+        "mdeq-tiny-cifar-upg.yaml",
+        "deq-transformer-ptb-upg.yaml",
+        "ignn-cox2-upg.yaml",
+    ):
         assert command in page
     with pytest.raises(UserError, match="train one"):
         Shelf().get(None, TEXT)

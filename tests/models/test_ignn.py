@@ -767,3 +767,13 @@ def test_gnn_explainer_scores_edges_and_features():
     found = explainer(torch.randn(3, 3), index)
     assert found.edge_mask.shape == (4,) and found.edge_mask.unique().numel() > 1
     assert found.node_mask.shape == (3, 3)
+
+
+def test_projecting_twice_is_projecting_once() -> None:
+    """A resumed run projects its weights once more than one that was never cut off."""
+    from deqzoo.models.ignn.projection import project_rows
+
+    torch.manual_seed(0)
+    once = project_rows(torch.randn(200, 64), 0.9)
+    assert torch.equal(project_rows(once, 0.9), once)
+    assert float(once.abs().sum(1).max()) < 0.9 * (1 + 1e-6)

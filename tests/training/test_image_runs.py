@@ -64,9 +64,12 @@ def recipe(tmp_path):
     return load_recipe(path)
 
 
+NLL = "eval_negative_log_likelihood"
+
+
 def losses(out: Path) -> dict[int, float]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return {e["step"]: e["eval_nll"] for e in map(json.loads, lines) if "eval_nll" in e}
+    return {e["step"]: e[NLL] for e in map(json.loads, lines) if NLL in e}
 
 
 def test_run_starts_from_trained_weights(pictures, recipe, tmp_path):

@@ -7,6 +7,8 @@ and compiled models, needs 0.19 ms at the same accuracy. It is used where this b
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> T
     if plain or not _fits(x, weight):
         # Equilibria are solved in the weights' dtype; and a backward pass, which runs outside
         # of autocast, could not multiply what autocast had narrowed.
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        narrowing = torch.amp.is_autocast_available(kind)  # meta tensors have none
+        with torch.autocast(kind, enabled=False) if narrowing else contextlib.nullcontext():
             return x @ weight.T if plus is None else torch.addmm(plus, x, weight.T)
     if plus is None:
         return _ONEDNN_LINEAR(x, weight, None, "none", [], "")

@@ -14,13 +14,8 @@ from torch.autograd.function import FunctionCtx
 
 from deqzoo.equilibrium import BatchMap, DetachableMap, Selection
 from deqzoo.models.ignn.dense import times_transposed
-from deqzoo.models.ignn.projection import project_rows, row_norm
+from deqzoo.models.ignn.projection import project_rows, rounding, row_norm
 from deqzoo.models.ignn.sparse import Adjacency
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    """Relative excess over the norm bound that counts as met: weights and sums are rounded."""
-    return max(1e-6, torch.finfo(dtype).eps)
 
 
 class GraphMap(BatchMap, DetachableMap):
@@ -215,10 +210,11 @@ class ImplicitGraphLayer(nn.Module):
         if self.official:
             self.project_(radius)
         state_weight, neighbor_weight, *local_weight = self.weights()
-        weight = state_weight
-        if not self._meets(weight, radius):
+        weight, bound = state_weight, self.bound(radius)
+        # Elsewhere a look at the weight would wait for the device.
+        if bound is not None and (weight.device.type != "cpu" or not self._meets(weight, radius)):
             # The optimiser left it outside; its gradient passes unchanged.
-            values = project_rows(weight.detach(), self.bound(radius))
+            values = project_rows(weight.detach(), bound)
             weight = _StraightThrough.apply(weight, values)
         if features.is_sparse or features.shape[1] >= self.out_features:
             injection = adjacency.propagate(linear(features, neighbor_weight))
@@ -244,7 +240,7 @@ class ImplicitGraphLayer(nn.Module):
         bound = self.bound(radius)
         if bound is None or self.norms:
             return 0.0
-        tolerance = _rounding(self.state_weight.dtype)
+        tolerance = rounding(self.state_weight.dtype)
         return max(0.0, row_norm(self.state_weight) - bound * (1 + tolerance))
 
     @torch.no_grad()
@@ -258,7 +254,7 @@ class ImplicitGraphLayer(nn.Module):
         bound = self.bound(radius)
         if torch.compiler.is_exporting():  # was looked at before
             return True
-        return bound is None or row_norm(weight) <= bound * (1 + _rounding(weight.dtype))
+        return bound is None or row_norm(weight) <= bound * (1 + rounding(weight.dtype))
 
 
 class _StraightThrough(torch.autograd.Function):

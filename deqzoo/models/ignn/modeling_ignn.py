@@ -311,8 +311,7 @@ class _IGNNClassifier(IGNNPreTrainedModel):
         """Return logits, the loss of those in the mask, and the solver's report."""
         loss = None
         if labels is not None:
-            scored = (logits, labels) if mask is None else (logits[mask], labels[mask])
-            loss = classification_loss(self.config, *scored)
+            loss = classification_loss(self.config, logits, labels, mask)
         return IGNNClassifierOutput(
             loss=loss,
             logits=logits,
@@ -436,8 +435,16 @@ def implicit_layer(config: IGNNConfig, in_features: int, out_features: int) -> I
     )
 
 
-def classification_loss(config: IGNNConfig, logits: Tensor, labels: Tensor) -> Tensor:
+def classification_loss(
+    config: IGNNConfig, logits: Tensor, labels: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy, or mean binary cross-entropy for multi-label problems.
+
+    Args:
+        config: says which.
+        logits: (n, c).
+        labels: (n,) classes, -100 for none, or (n, c) of 0 and 1.
+        mask: (n,) bool, the rows that count.
 
     Raises:
         UserError: labels of the wrong shape.
@@ -448,10 +455,17 @@ def classification_loss(config: IGNNConfig, logits: Tensor, labels: Tensor) -> T
                 f"labels have shape {tuple(labels.shape)}, but this multi-label model needs "
                 f"{tuple(logits.shape)}"
             )
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits))
+        labels = labels.to(logits)
+        if mask is None:
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        # Not a choice of rows, whose number a device would have to tell.
+        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return each.mean(1).masked_fill(~mask, 0).sum() / mask.sum()
     if labels.numel() != len(logits):
         raise UserError(f"{labels.numel()} labels for {len(logits)} predictions")
     flat = labels.reshape(-1)
+    if mask is not None:
+        flat = flat.masked_fill(~mask, IGNORED)
     if flat.device.type == "cpu":  # elsewhere every step would wait for the device
         whole = flat.long()
         inside = ((whole >= 0) & (whole < logits.shape[1])) | (whole == IGNORED)

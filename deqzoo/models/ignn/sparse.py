@@ -44,6 +44,7 @@ class SparseMatrix:
         self.values = entries.values()
         self.shape = shape
         self._csr: Tensor | None = None
+        self._starts: Tensor | None = None  # of rows whose entries came sorted; see `of_rows`
         self._symmetric = False  # known to be
         self._transposed: SparseMatrix | None = None
         self._origin: weakref.ref[SparseMatrix] | None = None  # of a transpose: no cycle to collect
@@ -114,23 +115,21 @@ class SparseMatrix:
         if dense.dtype in (torch.float16, torch.bfloat16):
             wide = dense.float()
             return self.to(wide).product(wide).to(dense.dtype)
+        if self._starts is not None:
+            return _bags(self.index[1], self._starts, self.values, dense)
         if dense.device.type == "cpu":
-            return self._gather(dense)
+            csr = self.csr
+            return _bags(csr.col_indices(), csr.crow_indices(), csr.values(), dense)
         # Into empty memory: `csr @ dense` fills and copies its result first (a quarter slower).
         result = dense.new_empty(self.shape[0], dense.shape[1])
         return result.addmm_(self.csr, dense, beta=0)
 
-    def _gather(self, dense: Tensor) -> Tensor:
-        """The product as a bag of weighted rows per row: on CPUs 2.5 times as fast as with CSR."""
-        csr = self.csr
-        return torch.nn.functional.embedding_bag(
-            csr.col_indices(),
-            dense,
-            csr.crow_indices(),
-            mode="sum",
-            per_sample_weights=csr.values(),
-            include_last_offset=True,
-        )
+
+def _bags(columns: Tensor, starts: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+    """A product as a bag of weighted rows per row: on CPUs 2.5 times as fast as with CSR."""
+    return torch.nn.functional.embedding_bag(
+        columns, dense, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
 
 
 class _Product(torch.autograd.Function):
@@ -159,7 +158,33 @@ class Adjacency(SparseMatrix):
     def __init__(self, index: Tensor, values: Tensor, n: int) -> None:
         super().__init__(index, values.to(_widened(values.dtype)), (n, n))
         self._spectral_radius: float | None = None
-        self._evaluation: Adjacency | None = None
+
+    @classmethod
+    def of_rows(
+        cls,
+        index: Tensor,
+        starts: Tensor,
+        values: Tensor,
+        n: int,
+        transposed: Adjacency | None = None,
+        spectral_radius: float | None = None,
+    ) -> Adjacency:
+        """An adjacency from entries that are sorted by rows already; nothing is looked at.
+
+        Args:
+            index: (2, e) int64, sorted; an entry may stand twice.
+            starts: (n + 1,) int64, where the entries of each row begin.
+            values: (e,) float32 at least, constant.
+            n: number of nodes.
+            transposed: its transpose; None says that it is symmetric.
+            spectral_radius: where it is known.
+        """
+        matrix = cls.__new__(cls)
+        matrix.index, matrix.values, matrix.shape = index, values, (n, n)
+        matrix._csr, matrix._starts = None, starts
+        matrix._symmetric, matrix._transposed, matrix._origin = transposed is None, transposed, None
+        matrix._spectral_radius = spectral_radius
+        return matrix
 
     @classmethod
     def from_edges(

@@ -1,0 +1,56 @@
+"""The weights of the best validation, where a recipe keeps those."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deqzoo.tasks.metrics import METRICS
+
+
+class BestWeights:
+    """Keeps the weights whose validation was the best so far; ties go to the likelier answers.
+
+    Args:
+        metric: name of the figure that decides, a key of `METRICS`.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.step = 0
+        self.figures: dict[str, float] = {}
+        self.weights: dict[str, Tensor] = {}
+
+    def see(self, model: PreTrainedModel, figures: Mapping[str, float], step: int) -> None:
+        """Take over a model's weights if its figures are the best so far."""
+        if self.figures and self._rank(figures) <= self._rank(self.figures):
+            return
+        self.step, self.figures = step, dict(figures)
+        self.weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+    def _rank(self, figures: Mapping[str, float]) -> tuple[float, float]:
+        sign = 1 if METRICS[self.metric].higher_is_better else -1
+        return sign * figures[self.metric], -figures.get("negative_log_likelihood", 0.0)
+
+    def applied(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of a model with the best weights; the model itself before any validation."""
+        if not self.weights:
+            return model
+        best = copy.deepcopy(model)
+        best.load_state_dict(self.weights)
+        return best
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "figures": self.figures, "weights": self.weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.figures = state["step"], dict(state["figures"])
+        self.weights = dict(state["weights"])
+
+    def describe(self) -> dict[str, Any]:
+        """For the record of a run."""
+        return {"step": self.step, **self.figures}
