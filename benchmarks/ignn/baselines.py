@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from deqzoo.evaluation.graph_nodes import NODE_TASKS, SPLITS
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
@@ -30,10 +29,11 @@ from torch import Tensor
 from deqzoo.data.graphs import honest_folds, load_graph_set
 from deqzoo.files import replace_text
 from deqzoo.tasks.metrics import best_threshold, classification_figures
+from deqzoo.tasks.nodes import NODE_SETS, SPLITS
 
 HERE = Path(__file__).resolve().parent
 GRAPH_SETS = ("COX2", "PROTEINS", "MUTAG", "PTC_MR", "NCI1")
-NODE_SETS = ("Twitch", "HumLoc", "EukLoc")
+NODES = ("Twitch", "HumLoc", "EukLoc")
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
 MOST_DEGREE = 10
 
@@ -99,7 +99,7 @@ def graph_baseline(name: str, root: Path) -> dict[str, Any]:
 
 def node_baseline(name: str, root: Path) -> dict[str, Any]:
     """One split: the figure of a regression on each node's own features."""
-    task = NODE_TASKS[name]
+    task = NODE_SETS[name]
     parts = {}
     for split in SPLITS:
         mask = {"validation": "val"}.get(split, split) + "_mask"
@@ -153,7 +153,7 @@ def main() -> None:
     root = parser.parse_args().data
     content = {
         "graphs": {name: graph_baseline(name, root) for name in GRAPH_SETS},
-        "nodes": {name: node_baseline(name, root) for name in NODE_SETS},
+        "nodes": {name: node_baseline(name, root) for name in NODES},
     }
     replace_text(HERE / "baselines.json", json.dumps(content, indent=1) + "\n")
     replace_text(HERE / "baselines.md", render(content))
