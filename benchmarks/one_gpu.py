@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from deqzoo.training.clock import seconds_of  # noqa: E402
-from deqzoo.training.recipe import Recipe, load_recipe  # noqa: E402
+from deqzoo.recipe import Recipe, load_recipe, seconds_of  # noqa: E402
 from deqzoo.training.run import device_name, run_recipe  # noqa: E402
 
 PART = 15 * 2**20

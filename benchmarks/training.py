@@ -20,9 +20,9 @@ from timing import markdown_table, stable_minima, write_results
 from deqzoo.equilibrium import make_gradient
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
+from deqzoo.recipe import Optimizer
 from deqzoo.training.cost import count_flops
 from deqzoo.training.optimizers import build_optimizer
-from deqzoo.training.recipe import Optimizer
 
 SIZES = {"TINY": "mdeq-phantom-cifar-small", "LARGE": "mdeq-phantom-cifar-large"}
 SOLVER = {"name": "anderson", "max_steps": 5, "tol": 0.0}

@@ -89,7 +89,7 @@ def list_command(
     """List the bundled checkpoints."""
     from deqzoo.hub.catalogue import entries
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": entry.name,
             "task": entry.task,

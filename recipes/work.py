@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from deqzoo.errors import UserError
-from deqzoo.training.recipe import Recipe, load_recipe, recorded_recipe, with_seed
+from deqzoo.recipe import Recipe, load_recipe, recorded_recipe, with_seed
 from deqzoo.training.run import is_locked
 from deqzoo.zoo import checkpoints_root
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -39,3 +41,13 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "fixed_point" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     assert (tmp_path / "models" / "mdeq-tiny-cifar-upg" / "index.html").is_file()
+
+
+DOCTESTS = sorted(p for p in (ROOT / "deqzoo").rglob("*.py") if ">>> " in p.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("path", DOCTESTS, ids=lambda path: path.parent.name)
+def test_examples_in_docstrings_run(path: Path) -> None:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0 and result.failed == 0

@@ -20,7 +20,7 @@ from deqzoo.hub.catalogue import entry
 from deqzoo.models import names
 from deqzoo.models.auto import add_family
 from deqzoo.models.base import DEQConfigMixin, DEQPreTrainedModel, per_sample
-from deqzoo.training import images
+from deqzoo.tasks import images
 
 
 @strict

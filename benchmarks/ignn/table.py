@@ -27,10 +27,10 @@ from deqzoo.data.graphs import N_FOLDS
 from deqzoo.errors import UserError
 from deqzoo.evaluation.graphs import GraphEvaluator
 from deqzoo.files import replace_text
+from deqzoo.recipe import Data, Recipe, load_recipe
 from deqzoo.records import read_evaluation
 from deqzoo.sealed import record as seal
 from deqzoo.tasks.metrics import words
-from deqzoo.training.recipe import Data, Recipe, load_recipe
 from deqzoo.training.run import run_recipe
 from deqzoo.zoo import checkpoints_root, read_json
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from short_runs import main, shortened
 
-from deqzoo.training.recipe import Recipe
+from deqzoo.recipe import Recipe
 
 GRADIENTS: dict[str, dict[str, Any]] = {
     "upg k=5 λ=0.5": {"name": "upg", "steps": 5, "damping": 0.5},

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from short_runs import main, shortened
 
-from deqzoo.training.recipe import Optimizer, Recipe
+from deqzoo.recipe import Optimizer, Recipe
 
 SGD = {"weight_decay": 5e-4, "momentum": 0.9}
 OPTIMIZERS = {

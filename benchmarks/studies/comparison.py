@@ -25,7 +25,7 @@ from cost import clocked
 from deqzoo import DEQModel
 from deqzoo.evaluation.chart import dot_chart
 from deqzoo.evaluation.dispatch import evaluate_model
-from deqzoo.training.recipe import load_recipe
+from deqzoo.recipe import load_recipe
 
 GRADIENTS = {
     "implicit": "mdeq-tiny-cifar-implicit",

@@ -14,7 +14,7 @@ from typing import Any
 from cells import HERE, Cells, markdown_table, write_text
 
 from deqzoo.evaluation.chart import dot_chart
-from deqzoo.training.recipe import Recipe, load_recipe
+from deqzoo.recipe import Recipe, load_recipe
 from deqzoo.training.run import run_recipe
 
 RECIPE = HERE.parents[1] / "recipes" / "mdeq-tiny-cifar-upg.yaml"

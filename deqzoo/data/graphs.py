@@ -26,7 +26,6 @@ from deqzoo.errors import UserError
 
 PUBLISHED_SEED = 42
 N_FOLDS = 10
-MULTI_LABEL = ("HumLoc", "EukLoc")
 _PPI_PARTS = ("feats.npy", "graph_id.npy", "graph.json", "labels.npy")
 
 
@@ -177,7 +176,9 @@ def _saved_graphs(
         missing = [i for i, label in enumerate(stored) if label is None]
         if missing:
             raise UserError(f"graph {missing[0]} of {path} has no label y")
-        encoding = GraphEncoding(tuple(sorted({int(label) for label in stored})))
+        encoding = GraphEncoding(
+            tuple(sorted({int(label) for label in stored if label is not None}))
+        )
     for number, (graph, label) in enumerate(zip(graphs, stored, strict=True)):
         if label is not None and label not in encoding.classes:
             raise UserError(

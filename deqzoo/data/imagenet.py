@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from deqzoo.data.images import SPLIT_SEED, ImageSource, _split_files
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
 IMAGENET = ImageSource(
@@ -173,7 +173,7 @@ def _open(stored: str, data: str | os.PathLike[str] | None, cache_dir: str | Non
     except UserError:
         raise
     except Exception as error:  # `datasets` wraps whatever goes wrong in classes of its own
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(
             f"{IMAGENET.title} cannot be opened; accept its terms on the Hub and log in, or pass "
             f"the folder of a copy with --data ({reason})"

@@ -28,7 +28,7 @@ from pyarrow.lib import ArrowException
 from torch import Tensor
 
 from deqzoo.data.shards import parquet_shards
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def data_folder(source: ImageSource, data: str | os.PathLike[str] | None) -> Pat
         # Repositories of other file formats have a converted copy there.
         return _fetch(source, repository, "refs/convert/parquet")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(
             f"{source.title} is not at hand: {repository} is no local folder and cannot be fetched "
             f"from the Hub; pass the folder of a copy with --data ({reason})"
@@ -250,7 +250,7 @@ def _decode(
                 arrays.extend(pool.map(to_array, encoded, chunksize=64))
                 labels.extend(index.get(mark, mark) for mark in marks)
     except (ArrowException, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(f"cannot read {source.title} from {folder}: {reason}") from error
     if not arrays:
         raise UserError(f"folder {folder} holds no picture of {source.title}")

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 16  # characters; longer lines are read in fragments
@@ -109,7 +109,7 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
         for batch in parquet.iter_batches(columns=[column]):
             yield from (row or "" for row in batch.column(0).to_pylist())
     except (ArrowException, OSError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(f"cannot read {path}: {one_line(error, 160)}") from error
 
 
 def text_column(path: Path, column: str | None = None) -> str:
@@ -127,7 +127,7 @@ def text_column(path: Path, column: str | None = None) -> str:
         try:
             names = _string_columns(pq.ParquetFile(path))
         except (ArrowException, OSError) as error:
-            raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:160]}") from error
+            raise UserError(f"cannot read {path}: {one_line(error, 160)}") from error
     else:
         record = next(_first_records(path), {})
         names = [name for name, value in record.items() if isinstance(value, str)]

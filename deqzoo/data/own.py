@@ -36,7 +36,7 @@ from deqzoo.data.text import (
     count_vocabulary,
     encode_rows,
 )
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 from deqzoo.zoo import read_json
@@ -226,7 +226,7 @@ def _open(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # `datasets` wraps whatever goes wrong in classes of its own
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(
             f"cannot read {path} as labelled pictures (a folder of pictures per class, a zip of "
             f"it, parquet, or a .csv of paths and labels): {reason}"
@@ -303,7 +303,8 @@ def _paths_of_table(path: Path, label_column: str | None) -> _Table:
             f"{path} needs a column of paths ({', '.join(_PICTURES[4:])}) and one of labels; it "
             f"has {', '.join(names) or 'none'}"
         )
-    cells, labels = [], []
+    cells: list[bytes | Path] = []
+    labels: list[str] = []
     for number, row in enumerate(rows, 2):
         if not row[image] or not row[label]:
             raise UserError(f"line {number} of {path} lacks a path or a label")
@@ -408,11 +409,11 @@ def divide_in_three(
     stored = {split: found[split] for split in ("validation", "test") if len(found.get(split, ()))}
     validation = 0.0 if "validation" in stored else share / 2
     if "test" in stored:
-        rows, choosing = list(range(len(training))), []
+        rows, choosing = list(range(len(training))), list[int]()
         if validation:
             rows, _, choosing = three_parts(training.labels, validation, 0.0, seed)
             if len(choosing) < FEWEST:
-                rows, choosing = list(range(len(training))), []
+                rows, choosing = list(range(len(training))), list[int]()
         held_out: list[int] = []
     else:
         rows, choosing, held_out = three_parts(training.labels, share, validation, seed)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from deqzoo.data.lines import parquet_rows
 from deqzoo.data.shards import parquet_shards
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 
 END = "<eos>"
 UNKNOWN = "<unk>"
@@ -292,7 +292,7 @@ def _folder(source: TextSource, data: str | os.PathLike[str] | None) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(
             f"{source.title} is not at hand: {repository} is no local folder and cannot be fetched "
             f"from the Hub; pass the folder of a copy with --data ({reason})"
@@ -352,7 +352,7 @@ def _read_cache(source: TextSource, path: Path) -> Corpus | None:
 def _write_cache(corpus: Corpus, path: Path) -> None:
     """Store a corpus; without a writable cache it is encoded anew next time."""
     words = np.frombuffer(json.dumps(corpus.vocabulary).encode(), dtype=np.uint8)
-    arrays = {split: stream.numpy() for split, stream in corpus.streams.items()}
+    arrays: dict[str, Any] = {split: stream.numpy() for split, stream in corpus.streams.items()}
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 
 REQUIRED = ("A", "graph_indicator")
 _WIDEST = 10_000
@@ -267,7 +267,7 @@ def _numbers(path: Path, columns: int | None = None) -> np.ndarray:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UserError(f"{path} must hold numbers parted by commas ({reason})") from error
     if columns is not None and values.shape[1] != columns:
         raise UserError(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from deqzoo.errors import UserError
-from deqzoo.evaluation.graph_nodes import NODE_TASKS
 from deqzoo.evaluation.watch import watched_solver
+from deqzoo.tasks.nodes import NODE_SETS
 
 from .charts import curves
 from .graphs import drawing
@@ -81,7 +81,7 @@ def _has(root: Path, name: str) -> bool:
 
 @lru_cache(maxsize=2)
 def _stored(name: str, root: Path) -> Network:
-    graph = NODE_TASKS[name].load(root, "test")[0]
+    graph = NODE_SETS[name].load(root, "test")[0]
     return Network(name, graph.x, graph.edge_index, graph.y)
 
 

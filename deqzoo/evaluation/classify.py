@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from deqzoo.equilibrium import Solver
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def load_processor(model: PreTrainedModel) -> Any:
         processor(images=Image.new("RGB", (4, 4)), return_tensors="pt")
         return processor
     except Exception as error:  # damaged settings fail in arbitrary ways, some only when used
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(f"no usable preprocessor_config.json in {source}: {reason}") from error
 
 
@@ -205,5 +205,5 @@ def decode_picture(content: bytes, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large to decode safely: {error}") from error
     except Exception as error:  # decoders of damaged files fail in arbitrary ways
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"cannot read {name}: {reason}") from error

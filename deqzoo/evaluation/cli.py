@@ -55,7 +55,7 @@ def classify(
     from deqzoo.evaluation import classify as classification
 
     require_trace_file(trace)
-    inputs, files = Inputs(), []
+    inputs, files = Inputs(), list[Any]()
     for source in images:
         with inputs.one():
             files += [source] if source == "-" else classification.picture_files(source)
@@ -134,7 +134,7 @@ def perplexity(
     from deqzoo.data.lines import text_files
 
     require_trace_file(trace)
-    inputs, texts = Inputs(), []
+    inputs, texts = Inputs(), list[Any]()
     for source in files:
         with inputs.one():
             texts += [source] if source == "-" else text_files(source)

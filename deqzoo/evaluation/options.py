@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import deqzoo.zoo
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -79,7 +79,7 @@ class Inputs:
             self.good += 1
         except UserError as error:
             self.bad += 1
-            print(f"deqzoo: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"deqzoo: {one_line(error)}", file=sys.stderr)
 
     def end(self) -> None:
         """Leave with exit code 1 if some inputs were bad, with 2 if all of them were."""

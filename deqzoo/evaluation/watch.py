@@ -109,7 +109,7 @@ def training_memory(
     found: dict[str, list[int]] = {"equilibrium": [], "unrolled": []}
     for depth in depths:
         for name, gradient in (("equilibrium", None), ("unrolled", {"name": "unrolled"})):
-            settings = gradient and {**gradient, "steps": depth}
+            settings: Any = gradient and {**gradient, "steps": depth}
             with torch.enable_grad(), SavedTensors(weights) as saved:
                 model(
                     pixel_values=pixels,

@@ -132,7 +132,7 @@ class Held(Solver):
 
     name: ClassVar[str] = "held"
 
-    def solve(self, f: Callable, z0: Any, *_: Any, **__: Any) -> Solution:
+    def solve(self, f: Callable[..., Any], z0: Any, *_: Any, **__: Any) -> Solution:
         assert self.solution is not None
         return replace(self.solution)
 

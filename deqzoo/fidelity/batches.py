@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
+from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 from deqzoo.zoo import checkpoints_root
 
 
@@ -99,7 +100,7 @@ def _example_crops(model: PreTrainedModel, size: int, generator: torch.Generator
     crops = []
     for number in range(size):
         with Image.open(files[number % len(files)]) as picture:
-            picture = picture.convert("RGB")
+            picture = to_rgb(picture)
         side = min(picture.size) // 2
         left, top = (
             int(torch.randint(extent - side, (1,), generator=generator)) for extent in picture.size

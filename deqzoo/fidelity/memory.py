@@ -38,10 +38,10 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    before = _reset_high_water()
+    resident = _reset_high_water()
     yield peak
-    if before is not None:
-        peak.bytes = max(0, _read("VmHWM") - before)
+    if resident is not None:
+        peak.bytes = max(0, _read("VmHWM") - resident)
 
 
 def _reset_high_water() -> int | None:

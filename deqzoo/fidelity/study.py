@@ -91,9 +91,10 @@ class Study:
 
         Times within a tenth of the cheapest count as equal; of those the most accurate is taken.
         """
-        good = [r for r in self.rows if r.seconds is not None and r.agreement >= threshold]
-        limit = 1.1 * min((r.seconds for r in good), default=0.0)
-        return max((r for r in good if r.seconds <= limit), key=Row.rank, default=None)
+        timed = [(r.seconds, r) for r in self.rows if r.seconds is not None]
+        good = [(seconds, r) for seconds, r in timed if r.agreement >= threshold]
+        limit = 1.1 * min((seconds for seconds, _ in good), default=0.0)
+        return max((r for seconds, r in good if seconds <= limit), key=Row.rank, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -296,7 +297,7 @@ def _same_work(row: Row, rows: Sequence[Row]) -> Iterator[Row]:
             yield other
 
 
-def _order(row: Row) -> tuple:
+def _order(row: Row) -> tuple[Any, ...]:
     names = ("implicit", "unrolled", "jfb", "npg", "upg")
     g = row.gradient
     solver = g.get("solver") or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +284,7 @@ def _beside(entry: Entry) -> str:
     parts = []
     results, metric = entry.tests()[0]["results"], entry.tests()[0].get("metric")
     baseline = METRICS[metric].baseline if metric in METRICS else None
-    if baseline in results:
+    if baseline is not None and baseline in results:
         parts.append(f"{BESIDE[baseline]}: {100 * results[baseline]:.1f} %")
     text = DATA_TEXTS.get(_data_name(entry))
     if text is not None and text.beside:
@@ -330,7 +330,9 @@ def source_root() -> Path:
 
 
 def _model_table(entry: Entry) -> str:
-    tested = next((e["model"] for e in entry.evaluations.values() if "model" in e), {})
+    tested: dict[str, Any] = next(
+        (e["model"] for e in entry.evaluations.values() if "model" in e), {}
+    )
     rows = [
         ("class", f"`{entry.architecture}`"),
         ("parameters", f"{tested.get('parameters', entry.parameters):,}"),
@@ -515,7 +517,7 @@ def _label(name: str) -> str:
     return _LABELS.get(name) or words(name)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 

@@ -14,8 +14,8 @@ def add_commands(app: typer.Typer) -> None:
     """Add this room's commands."""
     for command in (store, publish):
         app.command(rich_help_panel="Publish")(command)
-    for command in (verify, cards, seal):
-        app.command(rich_help_panel="Maintain the zoo")(command)
+    for other in (verify, cards, seal):
+        app.command(rich_help_panel="Maintain the zoo")(other)
 
 
 def store(

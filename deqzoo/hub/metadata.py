@@ -39,12 +39,12 @@ def metadata(entry: Entry) -> str:
             dataset_type=DATA_TEXTS[data["name"]].repository or data["name"],
             dataset_name=DATA_TEXTS[data["name"]].title,
             dataset_split=data["split"],
-            metric_type=METRICS[key].hub[0],
-            metric_name=METRICS[key].hub[1],
+            metric_type=hub[0],
+            metric_name=hub[1],
             metric_value=value,
         )
         for _, data, key, value in figures
-        if data["name"] in DATA_TEXTS
+        if data["name"] in DATA_TEXTS and (hub := METRICS[key].hub) is not None
     ]
     card = ModelCardData(
         model_name=entry.name,
@@ -53,7 +53,7 @@ def metadata(entry: Entry) -> str:
         pipeline_tag=family.pipeline_tag,
         tags=["deep-equilibrium-model", entry.config["model_type"]],
         language=family.language,
-        datasets=sorted({DATA_TEXTS[name].repository for name in known} - {None}) or None,
+        datasets=sorted(filter(None, {DATA_TEXTS[name].repository for name in known})) or None,
         eval_results=results or None,
     )
     return card.to_yaml()

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 from deqzoo.evaluation.files import weights_digest
 from deqzoo.hub.card_texts import FAMILY_TEXTS, NAME_PLACE
 from deqzoo.hub.catalogue import Entry, entry
@@ -52,7 +52,7 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})") from error
 
 

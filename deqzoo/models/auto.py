@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 from deqzoo.models.names import CLASSES, FAMILIES, FAMILY_CLASSES, family_class, load_class
 from deqzoo.models.registration import AUTO_CLASSES
 from deqzoo.sealed import CHECKSUMS, require_weights_as_sealed
@@ -126,7 +126,7 @@ def _fetch_config(name: str, repository: str, hub: dict[str, Any]) -> Path:
     except EntryNotFoundError:
         reason = f"{repository} on the Hub has no config.json"
     except HfHubHTTPError as error:
-        reason = f"the Hub answered: {_one_line(error)}"
+        reason = f"the Hub answered: {one_line(error)}"
     raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})")
 
 
@@ -141,7 +141,7 @@ def _check_download(repository: str, folder: Path, hub: dict[str, Any]) -> None:
     except EntryNotFoundError:
         return
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"cannot fetch {CHECKSUMS} of {repository}: {_one_line(error)}") from error
+        raise UserError(f"cannot fetch {CHECKSUMS} of {repository}: {one_line(error)}") from error
     require_weights_as_sealed(folder)
 
 
@@ -158,7 +158,7 @@ def _hub_answers(repository: str, hub: dict[str, Any]) -> bool:
     except (HfHubHTTPError, HFValidationError):
         raise
     except Exception as error:  # the HTTP library's own errors differ between releases of the Hub
-        logger.debug("no connection to the Hub: %s", _one_line(error))
+        logger.debug("no connection to the Hub: %s", one_line(error))
         return False
     return True
 
@@ -191,14 +191,14 @@ def _load(model_class: type[PreTrainedModel], source: str, kwargs: dict[str, Any
         model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise UserError(
-            f"the weights of {source} are damaged ({_one_line(error)}); fetch them again"
+            f"the weights of {source} are damaged ({one_line(error)}); fetch them again"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"a JSON file of {source} is damaged ({_one_line(error)})") from error
+        raise UserError(f"a JSON file of {source} is damaged ({one_line(error)})") from error
     except UserError:
         raise
     except Exception as error:  # damaged configurations fail in arbitrary ways
-        raise UserError(f"cannot load {source}: {_one_line(error)}") from error
+        raise UserError(f"cannot load {source}: {one_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -206,11 +206,6 @@ def _load(model_class: type[PreTrainedModel], source: str, kwargs: dict[str, Any
             f"{model_class.__name__}, e.g. {', '.join(missing[:3])}"
         )
     return (model, info) if wants_info else model
-
-
-def _one_line(error: BaseException) -> str:
-    """An exception's text without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 __all__ = ["CLASSES", "DEQModel", "FAMILIES", "add_family", "load_class"]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Where training scripts put the state dict beside their own counters."""
@@ -167,8 +167,3 @@ def output_folder(path: str | Path) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"output {path} is a file; name a folder")
     return path
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

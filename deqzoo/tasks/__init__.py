@@ -32,12 +32,12 @@ class TaskInfo:
 TASKS = {
     "image-classification": TaskInfo(
         "ForImageClassification",
-        "deqzoo.training.photographs:image_task",
+        "deqzoo.tasks.lazy_images:image_task",
         "deqzoo.evaluation.images:ImageEvaluator",
     ),
     "language-modeling": TaskInfo(
         "ForCausalLM",
-        "deqzoo.training.text:LanguageModelingTask",
+        "deqzoo.tasks.text:LanguageModelingTask",
         "deqzoo.evaluation.text:TextEvaluator",
     ),
     "graph-classification": TaskInfo(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from deqzoo.data.graphs import (
     Fold,
@@ -26,13 +26,14 @@ from deqzoo.data.graphs import (
 )
 from deqzoo.data.own import HELD_OUT, graph_digests, stratified, write_record
 from deqzoo.errors import UserError
+from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
-from deqzoo.models.ignn.sparse import Adjacency
+from deqzoo.models.ignn.sparse import Adjacency, SparseMatrix
 from deqzoo.models.ignn.symmetry import merge_equal_nodes
 from deqzoo.models.names import family_class
+from deqzoo.recipe import Recipe, Stage
+from deqzoo.tasks.base import Plan, Probe, build_config, check_options, epoch_order, own_path
 from deqzoo.tasks.metrics import classification_figures, joined_summary
-from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan, Probe, build_config, check_options, epoch_order, own_path
 
 OWN = "graphs"
 """Name of graphs of one's own in a recipe."""
@@ -111,13 +112,13 @@ class GraphTask(ABC):
         self._part = 0
         self._load(Path(own_path(recipe, data)))
 
-    config: PreTrainedConfig
+    config: IGNNConfig
 
     @abstractmethod
     def _load(self, root: Path) -> None:
         """Fill in the configuration, the parts, and what identifies them."""
 
-    def _config(self, **sizes: Any) -> PreTrainedConfig:
+    def _config(self, **sizes: Any) -> Any:
         return build_config(
             family_class(self.recipe.model.family, "Config"), self.recipe.model, **sizes
         )
@@ -199,7 +200,8 @@ class GraphTask(ABC):
         """The maps of all layers together, of n copies of a training graph of median size."""
         like = next(model.parameters())
         graphs = repeated(self._typical(), n).to(like)
-        base, x, maps = model.base_model, graphs.features, []
+        base: Any = model.base_model
+        x, maps = graphs.features, list[Any]()
         for layer in base.layers:
             maps.append(layer(x, graphs.adjacency, base.radius(graphs)))
             x = maps[-1].injection
@@ -394,7 +396,7 @@ class ResidentGraphs:
         if not of_nodes:
             counts = x.new_ones(n) if graphs.counts is None else graphs.counts
             tensors["counts"] = _filled(counts, self.rows)
-        matrices = {"": graphs.adjacency}
+        matrices: dict[str, SparseMatrix] = {"": graphs.adjacency}
         if not self.symmetric:
             matrices["transposed_"] = graphs.adjacency.transposed
         for prefix, matrix in matrices.items():
@@ -419,9 +421,9 @@ class ResidentGraphs:
         self._number = rows
 
         def matrix(prefix: str, transposed: Adjacency | None = None) -> Adjacency:
-            names = ("entries", "starts", "values")
-            arrays = (tensors[f"{prefix}{name}"] for name in names)
-            return Adjacency.of_rows(*arrays, self.rows, transposed, self.radius)
+            entries, starts = tensors[f"{prefix}entries"], tensors[f"{prefix}starts"]
+            values = tensors[f"{prefix}values"]
+            return Adjacency.of_rows(entries, starts, values, self.rows, transposed, self.radius)
 
         other = None if self.symmetric else matrix("transposed_")
         graphs = GraphBatch(

@@ -86,9 +86,9 @@ METRICS = {
 """Every figure that an evaluation file may hold, by its name there."""
 
 
-def words(name: str) -> str:
+def words(name: str | None) -> str:
     """What people call a figure; the name itself, without underscores, where it is not known."""
-    return METRICS[name].words if name in METRICS else name.replace("_", " ")
+    return METRICS[name].words if name in METRICS else (name or "quality").replace("_", " ")
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from deqzoo.equilibrium import make_gradient, make_solver
 from deqzoo.errors import UserError
-from deqzoo.training.recipe import Jacobian
+from deqzoo.recipe import Jacobian
 
 
 def check_report_to(names: Sequence[str]) -> list[str]:

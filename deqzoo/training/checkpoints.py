@@ -13,8 +13,8 @@ import torch
 
 from deqzoo.errors import UserError
 from deqzoo.files import COMPLETE, damage
-from deqzoo.training.recipe import Recipe, recorded_recipe
-from deqzoo.training.task import Task
+from deqzoo.recipe import Recipe, recorded_recipe
+from deqzoo.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 

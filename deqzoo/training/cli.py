@@ -65,10 +65,9 @@ def train(
         raise UserError(f"a queue is worked through by: python recipes/work.py {queue}")
     if recipe is None:
         raise UserError("name a recipe, as in: deqzoo train recipes/NAME.yaml")
+    from deqzoo.recipe import load_recipe, seconds_of, with_seed
     from deqzoo.tasks import build_task
     from deqzoo.training.arguments import check_report_to
-    from deqzoo.training.clock import seconds_of
-    from deqzoo.training.recipe import load_recipe, with_seed
     from deqzoo.training.run import leave_process_group, run_recipe
 
     loaded = load_recipe(recipe)

@@ -3,26 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-
-from deqzoo.errors import UserError
-
-UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def seconds_of(text: str | float, place: str) -> float:
-    """Seconds from "90s", "8m", "1.5h", or a number.
-
-    Raises:
-        UserError: anything else, or nothing above 0; the message names the place.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", str(text))
-    seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
-    if not seconds > 0:
-        raise UserError(f"{place} is a time such as 90s, 8m or 1.5h, got {text!r}")
-    return seconds
 
 
 class TimeBudget:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from deqzoo.equilibrium.diagnostics import SavedTensors
 from deqzoo.models.base import DEQPreTrainedModel
-from deqzoo.training.recipe import Stage
-from deqzoo.training.task import Probe
+from deqzoo.recipe import Stage
+from deqzoo.tasks.base import Probe
 
 PENALTY_EVALUATIONS = 6.0
 """Graph, first backward with a graph of its own, and double backward of the Jacobian penalty."""

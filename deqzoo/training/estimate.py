@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from deqzoo.equilibrium.fixed import has_fixed_steps
 from deqzoo.models.base import DEQPreTrainedModel
+from deqzoo.recipe import Recipe, Stage
+from deqzoo.tasks.base import Plan, Probe, Task
 from deqzoo.training.cost import (
     ONE_STEP,
     PENALTY_EVALUATIONS,
@@ -19,8 +21,6 @@ from deqzoo.training.cost import (
     sample_flops,
     saved_bytes,
 )
-from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan, Probe, Task
 
 SPEEDS = {"50 GFLOP/s (two CPU cores)": 5e10, "20 TFLOP/s (a GPU)": 2e13}
 

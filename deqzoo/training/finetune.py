@@ -44,9 +44,9 @@ from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
     text_style,
 )
 from deqzoo.tasks.graphs import class_settings
+from deqzoo.tasks.images import augment
 from deqzoo.training.arguments import DEQTrainingArguments, check_report_to
 from deqzoo.training.checkpoints import differences, latest_checkpoint
-from deqzoo.training.images import augment
 from deqzoo.training.norms import freeze_batch_norm
 from deqzoo.training.trainer import DEQTrainer
 from deqzoo.zoo import read_json

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from deqzoo.recipe import Optimizer, Schedule
 from deqzoo.training.muon import Muon
-from deqzoo.training.recipe import Optimizer, Schedule
 
 
 def build_optimizer(

@@ -28,7 +28,9 @@ from transformers import (
 from deqzoo.errors import UserError
 from deqzoo.files import mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
+from deqzoo.recipe import Recipe, recorded_recipe, seconds_of
 from deqzoo.tasks import build_task
+from deqzoo.tasks.base import Plan, Task
 from deqzoo.training.arguments import check_report_to
 from deqzoo.training.callbacks import (
     AverageCallback,
@@ -45,10 +47,7 @@ from deqzoo.training.checkpoints import (
     latest_checkpoint,
     refuse_changes,
 )
-from deqzoo.training.clock import seconds_of
 from deqzoo.training.optimizers import build_optimizer, build_schedule
-from deqzoo.training.recipe import Recipe, recorded_recipe
-from deqzoo.training.task import Plan, Task
 from deqzoo.training.timed import TimedRun
 from deqzoo.training.trainer import RecipeTrainer, knows_start
 from deqzoo.zoo import read_json

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Resident, Task
+from deqzoo.recipe import Recipe, Stage
+from deqzoo.tasks.base import Resident, Task
 from deqzoo.training.trainer import backward_products, penalty_of
 
 FIGURES = ("loss", "right", "solver_steps", "solver_residual", "jacobian_penalty")
@@ -103,7 +103,10 @@ class TrainingStep:
     def loss(self, rows: Tensor) -> Tensor:
         """Loss of some rows with its graph; what is worth logging is added up."""
         inputs = self.data.inputs(rows, self.epoch, self.stage)
-        own = {"solver": self.stage.solver or None, "gradient": self.stage.gradient or None}
+        own: dict[str, Any] = {
+            "solver": self.stage.solver or None,
+            "gradient": self.stage.gradient or None,
+        }
         if self.stage.shallow:
             own["shallow"] = True
         if self.jacobian is not None:

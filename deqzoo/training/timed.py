@@ -21,14 +21,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
+from deqzoo.recipe import Recipe, Stage
+from deqzoo.tasks.base import Task
 from deqzoo.training.best import BestWeights
 from deqzoo.training.callbacks import save_snapshot
 from deqzoo.training.clock import TimeBudget
 from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
 from deqzoo.training.optimizers import build_optimizer, rate_factor
-from deqzoo.training.recipe import Recipe, Stage
 from deqzoo.training.step import TrainingStep
-from deqzoo.training.task import Task
 
 AHEAD = 4
 """Steps that the host may be ahead of the device: its clock is the device's to within them."""

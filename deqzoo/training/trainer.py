@@ -21,12 +21,12 @@ from deqzoo.errors import UserError
 from deqzoo.files import mark_complete
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.models.deq_transformer import DEQTransformerForCausalLM
+from deqzoo.recipe import Jacobian, Stage
+from deqzoo.tasks.base import Plan, Task
 from deqzoo.training.best import BestWeights
 from deqzoo.training.checkpoints import conditions, differences, keep_newest, refuse_changes
 from deqzoo.training.constraints import ProjectionCallback
 from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
-from deqzoo.training.recipe import Jacobian, Stage
-from deqzoo.training.task import Plan, Task
 
 
 class SolverStatistics:
@@ -223,7 +223,7 @@ class RecipeTrainer(DEQTrainer):
     def stage(self) -> Stage:
         return self.plan.stage(self.state.global_step)
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """One item per micro-batch; its number alone decides what it holds."""
         rank, world = self.args.process_index, self.args.world_size
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deqzoo.training import images
+from deqzoo.tasks import images
 
 READS = {"tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"}
 

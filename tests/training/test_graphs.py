@@ -15,10 +15,7 @@ from deqzoo.cli import run
 from deqzoo.data.graphs import honest_folds, load_graph_set
 from deqzoo.errors import UserError
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
-from deqzoo.tasks import build_task
-from deqzoo.training.best import BestWeights
-from deqzoo.training.optimizers import build_optimizer
-from deqzoo.training.recipe import (
+from deqzoo.recipe import (
     Data,
     Evaluation,
     Model,
@@ -28,9 +25,12 @@ from deqzoo.training.recipe import (
     Stage,
     load_recipe,
 )
+from deqzoo.tasks import build_task
+from deqzoo.tasks.base import Plan, build_config
+from deqzoo.training.best import BestWeights
+from deqzoo.training.optimizers import build_optimizer
 from deqzoo.training.run import run_recipe
 from deqzoo.training.step import TrainingStep
-from deqzoo.training.task import Plan, build_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from scripts import load_script  # noqa: E402

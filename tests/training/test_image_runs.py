@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from deqzoo import DEQModel
 from deqzoo.errors import UserError
 from deqzoo.hub.store import store_run
-from deqzoo.training import images
+from deqzoo.recipe import load_recipe
+from deqzoo.tasks import images
+from deqzoo.tasks.base import Plan
 from deqzoo.training import run as training_run
 from deqzoo.training.checkpoints import latest_checkpoint
 from deqzoo.training.estimate import _graphs, _history, estimate
-from deqzoo.training.recipe import load_recipe
 from deqzoo.training.run import Keeper, build_task, run_recipe
-from deqzoo.training.task import Plan
 
 RECIPE = {
     "name": "tiny",
@@ -334,7 +334,7 @@ def test_unrolled_steps_cost_their_graph(pictures, recipe, gradient, checkpointi
 
 KILLABLE = """
 import sys, torch
-from deqzoo.training import images
+from deqzoo.tasks import images
 
 def load(split, data=None):
     n = 24 if split == "train" else 8

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from deqzoo.training import images
+from deqzoo.recipe import Recipe, from_plain
+from deqzoo.tasks import images
+from deqzoo.tasks.base import Plan
 from deqzoo.training.callbacks import AverageCallback
-from deqzoo.training.recipe import Recipe, from_plain
 from deqzoo.training.run import run_recipe
-from deqzoo.training.task import Plan
 from deqzoo.training.trainer import moving_average
 
 STAGE = {

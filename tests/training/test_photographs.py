@@ -14,10 +14,10 @@ from PIL import Image
 from deqzoo import DEQModel
 from deqzoo.data.imagenet import load_imagenet
 from deqzoo.errors import UserError
-from deqzoo.training.photographs import random_resized_crop
-from deqzoo.training.recipe import Recipe, from_plain
+from deqzoo.recipe import Recipe, from_plain
+from deqzoo.tasks.base import Plan
+from deqzoo.tasks.lazy_images import random_resized_crop
 from deqzoo.training.run import build_task, run_recipe
-from deqzoo.training.task import Plan
 
 CLASSES = ["tench", "goldfish", "shark"]
 

@@ -13,8 +13,8 @@ from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
+from deqzoo.recipe import Jacobian
 from deqzoo.training.norms import freeze_batch_norm
-from deqzoo.training.recipe import Jacobian
 
 
 def tiny_model(**changes: object) -> MDEQForImageClassification:

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from deqzoo.errors import UserError
-from deqzoo.training.recipe import load_recipe
+from deqzoo.recipe import load_recipe
 from deqzoo.training.run import run_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))

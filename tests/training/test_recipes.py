@@ -13,7 +13,7 @@ from scripts import load_script
 
 from deqzoo.cli import run
 from deqzoo.errors import UserError
-from deqzoo.training.recipe import load_recipe, with_seed
+from deqzoo.recipe import load_recipe, with_seed
 
 queues = load_script("recipes/work.py")
 load_queue, status, work = queues.load_queue, queues.status, queues.work

@@ -13,10 +13,10 @@ from deqzoo.models.mdeq import map_mdeq
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.models.mdeq.native_norm import cast_group_norm, group_norm, plain_group_norm
-from deqzoo.training.images import ImageClassificationTask
+from deqzoo.recipe import Data, Jacobian, Model, Optimizer, Recipe, Stage
+from deqzoo.tasks.images import ImageClassificationTask
 from deqzoo.training.muon import Muon, orthogonalised
 from deqzoo.training.optimizers import build_optimizer
-from deqzoo.training.recipe import Data, Jacobian, Model, Optimizer, Recipe, Stage
 from deqzoo.training.step import TrainingStep
 
 SOLVER = {"name": "anderson", "max_steps": 4, "tol": 0.0}

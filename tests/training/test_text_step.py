@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from deqzoo.equilibrium.fixed import fixed_steps
 from deqzoo.models.deq_transformer import DEQTransformerConfig, DEQTransformerForCausalLM, block
 from deqzoo.models.deq_transformer.layers import DropoutMasks, LayerMasks
+from deqzoo.recipe import Data, Jacobian, Model, Optimizer, Recipe, Stage
+from deqzoo.tasks.text import LanguageModelingTask, ResidentText
 from deqzoo.training.optimizers import build_optimizer
-from deqzoo.training.recipe import Data, Jacobian, Model, Optimizer, Recipe, Stage
 from deqzoo.training.step import TrainingStep
-from deqzoo.training.text import LanguageModelingTask, ResidentText
 
 PICARD = {"name": "fixed_point", "max_steps": 4, "tol": 0.0}
 ANDERSON = {"name": "anderson", "max_steps": 4, "tol": 0.0}

@@ -14,12 +14,12 @@ from deqzoo import DEQModel
 from deqzoo.data import text
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer import DEQTransformerConfig, DEQTransformerForCausalLM
+from deqzoo.recipe import Recipe, from_plain, load_recipe
+from deqzoo.tasks.base import Plan
+from deqzoo.tasks.text import LanguageModelingTask
 from deqzoo.training.checkpoints import latest_checkpoint
 from deqzoo.training.estimate import estimate
-from deqzoo.training.recipe import Recipe, from_plain, load_recipe
 from deqzoo.training.run import export, run_recipe
-from deqzoo.training.task import Plan
-from deqzoo.training.text import LanguageModelingTask
 
 ROW = "the dog saw the cat and the cat saw a <unk> dog"
 

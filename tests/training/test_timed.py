@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from deqzoo import DEQModel
 from deqzoo.errors import UserError
+from deqzoo.recipe import Data, Evaluation, Jacobian, Model, Optimizer, Recipe, Schedule, seconds_of
+from deqzoo.recipe import Stage as StageSettings
+from deqzoo.tasks.images import cropped, random_boxes
 from deqzoo.training import timed
-from deqzoo.training.clock import TimeBudget, seconds_of
-from deqzoo.training.images import cropped, random_boxes
+from deqzoo.training.clock import TimeBudget
 from deqzoo.training.optimizers import rate_factor
-from deqzoo.training.recipe import Data, Evaluation, Jacobian, Model, Optimizer, Recipe, Schedule
-from deqzoo.training.recipe import Stage as StageSettings
 from deqzoo.training.run import run_recipe
 
 SOLVER = {"name": "fixed_point", "max_steps": 2, "tol": 0.0}

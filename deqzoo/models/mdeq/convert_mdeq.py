@@ -17,10 +17,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 from deqzoo.models.convert import (
     check_settings,
-    one_line,
     output_folder,
     read_settings,
     read_state_dict,

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deqzoo.errors import one_line
 from deqzoo.files import replace_text
 
 logger = logging.getLogger(__name__)
@@ -214,7 +215,8 @@ def native_norm_available() -> bool:
     try:
         _extension()
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logger.warning("group norm is not compiled (%s); PyTorch's own is used", reason)
+        logger.warning(
+            "group norm is not compiled (%s); PyTorch's own is used", one_line(error, 160)
+        )
         return False
     return True

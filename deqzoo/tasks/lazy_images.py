@@ -12,15 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from deqzoo.data.imagenet import IMAGENET, BlankPictures, LazyPictures, load_imagenet
-from deqzoo.training.images import (
+from deqzoo.recipe import Recipe
+from deqzoo.tasks.base import Plan, check_options, mixed_seed
+from deqzoo.tasks.images import (
     AREA,
     ASPECT,
     ImageClassificationTask,
     check_augmentation,
     random_box,
 )
-from deqzoo.training.recipe import Recipe
-from deqzoo.training.task import Plan, check_options, mixed_seed
 
 
 class LazyImageClassificationTask(ImageClassificationTask):

@@ -16,8 +16,22 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from deqzoo.equilibrium import make_gradient, make_solver
-from deqzoo.errors import UserError
-from deqzoo.training.clock import seconds_of
+from deqzoo.errors import UserError, one_line
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_of(text: str | float, place: str) -> float:
+    """Seconds from "90s", "8m", "1.5h", or a number.
+
+    Raises:
+        UserError: anything else, or nothing above 0; the message names the place.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", str(text))
+    seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not seconds > 0:
+        raise UserError(f"{place} is a time such as 90s, 8m or 1.5h, got {text!r}")
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -226,7 +240,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"recipe {path} is not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
     return content
@@ -381,7 +395,8 @@ def from_plain(kind: Any, value: Any, place: str) -> Any:
         ]
         if missing:
             raise ValueError(f"missing key {_join(place, missing[0])}")
-        return kind(
+        make: Any = kind
+        return make(
             **{key: from_plain(hints[key], item, _join(place, key)) for key, item in value.items()}
         )
     origin, arguments = get_origin(kind), get_args(kind)
@@ -406,7 +421,7 @@ def from_plain(kind: Any, value: Any, place: str) -> Any:
     return _scalar(origin or kind, value, place)
 
 
-def _scalar(kind: type, value: Any, place: str) -> Any:
+def _scalar(kind: Any, value: Any, place: str) -> Any:
     if kind is float and isinstance(value, str):
         try:
             value = float(value)  # YAML 1.1 reads 1e-3 as a string

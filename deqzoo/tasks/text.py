@@ -19,9 +19,9 @@ from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 from deqzoo.models.deq_transformer.modeling_deq_transformer import DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
+from deqzoo.recipe import Recipe, Stage
+from deqzoo.tasks.base import Plan, Probe, build_config, check_options, own_path
 from deqzoo.tasks.metrics import joined_summary
-from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import Plan, Probe, build_config, check_options, own_path
 
 OWN = "text"
 """Name of a text of one's own in a recipe."""

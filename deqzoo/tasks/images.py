@@ -23,9 +23,8 @@ from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.models.names import family_class
-from deqzoo.tasks.metrics import accuracy, joined_summary, negative_log_likelihood
-from deqzoo.training.recipe import Recipe, Stage
-from deqzoo.training.task import (
+from deqzoo.recipe import Recipe, Stage
+from deqzoo.tasks.base import (
     Plan,
     Probe,
     build_config,
@@ -34,6 +33,7 @@ from deqzoo.training.task import (
     mixed_seed,
     own_path,
 )
+from deqzoo.tasks.metrics import accuracy, joined_summary, negative_log_likelihood
 
 AREA = (0.08, 1.0)
 """Share of a picture that random resized crops take where a recipe does not say."""
@@ -66,7 +66,7 @@ class ImageClassificationTask:
         self.training, self.validation = self._load(data, stand_in)
         self._check_sizes()
         self.config = self._config()
-        processor = family_class(recipe.model.family, "ImageProcessor") or MDEQImageProcessor
+        processor: Any = family_class(recipe.model.family, "ImageProcessor") or MDEQImageProcessor
         self.processor = processor.for_config(self.config)
         self.mean = torch.tensor(self.processor.image_mean).reshape(1, 3, 1, 1)
         self.std = torch.tensor(self.processor.image_std).reshape(1, 3, 1, 1)

@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from deqzoo.errors import UserError
-from deqzoo.training.recipe import Model, Recipe, Stage
+from deqzoo.errors import UserError, one_line
+from deqzoo.recipe import Model, Recipe, Stage
 
 _Config = TypeVar("_Config", bound=PreTrainedConfig)
 
@@ -173,7 +173,8 @@ def build_config(kind: type[_Config], model: Model, **sizes: Any) -> _Config:
     """
     with settings_checked(kind, model.overrides, "model.overrides"):
         settings = sizes | model.overrides
-        return kind.from_preset(model.preset, **settings) if model.preset else kind(**settings)
+        family: Any = kind
+        return family.from_preset(model.preset, **settings) if model.preset else kind(**settings)
 
 
 @contextmanager
@@ -194,7 +195,7 @@ def settings_checked(
     try:
         yield
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model settings: {' '.join(str(error).split())}") from error
+        raise UserError(f"model settings: {one_line(error)}") from error
 
 
 def check_options(load: Callable[..., Any], options: Mapping[str, Any]) -> None:
