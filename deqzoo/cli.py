@@ -84,11 +84,21 @@ def list_command(
     task: Annotated[
         str | None, typer.Option(help="Only models of a task, or of a part of its name.")
     ] = None,
+    sort: Annotated[
+        str, typer.Option(help="name, parameters, or result: by task and data, the best first.")
+    ] = "name",
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print all test figures as CSV.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the bundled checkpoints."""
-    from deqzoo.hub.catalogue import entries
+    from deqzoo.hub.catalogue import ORDERS, entries, results_csv
 
+    if sort not in ORDERS:
+        raise UserError(f"--sort is one of {', '.join(ORDERS)}, not {sort!r}")
+    found = sorted(entries(pattern, task), key=ORDERS[sort])
+    if as_csv:
+        typer.echo(results_csv(found), nl=False)
+        return
     rows: list[dict[str, Any]] = [
         {
             "name": entry.name,
@@ -96,7 +106,7 @@ def list_command(
             "parameters": entry.parameters,
             "result": entry.headline(),
         }
-        for entry in entries(pattern, task)
+        for entry in found
     ]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -285,6 +295,10 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see {command} --help)")
     except UserError as error:
         return _fail(str(error))
+    except (ImportError, RuntimeError) as error:
+        if (mend := _broken_package(error)) is None:
+            raise
+        return _fail(mend)
     except BrokenPipeError:
         sys.stderr.close()
         return 1
@@ -294,6 +308,20 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("deqzoo: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _broken_package(error: BaseException | None) -> str | None:
+    """What to do about a torchvision that does not fit torch, where that is behind an error."""
+    while error is not None:
+        if "torchvision" in str(error):
+            reason = str(error).strip().splitlines()[0]
+            return (
+                f"the installed torchvision does not work with this torch ({reason[:120]}): "
+                "install the one that belongs to it, or pip uninstall torchvision, which nothing "
+                "here needs"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _quiet(transformers_logging: Any) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from deqzoo.evaluation.options import Waiting
+
+PICTURE = Path(__file__).parents[1] / "examples" / "pictures" / "chelsea.png"
 
 HEAVY = {"torch", "transformers", "numpy", "scipy", "accelerate", "datasets", "sklearn", "PIL"}
 SHOW = "import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
@@ -54,3 +60,31 @@ assert type(AutoModel.from_config(AutoConfig.for_model("mdeq"))).__name__ == "MD
 assert type(Images.from_pretrained("deqzoo/mdeq-tiny-cifar-upg")).__name__.startswith("MDEQFor")
 """
     assert "transformers" in loaded(statement + checks)
+
+
+def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "torchvision"
+    broken.mkdir()
+    reason = "operator torchvision::nms does not exist"
+    (broken / "__init__.py").write_text(f"raise RuntimeError({reason!r})")
+    info = tmp_path / "torchvision-0.20.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.20.0\n")
+    places = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "deqzoo", "classify", str(PICTURE)],
+        env=os.environ | {"PYTHONPATH": places}, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode == 0:
+        pytest.skip("this transformers does not import torchvision")
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("loading ")]
+    assert done.returncode == 2 and reason in line and "pip uninstall torchvision" in line
+
+
+def test_a_long_wait_says_what_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with Waiting("loading nothing ..."):
+        pass
+    assert capsys.readouterr().err == ""
+    with Waiting("loading a model ...") as waiting:
+        waiting.timer.join(10)
+    assert capsys.readouterr().err == "loading a model ...\n"

@@ -317,20 +317,29 @@ def _paths_of_table(path: Path, label_column: str | None) -> _Table:
 
 
 def stratified(
-    labels: Tensor, share: float = HELD_OUT, seed: int = 0
+    labels: Tensor,
+    share: float = HELD_OUT,
+    seed: int = 0,
+    digests: Sequence[str] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Rows to train on, and a hold-out with its share of every class (N,).
 
     A class with at least two samples is in both; one with a single sample is only trained on.
     """
-    train, _, held_out = three_parts(labels, share, 0.0, seed)
+    train, _, held_out = three_parts(labels, share, 0.0, seed, digests)
     return train, held_out
 
 
 def three_parts(
-    labels: Tensor, share: float = HELD_OUT, validation: float = HELD_OUT / 2, seed: int = 0
+    labels: Tensor,
+    share: float = HELD_OUT,
+    validation: float = HELD_OUT / 2,
+    seed: int = 0,
+    digests: Sequence[str] | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
     """Rows to train on, to choose weights by, and to measure, class by class (N,).
+
+    Copies of a sample, told by equal digests, are in one part.
 
     Args:
         labels: int64 (N,).
@@ -338,17 +347,23 @@ def three_parts(
         validation: share that chooses. Fewer than `FEWEST` rows in all choose nothing: they are
             trained on.
         seed: of the draw.
+        digests: of the samples.
     """
     draws = random.Random(seed)
-    train, choosing, held_out = [], [], []
+    train: list[int] = []
+    choosing: list[int] = []
+    held_out: list[int] = []
+    placed: dict[str, list[int]] = {}
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten().tolist()
         draws.shuffle(members)
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         end = min(count + round(validation * len(members)), len(members) - 1)
-        held_out += members[:count]
-        choosing += members[count:end]
-        train += members[end:]
+        for place, row in enumerate(members):
+            part = held_out if place < count else choosing if place < end else train
+            if digests is not None:
+                part = placed.setdefault(digests[row], part)
+            part.append(row)
     if len(choosing) < FEWEST:
         train, choosing = train + choosing, []
     return sorted(train), sorted(choosing), sorted(held_out)
@@ -383,7 +398,7 @@ def divide_own(
     other = next((found[split] for split in ("validation", "test") if split in found), None)
     if other is not None and len(other):
         return training, other
-    rows, held_out = stratified(training.labels, share, seed)
+    rows, held_out = stratified(training.labels, share, seed, training.digests())
     if not held_out:
         raise UserError(f"{training.name} has one picture of each class; give at least two")
     return training.part(rows, "train"), training.part(held_out, "test")
@@ -408,15 +423,16 @@ def divide_in_three(
     training = _to_train_on(found)
     stored = {split: found[split] for split in ("validation", "test") if len(found.get(split, ()))}
     validation = 0.0 if "validation" in stored else share / 2
+    digests = training.digests()
     if "test" in stored:
         rows, choosing = list(range(len(training))), list[int]()
         if validation:
-            rows, _, choosing = three_parts(training.labels, validation, 0.0, seed)
+            rows, choosing = stratified(training.labels, validation, seed, digests)
             if len(choosing) < FEWEST:
                 rows, choosing = list(range(len(training))), list[int]()
         held_out: list[int] = []
     else:
-        rows, choosing, held_out = three_parts(training.labels, share, validation, seed)
+        rows, choosing, held_out = three_parts(training.labels, share, validation, seed, digests)
         if not held_out:
             raise UserError(f"{training.name} has one picture of each class; give at least two")
     drawn = training.part(choosing, "validation") if choosing else None

@@ -18,6 +18,7 @@ from deqzoo.evaluation.options import (
     SolverName,
     Tolerance,
     Trace,
+    Waiting,
     complete_model,
     recorded_traces,
     require_trace_file,
@@ -52,7 +53,8 @@ def classify(
     as_json: AsJson = False,
 ) -> None:
     """Name what pictures show."""
-    from deqzoo.evaluation import classify as classification
+    with Waiting("loading PyTorch and transformers ..."):
+        from deqzoo.evaluation import classify as classification
 
     require_trace_file(trace)
     inputs, files = Inputs(), list[Any]()
@@ -70,8 +72,9 @@ def classify(
         if not pictures:
             continue
         if loaded is None:  # mistakes in files are said without waiting for the model
-            loaded = deqzoo.DEQModel.from_pretrained(model)
-            processor = classification.load_processor(loaded)
+            with Waiting(f"loading {model} ..."):
+                loaded = deqzoo.DEQModel.from_pretrained(model)
+                processor = classification.load_processor(loaded)
             settings = solver_settings(loaded, solver, max_steps, tol)
         with recorded_traces(loaded, trace is not None) as traces:
             found = classification.classify(
@@ -131,7 +134,8 @@ def perplexity(
     as_json: AsJson = False,
 ) -> None:
     """Say how well a language model predicts texts."""
-    from deqzoo.data.lines import text_files
+    with Waiting("loading PyTorch and transformers ..."):
+        from deqzoo.data.lines import text_files
 
     require_trace_file(trace)
     inputs, texts = Inputs(), list[Any]()
@@ -142,7 +146,8 @@ def perplexity(
     if not texts:
         inputs.end()
     name = model or default_text_model()
-    loaded = deqzoo.DEQModel.from_pretrained(name)
+    with Waiting(f"loading {name} ..."):
+        loaded = deqzoo.DEQModel.from_pretrained(name)
     if loaded.config.model_type != "deq_transformer" or not hasattr(loaded, "lm_head"):
         raise UserError(f"{name} is no language model; name one with --model")
     settings = solver_settings(loaded, solver, max_steps, tol)

@@ -18,6 +18,7 @@ from deqzoo.evaluation.options import (
     SolverName,
     Tolerance,
     Trace,
+    Waiting,
     recorded_traces,
     require_trace_file,
     solver_settings,
@@ -63,7 +64,8 @@ def predict_graphs(
     if bool(graphs) == (data is not None):
         raise UserError("name either graphs, or the folder of the checkpoint's data with --data")
     require_trace_file(trace)
-    model = deqzoo.DEQModel.from_pretrained(name)
+    with Waiting(f"loading {name} ..."):
+        model = deqzoo.DEQModel.from_pretrained(name)
     evaluation.require_graph_classifier(model)
     settings = solver_settings(model, solver, max_steps, tol)
     encoding = evaluation.encoding_of(model)

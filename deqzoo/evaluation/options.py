@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,25 @@ def solver_settings(
     except (ValueError, TypeError) as error:
         raise UserError(f"--solver, --max-steps, --tol: {error}") from error
     return settings or None
+
+
+class Waiting:
+    """Says on stderr what a command is doing, should that take more than a second."""
+
+    def __init__(self, what: str) -> None:
+        self.timer = threading.Timer(1.0, print, (what,), {"file": sys.stderr, "flush": True})
+        self.timer.daemon = True
+        self.timer.start()
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over()
+
+    def over(self) -> None:
+        """It is done."""
+        self.timer.cancel()
 
 
 class Inputs:

@@ -53,7 +53,7 @@ from PIL import Image
 from deqzoo import DEQModel, MDEQImageProcessor
 
 model = DEQModel.from_pretrained(MODEL)
-processor = MDEQImageProcessor.from_pretrained(model.config._name_or_path)
+processor = MDEQImageProcessor.from_pretrained(MODEL)
 inputs = processor(images=Image.open("picture.png"), return_tensors="pt")
 output = model(**inputs)
 print(model.config.id2label[output.logits.argmax(-1).item()])
@@ -65,7 +65,7 @@ from transformers import AutoTokenizer
 from deqzoo import DEQModel, detokenize, prepare_text, text_style
 
 model = DEQModel.from_pretrained(MODEL)
-tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
 # The tokenizer reads words between spaces, as the corpus writes them: "wasn 't", not "wasn't".
 text = "The company, which wasn't well-known, said"
 text = prepare_text(text, tokenizer.get_vocab(), text_style(tokenizer)).text

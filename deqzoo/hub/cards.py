@@ -30,11 +30,13 @@ from deqzoo.hub.catalogue import (
     below_baseline,
     entries,
     main_value,
+    rank,
+    results_csv,
 )
 from deqzoo.hub.integrity import NOTES
 from deqzoo.hub.metadata import measuring_command, metadata, own_repository
 from deqzoo.tasks.metrics import METRICS, words
-from deqzoo.zoo import TASKS, checkpoints_root, read_json
+from deqzoo.zoo import checkpoints_root, read_json
 
 #: What a card's first picture may be, the most telling first, with its description.
 PICTURES = {
@@ -205,7 +207,7 @@ def render_table() -> str:
     """
     tested = [entry for entry in entries() if entry.tests()]
     worth = [entry for entry in tested if not below_baseline(entry.tests()[0])]
-    worth.sort(key=_place)
+    worth.sort(key=rank)
     kinds: dict[Any, list[Entry]] = {}
     for entry in worth:
         kinds.setdefault((_data_name(entry), entry.parameters), []).append(entry)
@@ -239,22 +241,6 @@ def render_table() -> str:
                 f"{words(baseline).partition(' of ')[2]} has {share}."
             )
     return "\n\n".join(lines)
-
-
-def _place(entry: Entry) -> tuple[Any, ...]:
-    """Where a checkpoint stands in README's table: task, data set, then the result."""
-    evaluation = entry.tests()[0]
-    name = evaluation.get("metric") or ""
-    value = evaluation["results"].get(name, 0.0)
-    tasks = list(TASKS.values())
-    data = list(DATA_TEXTS)
-    source = _data_name(entry)
-    return (
-        tasks.index(entry.task) if entry.task in tasks else len(tasks),
-        data.index(source) if source in data else len(data),
-        -value if name in METRICS and METRICS[name].higher_is_better else value,
-        entry.name,
-    )
 
 
 def _data_name(entry: Entry) -> str:
@@ -312,6 +298,7 @@ def rendered_files(root: Path) -> dict[Path, str]:
     for entry in entries():
         files[cards / f"{entry.name}.md"] = render_card(entry)
         files |= {cards / file: plot for file, plot in plots(entry).items()}
+    files[cards / "results.csv"] = results_csv(sorted(entries(), key=rank))
     readme = root / "README.md"
     files[readme] = with_table(readme.read_text(encoding="utf-8"))
     return files

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deqzoo.errors import UserError
+from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.models.names import FAMILIES
 from deqzoo.records import read_evaluation
 from deqzoo.tasks.metrics import METRICS
-from deqzoo.zoo import list_models, read_json, resolve_bundled, task_of
+from deqzoo.zoo import TASKS, list_models, read_json, resolve_bundled, task_of
 
 #: Last parts of names in weight files that are no parameters: batch norms', and spectral norms'.
 BUFFERS = {"running_mean", "running_var", "num_batches_tracked", "left", "right"}
@@ -87,6 +90,50 @@ def best_first(found: Iterable[Entry], metric: str) -> list[Entry]:
         return math.inf if figure is None else sign * figure, one.name
 
     return sorted(found, key=rank)
+
+
+def rank(one: Entry) -> tuple[Any, ...]:
+    """Where a checkpoint stands by result: task, data set, then the best test figure."""
+    tasks, data = list(TASKS.values()), list(DATA_TEXTS)
+    task = tasks.index(one.task) if one.task in tasks else len(tasks)
+    if not one.tests():
+        return task, len(data) + 1, 0.0, one.name
+    evaluation = one.tests()[0]
+    name, source = evaluation.get("metric") or "", evaluation.get("data", {}).get("name", "?")
+    value = evaluation["results"].get(name, 0.0)
+    return (
+        task,
+        data.index(source) if source in data else len(data),
+        -value if name in METRICS and METRICS[name].higher_is_better else value,
+        one.name,
+    )
+
+
+#: Orders of a list of checkpoints.
+ORDERS: dict[str, Callable[[Entry], Any]] = {
+    "name": lambda one: one.name,
+    "parameters": lambda one: (one.parameters, one.name),
+    "result": rank,
+}
+
+
+def results_csv(found: Iterable[Entry]) -> str:
+    """A row per test evaluation: what timm keeps in its results files."""
+    stream = io.StringIO()
+    head = ("name", "task", "data", "split", "samples", "metric", "value", "parameters",
+            "n_steps_mean", "converged_share", "max_steps", "tol", "weights_sha256")  # fmt: skip
+    table = csv.DictWriter(stream, head, lineterminator="\n", extrasaction="ignore")
+    table.writeheader()
+    for one in found:
+        for test in one.tests():
+            data, results, model = test.get("data", {}), test["results"], test.get("model", {})
+            solver = model.get("solver") or {}
+            table.writerow(
+                {**solver, **results, **data, **model, "data": data.get("name"),
+                 "name": one.name, "task": one.task, "metric": test.get("metric"),
+                 "value": results.get(test.get("metric")), "parameters": one.parameters}
+            )  # fmt: skip
+    return stream.getvalue()
 
 
 def main_value(evaluation: dict[str, Any]) -> str | None:

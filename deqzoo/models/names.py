@@ -8,6 +8,7 @@ from typing import Any
 #: Family -> public class -> module in the family's folder.
 FAMILY_CLASSES = {
     "mdeq": {
+        "MDEQBackbone": "modeling_mdeq",
         "MDEQConfig": "configuration_mdeq",
         "MDEQForImageClassification": "modeling_mdeq",
         "MDEQImageProcessor": "image_processing_mdeq",

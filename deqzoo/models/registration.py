@@ -22,7 +22,8 @@ Action = Callable[[ModuleType], None]
 _AUTO = "transformers.models.auto"
 
 #: Suffix of a class -> its Auto class and its pipeline; graph heads have neither.
-AUTO_CLASSES = {
+AUTO_CLASSES: dict[str, tuple[str, str | None]] = {
+    "Backbone": ("AutoBackbone", None),
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
     "Model": ("AutoModel", "feature-extraction"),
@@ -140,6 +141,7 @@ def _models(module: ModuleType) -> None:
 
     for auto, _ in AUTO_CLASSES.values():
         _know_names(getattr(module, auto))
+    _know_folders(module.AutoBackbone)
     _register(register)
 
 
@@ -179,6 +181,20 @@ def _task_of(model: str) -> str | None:
                 if name.endswith(suffix):
                     return task
     return None
+
+
+def _know_folders(auto: Any) -> None:
+    """`AutoBackbone` asks the Hub whether there is a repository of a folder's name."""
+    ask_hub = auto.from_pretrained.__func__
+    load = super(auto.__bases__[0], auto).from_pretrained.__func__  # of the other Auto classes
+
+    @functools.wraps(ask_hub)
+    def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = resolve_folder(source)
+        known = folder is not None and read_json(folder / "config.json").get("model_type")
+        return (load if known in FAMILIES else ask_hub)(cls, source, *args, **kwargs)
+
+    auto.from_pretrained = _settled(from_pretrained)
 
 
 def _know_names(auto: Any) -> None:

@@ -622,11 +622,10 @@ def graph_job(model: PreTrainedModel, graphs: GraphSet, settings: Settings) -> J
         raise UserError(f"{type(model).__name__} classifies no graphs; choose a graph classifier")
     if len(graphs.labels.unique()) < 2:
         raise UserError(f"{graphs.name} holds graphs of one class; at least two are needed")
-    share = settings.held_out
-    rows, choosing, test = own.three_parts(graphs.labels, share, share / 2, settings.seed)
+    share, digests = settings.held_out, own.graph_digests(graphs.graphs)
+    rows, choosing, test = own.three_parts(graphs.labels, share, share / 2, settings.seed, digests)
     if not test:
         raise UserError(f"{graphs.name} has one graph of each class; give at least two")
-    digests = own.graph_digests(graphs.graphs)
     counts = np.bincount(graphs.labels.numpy())
     names = graphs.encoding.classes if graphs.encoding else range(len(counts))
     listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))

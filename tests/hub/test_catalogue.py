@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -33,3 +35,27 @@ def test_info_refuses_other_models(tmp_path: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
     assert "'bert'" in printed.err and "mdeq, deq_transformer, ignn" in printed.err
+
+
+def test_the_list_is_sorted_and_printed_as_csv(capsys: pytest.CaptureFixture[str]) -> None:
+    def names(*arguments: str) -> list[str]:
+        assert run(["list", *arguments, "--json"]) == 0
+        return [row["name"] for row in json.loads(capsys.readouterr().out)]
+
+    assert names() == sorted(names())
+    sizes = [entry(name).parameters for name in names("--sort", "parameters")]
+    assert sizes == sorted(sizes) and len(set(sizes)) > 3
+    ranked = names("mdeq*cifar*", "--sort", "result")
+    figures = [entry(name).best_test("accuracy") for name in ranked]
+    assert figures == sorted(figures, reverse=True) and len(figures) > 1
+    texts = names("deq-transformer-wikitext2*", "--sort", "result")
+    figures = [entry(name).best_test("perplexity") for name in texts]
+    assert figures == sorted(figures)
+    assert run(["list", "mdeq*", "--sort", "result", "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    best = next(row for row in rows if row["name"] == ranked[0])
+    assert float(best["value"]) == entry(ranked[0]).best_test("accuracy")
+    assert best["metric"] == "accuracy" and best["split"] == "test" and best["data"] == "cifar10"
+    assert int(best["parameters"]) == entry(ranked[0]).parameters
+    assert run(["list", "--sort", "colour"]) == 2
+    assert "--sort is one of name, parameters, result" in capsys.readouterr().err

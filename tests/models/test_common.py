@@ -208,3 +208,26 @@ def test_bfloat16_computes(model: PreTrainedModel, tmp_path: Path) -> None:
     data = inputs(model)
     output = loaded(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in data.items()})
     assert output.residual.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ("MDEQForImageClassification", "DEQTransformerForCausalLM", "IGNNForGraphClassification"),
+)
+def test_a_compiled_model_answers_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    config = load_class(f"{family(name)}Config")(**TINY[family(name)])
+    plain = load_class(name)(config).eval()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        compiled = torch.compile(plain, backend="eager")
+        with torch.no_grad():
+            torch.testing.assert_close(
+                compiled(**inputs(plain)).logits, plain(**inputs(plain)).logits
+            )
+        # The solver stays out of the graphs: few of them, whatever it does.
+        assert torch._dynamo.utils.counters["frames"]["total"] < 60
+    finally:
+        torch._dynamo.reset()

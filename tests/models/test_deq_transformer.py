@@ -696,3 +696,21 @@ def test_words_that_are_no_whole_numbers():
     for wrong in (torch.rand(1, 4), torch.ones(1, 4, dtype=torch.bool)):
         with pytest.raises(UserError, match="whole numbers"):
             check_tokens(tiny_config(), wrong, False)
+
+
+@pytest.mark.parametrize("cutoffs", ([], [10, 20]))
+def test_a_model_may_be_untied(tmp_path, cutoffs):
+    config = DEQTransformerConfig(
+        vocab_size=40, d_model=16, d_embed=16, n_head=2, d_inner=32, cutoffs=cutoffs,
+        div_val=2 if cutoffs else 1,
+    )  # fmt: skip
+    model = DEQTransformerForCausalLM(config).eval()
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    loaded = DEQTransformerForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(40, (1, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    heads, tables = loaded.lm_head.tables, loaded.transformer.embedding.tables
+    assert not any(h.weight is t.weight for h, t in zip(heads, tables, strict=True))
+    assert torch.equal(heads[0].weight, tables[0].weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,14 +10,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import pipeline
+from transformers import AutoBackbone, pipeline
 
 from deqzoo.equilibrium import JFB, Broyden
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.layers_mdeq import WeightNormConv2d, make_conv
-from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification, MDEQModel
+from deqzoo.models.mdeq.modeling_mdeq import (
+    MDEQBackbone,
+    MDEQForImageClassification,
+    MDEQModel,
+)
 from deqzoo.models.mdeq.presets_mdeq import PRESETS
 from deqzoo.models.weights import row_norms
 
@@ -410,3 +415,27 @@ def test_a_picture_without_an_answer_gets_none():
     assert output.logits[1].isnan().all() and not output.converged[1]
     for row in (0, 2):
         torch.testing.assert_close(output.logits[row], clean.logits[row])
+
+
+def test_backbone(tmp_path):
+    model = tiny_model().eval()
+    model.save_pretrained(tmp_path)
+    assert "out_indices" not in json.loads((tmp_path / "config.json").read_text())
+    x = torch.randn(2, 3, 16, 16)
+    features = model.forward_features(x)
+    backbone = AutoBackbone.from_pretrained(tmp_path, out_features=["branch0", "branch1"]).eval()
+    assert type(backbone) is MDEQBackbone and backbone.channels == model.config.channels
+    output = backbone(x)
+    assert len(output.feature_maps) == 2 and output.hidden_states is None
+    for found, wanted in zip(output.feature_maps, features, strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(output.n_steps, model(x).n_steps)
+    # The coarsest alone by default, as other backbones have it; a choice is stored.
+    assert AutoBackbone.from_pretrained(tmp_path).out_features == ["branch1"]
+    backbone.out_indices = [0]
+    backbone.save_pretrained(tmp_path / "finest")
+    again = AutoBackbone.from_pretrained(tmp_path / "finest")
+    (only,) = again(x).feature_maps
+    assert torch.equal(only, features[0])
+    with pytest.raises(ValueError, match="branch7"):
+        AutoBackbone.from_pretrained(tmp_path, out_features=["branch7"])

@@ -164,16 +164,6 @@ def test_compiled_map(fast_compiler):
     penalty.backward()  # the penalty needs a second derivative, so it runs eagerly
 
 
-@pytest.mark.slow
-def test_compiled_model():
-    torch._dynamo.reset()
-    model = tiny_model(solver={"name": "anderson", "max_steps": 3})
-    compiled = torch.compile(model, backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(pictures()).logits, model(pictures()).logits)
-    torch._dynamo.reset()
-
-
 @pytest.mark.timeout(600)
 def test_a_killed_compilation_of_the_norm_does_not_block_later_ones(tmp_path, monkeypatch):
     """torch's own locking, with nothing compiled."""

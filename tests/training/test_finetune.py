@@ -357,6 +357,16 @@ def test_the_figure_is_not_of_what_chose_the_weights(
     assert "chose_weights" not in json.loads(file.read_text())["data"]
 
 
+def test_copies_of_a_sample_are_in_one_part() -> None:
+    labels = torch.arange(3).repeat_interleave(40)
+    digests = [str(row // 4) for row in range(120)]  # every sample four times
+    parts = own.three_parts(labels, digests=digests)
+    assert sorted(row for part in parts for row in part) == list(range(120))
+    owners = [{digests[row] for row in part} for part in parts]
+    assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
+    assert all(owners)
+
+
 def test_stored_splits_are_taken(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "things", count=40, side=8)
     whole = own.load_own_pictures(folder)["train"]

@@ -523,6 +523,16 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
                 keys[f"lm_head.projections.{i}.weight"] = f"{source}.projections.{origin}.weight"
         return keys
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own. Tables that the configuration ties no longer become their own."""
+        if not self.config.tie_word_embeddings:
+            for target, source in self._tied_weights_keys.items():
+                if self.get_parameter(target) is self.get_parameter(source):
+                    owner = self.get_submodule(target.rpartition(".")[0])
+                    owner.weight = nn.Parameter(self.get_parameter(source).detach().clone())
+            self.config.tie_projections = [False] * len(self.config.tie_projections)
+        super().save_pretrained(*args, **kwargs)
+
     def get_output_embeddings(self) -> None:
         """None: the softmax has several tables, see ``lm_head``."""
 

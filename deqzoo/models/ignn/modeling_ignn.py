@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
 from deqzoo.equilibrium import Segments, Solution
+from deqzoo.equilibrium.uncompiled import uncompiled
 from deqzoo.errors import UserError
 from deqzoo.models.base import DEQPreTrainedModel, Settings, check_keywords
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
@@ -110,6 +111,7 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
             for layer in self.implicit_layers:
                 layer.project_(radius)
 
+    @uncompiled  # whose result depends on values
     def read_graphs(
         self,
         x: Any,
@@ -179,6 +181,7 @@ class IGNNModel(IGNNPreTrainedModel):
             self.largest_radius = max(self.largest_radius, radius)
         return radius
 
+    @uncompiled  # of sparse matrices, which the compiler does not know
     def solve_layer(
         self,
         layer: ImplicitGraphLayer,

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 from deqzoo.equilibrium import Gradient, Solver
 from deqzoo.models.base import DEQConfigMixin
@@ -13,7 +14,7 @@ from .presets_mdeq import PRESETS
 
 
 @strict
-class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
+class MDEQConfig(DEQConfigMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""Architecture, solver and gradient of an MDEQ.
 
     The resolutions are called branches, finest first. The defaults are those of the CIFAR TINY.
@@ -74,6 +75,8 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
     initializer_range: float | None = 0.01
     solver: dict | str | Solver | None = None
     gradient: dict | str | Gradient | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         n = len(self.channels)
@@ -84,7 +87,23 @@ class MDEQConfig(DEQConfigMixin, PreTrainedConfig):
         if self.injection_transform is None:
             self.injection_transform = self.stem_downsamples > 0 or n > 2
         self.complete_equilibrium()
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None),
+            out_indices=kwargs.pop("out_indices", None),
+        )
         super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the branches, finest first, for `out_features` of an `MDEQBackbone`."""
+        return [f"branch{i}" for i in range(len(self.channels))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers' own; what a backbone returns is left out where it is the default."""
+        content = super().to_dict()
+        if content["out_indices"] == [len(self.channels) - 1]:
+            del content["out_features"], content["out_indices"]
+        return content
 
     @property
     def size_divisor(self) -> int:

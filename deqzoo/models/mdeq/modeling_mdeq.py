@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from deqzoo.errors import UserError
@@ -76,6 +77,21 @@ class MDEQImageClassifierOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     state: tuple[Tensor, ...] | None = None
     equilibrium_map: MDEQMap | None = None
+
+
+@dataclass
+class MDEQBackboneOutput(ModelOutput):
+    """Feature maps (B, C_i, H_i, W_i) of `config.out_features`, and `MDEQModelOutput`'s report.
+
+    `hidden_states` holds the features of all branches, with `output_hidden_states=True` only.
+    """
+
+    feature_maps: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    n_steps: Tensor | None = None
+    residual: Tensor | None = None
+    converged: Tensor | None = None
 
 
 class MDEQPreTrainedModel(DEQPreTrainedModel):
@@ -310,6 +326,28 @@ class MDEQModel(MDEQPreTrainedModel):
         return pixel_values.to(self.dtype)
 
 
+class MDEQBackbone(BackboneMixin, MDEQModel):
+    """The equilibrium states as feature maps, as detectors and the like take them."""
+
+    has_attentions = False
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__(config)
+        self.num_features = list(config.channels)
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, **keywords: Any) -> MDEQBackboneOutput:
+        """Solve for the equilibrium of every picture; arguments as in `MDEQModel.forward`."""
+        output = MDEQModel.forward(self, pixel_values, return_dict=True, **keywords)
+        return MDEQBackboneOutput(
+            feature_maps=tuple(output.features[i] for i in self.out_indices),
+            hidden_states=output.hidden_states,
+            n_steps=output.n_steps,
+            residual=output.residual,
+            converged=output.converged,
+        )
+
+
 class MDEQForImageClassification(MDEQPreTrainedModel):
     """An MDEQ with the multiscale head and a linear classifier."""
 
@@ -395,4 +433,4 @@ def _squared_norms(state: State) -> Tensor:
     return sum(z.flatten(1).to(dtype).square().sum(1) for z in state)
 
 
-__all__ = ["MDEQForImageClassification", "MDEQModel", "MDEQPreTrainedModel"]
+__all__ = ["MDEQBackbone", "MDEQForImageClassification", "MDEQModel", "MDEQPreTrainedModel"]
