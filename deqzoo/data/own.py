@@ -353,17 +353,18 @@ def three_parts(
     train: list[int] = []
     choosing: list[int] = []
     held_out: list[int] = []
-    placed: dict[str, list[int]] = {}
+    placed: dict[str | int, list[int]] = {}
     for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten().tolist()
-        draws.shuffle(members)
-        count = min(max(round(share * len(members)), 1), len(members) - 1)
-        end = min(count + round(validation * len(members)), len(members) - 1)
-        for place, row in enumerate(members):
+        copies: dict[str | int, list[int]] = {}
+        for row in (labels == label).nonzero().flatten().tolist():
+            copies.setdefault(row if digests is None else digests[row], []).append(row)
+        distinct = list(copies)
+        draws.shuffle(distinct)
+        count = min(max(round(share * len(distinct)), 1), len(distinct) - 1)
+        end = min(count + round(validation * len(distinct)), len(distinct) - 1)
+        for place, key in enumerate(distinct):
             part = held_out if place < count else choosing if place < end else train
-            if digests is not None:
-                part = placed.setdefault(digests[row], part)
-            part.append(row)
+            placed.setdefault(key, part).extend(copies[key])  # also where labels contradict
     if len(choosing) < FEWEST:
         train, choosing = train + choosing, []
     return sorted(train), sorted(choosing), sorted(held_out)

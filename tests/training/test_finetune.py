@@ -365,6 +365,9 @@ def test_copies_of_a_sample_are_in_one_part() -> None:
     owners = [{digests[row] for row in part} for part in parts]
     assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
     assert all(owners)
+    # A class of copies alone has nothing to be measured by.
+    train, _, held_out = own.three_parts(labels, digests=["a"] * 40 + digests[40:])
+    assert set(range(40)) <= set(train) and held_out
 
 
 def test_stored_splits_are_taken(tmp_path: Path) -> None:
