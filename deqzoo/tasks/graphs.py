@@ -33,7 +33,7 @@ from deqzoo.models.ignn.symmetry import merge_equal_nodes
 from deqzoo.models.names import family_class
 from deqzoo.recipe import Recipe, Stage
 from deqzoo.tasks.base import Plan, Probe, build_config, check_options, epoch_order, own_path
-from deqzoo.tasks.metrics import classification_figures, joined_summary
+from deqzoo.tasks.metrics import best_threshold, classification_figures, joined_summary
 
 OWN = "graphs"
 """Name of graphs of one's own in a recipe."""
@@ -181,7 +181,11 @@ class GraphTask(ABC):
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
-        """Figures and the solver's report of the validation part, each solve from a cold start."""
+        """Figures and the solver's report of the validation part, each solve from a cold start.
+
+        Of several labels per sample those are named that the best threshold lets through; it is
+        kept in the model's configuration.
+        """
         like, logits, labels, reports = next(model.parameters()), [], [], []
         for part in self.validation:
             inputs = part.inputs(like)
@@ -191,10 +195,10 @@ class GraphTask(ABC):
             reports.append([t.cpu() for t in (output.n_steps, output.residual, output.converged)])
             if sum(map(len, labels)) >= samples:
                 break
-        figures = classification_figures(
-            torch.cat(logits), torch.cat(labels), self.config.decision_threshold
-        )
-        return {**figures, **joined_summary(reports)}
+        answers, truth, threshold = torch.cat(logits), torch.cat(labels), 0.5
+        if truth.ndim == 2:
+            threshold = model.config.decision_threshold = best_threshold(answers, truth)
+        return {**classification_figures(answers, truth, threshold), **joined_summary(reports)}
 
     def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:
         """The maps of all layers together, of n copies of a training graph of median size."""

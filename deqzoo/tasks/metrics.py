@@ -180,7 +180,7 @@ def best_threshold(logits: Tensor, labels: Tensor) -> float:
     f1[:-1][scores[:-1] == scores[1:]] = -1  # equal scores are named together
     best = int(f1.argmax())
     following = scores[best + 1] if best + 1 < len(scores) else scores.new_zeros(())
-    return float((scores[best] + following) / 2)
+    return max(float((scores[best] + following) / 2), 1e-12)  # a probability, above 0
 
 
 def classification_figures(

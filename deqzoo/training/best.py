@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from deqzoo.tasks.metrics import METRICS
 
+CHOSEN = ("decision_threshold",)
+"""Settings of a configuration that a validation chooses."""
+
 
 class BestWeights:
     """Keeps the weights whose validation was the best so far; ties go to the likelier answers.
@@ -23,6 +26,7 @@ class BestWeights:
         self.metric = metric
         self.step = 0
         self.figures: dict[str, float] = {}
+        self.config: dict[str, Any] = {}
         self.weights: dict[str, Tensor] = {}
 
     def see(self, model: PreTrainedModel, figures: Mapping[str, float], step: int) -> None:
@@ -30,6 +34,7 @@ class BestWeights:
         if self.figures and self._rank(figures) <= self._rank(self.figures):
             return
         self.step, self.figures = step, dict(figures)
+        self.config = {name: getattr(model.config, name, None) for name in CHOSEN}
         self.weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
     def _rank(self, figures: Mapping[str, float]) -> tuple[float, float]:
@@ -42,14 +47,17 @@ class BestWeights:
             return model
         best = copy.deepcopy(model)
         best.load_state_dict(self.weights)
+        for name, value in self.config.items():
+            if value is not None:
+                setattr(best.config, name, value)
         return best
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "figures": self.figures, "weights": self.weights}
+        return {name: getattr(self, name) for name in ("step", "figures", "config", "weights")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.figures = state["step"], dict(state["figures"])
-        self.weights = dict(state["weights"])
+        self.config, self.weights = dict(state["config"]), dict(state["weights"])
 
     def describe(self) -> dict[str, Any]:
         """For the record of a run."""

@@ -168,6 +168,8 @@ def test_a_node_run_evaluates_and_is_stored(nodes, tmp_path, monkeypatch, capsys
     results = json.loads(target.read_text())["results"]
     best = json.loads((tmp_path / "run" / "record.json").read_text())["best"]
     assert results["micro_f1"] == pytest.approx(best["micro_f1"])
+    threshold = json.loads((model / "config.json").read_text())["decision_threshold"]
+    assert 0 < threshold < 1 and threshold != 0.5  # chosen with the weights
     monkeypatch.setattr("deqzoo.hub.store.checkpoints_root", lambda: tmp_path / "zoo")
     assert run(["store", str(tmp_path / "run"), "--data", str(nodes), "--force"]) == 0
     stored = tmp_path / "zoo" / "ppi-test"
