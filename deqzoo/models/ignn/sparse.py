@@ -252,18 +252,26 @@ class Adjacency(SparseMatrix):
         return self.transposed.matmul(nodes)
 
     def select(self, rows: Tensor) -> Adjacency:
-        """Return the adjacency of the kept nodes `rows` (r,): whole graphs of a batch.
+        """Return the adjacency of the kept nodes `rows` (r,), ascending: whole graphs of a batch.
+
+        Entries keep their order, so that nothing is sorted or added up again.
 
         Raises:
             ValueError: an edge connects a kept node to another one.
         """
+        n = len(rows)
         new_number = self.index.new_full((self.shape[0],), -1)
-        new_number[rows] = torch.arange(len(rows), device=rows.device)
+        new_number[rows] = torch.arange(n, device=rows.device)
         index = new_number[self.index]
         kept = index[0] >= 0
         if not torch.equal(kept, index[1] >= 0):
             raise ValueError("the kept nodes are no whole graphs; solve with the Segments layout")
-        return Adjacency(index[:, kept], self.values[kept], len(rows))
+        index, values = index[:, kept], self.values[kept]
+        if self.transposed is not self:
+            return Adjacency(index, values, n)
+        counts = index[0].bincount(minlength=n)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return Adjacency.of_rows(index, starts, values, n)
 
     @property
     def spectral_radius(self) -> float:
