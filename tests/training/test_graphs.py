@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,19 +278,24 @@ def test_fixed_steps_change_nothing_but_the_books(root, gradient, solver) -> Non
 
 def test_the_best_weights_are_those_of_the_first_best_validation():
     model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace()
     best = BestWeights("perplexity")
     for step, value in enumerate((9.0, 5.0, 7.0)):
         torch.nn.init.constant_(model.weight, step)
+        model.config.decision_threshold = 0.1 * step
         best.see(model, {"perplexity": value}, step)
     assert best.describe() == {"step": 1, "perplexity": 5.0}
-    assert float(best.applied(model).weight.detach()) == 1.0
     other = BestWeights("perplexity")
     other.load_state_dict(best.state_dict())
-    assert other.step == 1 and float(other.applied(model).weight.detach()) == 1.0
+    for kept in (best, other):
+        found = kept.applied(model)
+        assert kept.step == 1 and float(found.weight.detach()) == 1.0
+        assert found.config.decision_threshold == 0.1 and model.config.decision_threshold == 0.2
 
 
 def test_ties_go_to_the_likelier_answers():
     model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace()
     best = BestWeights("accuracy")
     for step, nll in enumerate((0.5, 0.7, 0.4)):
         best.see(model, {"accuracy": 0.8, "negative_log_likelihood": nll}, step)
