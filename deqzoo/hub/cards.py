@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +53,16 @@ BESIDE = {"majority": "most frequent class", "constant_micro_f1": "best constant
 _LABELS = {
     "validation_accuracy": "validation accuracy in training, by which the epoch was chosen",
 }
+#: Settings of solvers and gradients; by name where a setting is missing here.
+_SETTINGS = {
+    "name": "`{}`",
+    "max_steps": "at most {} steps",
+    "steps": "{} steps",
+    "tol": "tolerance {:g}",
+    "stop_mode": "of the {} residual",
+    "solver": "adjoint by {}",
+}
+_STOPS = {"rel": "relative", "abs": "absolute"}
 #: What a record counts anew in every part of a run.
 _OF_A_PART = ("steps", "total_steps", "epochs", "seconds", "peak_memory_mib")
 _PLAIN = re.compile(r"[\w./~-]+")
@@ -510,8 +519,14 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _settings(settings: dict[str, Any] | None) -> str:
-    """Solver or gradient settings without those left to their defaults."""
-    return f"`{json.dumps({k: v for k, v in (settings or {}).items() if v is not None})}`"
+    """Solver or gradient settings in words, without those left to their defaults."""
+    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    parts = []
+    for key in sorted(given, key=lambda key: list(_SETTINGS).index(key) if key in _SETTINGS else 9):
+        value = given[key]
+        value = _settings(value) if isinstance(value, dict) else _STOPS.get(value, value)
+        parts.append(_SETTINGS.get(key, key.replace("_", " ") + " {}").format(value))
+    return ", ".join(parts).replace(", of the", " of the")
 
 
 def _number(value: Any) -> str:

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from deqzoo.hub.card_texts import DATA_TEXTS, FAMILY_TEXTS
 from deqzoo.hub.catalogue import Entry
-from deqzoo.tasks.metrics import METRICS
+from deqzoo.tasks.metrics import METRICS, words
 from deqzoo.zoo import ORGANISATION
 
 
@@ -39,12 +39,12 @@ def metadata(entry: Entry) -> str:
             dataset_type=DATA_TEXTS[data["name"]].repository or data["name"],
             dataset_name=DATA_TEXTS[data["name"]].title,
             dataset_split=data["split"],
-            metric_type=hub[0],
-            metric_name=hub[1],
+            metric_type=kind,
+            metric_name=name,
             metric_value=value,
         )
-        for _, data, key, value in figures
-        if data["name"] in DATA_TEXTS and (hub := METRICS[key].hub) is not None
+        for _, data, (kind, name), value in figures
+        if data["name"] in DATA_TEXTS
     ]
     card = ModelCardData(
         model_name=entry.name,
@@ -53,7 +53,7 @@ def metadata(entry: Entry) -> str:
         pipeline_tag=family.pipeline_tag,
         tags=["deep-equilibrium-model", entry.config["model_type"]],
         language=family.language,
-        datasets=sorted(filter(None, {DATA_TEXTS[name].repository for name in known})) or None,
+        datasets=sorted({DATA_TEXTS[name].repository for name in known} - {None}) or None,
         eval_results=results or None,
     )
     return card.to_yaml()
@@ -82,11 +82,16 @@ def eval_results_yaml(entry: Entry, repository: str | None = None) -> str | None
     return yaml.safe_dump(rows, sort_keys=False) if rows else None
 
 
-def _test_figures(entry: Entry) -> list[tuple[dict[str, Any], dict[str, Any], str, float]]:
-    """(evaluation, data, metric, value) of every figure measured on a test split."""
+def _test_figures(
+    entry: Entry,
+) -> list[tuple[dict[str, Any], dict[str, Any], tuple[str, str], float]]:
+    """(evaluation, data, (type, name), value) of every figure of a test split that the card tells
+    first, and what its equilibria took."""
+    named = {key: metric.hub for key, metric in METRICS.items() if metric.hub}
+    named |= {key: (key, words(key).capitalize()) for key in ("n_steps_mean", "converged_share")}
     return [
-        (evaluation, evaluation["data"], key, evaluation["results"][key])
+        (evaluation, evaluation["data"], name, evaluation["results"][key])
         for evaluation in entry.tests()
-        for key, metric in METRICS.items()
-        if metric.hub and key in evaluation["results"]
+        for key, name in named.items()
+        if key in evaluation["results"]
     ]

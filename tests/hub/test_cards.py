@@ -54,8 +54,13 @@ def test_card_quotes_the_evaluation_file(checkout: Path) -> None:
     text = cards.render_card(found)
     card = ModelCard(text)
     evaluation = found.evaluations["cifar10-test"]
-    (result,) = card.data.eval_results
+    result, steps, share = card.data.eval_results
     assert result.metric_value == evaluation["results"]["accuracy"]
+    assert steps.metric_value == evaluation["results"]["n_steps_mean"]
+    assert share.metric_value == evaluation["results"]["converged_share"]
+    assert share.metric_name == "Share that met the tolerance"
+    assert "| solver | `anderson`, at most 30 steps, tolerance 0.001 of the relative resid" in text
+    assert "| gradient | `upg`, 5 steps, damping 0.5 |" in text
     assert result.dataset_type == "uoft-cs/cifar10" and card.data.model_name == "mdeq-test"
     assert evaluation["model"]["weights_sha256"] in text
     assert f"{evaluation['results']['expected_calibration_error']:.4g}" in text
