@@ -24,8 +24,9 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     y_range: tuple[float, float] | None = None,
+    x_ticks: Sequence[float] | None = None,
 ) -> str:
-    """Named lines of points (x, y) with a legend.
+    """Named lines of points (x, y) with a legend; a single line without a name has none.
 
     Args:
         series: points by name; those that are not finite, or not positive on a logarithmic axis,
@@ -33,7 +34,9 @@ def line_chart(
         title, x_label, y_label: texts.
         log_x, log_y: logarithmic axes.
         y_range: instead of the range of the points.
+        x_ticks: instead of round ones.
     """
+    side = 20 if list(series) == [""] else _RIGHT
     kept = {
         name: [
             (x, y)
@@ -44,22 +47,22 @@ def line_chart(
         for name, points in series.items()
     }  # fmt: skip
     flat = [point for points in kept.values() for point in points] or [(1.0, 1.0)]
-    across = _Axis([x for x, _ in flat], log_x, _LEFT, _WIDTH - _RIGHT)
+    across = _Axis([x for x, _ in flat], log_x, _LEFT, _WIDTH - side)
     up = _Axis(y_range or [y for _, y in flat], log_y, _HEIGHT - _BOTTOM, _TOP)
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    middle = (_LEFT + _WIDTH - side) / 2
     parts = [
         *_sheet(_HEIGHT),
         _text(middle, 18, title, size=13),
         _text(middle, _HEIGHT - 8, x_label),
         f'<g transform="translate(14,{_HEIGHT / 2}) rotate(-90)">{_text(0, 0, y_label)}</g>',
     ]
-    for value in across.ticks():
+    for value in x_ticks or across.ticks():
         x = across.place(value)
         parts.append(f'<path d="M{x},{_TOP} V{_HEIGHT - _BOTTOM}" stroke="#ddd"/>')
         parts.append(_text(x, _HEIGHT - _BOTTOM + 15, f"{value:g}"))
     for value in up.ticks():
         y = up.place(value)
-        parts.append(f'<path d="M{_LEFT},{y} H{_WIDTH - _RIGHT}" stroke="#ddd"/>')
+        parts.append(f'<path d="M{_LEFT},{y} H{_WIDTH - side}" stroke="#ddd"/>')
         parts.append(_text(_LEFT - 5, y + 4, f"{value:g}", anchor="end"))
     for number, (name, points) in enumerate(kept.items()):
         parts += _line(number, name, points, across, up)
@@ -130,11 +133,14 @@ def _line(
     top = _TOP + 10 + 17 * number
     left = _WIDTH - _RIGHT + 10
     style = f'fill="none" stroke="{colour}" stroke-width="1.8"{dash}'
+    legend = [
+        f'<path d="M{left},{top} h16" {style}/>',
+        _text(left + 21, top + 4, name, anchor="start"),
+    ]
     return [
         f'<polyline points="{path}" {style}/>',
         *(f'<circle cx="{x}" cy="{y}" r="2.2" fill="{colour}"/>' for x, y in placed),
-        f'<path d="M{left},{top} h16" {style}/>',
-        _text(left + 21, top + 4, name, anchor="start"),
+        *(legend if name else ()),
     ]
 
 

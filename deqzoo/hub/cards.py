@@ -96,7 +96,7 @@ def render_card(entry: Entry, repository: str | None = None) -> str:
     sections = [
         f"# {entry.name}",
         _summary(entry),
-        *([f"![{PICTURES[picture.rsplit('-', 1)[1][:-4]]}]({picture})"] if picture else []),
+        *([_image(picture, PICTURES[picture.rsplit("-", 1)[1][:-4]])] if picture else []),
         f"```python\n# pip install deqzoo\n{snippet(entry, repository)}```",
         f"**Good for** {TASK_USES[entry.task]}",
         f"**Not for, and limits.** {_limits(entry)}",
@@ -115,6 +115,11 @@ def render_card(entry: Entry, repository: str | None = None) -> str:
         ),
     ]  # fmt: skip
     return f"---\n{metadata(entry)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _image(file: str, alt: str) -> str:
+    """A picture small enough for what follows it to be seen, too."""
+    return f'<img src="{file}" width="420" alt="{alt}">'
 
 
 def _folded(title: str, *parts: str) -> str:
@@ -189,12 +194,19 @@ def budget_plot(entry: Entry) -> str | None:
             metric = METRICS[evaluation["metric"]]
             scale = 100 if metric.share else 1
             points = [(row["max_steps"], scale * row[evaluation["metric"]]) for row in steps]
+            values = [value for _, value in points]
+            # A curve that is as good as flat should look so.
+            spare = max(
+                0.0, 0.05 * (100 if metric.share else max(values)) - max(values) + min(values)
+            )
             return line_chart(
-                {"fixed effort": points},
+                {"": points},
                 title=f"{entry.name}: {metric.words} against solver steps",
                 x_label="solver steps",
                 y_label=metric.words + (", %" if metric.share else ""),
                 log_x=True,
+                y_range=(min(values) - spare / 2, max(values) + spare / 2),
+                x_ticks=[steps for steps, _ in points],
             )
     return None
 

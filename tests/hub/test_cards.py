@@ -227,7 +227,7 @@ def test_text_models_show_quality_against_steps(checkout: Path) -> None:
     assert (
         "perplexity against solver steps" in cards.plots(entry("mdeq-test"))["mdeq-test-budget.svg"]
     )
-    shown = "](mdeq-test-budget.svg)"
+    shown = '<img src="mdeq-test-budget.svg"'
     assert shown in cards.render_card(entry("mdeq-test"))
     content["data"]["split"] = "validation"  # the plot is that of the test split
     file.write_text(json.dumps(content))
