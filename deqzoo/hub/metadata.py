@@ -53,7 +53,7 @@ def metadata(entry: Entry) -> str:
         pipeline_tag=family.pipeline_tag,
         tags=["deep-equilibrium-model", entry.config["model_type"]],
         language=family.language,
-        datasets=sorted({DATA_TEXTS[name].repository for name in known} - {None}) or None,
+        datasets=sorted(filter(None, {DATA_TEXTS[name].repository for name in known})) or None,
         eval_results=results or None,
     )
     return card.to_yaml()
