@@ -111,10 +111,10 @@ def _nodes(shelf: Shelf, root: Path | None) -> None:
         with gr.Column(min_width=280):
             checkpoint = checkpoint_menu(shelf, NODES, "node")
             source = gr.Dropdown(
-                nodes.available_networks(root), value=nodes.CLUB, label="Network",
+                nodes.available_networks(root), value=nodes.CHAIN, label="Network",
                 elem_id="node-source",
             )  # fmt: skip
-            node = gr.Number(0, label="Node that is changed", precision=0, elem_id="node-number")
+            node = gr.Number(20, label="Node that is changed", precision=0, elem_id="node-number")
             button = gr.Button("Change this node", variant="primary", elem_id="node-run")
         with gr.Column(min_width=280):
             verdict = gr.HTML(

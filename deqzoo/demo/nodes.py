@@ -72,7 +72,7 @@ class Reach:
 def available_networks(root: Path | None) -> list[str]:
     """Small networks that always work, then the data sets on this machine."""
     found = [] if root is None else [n for n in ("HumLoc", "EukLoc", "Twitch") if _has(root, n)]
-    return [CLUB, CHAIN, *found]
+    return [CHAIN, CLUB, *found]
 
 
 def _has(root: Path, name: str) -> bool:

@@ -236,12 +236,12 @@ def test_models_of_nodes(page) -> None:
     page.page.click("#node-run")
     page.page.wait_for_selector("#node-drawing circle")
     page.shot("nodes")
-    assert page.page.locator("#node-drawing circle").count() == 34
-    assert "of the 33 other nodes" in page.page.inner_text("#node-verdict")
-    assert page.page.locator("#node-distance circle").count() == 3
+    assert page.page.locator("#node-drawing circle").count() == 40
+    assert "of the 39 other nodes" in page.page.inner_text("#node-verdict")
+    assert page.page.locator("#node-distance circle").count() == 20
     page.page.locator("#node-number input").fill("99")
     page.page.click("#node-run")
-    page.message("the node must be a whole number from 0 to 33".capitalize())
+    page.message("the node must be a whole number from 0 to 39".capitalize())
 
 
 def test_phone_in_the_dark(browser, served) -> None:

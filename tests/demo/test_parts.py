@@ -440,7 +440,7 @@ def test_a_network_of_this_machine_is_read_with_its_labels(tmp_path: Path) -> No
         edge_index=np.array([[0, 1], [1, 2]]), y=np.array([[0, 1], [1, 1], [0, 0], [1, 0]]),
         train_idx=[0], val_idx=[1], test_idx=[2, 3],
     )  # fmt: skip
-    assert nodes.available_networks(tmp_path) == [nodes.CLUB, nodes.CHAIN, "HumLoc"]
+    assert nodes.available_networks(tmp_path) == [nodes.CHAIN, nodes.CLUB, "HumLoc"]
     many = {"num_labels": 2, "problem_type": "multi_label_classification"}
     chosen = node_model({"num_features": 6, "hidden_sizes": [8], **many})
     network = nodes.pick(chosen, "HumLoc", tmp_path)
@@ -452,7 +452,7 @@ def test_a_network_of_this_machine_is_read_with_its_labels(tmp_path: Path) -> No
     other = node_model({"num_features": 5, "hidden_sizes": [8], **many})
     with pytest.raises(UserError, match="have 6 features, but node-test reads 5"):
         nodes.pick(other, "HumLoc", tmp_path)
-    with pytest.raises(UserError, match="available here: karate club"):
+    with pytest.raises(UserError, match="available here: chain of 40"):
         nodes.pick(other, "../HumLoc", tmp_path)
 
 
