@@ -103,24 +103,26 @@ def fails(*arguments: object, **keywords: object) -> str:
     return message
 
 
-def test_misspelt_names_list_the_nearest_quickly(zoo: Path) -> None:
-    start = time.monotonic()
+def test_misspelt_names_list_the_nearest_without_waiting(zoo: Path, monkeypatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     assert "did you mean mdeq-test?" in fails("mdeq-tst")
     assert "did you mean mdeq-test?" in fails("deqzoo/mdeq_test")
     assert "mdeq-test" in fails("org/entirely-else")
     assert "no valid repository name" in fails("a/b/c")
-    assert time.monotonic() - start < 25  # a request that is repeated takes half a minute
+    assert sum(waited) == 0  # a request that is repeated waits half a minute
 
 
-def test_unreachable_hub_answers_within_seconds(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_not_waited_for(tmp_path: Path) -> None:
     script = (
         "from deqzoo import DEQModel, UserError\n"
         "import time\n"
-        "start = time.monotonic()\n"
+        "waited = []\n"
+        "time.sleep = waited.append\n"
         "try:\n"
         "    DEQModel.from_pretrained('org/name')\n"
         "except UserError as error:\n"
-        "    print(time.monotonic() - start, 'cannot be reached' in str(error))\n"
+        "    print(sum(waited), 'cannot be reached' in str(error))\n"
     )
     environment = {
         "HF_ENDPOINT": "http://127.0.0.1:9",
@@ -131,8 +133,8 @@ def test_unreachable_hub_answers_within_seconds(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
-    seconds, reached = done.stdout.split()
-    assert float(seconds) < 8 and reached == "True"
+    waited, reached = done.stdout.split()
+    assert float(waited) < 4 and reached == "True"
 
 
 def test_damaged_weights(folder: Path) -> None:
