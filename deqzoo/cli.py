@@ -54,7 +54,7 @@ app = typer.Typer(
 )
 
 # typer may carry its own copy of click, so the base of its usage errors is looked up.
-_USAGE_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 _INTERRUPTED = 130

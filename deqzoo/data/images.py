@@ -248,7 +248,7 @@ def _decode(
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for encoded, marks in groups:
                 arrays.extend(pool.map(to_array, encoded, chunksize=64))
-                labels.extend(index.get(mark, mark) for mark in marks)
+                labels.extend(index.get(mark, mark) for mark in marks)  # type: ignore[misc]
     except (ArrowException, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = one_line(error, 160)
         raise UserError(f"cannot read {source.title} from {folder}: {reason}") from error

@@ -111,7 +111,7 @@ def picture_input(elem_id: str) -> gr.Image:
     def preprocess(payload: Any) -> Any:
         return payload.path if payload is not None and payload.path else usual(payload)
 
-    component.preprocess = preprocess
+    component.preprocess = preprocess  # type: ignore[method-assign]
     return component
 
 

@@ -155,7 +155,8 @@ def batch_tab(shelf: Shelf, pictures: list[Path]) -> None:
         )
         running.append(filled.then(safe, inputs, answers, **options))
         filled.then(None, None, None, js=TO_THE_ANSWER)
-    stop.click(None, None, None, cancels=running, api_visibility="private")
+    cancels: Any = running
+    stop.click(None, None, None, cancels=cancels, api_visibility="private")
 
 
 def endpoint(shelf: Shelf) -> None:

@@ -23,7 +23,8 @@ def read_smiles(smiles: str) -> tuple[list[str], list[tuple[int, int]]]:
     bonds: list[tuple[int, int]] = []
     used: list[int] = []  # bond orders spent at every atom
     last: int | None = None
-    order, branches, rings, i = 1, [], {}, 0
+    rings: dict[str, tuple[int, int]] = {}
+    order, branches, i = 1, list[int | None](), 0
 
     def bind(a: int, b: int, order: int) -> None:
         bonds.append((a, b))

@@ -6,8 +6,6 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 import deqzoo.zoo
 from deqzoo.equilibrium import SOLVERS
 from deqzoo.errors import UserError
@@ -40,7 +38,7 @@ class Loaded:
     """A model with what reads its input: an image processor, a tokenizer, or nothing."""
 
     entry: Entry
-    model: PreTrainedModel
+    model: Any
     reader: Any
 
 

@@ -181,7 +181,9 @@ def dial_chart(measured: Measured) -> str:
     """Accuracy against effort, of the examples here and of the test pictures as measured before."""
     total = len(measured.truths)
     here = f"these {total} pictures, measured here"
-    series = {here: [(k, measured.right(k) / total) for k in range(1, measured.steps + 1)]}
+    series: dict[str, Any] = {
+        here: [(k, measured.right(k) / total) for k in range(1, measured.steps + 1)]
+    }
     if measured.budget is not None:
         title, points = measured.budget
         series[f"{title}, from its evaluation file"] = points

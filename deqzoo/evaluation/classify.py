@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from deqzoo.equilibrium import Solver
@@ -37,7 +36,7 @@ class Classification:
 
 
 def classify(
-    model: PreTrainedModel,
+    model: Any,
     pictures: Sequence[Image.Image],
     *,
     top_k: int = 5,
@@ -69,7 +68,7 @@ def classify(
 
 @torch.inference_mode()
 def classify_pixels(
-    model: PreTrainedModel,
+    model: Any,
     pixels: Tensor,
     *,
     top_k: int = 5,
@@ -92,7 +91,7 @@ def classify_pixels(
     return found
 
 
-def require_image_classifier(model: PreTrainedModel) -> None:
+def require_image_classifier(model: Any) -> None:
     """Refuse models of other kinds.
 
     Raises:
@@ -105,7 +104,7 @@ def require_image_classifier(model: PreTrainedModel) -> None:
         )
 
 
-def load_processor(model: PreTrainedModel) -> Any:
+def load_processor(model: Any) -> Any:
     """The image processor stored beside a model's weights.
 
     Raises:
@@ -122,7 +121,7 @@ def load_processor(model: PreTrainedModel) -> Any:
         raise UserError(f"no usable preprocessor_config.json in {source}: {reason}") from error
 
 
-def to_batch(processor: Any, pictures: Sequence[Image.Image], model: PreTrainedModel) -> Tensor:
+def to_batch(processor: Any, pictures: Sequence[Image.Image], model: Any) -> Tensor:
     """Normalised pictures (B, 3, H, W) where the model is."""
     pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
     return pixels.to(model.device)

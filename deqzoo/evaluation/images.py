@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
@@ -62,7 +61,7 @@ class ImageEvaluator:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         split: str,
         data: str | os.PathLike[str] | None,
         *,
@@ -113,7 +112,7 @@ class ImageEvaluator:
         }
 
 
-def _speed_up(model: PreTrainedModel, n_pictures: int) -> bool:
+def _speed_up(model: Any, n_pictures: int) -> bool:
     """Lay an MDEQ out for convolutions on a CPU; on many pictures also compile its norm.
 
     Returns:
@@ -126,7 +125,7 @@ def _speed_up(model: PreTrainedModel, n_pictures: int) -> bool:
 
 
 def run(
-    model: PreTrainedModel,
+    model: Any,
     processor: Any,
     pictures: Pictures | OwnPictures,
     batch_size: int,
@@ -160,20 +159,19 @@ def run(
             )
         )
         seconds += time.perf_counter() - began
-    return Outputs(
-        *(torch.cat(parts) for parts in zip(*collected, strict=True)), seconds, interrupted
-    )
+    tensors: Any = (torch.cat(parts) for parts in zip(*collected, strict=True))
+    return Outputs(*tensors, seconds, interrupted)  # type: ignore[call-arg]
 
 
 def _pictures_of(
-    model: PreTrainedModel, split: str, data: str | os.PathLike[str] | None
+    model: Any, split: str, data: str | os.PathLike[str] | None
 ) -> Pictures | OwnPictures:
     """Pictures of one's own, or the split of the data set whose class names the labels are."""
     labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     source, load = next((pair for pair in _KNOWN if labels == pair[0].classes), (None, None))
     record = read_record(model.config._name_or_path)
     if data is not None and (record or source is None or not _may_hold(source, data)):
-        return pictures_of_split(data, split, labels, record)
+        return pictures_of_split(Path(data), split, labels, record)
     if load is not None:
         return load(split, data)
     raise UserError(

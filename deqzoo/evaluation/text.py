@@ -108,7 +108,7 @@ def _stream_of(
         source = corpus_of(tokenizer)
         stream = _stream(source, split, data, tokenizer)
         return stream, describe_stream(source, split, stream)
-    text = load_own_text(data)
+    text = load_own_text(Path(data))
     lines = lines_of_split(text, split, record)
     vocabulary, style = tokenizer.get_vocab(), text_style(tokenizer)
     prepared = prepare_text("\n".join(lines), vocabulary, style)

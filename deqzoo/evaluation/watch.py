@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from deqzoo.equilibrium import Rows, Solution, Solver, make_solver
 from deqzoo.equilibrium.diagnostics import SavedTensors
@@ -43,7 +42,7 @@ class Watched:
 
 @torch.inference_mode()
 def watch(
-    model: PreTrainedModel,
+    model: Any,
     pixels: Tensor,
     solver: dict[str, Any] | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -93,7 +92,7 @@ def watched_solver(settings: dict[str, Any], callback: StepCallback) -> Solver:
 
 
 def training_memory(
-    model: PreTrainedModel, pixels: Tensor, labels: Tensor, depths: Sequence[int]
+    model: Any, pixels: Tensor, labels: Tensor, depths: Sequence[int]
 ) -> dict[str, list[int]]:
     """Bytes that a training step keeps for the backward pass, by depth.
 

@@ -157,7 +157,7 @@ def intercepted(model: nn.Module, solve: Callable[..., Solution]) -> Iterator[No
         return solve(owner, f, z0, layout, solver, gradient)
 
     for owner in owners:
-        owner.solve = partial(answer, owner)
+        owner.solve = partial(answer, owner)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -242,7 +242,7 @@ class RecordedModel:
             return self.model(**self.batch, gradient=dict(gradient)).loss
 
 
-def watched(f: Callable[[Any], Any], on_evaluation: Callable[[], None] | None) -> Callable:
+def watched(f: Callable[[Any], Any], on_evaluation: Callable[[], None] | None) -> Any:
     """A function that announces every call."""
     if on_evaluation is None:
         return f

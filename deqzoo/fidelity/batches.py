@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
@@ -17,7 +16,7 @@ from deqzoo.zoo import checkpoints_root
 
 
 def make_batch(
-    model: PreTrainedModel,
+    model: Any,
     data: Path | None = None,
     *,
     split: str = "train",
@@ -57,7 +56,7 @@ def part(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
 
 
 def _pictures(
-    model: PreTrainedModel,
+    model: Any,
     data: Path | None,
     split: str,
     size: int | None,
@@ -68,7 +67,7 @@ def _pictures(
         from deqzoo.evaluation.classify import load_processor, to_batch
         from deqzoo.evaluation.images import _pictures_of
 
-        pictures = _pictures_of(model, split, data)
+        pictures: Any = _pictures_of(model, split, data)
         rows = torch.randperm(len(pictures), generator=generator)[:size]
         images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures.pixels[rows]]
         pixels = to_batch(load_processor(model), images, model)
@@ -89,7 +88,7 @@ def _pictures(
     )
 
 
-def _example_crops(model: PreTrainedModel, size: int, generator: torch.Generator) -> Tensor | None:
+def _example_crops(model: Any, size: int, generator: torch.Generator) -> Tensor | None:
     """Random square parts of the repository's pictures, where both they and a processor exist."""
     from deqzoo.evaluation.classify import load_processor, to_batch
 
@@ -100,12 +99,12 @@ def _example_crops(model: PreTrainedModel, size: int, generator: torch.Generator
     crops = []
     for number in range(size):
         with Image.open(files[number % len(files)]) as picture:
-            picture = to_rgb(picture)
-        side = min(picture.size) // 2
+            upright = to_rgb(picture)
+        side = min(upright.size) // 2
         left, top = (
-            int(torch.randint(extent - side, (1,), generator=generator)) for extent in picture.size
+            int(torch.randint(extent - side, (1,), generator=generator)) for extent in upright.size
         )
-        crops.append(picture.crop((left, top, left + side, top + side)))
+        crops.append(upright.crop((left, top, left + side, top + side)))
     try:
         return to_batch(load_processor(model), crops, model)
     except UserError:
@@ -113,7 +112,7 @@ def _example_crops(model: PreTrainedModel, size: int, generator: torch.Generator
 
 
 def _tokens(
-    model: PreTrainedModel,
+    model: Any,
     data: Path | None,
     split: str,
     size: int | None,
@@ -145,7 +144,7 @@ def _tokens(
 
 
 def _graphs(
-    model: PreTrainedModel,
+    model: Any,
     data: Path | None,
     split: str,
     size: int | None,
@@ -169,14 +168,14 @@ def _graphs(
 
     fold = stored_fold(model)
     graphs = load_graph_set(fold["data"], data, encoding_of(model))
-    chosen = torch.tensor(fold[split])
-    chosen = chosen[torch.randperm(len(chosen), generator=generator)[: size or 16]].tolist()
+    order = torch.randperm(len(fold[split]), generator=generator)[: size or 16].tolist()
+    chosen = [fold[split][i] for i in order]
     batch = {"x": graphs.batch(chosen), "labels": torch.as_tensor(graphs.labels)[chosen]}
     return batch, f"{len(chosen)} graphs of {fold['data']}"
 
 
 def _random_graphs(
-    model: PreTrainedModel, size: int, nodes: bool, generator: torch.Generator
+    model: Any, size: int, nodes: bool, generator: torch.Generator
 ) -> tuple[dict[str, Any], str]:
     """Rings of twelve nodes with random chords, features and labels."""
     n = 12

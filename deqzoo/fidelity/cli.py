@@ -129,7 +129,7 @@ def report(found: Study, content: dict[str, Any], threshold: float) -> str:
 def _saving(found: Study, best: Row) -> str:
     implicit = [r for r in found.rows if r.gradient["name"] == "implicit" and r.agreement > 0.999]
     cheapest = min((r.seconds for r in implicit if r.seconds), default=None)
-    if cheapest is None or best.gradient["name"] == "implicit":
+    if not cheapest or not best.seconds or best.gradient["name"] == "implicit":
         return ""
     return f", {cheapest / best.seconds:.1f} times as fast as the implicit gradient"
 

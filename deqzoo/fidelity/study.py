@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deqzoo.equilibrium import Segments, make_gradient, spectral_radius
 from deqzoo.equilibrium.diagnostics import SavedTensors, compare_gradients
@@ -116,7 +116,7 @@ class Comparison:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         batch: Mapping[str, Any],
         on_evaluation: Callable[[], None] | None = None,
     ) -> None:
@@ -184,7 +184,7 @@ def plan(steps: Sequence[int], dampings: Sequence[float], unrolled: int) -> list
         for name, tolerances in (("anderson", TOLERANCES), ("broyden", (1e-3,)))
         for tol in tolerances
     ]
-    cheap = [{"name": "jfb"}]
+    cheap: list[dict[str, Any]] = [{"name": "jfb"}]
     main_steps = [k for k in _MAIN_STEPS if k in steps]
     main_dampings = [x for x in _MAIN_DAMPINGS if x in dampings] or list(dampings)
     cheap += [
@@ -210,7 +210,7 @@ def _key(settings: Mapping[str, Any]) -> str:
 
 
 def study(
-    model: nn.Module,
+    model: Any,
     batch: Mapping[str, Any],
     *,
     steps: Sequence[int] = STEPS,

@@ -380,7 +380,7 @@ class ResidentGraphs:
         self.parts = {
             key: torch.stack([tensors[key] for tensors in padded]).to(device) for key in padded[0]
         }
-        widths = list(task.config.hidden_sizes)
+        widths: list[Any] = list(task.config.hidden_sizes)
         widths += [task.config.num_labels] if task.config.implicit_head else []
         self.states = [torch.zeros(len(padded), self.rows, m, device=device) for m in widths]
         self._number = torch.zeros(1, dtype=torch.int64, device=device)

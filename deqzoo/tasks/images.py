@@ -55,6 +55,8 @@ class ImageClassificationTask:
     """CIFAR-10, Imagenette and Tiny ImageNet with MDEQ."""
 
     metric = "accuracy"
+    training: Any
+    validation: Any
     validation_chunk = 250
 
     def __init__(
@@ -75,9 +77,7 @@ class ImageClassificationTask:
     def _check_augmentation(self, options: dict[str, Any]) -> None:
         check_augmentation(options, ("area", "aspect", "crop", "flip", "cutout"))
 
-    def _load(
-        self, data: str | os.PathLike[str] | None, stand_in: bool
-    ) -> tuple[Pictures, Pictures]:
+    def _load(self, data: str | os.PathLike[str] | None, stand_in: bool) -> tuple[Any, Any]:
         """Training and validation part."""
         name, options = self.recipe.data.name, self.recipe.data.options
         if name == OWN:
@@ -231,7 +231,8 @@ class ImageClassificationTask:
     def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:
         side = stage.resolution or self.config.image_size
         pixels = torch.zeros(n, 3, side, side, device=model.device)
-        f, state = model.equilibrium_map(pixels)
+        family: Any = model
+        f, state = family.equilibrium_map(pixels)
         return Probe(f, state, partial(model, pixels))
 
     def describe(self) -> dict[str, Any]:
@@ -505,7 +506,7 @@ def whiten_stem(model: MDEQForImageClassification, pixels: Tensor) -> None:
         model: a model with a 3 × 3 first convolution.
         pixels: normalised pictures (N, 3, H, W).
     """
-    weight = model.mdeq.stem.convolutions[0].weight
+    weight: Any = model.mdeq.stem.convolutions[0].weight
     size = weight.shape[-1]
     n = max(1, PATCHES // (pixels.shape[-1] * pixels.shape[-2]))
     patches = F.unfold(pixels[:n], size).transpose(1, 2).reshape(-1, 3 * size * size)

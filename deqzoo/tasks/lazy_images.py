@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deqzoo.data.imagenet import IMAGENET, BlankPictures, LazyPictures, load_imagenet
+from deqzoo.data.imagenet import IMAGENET, BlankPictures, load_imagenet
 from deqzoo.recipe import Recipe
 from deqzoo.tasks.base import Plan, check_options, mixed_seed
 from deqzoo.tasks.images import (
@@ -32,8 +32,6 @@ class LazyImageClassificationTask(ImageClassificationTask):
     """
 
     validation_chunk = 64
-    training: LazyPictures
-    validation: LazyPictures
 
     def __init__(
         self, recipe: Recipe, data: str | os.PathLike[str] | None, stand_in: bool = False
@@ -48,9 +46,7 @@ class LazyImageClassificationTask(ImageClassificationTask):
     def _check_sizes(self) -> None:
         pass  # no such augmentation
 
-    def _load(
-        self, data: str | os.PathLike[str] | None, stand_in: bool
-    ) -> tuple[LazyPictures, LazyPictures]:
+    def _load(self, data: str | os.PathLike[str] | None, stand_in: bool) -> tuple[Any, Any]:
         options = self.recipe.data.options
         check_options(load_imagenet, options)
         if stand_in:

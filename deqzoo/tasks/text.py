@@ -122,7 +122,7 @@ class LanguageModelingTask:
         if batch.pop("fresh"):
             self.memory.pop(self._part, None)
         device = batch["input_ids"].device
-        memory = self.memory.get(self._part)
+        memory: Any = self.memory.get(self._part)
         if memory is not None:
             memory = tuple(tensor.to(device) for tensor in memory)
         return {**batch, "memory": memory, "shift": False, "return_logits": False}
@@ -180,7 +180,8 @@ class LanguageModelingTask:
             torch.zeros(n, config.mem_len, config.d_model, device=model.device),
             torch.zeros(n, config.mem_len, 3 * config.d_model, device=model.device),
         )
-        f, state = model.equilibrium_map(words, memory)
+        family: Any = model
+        f, state = family.equilibrium_map(words, memory)
         forward = partial(
             model, words, labels=words, shift=False, memory=memory, return_logits=False
         )
@@ -190,7 +191,7 @@ class LanguageModelingTask:
         return {split: self.corpus.describe(split) for split in ("train", "validation")}
 
     def save_processor(self, folder: str) -> None:
-        style = "ptb" if self.corpus.source.lowercase else "wikitext"
+        style: Any = "ptb" if self.corpus.source.lowercase else "wikitext"
         build_tokenizer(self.corpus.vocabulary, style).save_pretrained(folder)
         if self.record is not None:
             write_record(Path(folder), self.record)
@@ -248,7 +249,7 @@ class ResidentText:
         streams, start, remembers = rows.unbind(1)
         steps = torch.arange(self.length(stage) + 1, device=rows.device)
         text = self.words[(start.unsqueeze(1) + steps) % len(self.words)]
-        inputs = {"input_ids": text[:, :-1], "labels": text[:, 1:]}
+        inputs: dict[str, Any] = {"input_ids": text[:, :-1], "labels": text[:, 1:]}
         self._streams, self._before = streams, self.filled[streams] * remembers
         if n_past := self.states.shape[1]:
             place = torch.arange(n_past, device=rows.device)

@@ -32,7 +32,7 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     whole batch in one process and float32 activations; n processes need about 1/n of the parts
     that grow with the batch.
     """
-    model = task.model()
+    model: Any = task.model()
     plan = Plan.of(recipe, task)
     ends = (*plan.starts[1:], plan.total)
     measured: dict[int | None, _Sample] = {}

@@ -66,17 +66,17 @@ class Muon(torch.optim.Optimizer):
         return [self.state[p][name] for p in parameters]
 
     def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         updates = self._memory(parameters, "momentum")
         torch._foreach_lerp_(updates, gradients, 1 - group["momentum"])
         if group["nesterov"]:
-            updates = torch._foreach_lerp(gradients, updates, group["momentum"])
+            updates = list(torch._foreach_lerp(gradients, updates, group["momentum"]))
         updates = orthogonalised(updates)
         torch._foreach_mul_(updates, -group["lr"])
         torch._foreach_add_(parameters, updates)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         beta1, beta2 = group["betas"]
         first, second = self._memory(parameters, "first"), self._memory(parameters, "second")
         torch._foreach_lerp_(first, gradients, 1 - beta1)

@@ -341,7 +341,7 @@ def _trainer(
     recipe: Recipe,
     task: Task,
     plan: Plan,
-    model: PreTrainedModel,
+    model: Any,
     out: Path,
     progress: bool,
     max_steps: int | None,

@@ -96,8 +96,9 @@ class TrainingStep:
         if self.recipe.optimizer.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
         self.optimizer.step()
-        if hasattr(self.model, "project_"):  # weights with a norm bound
-            self.model.project_()
+        project = getattr(self.model, "project_", None)  # of weights with a norm bound
+        if project is not None:
+            project()
         self._average()
 
     def loss(self, rows: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class TimedRun:
             torch.backends.cudnn.benchmark = True
         self.best = BestWeights(task.metric) if recipe.evaluation.keep == "best" else None
         self.flop_table = [sample_flops(task.probe, model, stage) for stage in recipe.stages]
-        self.model = model.to(self.device).train()
+        family: Any = model.to(self.device)  # type: ignore[arg-type]
+        self.model = family.train()
         self.average = copy.deepcopy(self.model) if recipe.average else None
         if self.device.type == "cpu" and hasattr(self.averaged(), "use_native_norm"):
             self.averaged().use_native_norm()
@@ -105,7 +106,7 @@ class TimedRun:
 
     # What is kept of a run.
 
-    def averaged(self) -> PreTrainedModel:
+    def averaged(self) -> Any:
         """The weights that are evaluated."""
         return self.model if self.average is None else self.average
 
@@ -424,7 +425,7 @@ class TimedRun:
         self.spent += n * self._batch * (evaluations * per_evaluation + 3 * rest)
         for step in steps:
             step.products = 0
-        if "jacobian_penalty" in sums:
+        if "jacobian_penalty" in sums and stage.jacobian is not None:
             sums["jacobian_penalty"] *= stage.jacobian.every
         self.log(
             epoch=round(self.epochs, 3),

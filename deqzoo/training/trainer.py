@@ -81,6 +81,8 @@ class DEQTrainer(Trainer):
             a Jacobian penalty for a model that hands out no map (IGNN).
     """
 
+    model: Any
+
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.jacobian: Jacobian | None = getattr(self.args, "jacobian", None)
@@ -112,7 +114,7 @@ class DEQTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inputs = self.smoothed_inputs(inputs)
         if not model.training:
@@ -155,10 +157,11 @@ class DEQTrainer(Trainer):
         return inputs
 
     def training_loss(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Any]:
         """The loss without penalties, and the model's output."""
-        return super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return loss, outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -204,7 +207,7 @@ class RecipeTrainer(DEQTrainer):
         self.average: AveragedModel | None = None
         if recipe.average:
             # Trained weights are worth remembering from the first step, fresh ones are not.
-            rule = moving_average(recipe.average, warm_up=not recipe.model.start)
+            rule: Any = moving_average(recipe.average, warm_up=not recipe.model.start)
             self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
         self.best = BestWeights(task.metric) if recipe.evaluation.keep == "best" else None
         if any(stage.jacobian for stage in plan.stages):
@@ -230,7 +233,8 @@ class RecipeTrainer(DEQTrainer):
         def collate(numbers: list[int]) -> dict[str, Any]:
             return self.task.batch(self.plan, numbers[0], rank, world)
 
-        return DataLoader(range(self.plan.total * self.plan.accumulate), 1, collate_fn=collate)
+        numbers: Any = range(self.plan.total * self.plan.accumulate)
+        return DataLoader(numbers, 1, collate_fn=collate)
 
     def stage_inputs(self) -> dict[str, Any]:
         stage = self.stage
@@ -244,7 +248,7 @@ class RecipeTrainer(DEQTrainer):
         return super().wants_penalty()
 
     def training_loss(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Any]:
         labels = inputs.get("labels")
         inputs = self.task.before_forward(model, inputs)
@@ -375,7 +379,7 @@ class RecipeTrainer(DEQTrainer):
         )
         return metrics
 
-    def averaged(self) -> PreTrainedModel:
+    def averaged(self) -> Any:
         """The weights that are evaluated."""
         return self.model if self.average is None else self.average.module
 

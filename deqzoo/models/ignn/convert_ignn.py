@@ -173,7 +173,7 @@ def infer_structure(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     spectral = any(key.endswith(".W_orig") for key in state_dict)
     stem, suffix = ("ignn.", "_orig") if spectral else ("ignn." if torchdeq else "ig", "")
     first = 0 if torchdeq else 1
-    shapes = []
+    shapes: list[tuple[int, int]] = []
     while (key := f"{stem}{first + len(shapes)}.Omega_1{suffix}") in state_dict:
         shapes.append(_matrix_shape(key, state_dict[key]))
     if not shapes:

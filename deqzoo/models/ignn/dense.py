@@ -8,12 +8,13 @@ and compiled models, needs 0.19 ms at the same accuracy. It is used where this b
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def _onednn_linear() -> torch._ops.OpOverloadPacket | None:
+def _onednn_linear() -> Any:
     if not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)

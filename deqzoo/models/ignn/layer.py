@@ -7,10 +7,10 @@ rows here: x = relu(A^T x W^T + b) for x of shape (n, m).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from deqzoo.equilibrium import BatchMap, DetachableMap, Selection
 from deqzoo.models.ignn.dense import times_transposed
@@ -81,7 +81,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         state: Tensor,
         weight: Tensor,
         injection: Tensor,
@@ -97,7 +97,7 @@ class _Step(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         state, weight, result = ctx.saved_tensors
         local = torch.ops.aten.threshold_backward(grad, result, 0)  # through the relu
         needs_state, needs_weight, needs_injection, needs_values = ctx.needs_input_grad[:4]
@@ -259,11 +259,11 @@ class ImplicitGraphLayer(nn.Module):
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, weight: Tensor, replacement: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, replacement: Tensor) -> Tensor:
         return replacement.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -278,12 +278,12 @@ class _Linear(torch.autograd.Function):
     """features @ weight^T by `times_transposed`, backward too."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, features: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(features, weight)
         return times_transposed(features, weight)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         features, weight = ctx.saved_tensors
         needs_features, needs_weight = ctx.needs_input_grad
         grad_features = times_transposed(grad, weight.T) if needs_features else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,9 @@ def joined_solution(
     """
     order = torch.cat(list(numbers)).argsort()
     names = ("status", "n_steps", "abs_residual", "rel_residual", "residual")
-    books = {name: torch.cat([getattr(s, name) for s in solutions])[order] for name in names}
+    books: dict[str, Any] = {
+        name: torch.cat([getattr(s, name) for s in solutions])[order] for name in names
+    }
     return replace(
         solutions[0],
         state=torch.cat([s.state for s in solutions])[torch.cat(list(rows)).argsort()],
@@ -80,6 +83,7 @@ def joined_solution(
 
 def extended_report(base: IGNNModelOutput, solution: Solution) -> IGNNModelOutput:
     """Return the output of a stack, its report extended in place by one more layer."""
+    assert base.n_steps is not None and base.residual is not None and base.converged is not None
     base.n_steps = base.n_steps + solution.n_steps
     base.residual = torch.maximum(base.residual, solution.residual)
     base.converged = base.converged & solution.converged

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from deqzoo.errors import UserError
 
@@ -134,13 +133,13 @@ def _bags(columns: Tensor, starts: Tensor, values: Tensor, dense: Tensor) -> Ten
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, dense: Tensor, values: Tensor, matrix: SparseMatrix) -> Tensor:
+    def forward(ctx: Any, dense: Tensor, values: Tensor, matrix: SparseMatrix) -> Tensor:
         ctx.matrix = matrix
         ctx.save_for_backward(dense if ctx.needs_input_grad[1] else None)
         return matrix.product(dense)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (dense,) = ctx.saved_tensors
         needs_dense, needs_values = ctx.needs_input_grad[:2]
         grad_dense = ctx.matrix.transposed.matmul(grad.contiguous()) if needs_dense else None
