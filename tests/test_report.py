@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from deqzoo.hub.card_texts import DATA_TEXTS
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +26,24 @@ def test_files_that_the_report_names_exist() -> None:
     for name in named:
         if "NAME" not in name:
             assert (ROOT / name.split()[0]).exists(), name
+
+
+def test_what_stands_beside_the_graph_figures_comes_from_files() -> None:
+    """Card and table texts against the results of benchmarks/ignn."""
+    folder = ROOT / "benchmarks" / "ignn"
+    baselines = json.loads((folder / "baselines.json").read_text())
+    folds = json.loads((folder / "results.json").read_text())["folds"]
+    for name in ("Twitch", "HumLoc", "EukLoc"):
+        row = baselines["nodes"][name]
+        value = row["logistic_regression"]
+        words = f"AUC {value:.3f}" if row["metric"] == "auc" else f"{100 * value:.1f} %"
+        assert words in DATA_TEXTS[name.lower()].beside
+    for name in ("PROTEINS", "COX2"):
+        own = [folds[f"{name}-upg-5-0.5-honest-{i}"]["test_accuracy"] for i in range(10)]
+        regression = baselines["graphs"][name]["logistic_regression"]
+        beside = DATA_TEXTS[name.lower()].beside
+        assert f"this recipe {100 * sum(own) / 10:.1f} %" in beside
+        assert f"on counts {100 * regression:.1f} %" in beside
 
 
 def test_wilson_interval() -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -244,7 +244,7 @@ Accuracy in %, mean ± standard deviation (of the ten folds, ddof 0). "Published
 the published code: folds stratified by labels in the wrong order, no validation part, and for each
 fold the best test accuracy of 200 epochs, evaluated with A + A^T: a figure chosen on the test data.
 "Honest protocol": properly stratified folds, 8 parts to train, 1 to choose the epoch, 1 to test.
-A count such as (3/10) marks a cell whose folds are not all done.
+"3 of 10 folds" marks a cell whose folds are not all done. Baselines: [baselines.md](baselines.md).
 """
 _COLUMNS = """\
 | data | gradient | published figure | published protocol | honest protocol | parameters | \
@@ -292,7 +292,8 @@ def render(folds: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(["COX2", "PROTEINS", *(f["data"] for f in folds.values())]))
     for name in names:
         for method, title in TITLES.items():
-            rows.append(_row(name, method, title, list(folds.values())))
+            if any((f["data"], f["method"]) == (name, method) for f in folds.values()):
+                rows.append(_row(name, method, title, list(folds.values())))
     for method in ("implicit", "upg-5-0.5", "upg-5-1.0"):
         figure = PUBLISHED["PPI", method]
         rows.append(f"| PPI | {TITLES[method]} | {figure} (Micro-F1) | not measured | | | | |")
@@ -333,13 +334,14 @@ def render_nodes(folders: Sequence[Path]) -> str:
 
 
 def cell(values: list[float]) -> str:
-    """Return "84.1 ± 2.9", with the count where folds are missing; "" without any."""
+    """Return "84.1 ± 2.9 (0.9)", with the count where folds are missing; "" without any."""
     if not values:
         return ""
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
-    text = f"{100 * mean:.1f} ± {100 * deviation:.1f}"
-    return text if len(values) == N_FOLDS else f"{text} ({len(values)}/{N_FOLDS})"
+    text = f"{100 * statistics.mean(values):.1f}"
+    if len(values) > 1:
+        deviation = 100 * statistics.stdev(values)
+        text += f" ± {deviation:.1f} ({deviation / len(values) ** 0.5:.1f})"
+    return text if len(values) == N_FOLDS else f"{text}, {len(values)} of {N_FOLDS} folds"
 
 
 def _row(name: str, method: str, title: str, folds: list[Mapping[str, Any]]) -> str:

@@ -221,6 +221,7 @@ DATA_TEXTS = {
         "The figures are those of one run and one test network, in which the classes are shared out "
         "otherwise than in those trained on: the area under the ROC curve is the measure, and the "
         "accuracy says little. Do not decide anything about people with it.",
+        beside="logistic regression on a node's own features: AUC 0.583",
     ),
     "humloc": DataText(
         None,
@@ -230,6 +231,7 @@ DATA_TEXTS = {
         "by and 1,244 to test (Zhao, Dong, Hanjalic, Khosla 2023; the files are those of "
         "Tianqi-py/MLGNC on GitHub, without a stated licence).",
         _PROTEIN_LIMITS,
+        beside="logistic regression on a node's own features: 42.6 %",
     ),
     "eukloc": DataText(
         None,
@@ -239,19 +241,21 @@ DATA_TEXTS = {
         "choose by and 3,108 to test (Zhao, Dong, Hanjalic, Khosla 2023; the files are those of "
         "Tianqi-py/MLGNC on GitHub, without a stated licence).",
         _PROTEIN_LIMITS,
+        beside="logistic regression on a node's own features: 43.3 %",
     ),
     "proteins": DataText(
         "graphs-datasets/PROTEINS",
         "PROTEINS",
         "1,113 graphs in two classes (TU collection).",
         f"{_FOLD_LIMITS} It is no tool for deciding about proteins or medicine.",
-        beside="IGNN's paper: 77.7 % over ten folds",
+        beside="over ten folds: this recipe 74.8 %, logistic regression on counts 74.4 %, IGNN's paper 77.7 %",
     ),
     "cox2": DataText(
         None,
         "COX2",
         "467 graphs in two classes (TU collection).",
         f"{_FOLD_LIMITS} It is no tool for deciding about molecules or medicine.",
+        beside="over ten folds: this recipe 80.9 %, logistic regression on counts 79.0 %",
     ),
 }
 

@@ -342,8 +342,8 @@ def test_jobs():
 
 def test_cells():
     assert table.cell([]) == ""
-    assert table.cell([0.8, 0.9] * 5) == "85.0 ± 5.0"
-    assert table.cell([0.8]) == "80.0 ± 0.0 (1/10)"
+    assert table.cell([0.8, 0.9] * 5) == "85.0 ± 5.3 (1.7)"  # ddof 1, standard error
+    assert table.cell([0.8]) == "80.0, 1 of 10 folds"
 
 
 def test_tables_of_cards_and_nodes(tmp_path):
