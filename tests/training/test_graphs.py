@@ -328,7 +328,7 @@ def test_table_resumes(root, tmp_path):
     fold = json.loads((tmp_path / "runs" / jobs[2].key / "model" / "fold.json").read_text())
     assert fold["test"] == honest_folds(load_graph_set("TINY", root).labels)[0].test
     text = table.render(folds)
-    assert "(2/10)" in text and "| COX2 | Implicit | 84.1 ± 2.9 |" in text
+    assert "2 of 10 folds" in text and "| COX2 | Implicit | 84.1 ± 2.9 |" in text
 
 
 def test_jobs():
