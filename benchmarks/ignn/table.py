@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "npg-5-0.5": {"name": "npg", "steps": 5, "damping": 0.5},
 }
 """Columns of the graph table: how the equilibria are differentiated."""
-DATA_SETS = ("COX2", "PROTEINS")
+DATA_SETS = ("COX2", "PROTEINS", "MUTAG", "PTC_MR", "NCI1")
 PROTOCOLS = ("published", "honest")
 CHECKPOINT_METHOD = "upg-5-0.5"
 
@@ -240,11 +240,12 @@ TITLES = {
     "npg-5-0.5": "NPG k=5 λ=0.5",
 }
 _LEGEND = """\
-Accuracy in %, mean ± standard deviation (of the ten folds, ddof 0). "Published protocol" repeats
-the published code: folds stratified by labels in the wrong order, no validation part, and for each
-fold the best test accuracy of 200 epochs, evaluated with A + A^T: a figure chosen on the test data.
-"Honest protocol": properly stratified folds, 8 parts to train, 1 to choose the epoch, 1 to test.
-"3 of 10 folds" marks a cell whose folds are not all done. Baselines: [baselines.md](baselines.md).
+Accuracy in %, mean ± standard deviation of the ten folds (standard error), ddof 1; published
+figures as printed. "Published protocol" repeats the published code: folds stratified by labels in
+the wrong order, no validation part, and for each fold the best test accuracy of 200 epochs,
+evaluated with A + A^T: a figure chosen on the test data. "Honest protocol": properly stratified
+folds, 8 parts to train, 1 to choose the epoch, 1 to test. "3 of 10 folds" marks a cell whose folds
+are not all done. Baselines are in `benchmarks/ignn/baselines.md`.
 """
 _COLUMNS = """\
 | data | gradient | published figure | published protocol | honest protocol | parameters | \

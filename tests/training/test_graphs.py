@@ -328,12 +328,12 @@ def test_table_resumes(root, tmp_path):
     fold = json.loads((tmp_path / "runs" / jobs[2].key / "model" / "fold.json").read_text())
     assert fold["test"] == honest_folds(load_graph_set("TINY", root).labels)[0].test
     text = table.render(folds)
-    assert "2 of 10 folds" in text and "| COX2 | Implicit | 84.1 ± 2.9 |" in text
+    assert "2 of 10 folds" in text and "| TINY | NPG k=5 λ=0.5 |" in text
 
 
 def test_jobs():
     jobs = table.all_jobs()
-    assert len(jobs) == len(set(jobs)) == 160
+    assert len(jobs) == len(set(jobs)) == 400
     first = [job.key for job in jobs[:2]]
     assert first == ["COX2-upg-5-0.5-honest-0", "PROTEINS-upg-5-0.5-honest-0"]
     with pytest.raises(UserError, match="unknown method 'sgd'"):
@@ -350,7 +350,9 @@ def test_tables_of_cards_and_nodes(tmp_path):
     fold = {"data": "COX2", "method": "implicit", "protocol": "honest", "test_accuracy": 0.75}
     fold |= {"parameters": 27010, "cpu_seconds": 60.0, "peak_memory_mib": 900.0}
     notes = table.render_notes({"a": fold}, "COX2")
-    assert "### Ten folds of COX2" in notes and "| 75.0 ± 0.0 (1/10) | 27,010 | 60 | 900 |" in notes
+    assert (
+        "### Ten folds of COX2" in notes and "| 75.0, 1 of 10 folds | 27,010 | 60 | 900 |" in notes
+    )
     assert "PROTEINS" not in notes
     (tmp_path / "ignn-x" / "evaluation").mkdir(parents=True)
     for split, value in (("validation", 0.5), ("test", 0.25)):
