@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -28,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CLASSES = ("church", "French horn", "golf ball")
 EACH = 20
+PROGRESS = re.compile(r"[^|]*%\|")
 KINDS = ("pictures", "text", "graphs")
 
 
@@ -98,8 +100,8 @@ def run(kind: str, imagenette: str) -> None:
             )  # fmt: skip
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            shown = [line.rpartition("\r")[2].rstrip() for line in done.stdout.splitlines()]
-            shown = [line.replace(server.url, "https://huggingface.co") for line in shown]
+            text = done.stdout.replace(f"{scratch}/", "").replace(server.url, "http://hub")
+            shown = [line.rstrip() for line in text.splitlines() if not PROGRESS.match(line)]
             print(f"$ deqzoo {command}", *shown, f"({seconds:.0f} CPU s)", sep="\n", flush=True)
             if done.returncode:
                 sys.exit(f"own_data.py: the command ended with {done.returncode}")
@@ -107,7 +109,7 @@ def run(kind: str, imagenette: str) -> None:
                 {
                     "title": title,
                     "command": f"deqzoo {command}",
-                    "output": [line for line in shown if line and "it/s]" not in line],
+                    "output": list(filter(None, shown)),
                     "cpu_seconds": round(seconds, 1),
                 }
             )

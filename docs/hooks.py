@@ -23,6 +23,8 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(_copy(config, f"models/{picture.name}", picture))
     rows = "\n".join(f"- [{name}]({name}.md)" for name in names)
     files.append(_page(config, "models/index.md", f"# Models\n\n{rows}\n"))
+    measured = (ROOT / "benchmarks" / "own_data.md").read_text(encoding="utf-8")
+    files.append(_page(config, "own-data-measured.md", measured))
     studies = ROOT / "benchmarks" / "studies"
     text = (studies / "README.md").read_text(encoding="utf-8")
     pictures = {p.name for p in studies.glob("*.svg")}

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_pictures(data, settings.count)
     quick = [] if settings.max_steps is None else ["--max-steps", settings.max_steps]
     step(
-        "Train: a fifth of each class is held out, and chooses the weights.",
+        "Train: a fifth of each class is measured, a tenth chooses the weights.",
         "finetune", settings.model, "--data", data, "--output", settings.output, *quick,
     )  # fmt: skip
     step(

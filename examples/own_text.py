@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     quick = [] if settings.max_steps is None else ["--max-steps", settings.max_steps]
     step("How well does the model know such a text?", "perplexity", text, "--model", settings.model)
     step(
-        "Train: words that the model lacks join its vocabulary; the last tenth is held out.",
+        "Train: words that the model lacks join its vocabulary; the last tenth is measured.",
         "finetune", settings.model, "--data", text, "--output", settings.output,
         "--tokenizer", "extend", *quick,
     )  # fmt: skip

@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "site").glob("*.md"))
@@ -23,6 +25,49 @@ def test_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for number, block in enumerate(blocks, start=1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+
+
+def test_what_one_migrates_from_is_torchdeq_s_own() -> None:
+    """Both sides of the page compute the same: the blocks, and the rows of the table."""
+    torchdeq = pytest.importorskip("torchdeq")
+    from torchdeq.loss import jac_reg
+
+    from deqzoo import equilibrium
+
+    page = (ROOT / "docs" / "site" / "migrating.md").read_text(encoding="utf-8")
+    (theirs,) = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    (ours,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"get_deq": torchdeq.get_deq}
+    exec(ours, names)
+    f, x, z = names["f"], names["x"], names["solution"].state.detach()
+    gradient, x.grad = x.grad, None
+    exec(theirs, names)
+    names["loss"].backward()
+    torch.testing.assert_close(names["z_out"][-1].detach(), z, rtol=0, atol=5e-3)
+    torch.testing.assert_close(x.grad, gradient, rtol=0, atol=5e-3)
+    for figure in ("nstep", "rel_lowest", "abs_lowest"):
+        assert len(names["info"][figure]) == len(z)
+
+    def gradient_of(state: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(state.sum(), x)[0]
+
+    tight = {"f_solver": "anderson", "f_max_iter": 50, "f_tol": 1e-6, "f_stop_mode": "abs"}
+    states, info = torchdeq.get_deq(**tight, grad=5, tau=0.5, n_states=4)(f, torch.zeros(2, 3))
+    assert len(states) == 4
+    solver = {"name": "anderson", "max_steps": 50, "tol": 1e-6, "stop_mode": "abs"}
+    upg = {"name": "upg", "steps": 5, "damping": 0.5}
+    solution = equilibrium.fixed_point(
+        f, torch.zeros(2, 3), solver=solver, gradient=upg, sample_steps=(2, 4, 6)
+    )
+    assert len(solution.samples) == 3
+    torch.testing.assert_close(gradient_of(states[-1]), gradient_of(solution.state))
+    _, info = torchdeq.get_deq(**tight).eval()(f, torch.zeros(2, 3), sradius_mode=True)
+    radius = equilibrium.spectral_radius(f, solution.state.detach())
+    torch.testing.assert_close(info["sradius"].flatten(), radius.flatten(), rtol=0.02, atol=0)
+    point = solution.state.detach().requires_grad_()
+    both = jac_reg(f(point), point, vecs=200), equilibrium.jacobian_penalty(f, point, n_probes=200)
+    assert float(both[0]) == pytest.approx(float(both[1]), rel=0.2)
 
 
 def test_there_are_blocks() -> None:

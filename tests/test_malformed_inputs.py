@@ -10,6 +10,7 @@ import io
 import json
 import random
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 
 import deqzoo
 from deqzoo.cli import run
+from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
 
 COUNT = 100
@@ -291,3 +293,166 @@ def test_converter(tmp_path: Path, ends_well) -> None:
             "convert", family, source, "--config", config, "--output", tmp_path / "out"
         )
         assert code == 2
+
+
+def refused_or(work: Callable[[], object], *others: type[Exception]) -> bool:
+    """Whether a call was refused in one line; it may also answer."""
+    try:
+        work()
+    except (UserError, *others) as error:
+        assert str(error).strip()
+        return True
+    return False
+
+
+def test_uploads_of_the_demo(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from deqzoo.demo import graphs, images, text
+
+    refused = 0
+    for draws in seeds():
+        file = tmp_path / f"{draws.randrange(10**9)}{draws.choice(('.png', '.jpg', '', '.txt'))}"
+        file.write_bytes(damaged(draws, picture(draws)))
+        refused += refused_or(lambda file=file: images.open_picture(file))
+        content = draws.choice(("the dog , café\n".encode() * 3, "dog".encode("utf-16"), b"\0\0"))
+        file.write_bytes(damaged(draws, content))
+        refused += refused_or(lambda file=file: text.read_text_file(file))
+        folder = tmp_path / str(draws.randrange(10**9))
+        folder.mkdir()
+        for part, lines in TU.items():
+            chosen = [draws.choice(CELLS) if draws.random() < 0.1 else line for line in lines]
+            if draws.random() > 0.1:
+                (folder / f"T_{part}.txt").write_text("\n".join(chosen))
+        uploads = sorted(folder.iterdir())
+        refused += refused_or(lambda uploads=uploads: graphs.uploaded_graphs(uploads, None))
+    assert COUNT < refused < 3 * COUNT
+
+
+def pictures_to_learn(draws: random.Random, folder: Path) -> Path:
+    """A zip or a table of labelled pictures with something wrong."""
+    files = [(f"{draws.choice(('cat', 'dog', ''))}/{i}.png", picture(draws)) for i in range(6)]
+    if draws.random() < 0.3:
+        files[0] = (files[0][0], draws.randbytes(40))
+    if draws.random() < 0.5:
+        path = folder / "p.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files:
+                archive.writestr(name, content)
+        if draws.random() < 0.5:
+            path.write_bytes(damaged(draws, path.read_bytes()))
+        return path
+    rows = [draws.choice(("path,label", "path", "x,y", "file,class,class", ""))]
+    for number, (name, content) in enumerate(files):
+        if draws.random() > 0.1:
+            (folder / f"{number}.png").write_bytes(content)
+        rows.append(draws.choice((f"{number}.png,{name.partition('/')[0]}", f"{number}.png", ",,")))
+    path = folder / "p.csv"
+    text = "\n".join(rows).encode()
+    path.write_bytes(damaged(draws, text) if draws.random() < 0.3 else text)
+    return path
+
+
+def text_to_learn(draws: random.Random, folder: Path) -> Path:
+    suffix = draws.choice((".txt", ".jsonl", ".txt.gz", ".parquet", ""))
+    sound = "\n".join(json.dumps({"text": "the dog"}) for _ in range(4)).encode()
+    content = draws.choice((sound, b"the dog .\n" * 30, b"", b"\n\n", "dog\n".encode("utf-16")))
+    path = folder / f"t{suffix}"
+    path.write_bytes(damaged(draws, content) if draws.random() < 0.7 else content)
+    return path
+
+
+def graphs_to_learn(draws: random.Random, folder: Path) -> Path:
+    from torch_geometric.data import Data
+
+    fields = [
+        {"x": torch.rand(2, 3), "edge_index": torch.tensor([[0, 1], [1, 0]]), "y": number % 2}
+        for number in range(draws.choice((0, 1, 8, 8, 8)))
+    ]
+    wrong: tuple[tuple[str, tuple[object, ...]], ...] = (
+        ("x", (None, torch.rand(2, 2), torch.full((2, 3), float("nan")), torch.zeros(0, 3), "x")),
+        ("edge_index", (None, torch.tensor([[0], [9]]), torch.zeros(2, 2), torch.tensor([0]))),
+        ("y", (None, 1.5, torch.tensor([1, 0]), -(10**12), "cat", float("nan"))),
+    )
+    if fields and draws.random() < 0.6:
+        name, values = draws.choice(wrong)
+        draws.choice(fields)[name] = draws.choice(values)
+    path = folder / "g.pt"
+    torch.save([Data(**one) for one in fields], path)
+    if draws.random() < 0.3:
+        path.write_bytes(damaged(draws, path.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("kind", ("mdeq", "deq_transformer", "ignn"))
+def test_data_to_learn(
+    kind: str, tiny_mdeq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    pytest.importorskip("torch_geometric")
+    from deqzoo.training.finetune import Settings, prepare
+
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    if kind == "deq_transformer":
+        sizes = {"vocab_size": len(WORDS), "d_model": 8, "d_embed": 8, "n_head": 2, "d_inner": 8}
+        deqzoo.DEQTransformerForCausalLM(deqzoo.DEQTransformerConfig(**sizes)).save_pretrained(
+            model
+        )
+        build_tokenizer(WORDS, "wikitext").save_pretrained(model)
+        make = text_to_learn
+    elif kind == "ignn":
+        config = deqzoo.IGNNConfig(num_features=3, hidden_sizes=[4])
+        deqzoo.IGNNForGraphClassification(config).save_pretrained(model)
+        make = graphs_to_learn
+    else:
+        model, make = tiny_mdeq, pictures_to_learn
+    refused = 0
+    for draws in seeds():
+        folder = tmp_path / str(draws.randrange(10**9))
+        folder.mkdir()
+        path = make(draws, folder)
+
+        def learn(path: Path = path) -> None:
+            job = prepare(model, path, Settings())
+            assert len(job.train) and len(job.held_out)  # type: ignore[arg-type]
+            assert job.train[0] is not None and job.held_out[0] is not None
+
+        refused += refused_or(learn)
+    assert COUNT // 4 < refused < COUNT
+
+
+BAD_TENSORS: tuple[object, ...] = (
+    None, 3, "x", [], {}, torch.zeros(0), torch.zeros(1), torch.zeros(2, 3),
+    torch.zeros(1, 3, 7, 9),
+    torch.full((1, 3, 8, 8), float("nan")), torch.zeros(1, 4, dtype=torch.long) - 1,
+    torch.full((1, 4), 99), torch.zeros(1, 4, dtype=torch.bool), torch.eye(3).to_sparse(),
+    np.zeros((2, 2)), [[1, 2], [3]],
+)  # fmt: skip
+
+
+def test_calls_of_models(tiny_mdeq: Path) -> None:
+    sizes = {"vocab_size": len(WORDS), "d_model": 8, "d_embed": 8, "n_head": 2, "d_inner": 8}
+    text = deqzoo.DEQTransformerForCausalLM(deqzoo.DEQTransformerConfig(**sizes)).eval()
+    graph = deqzoo.IGNNForGraphClassification(deqzoo.IGNNConfig(num_features=3, hidden_sizes=[4]))
+    edges = torch.tensor([[0, 1], [1, 0]])
+    sound: list[tuple[torch.nn.Module, dict[str, object]]] = [
+        (deqzoo.DEQModel.from_pretrained(tiny_mdeq),
+         {"pixel_values": torch.zeros(1, 3, 8, 8), "labels": torch.tensor([1])}),
+        (text, {"input_ids": torch.tensor([[1, 5, 6]]), "attention_mask": torch.ones(1, 3)}),
+        (graph.eval(), {"x": torch.eye(3)[:2], "edge_index": edges, "edge_weight": torch.ones(2),
+                        "batch": torch.zeros(2, dtype=torch.long), "labels": torch.tensor([0])}),
+    ]  # fmt: skip
+    for model, arguments in sound:
+        raw: dict[str, int] = {}
+        for draws in seeds():
+            wrong = {**arguments, draws.choice(list(arguments)): draws.choice(BAD_TENSORS)}
+            if draws.random() < 0.3:
+                wrong["solver"] = draws.choice(({"max_steps": -1}, {"name": "x"}, 3, {"tol": "x"}))
+            try:
+                with torch.no_grad():
+                    model(**wrong, **({} if "solver" in wrong else {"solver": {"max_steps": 2}}))
+            except (UserError, ValueError) as error:
+                assert str(error).strip()
+            except Exception as error:
+                raw[f"{type(error).__name__}: {error}"[:120]] = raw.get(str(error), 0) + 1
+        assert not raw, (type(model).__name__, raw)

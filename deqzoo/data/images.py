@@ -39,6 +39,24 @@ Groups = Iterator[tuple[list[bytes], list[Any]]]
 """Encoded pictures with their labels, each an index into the classes or a class name."""
 
 
+HEIC = (".heic", ".heif")
+
+
+def register_heic(path: str | os.PathLike[str]) -> None:
+    """Let Pillow read the format of iPhones, which another package decodes.
+
+    Raises:
+        UserError: that package is missing.
+    """
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a HEIC picture: pip install pillow-heif to read it, or save it as JPEG"
+        ) from error
+    register_heif_opener()
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """What is known about a data set.

@@ -7,6 +7,7 @@ evaluation leaves it out, wherever the files lie by then.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -15,9 +16,9 @@ import random
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from deqzoo.data.images import Pictures
+from deqzoo.data.images import HEIC, Pictures, register_heic
 from deqzoo.data.lines import Fragment, read_lines, text_files
 from deqzoo.data.shards import parquet_shards
 from deqzoo.data.text import (
@@ -161,6 +162,8 @@ def load_own_pictures(
     if not path.exists():
         raise UserError(f"there is no file or folder {path}")
     name = path.stem if path.is_file() else path.resolve().name
+    if path.is_dir():
+        _know_heic(path.rglob("*"))
     tables: dict[str, _Table]
     if path.suffix in _TABLES and path.is_file():
         tables = {"train": _paths_of_table(path, label_column)}
@@ -193,6 +196,22 @@ def load_own_pictures(
 
 def _natural(name: str) -> tuple[int, str]:
     return (int(name), name) if name.isdecimal() else (-1, name)
+
+
+def _know_heic(files: Iterable[PurePath]) -> None:
+    """Read pictures of iPhones where there are any, which `datasets` would pass over in silence.
+
+    Raises:
+        UserError: there are, and nothing at hand reads them.
+    """
+    found = next((file for file in files if file.suffix.lower() in HEIC), None)
+    if found is None:
+        return
+    register_heic(found)
+    with contextlib.suppress(ImportError):
+        from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+        ImageFolder.EXTENSIONS = [*{*ImageFolder.EXTENSIONS, *HEIC}]
 
 
 def _open(path: Path) -> dict[str, Any]:
@@ -265,10 +284,11 @@ def _cells(dataset: Any, path: Path, label_column: str | None) -> _Table:
 
 def _pictures_of_zip(path: Path) -> dict[str, _Table]:
     """Pictures of a zip by split; the folder that a picture lies in is its class."""
-    known = {*Image.registered_extensions()}
+    known = {*Image.registered_extensions(), *HEIC}
     tables: dict[str, _Table] = {}
     try:
         with zipfile.ZipFile(path) as archive:
+            _know_heic(PurePosixPath(name) for name in archive.namelist())
             for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
                 file = PurePosixPath(entry.filename)
                 hidden = any(part.startswith((".", "__MACOSX")) for part in file.parts)
@@ -313,6 +333,7 @@ def _paths_of_table(path: Path, label_column: str | None) -> _Table:
             raise UserError(f"line {number} of {path}: there is no file {file}")
         cells.append(file)
         labels.append(row[label])
+    _know_heic(cell for cell in cells if isinstance(cell, Path))
     return cells, labels, None
 
 

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from deqzoo.data.images import HEIC, register_heic
 from deqzoo.equilibrium import Solver
 from deqzoo.errors import UserError, one_line
 
@@ -138,7 +139,7 @@ def picture_files(source: str | os.PathLike[str]) -> list[Path]:
     path = Path(source).expanduser()
     if not path.is_dir():
         return [path]
-    known = {*Image.registered_extensions(), *_HEIC} - {".pdf", ".mpg", ".mpeg"}
+    known = {*Image.registered_extensions(), *HEIC} - {".pdf", ".mpg", ".mpeg"}
     files = [
         file
         for file in sorted(path.rglob("*"))
@@ -149,9 +150,6 @@ def picture_files(source: str | os.PathLike[str]) -> list[Path]:
     if not files:
         raise UserError(f"folder {path} holds no pictures")
     return files
-
-
-_HEIC = (".heic", ".heif")
 
 
 def read_picture(path: str | os.PathLike[str]) -> Image.Image:
@@ -171,20 +169,9 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
         raise UserError(f"{path} does not exist") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if path.suffix.lower() in _HEIC:
-        _register_heic(path)
+    if path.suffix.lower() in HEIC:
+        register_heic(path)
     return decode_picture(content, str(path))
-
-
-def _register_heic(path: Path) -> None:
-    """Let Pillow read the format of iPhones, which another package decodes."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError as error:
-        raise UserError(
-            f"{path} is a HEIC picture: pip install pillow-heif to read it, or save it as JPEG"
-        ) from error
-    register_heif_opener()
 
 
 def decode_picture(content: bytes, name: str) -> Image.Image:

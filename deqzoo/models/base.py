@@ -394,6 +394,21 @@ STANDARD_KEYWORDS = frozenset(
 )
 
 
+def require_dense(**values: Any) -> None:
+    """Refuse arguments of a forward, by name, that are no dense tensors; None is let through.
+
+    Raises:
+        UserError: something else.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise UserError(f"{name} must be a dense tensor, got {value.layout}; use to_dense()")
+
+
 def check_keywords(model: PreTrainedModel, keywords: Mapping[str, Any]) -> None:
     """Take standard keywords that ask for nothing (None or False), refuse everything else.
 

@@ -126,6 +126,7 @@ class Job:
         record: what `own_data.json` holds.
         last_layers: beginnings of the names of parameters that "backbone" does not freeze.
         lr: default learning rate.
+        least_steps: optimiser steps where nobody says how many epochs.
         unit: what a sample is.
         accuracy: whether the figure is one.
         solver: of training steps where nobody says.
@@ -143,6 +144,7 @@ class Job:
     unit: str
     measured: int
     accuracy: bool = True
+    least_steps: int = LEAST_STEPS
     solver: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -208,9 +210,11 @@ def train(
     n = len(job.train)  # type: ignore[arg-type]
     batch_size = settings.batch_size or min(32, max(8, n // 10))
     per_epoch = math.ceil(n / batch_size)
-    epochs = settings.epochs or max(3, math.ceil(LEAST_STEPS / per_epoch))
+    epochs = settings.epochs or max(3, math.ceil(job.least_steps / per_epoch))
     total = settings.max_steps or max(1, round(epochs * per_epoch))
     every = max(1, total // _EVALUATIONS)
+    # Of few samples the best accuracy is that of a lucky step; the loss says more.
+    by_accuracy = job.accuracy and len(job.held_out) >= FEW  # type: ignore[arg-type]
     arguments = DEQTrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=total,
@@ -229,8 +233,8 @@ def train(
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_score" if job.accuracy else "eval_loss",
-        greater_is_better=job.accuracy,
+        metric_for_best_model="eval_score" if by_accuracy else "eval_loss",
+        greater_is_better=by_accuracy,
         report_to=check_report_to(settings.report_to),
         remove_unused_columns=False,
         label_names=["labels"],
@@ -643,7 +647,8 @@ def graph_job(model: PreTrainedModel, graphs: GraphSet, settings: Settings) -> J
             "one_hold_out": not choosing,
         },
         last_layers=("dense", "classifier"),
-        lr=2e-3,
+        lr=5e-3,
+        least_steps=4 * LEAST_STEPS,  # they are cheap, and 200 left rings, paths and stars mixed
         unit="graphs",
         measured=len(test) if choosing else 0,
         notes=[f"graphs of the classes {listed}"],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -124,6 +126,41 @@ def test_every_layout_of_pictures_gives_the_same(tmp_path: Path) -> None:
             shutil.copy(file, target)
     found = own.load_own_pictures(parted)
     assert {split: len(part) for split, part in found.items()} == {"train": 3, "test": 3}
+
+
+@pytest.mark.parametrize("layout", ("folder", "zip", "csv"))
+def test_pictures_of_iphones(tmp_path: Path, monkeypatch, layout: str) -> None:
+    """Read where pillow-heif is there, refused in one line where not, never passed over."""
+    folder = write_folder(tmp_path / "things", count=2, side=64)
+    one = folder / "red thing" / "phone.HEIC"
+    pictures = Image.open(folder / "red thing" / "0.png")
+    try:
+        import pillow_heif
+    except ImportError:
+        one.write_bytes(b"\0\0\0\x18ftypheic")
+    else:
+        pillow_heif.from_pillow(pictures).save(one)
+    source = folder
+    if layout == "zip":
+        source = tmp_path / "things.zip"
+        with zipfile.ZipFile(source, "w") as archive:
+            for file in folder.rglob("*.*"):
+                archive.write(file, file.relative_to(folder))
+    elif layout == "csv":
+        source = tmp_path / "things.csv"
+        files = [file.relative_to(tmp_path) for file in folder.rglob("*.*")]
+        rows = [f"{file},{file.parent.name}" for file in files]
+        source.write_text("\n".join(["path,label", *rows]))
+    if importlib.util.find_spec("pillow_heif") is not None:
+        found = own.load_own_pictures(source)["train"]
+        assert len(found) == 7
+        row = next(i for i in range(7) if found.content(i) == one.read_bytes())
+        seen = np.asarray(found.picture(row)).astype(float)
+        assert np.abs(seen - np.asarray(pictures)).mean() < 20
+        assert found.classes[int(found.labels[row])] == "red thing"
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UserError, match="pip install pillow-heif"):
+        own.load_own_pictures(source)
 
 
 def test_pictures_that_cannot_be_learnt(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.errors import UserError
+from deqzoo.models.base import require_dense
 from deqzoo.models.deq_transformer.adaptive import IGNORED
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
@@ -19,7 +20,7 @@ def targets_of(labels: Tensor, shift: bool, attention_mask: Tensor | None) -> Te
     """
     padding = None
     if attention_mask is not None:
-        padding = attention_mask[:, -labels.shape[1] :] == 0
+        padding = _columns(attention_mask, labels) == 0
     if shift:
         if padding is not None:
             labels = labels.masked_fill(padding, IGNORED)
@@ -36,6 +37,7 @@ def check_tokens(config: DEQTransformerConfig, input_ids: Tensor, training: bool
     Raises:
         UserError: not (batch, tokens), no tokens, or an index outside the vocabulary.
     """
+    require_dense(input_ids=input_ids)
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise UserError(
             f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens) with at least "
@@ -68,6 +70,7 @@ def read_tokens(
     if inputs_embeds is None:
         check_tokens(config, input_ids, training)
         return input_ids
+    require_dense(inputs_embeds=inputs_embeds)
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.d_model:
         raise UserError(
             f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
@@ -104,6 +107,7 @@ def check_labels(
     Raises:
         UserError: another shape than that of input_ids (B, T), or a label outside the vocabulary.
     """
+    require_dense(labels=labels)
     if labels.shape != input_ids.shape:
         raise UserError(
             f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; pass one "
@@ -129,16 +133,27 @@ def _refuse_foreign(config: DEQTransformerConfig, name: str, words: Tensor, advi
         )
 
 
+def _columns(attention_mask: Tensor, tokens: Tensor) -> Tensor:
+    """The last columns of a mask, one for each token (B, T).
+
+    Raises:
+        UserError: it has fewer, or is no such mask.
+    """
+    require_dense(attention_mask=attention_mask)
+    columns = attention_mask[:, -tokens.shape[1] :] if attention_mask.ndim == 2 else attention_mask
+    if columns.shape != tokens.shape:
+        raise UserError(
+            f"attention_mask {tuple(attention_mask.shape)} does not cover input_ids "
+            f"{tuple(tokens.shape)}."
+        )
+    return columns
+
+
 def valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
     """(B, T) bool, or None when every token is real."""
     if attention_mask is None:
         return None
-    valid = attention_mask[:, -input_ids.shape[1] :].bool()
-    if valid.shape != input_ids.shape:
-        raise UserError(
-            f"attention_mask {tuple(attention_mask.shape)} does not cover input_ids "
-            f"{tuple(input_ids.shape)}."
-        )
+    valid = _columns(attention_mask, input_ids).bool()
     return None if bool(valid.all()) else valid
 
 

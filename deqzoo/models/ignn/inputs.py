@@ -146,6 +146,8 @@ def _tensor_of(name: str, value: Any) -> Any:
 
 def _features_of(x: Any) -> Tensor:
     x = _tensor_of("x", x)
+    if x is None:
+        raise UserError("x is missing: pass node features and edge_index, or one graph object")
     if x.layout in (torch.sparse_csr, torch.sparse_csc):
         return x.to_sparse_coo()
     return x

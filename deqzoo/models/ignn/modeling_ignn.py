@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple, logging
 from deqzoo.equilibrium import Segments, Solution
 from deqzoo.equilibrium.uncompiled import uncompiled
 from deqzoo.errors import UserError
-from deqzoo.models.base import DEQPreTrainedModel, Settings, check_keywords
+from deqzoo.models.base import DEQPreTrainedModel, Settings, check_keywords, require_dense
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
 from deqzoo.models.ignn.layer import ClippedSpectralNorm, GraphMap, ImplicitGraphLayer, linear
@@ -452,6 +452,7 @@ def classification_loss(
     Raises:
         UserError: labels of the wrong shape.
     """
+    require_dense(labels=labels)
     if config.problem_type == "multi_label_classification":
         if labels.shape != logits.shape:
             raise UserError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.errors import UserError
+from deqzoo.models.base import require_dense
 
 Normalization = Literal["augmented", "symmetric", "none"]
 NORMALIZATIONS = ("augmented", "symmetric", "none")
@@ -328,6 +329,7 @@ def _checked_weights(
     if edge_weight is None:
         dtype = dtype or torch.get_default_dtype()
         return torch.ones(n_edges, dtype=dtype, device=edge_index.device)
+    require_dense(edge_weight=edge_weight)
     edge_weight = edge_weight.reshape(-1)
     if len(edge_weight) != n_edges:
         raise UserError(f"edge_weight has {len(edge_weight)} entries for {n_edges} edges")

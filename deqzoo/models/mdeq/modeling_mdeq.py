@@ -14,7 +14,13 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from deqzoo.errors import UserError
-from deqzoo.models.base import DEQPreTrainedModel, Settings, check_keywords, per_sample
+from deqzoo.models.base import (
+    DEQPreTrainedModel,
+    Settings,
+    check_keywords,
+    per_sample,
+    require_dense,
+)
 from deqzoo.models.weights import row_norms
 
 from .configuration_mdeq import MDEQConfig
@@ -307,6 +313,9 @@ class MDEQModel(MDEQPreTrainedModel):
     def _check_pixels(self, pixel_values: Tensor) -> Tensor:
         """Pictures in the model's dtype, or a `UserError`."""
         channels, divisor = self.config.num_channels, self.config.size_divisor
+        if pixel_values is None:
+            raise UserError("pixel_values is missing: pass what the image processor makes")
+        require_dense(pixel_values=pixel_values)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise UserError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; expected "
@@ -362,6 +371,16 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
         self.classifier = nn.Linear(config.final_channels, config.num_labels)
         self.post_init()
 
+    def _check_labels(self, labels: Tensor | None) -> None:
+        """Refuse labels that are no class indices, where those are what the model learns."""
+        require_dense(labels=labels)
+        several = self.config.problem_type in ("regression", "multi_label_classification")
+        if labels is not None and labels.dtype != torch.int64 and not several:
+            raise UserError(
+                f"labels must be class indices of dtype int64, got {labels.dtype}; convert by "
+                '.long(), or set problem_type="multi_label_classification" for several per picture'
+            )
+
     @can_return_tuple
     def forward(
         self,
@@ -385,6 +404,7 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
             num_items_in_batch: divide the summed loss by this number instead of the batch size.
         """
         check_keywords(self, keywords)
+        self._check_labels(labels)
         base = self.mdeq(
             pixel_values,
             solver=solver,
