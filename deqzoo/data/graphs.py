@@ -192,9 +192,13 @@ def _saved_graphs(
 def _stored_label(graph: Any, where: str) -> int | None:
     if graph.y is None:
         return None
-    y = torch.as_tensor(graph.y)
-    if y.numel() != 1 or (y.is_floating_point() and float(y) != round(float(y))):
-        raise UserError(f"{where} needs one whole number as its label y, got shape {list(y.shape)}")
+    try:
+        y = torch.as_tensor(graph.y)
+    except (TypeError, ValueError, RuntimeError):
+        y = torch.zeros(0)
+    if y.numel() != 1 or y.is_complex() or not float(y).is_integer():
+        shown = " ".join(str(graph.y).split())[:60]
+        raise UserError(f"{where} needs one whole number as its label y, got {shown}")
     return int(y)
 
 

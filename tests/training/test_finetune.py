@@ -546,3 +546,17 @@ def test_reports_go_where_the_user_says(tiny_mdeq: Path, tmp_path: Path, capsys)
     arguments = ["finetune", str(tiny_mdeq), "--data", str(data), "--output", str(tmp_path / "x")]
     assert run([*arguments, "--report-to", "nobody"]) == 2
     assert "report_to: unknown 'nobody'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "files"), (("wandb", "*.wandb"), ("trackio", "*.db")))
+def test_reports_reach_those_who_have_them(
+    tiny_mdeq: Path, tmp_path: Path, capsys, monkeypatch, name: str, files: str
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    data, output = write_folder(tmp_path / "things"), tmp_path / "tuned"
+    options = ["--max-steps", 2, "--report-to", name]
+    finetuned(capsys, tiny_mdeq, "--data", data, "--output", output, *options)
+    assert list(tmp_path.rglob(files))
