@@ -517,9 +517,13 @@ def test_graphs_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         "name": "own",
         "task": "graph-classification",
         "data": {"name": "graphs", "path": str(tmp_path / "pairs.pt")},
-        "model": {"hidden_sizes": [8], "dropout": 0.0},
-        "epochs": 20,
-        "lr": 0.02,
+        "model": {"family": "ignn", "overrides": {"hidden_sizes": [8], "dropout": 0.0}},
+        "optimizer": {"name": "adam", "lr": 0.02},
+        "schedule": {"name": "constant", "warmup": 0},
+        "stages": [{"epochs": 60}],
+        "batch_size": 8,
+        "precision": "float32",
+        "evaluation": {"per_epoch": 0.1},
         "report_to": ["tensorboard"],
     }
     model = scratch(tmp_path, content, capsys)
@@ -529,7 +533,7 @@ def test_graphs_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     for change in (
         {"name": "a/b"},
         {"data": {"name": "graphs"}},
-        {"model": {"width": 3}},
+        {"model": {"family": "ignn", "overrides": {"width": 3}}},
         {"x": 1},
     ):
         recipe = tmp_path / "recipe.yaml"
