@@ -107,7 +107,7 @@ def write_evaluation(path: Path, content: Mapping[str, Any], before: Path | None
 def _with_looks(content: Mapping[str, Any], before: Path) -> dict[str, Any]:
     """The content of a test split's evaluation with the number of weights that were measured."""
     data = dict(content["data"])
-    if data["split"] == "test" and data.get("complete"):
+    if data.get("split") == "test" and data.get("complete"):
         data["looks"] = 1
         if before.is_file():
             old = read_evaluation(before)
