@@ -22,7 +22,11 @@ _Config = TypeVar("_Config", bound=PreTrainedConfig)
 
 
 class Task(Protocol):
-    """Data, model and metrics of a recipe. One object serves one run."""
+    """Data, model and metrics of a recipe. One object serves one run.
+
+    A task whose model solves several equilibria one after another says how many in `solves`: an
+    output's steps are then their sum.
+    """
 
     metric: str
     """Validation figure that says which weights are better, a key of `METRICS`."""

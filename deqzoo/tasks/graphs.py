@@ -260,7 +260,7 @@ def own_fold(
     graphs = load_own_graphs(path)
     if len(graphs.labels.unique()) < 2:
         raise UserError(f"{graphs.name} holds graphs of one class; at least two are needed")
-    rows, others = stratified(graphs.labels, held_out, seed)
+    rows, others = stratified(graphs.labels, held_out, seed, graph_digests(graphs.graphs))
     if not others:
         raise UserError(f"{graphs.name} has one graph of each class; give at least two")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
