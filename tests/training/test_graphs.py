@@ -479,3 +479,23 @@ def test_bundled_recipes_of_graphs():
     settings = kept["folds"]["COX2-upg-5-0.5-honest-0"]["settings"]
     assert table.settings_of(recipes["ignn-cox2-upg"]) == settings
     assert table.settings_of(recipes["ignn-proteins-upg"]) == settings
+
+
+def test_copies_of_a_graph_are_held_out_together(tmp_path):
+    from torch_geometric.data import Data as Graph
+
+    from deqzoo.tasks.graphs import own_fold
+
+    edges = torch.tensor([[0, 1], [1, 0]])
+    graphs = [
+        Graph(x=torch.full((2, 1), float(i // 3)), edge_index=edges, y=i % 2) for i in range(24)
+    ]
+    torch.save(graphs, tmp_path / "own.pt")
+    loaded, fold = own_fold(tmp_path / "own.pt", "graphs")
+    parts = [{float(loaded.graphs[i].x[0]) for i in rows} for rows in (fold.train, fold.validation)]
+    assert all(parts) and len(fold.train) + len(fold.validation) == 24
+    keys = [
+        {(float(loaded.graphs[i].x[0]), int(loaded.graphs[i].y)) for i in rows}
+        for rows in (fold.train, fold.validation)
+    ]
+    assert keys[0].isdisjoint(keys[1])
