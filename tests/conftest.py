@@ -58,6 +58,18 @@ def tiny_mdeq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def overflowing_mdeq(tiny_mdeq: Path, tmp_path: Path) -> Path:
+    """The same with finite weights that no state survives."""
+    folder = tmp_path / "mdeq-overflowing"
+    model = MDEQForImageClassification.from_pretrained(tiny_mdeq)
+    with torch.no_grad():
+        model.mdeq.stem.convolutions[0].weight.fill_(3e38)
+    model.save_pretrained(folder)
+    MDEQImageProcessor.from_pretrained(tiny_mdeq).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def zoo(tiny_mdeq: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A zoo whose only bundled checkpoint is `mdeq-test`."""
     monkeypatch.setattr("deqzoo.zoo.checkpoints_root", lambda: tiny_mdeq.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 import deqzoo
 from deqzoo import cli
@@ -144,6 +146,19 @@ def test_classify_several_agrees_with_one_and_shows_the_solver(
     assert run(["classify", str(CAT), "--model", "mdeq-test"]) == 0
     text = capsys.readouterr().out
     assert "steps, relative residual" in text and "converged" in text
+
+
+def test_no_answer_is_made_up_where_no_state_is_finite(
+    overflowing_mdeq: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["classify", str(CAT), "--model", str(overflowing_mdeq)]) == 0
+    text = capsys.readouterr().out
+    assert "no answer" in text and "not converged" in text and "%" not in text
+    assert run(["classify", str(CAT), "--model", str(overflowing_mdeq), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["labels"] == [] and result["converged"] is False and result["residual"] is None
+    classifier = pipeline("image-classification", model=str(overflowing_mdeq))
+    assert all(math.isnan(row["score"]) for row in classifier(str(CAT)))
 
 
 def test_classify_goes_on_after_a_bad_picture(

@@ -132,13 +132,15 @@ def solve_picture(loaded: Loaded, picture: Image.Image, solver: dict[str, Any]) 
     The answer is the one of `deqzoo.evaluation.classify.classify` with the same settings.
 
     Raises:
-        UserError: the time limit is over.
+        UserError: the time limit is over, or no state was ever finite.
     """
     model, deadline = loaded.model, Deadline()
     pixels = to_batch(loaded.reader, [picture], model)
     started = time.perf_counter()
     found = watch(model, pixels, solver, deadline.check)
     seconds = time.perf_counter() - started
+    if not bool(found.residual[0].isfinite()):
+        raise UserError("there is no answer: the state of this picture was never finite")
     final, history = found.final[0], found.probabilities[:, 0]
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     order = final.argsort(descending=True).tolist()
@@ -237,7 +239,7 @@ def batch_html(
     cards = []
     right = known = 0
     for picture, name, result in zip(pictures, names, found, strict=True):
-        label, probability = result.labels[0]
+        label, probability = result.labels[0] if result.labels else ("no answer", 0.0)
         share = 100 * result.n_steps / max(longest, 1)
         state = "converged" if result.converged else "not converged"
         truth = examples.shown(name, labels)

@@ -22,7 +22,10 @@ from deqzoo.errors import UserError, one_line
 
 @dataclass(frozen=True)
 class Classification:
-    """One picture's labels, best first with probabilities, and how its equilibrium was found."""
+    """One picture's labels, best first with probabilities, and how its equilibrium was found.
+
+    There are no labels where no state of the solve was finite.
+    """
 
     labels: list[tuple[str, float]]
     n_steps: int
@@ -80,10 +83,11 @@ def classify_pixels(
     best = output.logits.float().softmax(-1).topk(min(top_k, model.config.num_labels))
     found = []
     for row, (probabilities, classes) in enumerate(zip(*best, strict=True)):
-        names = [model.config.id2label[index] for index in classes.tolist()]
+        answered = bool(probabilities.isfinite().all())
+        names = [model.config.id2label[index] for index in classes.tolist() if answered]
         found.append(
             Classification(
-                labels=list(zip(names, probabilities.tolist(), strict=True)),
+                labels=list(zip(names, probabilities.tolist(), strict=answered)),
                 n_steps=int(output.n_steps[row]),
                 residual=float(output.residual[row]),
                 converged=bool(output.converged[row]),

@@ -103,6 +103,8 @@ def _show_classification(name: str, result: Any, as_json: bool) -> None:
     typer.echo(name)
     for label, probability in result.labels:
         typer.echo(f"  {label:<20} {probability:6.1%}")
+    if not result.labels:
+        typer.echo("  no answer: its state was never finite")
     state = "converged" if result.converged else "not converged"
     report = f"{result.n_steps} steps, relative residual {result.residual:.1e}, {state}"
     typer.echo(f"  equilibrium: {report}")

@@ -71,13 +71,13 @@ def watch(
 
     solution = model.solve(f, start, layout=layout, solver=solver, callback=callback)
     final, n_steps = answer(solution.state), solution.n_steps.cpu()
-    history, path = torch.stack(answers), torch.stack(residuals)
+    residual = solution.residual.float().cpu()
+    # Without a single finite state there was no step to see.
+    history, path = torch.stack(answers or [final]), torch.stack(residuals or [residual])
     for index, steps in enumerate(n_steps.tolist()):
         history[steps:, index] = final[index]
-        path[steps:, index] = solution.residual[index].float().cpu()
-    return Watched(
-        history, path, final, n_steps, solution.residual.float().cpu(), solution.converged.cpu()
-    )
+        path[steps:, index] = residual[index]
+    return Watched(history, path, final, n_steps, residual, solution.converged.cpu())
 
 
 def watched_solver(settings: dict[str, Any], callback: StepCallback) -> Solver:

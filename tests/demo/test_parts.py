@@ -123,6 +123,16 @@ def test_answer_badge_and_curve_agree(tiny_mdeq) -> None:
     assert "Stopped early" in last and "dz-answer" not in last
 
 
+def test_a_picture_without_a_finite_state_gets_no_answer(overflowing_mdeq) -> None:
+    model = loaded(overflowing_mdeq, load_processor)
+    picture = Image.new("RGB", (50, 40), "orange")
+    with pytest.raises(UserError, match="no answer"):
+        images.solve_picture(model, picture, {"name": "anderson", "max_steps": 8, "tol": 1e-3})
+    found = classify(model.model, [picture], processor=model.reader)
+    shown = images.batch_html([picture], ["orange.png"], found, ["cat"])
+    assert "<b>no answer</b>" in shown and "not converged" in shown
+
+
 def test_molecules_have_all_their_atoms() -> None:
     for name, formula in {
         "celecoxib": {"C": 17, "H": 14, "F": 3, "N": 3, "O": 2, "S": 1},
