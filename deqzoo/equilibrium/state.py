@@ -93,6 +93,8 @@ class StatePacker:
             _LeafShape(t.shape[1:], t.shape[1:].numel(), _is_channels_last(t)) for t in tensors
         ]
         self._sizes = [leaf.size for leaf in self._shapes]
+        # A state that is its own matrix passes as it is.
+        self._plain = isinstance(state, Tensor) and state.ndim == 2
 
     def pack(self, state: State) -> Tensor:
         """Return the matrix (B, D) of a state; a view where the state is one tensor.
@@ -101,6 +103,9 @@ class StatePacker:
             ValueError: keys or shapes differ from the packer's state, or the tensors of the state
                 differ in batch size.
         """
+        if self._plain and isinstance(state, Tensor) and state.ndim == 2:
+            if state.shape[1] == self._sizes[0]:
+                return state
         tensors = leaves(_in_order_of(state, self._structure))
         n = next((t.shape[0] for t in tensors if t.ndim), -1)
         if [tuple(t.shape) for t in tensors] != [(n, *leaf.shape) for leaf in self._shapes]:
@@ -116,6 +121,8 @@ class StatePacker:
 
     def unpack(self, matrix: Tensor) -> State:
         """Return the state whose matrix (b, D) this is; views where possible."""
+        if self._plain:
+            return matrix
         parts = matrix.split(self._sizes, dim=1) if len(self._sizes) > 1 else (matrix,)
         tensors = []
         for part, leaf in zip(parts, self._shapes, strict=True):

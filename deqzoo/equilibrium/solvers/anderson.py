@@ -77,6 +77,7 @@ class _Mixing(StepRule):
         self.maps = matrix.new_empty(n_rows, self.window, size)
         self.residuals = matrix.new_empty(n_rows, self.window, size, dtype=self.work_dtype)
         self.gram = matrix.new_zeros(n_rows, self.window, self.window, dtype=self.work_dtype)
+        self.ones = self.gram.new_ones(math.prod(layout.cell_shape()), self.window)
         # (C, window) bool, what a cell may mix; None: everything.
         self.valid: Tensor | None = None
         if layout.joins(matrix.device) is not None:
@@ -144,7 +145,7 @@ class _Mixing(StepRule):
     def weights(self, slot: int, filled: int, stalled: Tensor | None) -> Tensor:
         """Solve for the mixing weights (C, n) of every cell."""
         gram = self.layout.gram(self.gram[:, :filled, :filled])
-        ones = gram.new_ones(gram.shape[0], filled)
+        ones = self.ones[: gram.shape[0], :filled]
         if self.valid is not None:
             # A slot that a cell has forgotten is cut out of its system and gets weight zero.
             valid = self.valid[:, :filled]
@@ -157,6 +158,9 @@ class _Mixing(StepRule):
         # LAPACK's column order would make the batched mix fall back to a loop over the batch.
         solution = torch.linalg.solve_ex(system, ones).result.contiguous()
         weights = solution / solution.sum(1, keepdim=True)
+        usual = stalled is None and weights.device.type == "cpu" and weights.numel() > 0
+        if usual and math.isfinite(weights.sum().item()) and scale.min().item() > 0:
+            return weights
         # Nothing was measured where squares underflow: not even which of them to take.
         plain = ~torch.isfinite(weights.sum(1)) | (scale.squeeze(1) == 0)
         if stalled is not None:

@@ -196,10 +196,12 @@ class Loop:
         self.owns_saved = False
         self.last = matrix
         self.pending = torch.zeros(n_cells, dtype=torch.bool, device=matrix.device)
+        self.every = ~self.pending
         self.scale: Tensor | None = None  # (C,) halved steps of restarted cells
         self.unit: Tensor | None = None  # (C,) of what is left, where states are huge or tiny
         self.whole_unit: Tensor | None = None
         self.least, self.most = _safe_range(like.dtype)
+        self.tol = torch.tensor(solver.tol, dtype=like.dtype).item()  # as tensors are compared
         self.trace: list[Tensor] | None = [] if trace else None
         self.n_evals = self.row_evals = 0
         self.started = time.perf_counter()
@@ -262,13 +264,14 @@ class Loop:
         """Enter evaluation k, made at iterate z, into the books."""
         books = self.books
         own, size = cell_norm(residual, self.layout), cell_norm(fz, self.layout)
-        relative = quotient(own, size)
-        absolute, chosen = self.choose(own, size)
-        improved = chosen < books.lowest
         # The usual case before the first cell stops, at a fraction of the operations.
         if self.untroubled:
-            self.untroubled = bool((improved & (chosen > self.solver.tol)).all())
+            absolute, relative, chosen = self.choose_plainly(own, size)
+            self.untroubled = self.all_better(chosen)
         if not self.untroubled:
+            relative = quotient(own, size)
+            absolute, chosen = self.choose(own, size)
+            improved = chosen < books.lowest
             books.broken = books.active & (chosen == math.inf)
             small = books.active & (torch.minimum(absolute, chosen) < self.least)
             if self.on_cpu and bool((odd := books.broken | small).any()):
@@ -288,7 +291,7 @@ class Loop:
         if self.untroubled:
             books.residual, books.abs_residual, books.rel_residual = chosen, absolute, relative
             books.lowest = chosen
-            self.pending = improved
+            self.pending = self.every
         else:
             kept = books.active & (chosen < math.inf if self.layout.holds_frozen else improved)
             self.save(self.pending & ~kept)
@@ -310,6 +313,28 @@ class Loop:
         if self.unit is None:
             return matrix
         return matrix * self.layout.spread(self.unit).unsqueeze(1).to(matrix.dtype)
+
+    def choose_plainly(self, own: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Absolute and relative residuals, and those that decide, where they are ordinary numbers.
+
+        Where they are not, `all_better` says so.
+        """
+        solver = self.solver
+        if self.unit is not None:
+            own, size = own * self.unit, size * self.unit
+        relative = own / size if solver.stop_mode == "rel" else quotient(own, size)
+        if solver.criterion == "per sequence":
+            chosen = deciding(own, size, self.layout, solver)
+        else:
+            chosen = relative if solver.stop_mode == "rel" else own
+        return own, relative, self.layout.worst(chosen)
+
+    def all_better(self, chosen: Tensor) -> bool:
+        """Whether every cell got better and none meets the tolerance."""
+        lowest = self.books.lowest
+        if chosen.numel() == 1:
+            return self.tol < chosen.item() < lowest.item()
+        return bool(((chosen < lowest) & (chosen > self.tol)).all())
 
     def choose(self, absolute: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Return absolute residuals in the map's own units, and those that decide."""
@@ -416,7 +441,7 @@ class Loop:
         self.row_index = rows if self.row_index is None else self.row_index[rows]
         self.books = self.books.take(cells)
         self.joins = None if self.joins is None else self.joins[cells]
-        self.pending = self.pending[cells]
+        self.pending, self.every = self.pending[cells], self.every[cells]
         self.scale = None if self.scale is None else self.scale[cells]
         self.unit = None if self.unit is None else self.unit[cells]
         self.saved = self.saved.index_select(0, rows)
