@@ -226,9 +226,13 @@ class Segments(Layout):
         return (self.n,)
 
     def total(self, rows: Tensor) -> Tensor:
+        if self.n == 1:
+            return rows.sum(0, keepdim=True)
         return rows.new_zeros(self.n, *rows.shape[1:]).index_add_(0, self.index, rows)
 
     def spread(self, cells: Tensor) -> Tensor:
+        if self.n == 1:
+            return cells.expand(self.index.shape[0], *cells.shape[1:])
         return cells.index_select(0, self.index)
 
     def select(self, active: Tensor, matrix: Tensor) -> tuple[Layout, Selection] | None:

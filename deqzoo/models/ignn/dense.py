@@ -21,6 +21,8 @@ def _onednn_linear() -> Any:
 
 
 _ONEDNN_LINEAR = _onednn_linear()
+_WORTH_IT = 2**16
+"""Numbers in x from which it pays: a call takes 17 microseconds more than PyTorch's own."""
 
 
 def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
@@ -48,6 +50,6 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0
+        and x.numel() >= _WORTH_IT
         and weight.numel() > 0
     )

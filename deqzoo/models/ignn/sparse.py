@@ -127,9 +127,8 @@ class SparseMatrix:
 
 def _bags(columns: Tensor, starts: Tensor, values: Tensor, dense: Tensor) -> Tensor:
     """A product as a bag of weighted rows per row: on CPUs 2.5 times as fast as with CSR."""
-    return torch.nn.functional.embedding_bag(
-        columns, dense, starts, mode="sum", per_sample_weights=values, include_last_offset=True
-    )
+    # The call inside of torch.nn.functional's, which takes longer than a small product.
+    return torch.embedding_bag(dense, columns, starts, False, 0, False, values, True)[0]
 
 
 class _Product(torch.autograd.Function):
