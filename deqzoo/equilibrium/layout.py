@@ -90,6 +90,12 @@ class Layout(Protocol):
         """Sum row quantities (R, ...) over each cell: (C, ...); `rows` itself where each is one."""
         ...
 
+    def norm(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Euclidean norms (C,) of the cells, from rows (R, D) whose squares stay in range."""
+        norm = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+        total = self.total(norm)
+        return norm if total is norm else self.total(norm.square()).sqrt()
+
     def gram(self, rows: Tensor) -> Tensor:
         """Sum row products (R, ...) over what decides a cell's mixing weights: (C, ...)."""
         return self.total(rows)
@@ -229,6 +235,11 @@ class Segments(Layout):
         if self.n == 1:
             return rows.sum(0, keepdim=True)
         return rows.new_zeros(self.n, *rows.shape[1:]).index_add_(0, self.index, rows)
+
+    def norm(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.n == 1:
+            return torch.linalg.vector_norm(rows, dtype=dtype).reshape(1)
+        return self.total(torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square()).sqrt()
 
     def spread(self, cells: Tensor) -> Tensor:
         if self.n == 1:

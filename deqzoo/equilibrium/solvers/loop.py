@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -32,10 +33,7 @@ def cell_norm(rows: Tensor, layout: Layout) -> Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
     if rows.device.type != "cpu":  # limited by memory there: range is for nothing
         return scaled_norm(rows, layout).to(wide)
-    norm = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
-    if layout.total(norm) is norm:  # every row is a cell
-        return norm
-    return layout.total(norm.square()).sqrt()
+    return layout.norm(rows, wide)
 
 
 def scaled_norm(rows: Tensor, layout: Layout) -> Tensor:
@@ -84,6 +82,13 @@ def deciding(absolute: Tensor, size: Tensor, layout: Layout, solver: Solver) -> 
     return quotient(absolute, size) if solver.stop_mode == "rel" else absolute
 
 
+@lru_cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """A number as tensors of a dtype are compared with it."""
+    return torch.tensor(value, dtype=dtype).item()
+
+
+@lru_cache
 def _safe_range(dtype: torch.dtype) -> tuple[float, float]:
     """Norms between which squares neither under- nor overflow."""
     least = torch.finfo(dtype).tiny ** 0.4
@@ -201,7 +206,7 @@ class Loop:
         self.unit: Tensor | None = None  # (C,) of what is left, where states are huge or tiny
         self.whole_unit: Tensor | None = None
         self.least, self.most = _safe_range(like.dtype)
-        self.tol = torch.tensor(solver.tol, dtype=like.dtype).item()  # as tensors are compared
+        self.tol = _rounded(float(solver.tol), like.dtype)
         self.trace: list[Tensor] | None = [] if trace else None
         self.n_evals = self.row_evals = 0
         self.started = time.perf_counter()
@@ -347,8 +352,7 @@ class Loop:
     def choose_unit(self, f: _Map, z: Tensor, fz: Tensor) -> tuple[_Map, Tensor, Tensor]:
         """Where squares of a state would leave the dtype's range, go on in other units."""
         size = cell_norm(fz, self.layout)
-        usual = (size > self.least) & (size < self.most)
-        if bool(usual.all()):
+        if size.numel() and self.least < size.min().item() and size.max().item() < self.most:
             return f, z, fz
         size = torch.maximum(scaled_norm(fz, self.layout), scaled_norm(z, self.layout))
         if self.layout.holds_frozen:  # its cells share sums

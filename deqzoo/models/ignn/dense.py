@@ -7,7 +7,6 @@ and compiled models, needs 0.19 ms at the same accuracy. It is used where this b
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -39,8 +38,10 @@ def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> T
         # of autocast, could not multiply what autocast had narrowed.
         kind = x.device.type
         narrowing = torch.amp.is_autocast_available(kind)  # meta tensors have none
-        with torch.autocast(kind, enabled=False) if narrowing else contextlib.nullcontext():
+        if not (narrowing and torch.is_autocast_enabled(kind)):
             return x @ weight.T if plus is None else torch.addmm(plus, x, weight.T)
+        with torch.autocast(kind, enabled=False):
+            return times_transposed(x, weight, plus)
     if plus is None:
         return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
     return _ONEDNN_LINEAR.binary(x, plus, weight, None, "add")

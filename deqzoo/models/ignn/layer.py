@@ -46,8 +46,7 @@ class GraphMap(BatchMap, DetachableMap):
         values = self.adjacency.values
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, values)):
             return _Step.apply(*tensors, values, self.adjacency, self.official_gradient)
-        with torch.no_grad():
-            return _step(*tensors, self.adjacency)[0]
+        return _step(*tensors, self.adjacency)[0]
 
     def select(self, selection: Selection) -> GraphMap:
         """Restrict the map to the graphs that a solver goes on with."""

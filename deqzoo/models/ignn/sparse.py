@@ -106,12 +106,14 @@ class SparseMatrix:
         products = left.index_select(0, self.index[0]) * right.index_select(0, self.index[1])
         return products.sum(1, dtype=self.values.dtype)
 
-    @torch.no_grad()
     def product(self, dense: Tensor) -> Tensor:
         """Return this @ dense without recording it.
 
         Half precision is multiplied in float32: CSR kernels do not exist for it on every device.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.product(dense)
         if dense.dtype in (torch.float16, torch.bfloat16):
             wide = dense.float()
             return self.to(wide).product(wide).to(dense.dtype)
