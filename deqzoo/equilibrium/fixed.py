@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deqzoo.equilibrium.gradients import JFB, NPG, UPG, Gradient
 from deqzoo.equilibrium.layout import Causal, Layout, Segments
-from deqzoo.equilibrium.maps import DetachableMap
+from deqzoo.equilibrium.maps import DetachableMap, PreciseMap
 from deqzoo.equilibrium.solvers import Anderson, FixedPointIteration, Solution, Solver, Status
 from deqzoo.equilibrium.solvers.loop import quotient
 from deqzoo.equilibrium.solvers.traced import solved_weights
@@ -43,8 +43,8 @@ def fixed_point_of_steps(
     the state that the gradient starts from: F is evaluated there anyway.
 
     Args:
-        f: the map, weights and inputs attached to the graph; it may offer `detached()`, and
-            `dtype`, in which it computes.
+        f: the map, weights and inputs attached to the graph; it may be a `DetachableMap` and a
+            `PreciseMap`.
         start: batch-first tensors, one cell per entry of the batch.
         solver: settings for which `has_fixed_steps` holds.
         gradient: likewise.
@@ -64,7 +64,7 @@ def fixed_point_of_steps(
         )
     window, ridge = (solver.window, solver.ridge) if isinstance(solver, Anderson) else (1, None)
     first = start
-    precision = getattr(f, "dtype", None)
+    precision = f.dtype if isinstance(f, PreciseMap) else None
     if window == 1 and solver.damping == 1 and precision is not None:
         # Plain iterates are values of F: kept in its precision they lose nothing.
         first = _map(lambda t: t.to(precision), start)

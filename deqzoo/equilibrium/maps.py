@@ -53,6 +53,16 @@ class DetachableMap(ABC):
         """Return the same map with nothing tracked but its argument."""
 
 
+class PreciseMap(ABC):
+    """A map that computes in a precision of its own, which may be narrower than its states.
+
+    Attributes:
+        dtype: that precision; None for the state's.
+    """
+
+    dtype: torch.dtype | None
+
+
 class BoundMap(BatchMap):
     """A function of (state, *inputs) with its inputs; every input belongs to the batch row-wise."""
 

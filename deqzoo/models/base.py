@@ -282,8 +282,7 @@ class DEQPreTrainedModel(PreTrainedModel):
         Args:
             f: the map, bound to its inputs.
             z0: start.
-            layout: what one independent sample is; by default what the map says (`f.layout`), else
-                one per batch entry.
+            layout: what one independent sample is; one per batch entry by default.
             solver: change for this call.
             gradient: change for this call.
             options: `trace`, `callback`, `sample_steps`, `compact` of `fixed_point`.
@@ -301,7 +300,7 @@ class DEQPreTrainedModel(PreTrainedModel):
             z0,
             solver=chosen_solver,
             gradient=chosen_gradient,
-            layout=getattr(f, "layout", None) if layout is None else layout,
+            layout=layout,
             checkpoint=self._recomputing,
             **options,
         )

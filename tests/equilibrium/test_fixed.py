@@ -210,3 +210,21 @@ def test_an_exported_program_does_all_steps(settings: dict) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="looks at values"), torch.no_grad():
         torch.export.export(Exported({"name": "broyden"}), (x,), strict=False)
+
+
+def test_a_modules_own_names_change_nothing() -> None:
+    """`dtype` and `layout` of somebody's module are none of the solver's business."""
+
+    class Named(torch.nn.Module):
+        dtype, layout = torch.bfloat16, "rows"
+
+        def forward(self, z: Tensor) -> Tensor:
+            return torch.tanh(z * 0.3 + 0.7)
+
+    solver = make_solver({"name": "fixed_point", "max_steps": 3, "tol": 0.0})
+    start = torch.full((2, 3), 1 / 3)
+    found = [
+        fixed_point_of_steps(f, start, solver, make_gradient("jfb")).state
+        for f in (Named(), lambda z: torch.tanh(z * 0.3 + 0.7))
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

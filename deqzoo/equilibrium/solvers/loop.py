@@ -148,6 +148,7 @@ class Books:
         self,
         k: int,
         kept: Tensor,
+        improved: Tensor,
         chosen: Tensor,
         absolute: Tensor,
         rel: Tensor,
@@ -157,7 +158,6 @@ class Books:
         self.residual = torch.where(kept, chosen, self.residual)
         self.abs_residual = torch.where(kept, absolute, self.abs_residual)
         self.rel_residual = torch.where(kept, rel, self.rel_residual)
-        improved = self.active & (chosen < self.lowest)
         self.lowest = torch.where(improved, chosen, self.lowest)
         self.stop(self.active & (chosen <= solver.tol), Status.CONVERGED, k)
         if solver.patience is not None:
@@ -168,6 +168,8 @@ class Books:
             self.stop(self.active & ~hopeful, Status.STALLED, k)
 
     def stop(self, cells: Tensor, status: Status, k: int) -> None:
+        if cells.device.type == "cpu" and not bool(cells.any()):
+            return
         self.status = self.status.masked_fill(cells, int(status))
         self.n_steps = self.n_steps.masked_fill(cells, k)
         self.active = self.active & ~cells
@@ -201,7 +203,7 @@ class Loop:
         self.owns_saved = False
         self.last = matrix
         self.pending = torch.zeros(n_cells, dtype=torch.bool, device=matrix.device)
-        self.every = ~self.pending
+        self.none, self.every = self.pending, ~self.pending
         self.scale: Tensor | None = None  # (C,) halved steps of restarted cells
         self.unit: Tensor | None = None  # (C,) of what is left, where states are huge or tiny
         self.whole_unit: Tensor | None = None
@@ -213,6 +215,7 @@ class Loop:
         self.on_cpu = matrix.device.type == "cpu"
         self.check_every = solver.check_every or (1 if self.on_cpu else 4)
         self.autocast = torch.is_autocast_enabled(matrix.device.type)
+        self.all_active = False  # known to be, at the last look
         self.untroubled = self.on_cpu  # every cell has got better at every evaluation
         # (C,) evaluations at which cells begin to move, of what is left and in the whole batch
         self.joins = self.whole_joins = layout.joins(matrix.device)
@@ -261,7 +264,9 @@ class Loop:
         rows = selection.rows
         found = z.index_copy(0, rows, f.select(selection, layout)(z.index_select(0, rows)))
         self.row_evals -= z.shape[0] - rows.numel()
-        return torch.where(waiting.unsqueeze(1), z, found)
+        # Without padding no row of the head waits.
+        alike = rows.numel() == z.shape[0] - int(waiting.sum())
+        return found if alike else torch.where(waiting.unsqueeze(1), z, found)
 
     def measure(
         self, k: int, z: Tensor, fz: Tensor, residual: Tensor, callback: StepCallback | None
@@ -269,14 +274,15 @@ class Loop:
         """Enter evaluation k, made at iterate z, into the books."""
         books = self.books
         own, size = cell_norm(residual, self.layout), cell_norm(fz, self.layout)
+        absolute, relative, chosen = self.choose_plainly(own, size)
         # The usual case before the first cell stops, at a fraction of the operations.
-        if self.untroubled:
-            absolute, relative, chosen = self.choose_plainly(own, size)
-            self.untroubled = self.all_better(chosen)
-        if not self.untroubled:
+        self.untroubled = self.untroubled and self.all_better(chosen)
+        ordinary = self.untroubled or self.are_ordinary(absolute, chosen)
+        if ordinary:
+            books.broken = self.none
+        else:
             relative = quotient(own, size)
             absolute, chosen = self.choose(own, size)
-            improved = chosen < books.lowest
             books.broken = books.active & (chosen == math.inf)
             small = books.active & (torch.minimum(absolute, chosen) < self.least)
             if self.on_cpu and bool((odd := books.broken | small).any()):
@@ -287,8 +293,8 @@ class Loop:
                 absolute = torch.where(odd, exact.to(absolute), own)
                 size = torch.where(odd, exact_size.to(size), size)
                 absolute, chosen = self.choose(absolute, size)
-                improved = chosen < books.lowest
                 books.broken = books.active & (chosen == math.inf)
+        self.all_active = False  # until somebody looks
         if k == 0:
             return
         if self.trace is not None:
@@ -298,10 +304,13 @@ class Loop:
             books.lowest = chosen
             self.pending = self.every
         else:
-            kept = books.active & (chosen < math.inf if self.layout.holds_frozen else improved)
-            self.save(self.pending & ~kept)
+            improved = kept = books.active & (chosen < books.lowest)
+            if self.layout.holds_frozen:
+                kept = books.active if ordinary else books.active & (chosen < math.inf)
+            if kept is not self.pending:
+                self.save(self.pending & ~kept)
             self.pending = kept
-            books.update(k, kept, chosen, absolute, relative, self.solver, self.layout)
+            books.update(k, kept, improved, chosen, absolute, relative, self.solver, self.layout)
         if k >= self.solver.max_steps and self.joins is not None:
             late = books.active & (k - self.joins >= self.solver.max_steps)
             books.stop(late, Status.MAX_STEPS, k)
@@ -340,6 +349,13 @@ class Loop:
         if chosen.numel() == 1:
             return self.tol < chosen.item() < lowest.item()
         return bool(((chosen < lowest) & (chosen > self.tol)).all())
+
+    def are_ordinary(self, absolute: Tensor, chosen: Tensor) -> bool:
+        """Whether all residuals are numbers of a size that squares can have; on the CPU only."""
+        if not self.on_cpu or not chosen.numel():
+            return False
+        low, high = chosen.aminmax()
+        return high.item() < math.inf and min(low.item(), absolute.min().item()) >= self.least
 
     def choose(self, absolute: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Return absolute residuals in the map's own units, and those that decide."""
@@ -393,9 +409,12 @@ class Loop:
 
     def look(self) -> tuple[bool, bool]:
         """Read (any cell active, any broken) from the device in one transfer."""
+        books = self.books
         if self.on_cpu:
-            return bool(self.books.active.any()), bool(self.books.broken.any())
-        running, broken = torch.stack((self.books.active.any(), self.books.broken.any())).tolist()
+            self.all_active = bool(books.active.all())
+            broken = books.broken is not self.none and bool(books.broken.any())
+            return self.all_active or bool(books.active.any()), broken
+        running, broken = torch.stack((books.active.any(), books.broken.any())).tolist()
         return running, broken
 
     def recover(self, k: int) -> Tensor:
@@ -405,6 +424,7 @@ class Loop:
             self.scale = torch.ones_like(books.residual)
         retry = books.broken & (self.scale == 1) & torch.isfinite(books.residual)
         books.stop(books.broken & ~retry, Status.NONFINITE, k)
+        self.all_active = False
         self.scale = self.scale.masked_fill(retry, 0.5)
         return retry
 
@@ -423,7 +443,7 @@ class Loop:
         if back is not None:
             self.rule.restart(books.broken)
             proposed = torch.where(spread(books.broken).unsqueeze(1), self.kept(), proposed)
-        if self.layout.holds_frozen and not self.untroubled:
+        if self.layout.holds_frozen and not (self.untroubled or self.all_active):
             proposed = torch.where(spread(books.active).unsqueeze(1), proposed, self.kept())
         return proposed
 
@@ -432,7 +452,7 @@ class Loop:
     ) -> tuple[_Map, Tensor, Tensor, Tensor]:
         """Let stopped cells leave where enough of them have stopped."""
         active = self.books.active
-        if bool(active.all()):
+        if self.all_active or bool(active.all()):
             return f, z, fz, residual
         chosen = self.layout.select(active, self.kept() if self.layout.holds_frozen else z)
         if chosen is None:
@@ -446,6 +466,7 @@ class Loop:
         self.books = self.books.take(cells)
         self.joins = None if self.joins is None else self.joins[cells]
         self.pending, self.every = self.pending[cells], self.every[cells]
+        self.none = ~self.every
         self.scale = None if self.scale is None else self.scale[cells]
         self.unit = None if self.unit is None else self.unit[cells]
         self.saved = self.saved.index_select(0, rows)

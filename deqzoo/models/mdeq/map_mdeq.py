@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deqzoo.equilibrium import BatchMap, DetachableMap, Selection
+from deqzoo.equilibrium.maps import PreciseMap
 from deqzoo.equilibrium.uncompiled import uncompiled
 
 from .native_norm import group_norm
@@ -194,7 +195,7 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None
 
 
 @dataclasses.dataclass(frozen=True)
-class MDEQMap(BatchMap):
+class MDEQMap(BatchMap, PreciseMap):
     """The map z -> F(z) of one batch: effective weights, injections and masks fixed for a solve.
 
     With a `dtype` everything inside a step is of that precision, whatever autocast would choose;
@@ -261,7 +262,7 @@ class MDEQMap(BatchMap):
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledMDEQMap(DetachableMap):
+class CompiledMDEQMap(DetachableMap, PreciseMap):
     """An `MDEQMap` under torch.compile.
 
     It is no `BatchMap`, since every new batch size would be compiled anew, but has a detached
