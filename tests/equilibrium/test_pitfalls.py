@@ -316,6 +316,48 @@ def test_live_tensors_do_not_grow_with_the_steps_of_a_solve(name: str) -> None:
     assert len(counts) == 3 and len(set(counts)) == 1
 
 
+class Counted(torch.autograd.Function):
+    """Identity that counts the tensors alive, in both directions."""
+
+    @staticmethod
+    def forward(ctx, x, counts):  # type: ignore[no-untyped-def]
+        ctx.counts = counts
+        counts.append(alive())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, cotangent):  # type: ignore[no-untyped-def]
+        ctx.counts.append(alive())
+        return cotangent, None
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "npg", "upg", "jfb"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_step_keeps_as_much_for_any_number_of_steps(name: str, gradient: str) -> None:
+    """Steps of the solver and of the adjoint's: the most tensors alive at once stay as many."""
+    weight, x = (0.3 * randn(8, 8)).requires_grad_(), randn(4, 8, seed=1)
+
+    def most(steps: int) -> int:
+        counts: list[int] = []
+        solver = {"name": name, "max_steps": steps, "tol": 0.0}
+        solver |= {"anderson": {"window": 4}, "broyden": {"memory": 4}}.get(name, {})
+        chosen = {"name": gradient, "solver": solver} if gradient == "implicit" else gradient
+        found = fixed_point(
+            lambda h: Counted.apply(torch.tanh(h @ weight + x), counts),
+            torch.zeros(4, 8), solver=solver, gradient=chosen,
+        )  # fmt: skip
+        found.state.sum().backward()
+        return max(counts)
+
+    most(3)
+    gc.collect()
+    gc.disable()
+    try:
+        assert most(16) <= most(8) + 3
+    finally:
+        gc.enable()
+
+
 @dataclass(frozen=True)
 class OneStep(Gradient):
     name: ClassVar[str] = "one step"
