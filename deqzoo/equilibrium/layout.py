@@ -274,8 +274,8 @@ class Causal(Layout):
         cuts: positions, in ascending order, at which a solve that compacts is cut into parts.
             Parts are solved one after another, each with the states before it fixed and with
             `max_steps` of its own: fewer rows are evaluated, in more and shorter evaluations.
-        first: positions that are evaluated from the beginning; later ones join by and by, as many
-            again at each evaluation. No position settles before those that it reads, so that
+        first: positions that are evaluated from the beginning; later ones join by and by, half as
+            many more at each evaluation. No position settles before those that it reads, so that
             its first evaluations would be wasted. None begins with all.
     """
 
@@ -350,7 +350,7 @@ class Causal(Layout):
         reached = self.first
         while reached < length:
             joined += position >= reached
-            reached *= 2
+            reached += max(1, reached // 2)
         return joined.flatten()
 
     def _by_sequence(self, rows: Tensor) -> Tensor:
