@@ -86,6 +86,8 @@ class GraphTask(ABC):
     head = ""
     of_nodes = False
     """Whether labels are those of nodes."""
+    one_process = True
+    """No command for several GPUs is offered."""
     shuffled = False
     """Whether an epoch takes the batches in an order of its own."""
 

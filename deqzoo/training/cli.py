@@ -84,8 +84,10 @@ def train(
     if dry_run:
         from deqzoo.training.estimate import commands, estimate
 
-        figures = estimate(loaded, build_task(loaded, data, stand_in=True))
-        typer.echo(json.dumps({**figures, "commands": commands(str(recipe))}, indent=2))
+        task = build_task(loaded, data, stand_in=True)
+        alone = bool(loaded.time_budget) or getattr(task, "one_process", False)
+        figures = {**estimate(loaded, task), "commands": commands(str(recipe), alone)}
+        typer.echo(json.dumps(figures, indent=2))
         return
     folder = run_recipe(
         loaded,

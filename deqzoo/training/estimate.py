@@ -64,12 +64,13 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     }
 
 
-def commands(path: str, processes: int = 8) -> dict[str, str]:
-    """Command lines that train a recipe on one device, and on the GPUs of one machine."""
-    return {
-        "one": f"deqzoo train {path} --resume",
-        "several": f"torchrun --nproc_per_node {processes} -m deqzoo train {path} --resume",
-    }
+def commands(path: str, alone: bool, processes: int = 8) -> dict[str, str]:
+    """Command lines that train a recipe on one device and, unless `alone`, on several GPUs."""
+    found = {"one": f"deqzoo train {path} --resume"}
+    if not alone:
+        launch = f"torchrun --nproc_per_node {processes}"
+        found["several"] = f"{launch} -m deqzoo train {path} --resume"
+    return found
 
 
 @dataclass(frozen=True)

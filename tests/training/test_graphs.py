@@ -158,6 +158,7 @@ def test_a_node_run_evaluates_and_is_stored(nodes, tmp_path, monkeypatch, capsys
     assert run([*command, "--dry-run"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["parameters"] > 0 and planned["pflop"] > 0
+    assert list(planned["commands"]) == ["one"]  # several processes are refused
     assert run([*command, "--output", str(tmp_path / "run")]) == 0
     model = tmp_path / "run" / "model"
     assert json.loads((model / "fold.json").read_text()) == {"data": "PPI"}

@@ -56,10 +56,12 @@ def lines(out: Path) -> list[dict]:
 
 
 def test_a_run_ends_with_its_time_evaluated_and_at_rate_zero(pictures, tmp_path) -> None:
-    model = run_recipe(make_recipe(), None, tmp_path / "run", progress=False)
+    # Long enough for some steps of each stage on a machine that is busy with other work.
+    recipe = make_recipe(time_budget="6s")
+    model = run_recipe(recipe, None, tmp_path / "run", progress=False)
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["finished"] and record["steps"] > 2
-    assert record["training_seconds"] == pytest.approx(2.0, abs=1.0)
+    assert 5.0 <= record["training_seconds"] < 60.0
     assert record["samples_per_second"] > 0 and record["pflop"] > 0 and record["epochs"] > 0
     entries = lines(tmp_path / "run")
     steps = [entry for entry in entries if "loss" in entry]
