@@ -100,6 +100,9 @@ class Client:
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            # The client's own limits of ten seconds are too short for a busy machine.
+            "HF_HUB_ETAG_TIMEOUT": "300",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "300",
         }
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
