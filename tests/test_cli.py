@@ -93,7 +93,9 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr.splitlines() == ["deqzoo: interrupted"]
+    # A machine that is busy with other work is told what takes so long.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("loading PyTorch")]
+    assert lines == ["deqzoo: interrupted"]
 
 
 def test_list_and_info(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
