@@ -106,7 +106,7 @@ def test_a_map_that_does_not_compile_is_no_end(pictures, tmp_path, monkeypatch) 
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(timed.TimedRun, "_compare", fails)
-    run_recipe(make_recipe(compile=True, time_budget="1s"), None, tmp_path / "run", progress=False)
+    run_recipe(make_recipe(compile=True, time_budget="6s"), None, tmp_path / "run", progress=False)
     entries = lines(tmp_path / "run")
     assert "no compiler here" in next(e["error"] for e in entries if "error" in e)
     assert [e["map_compiled"] for e in entries if "map_compiled" in e] == [False, False]
