@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from anytime import folder_of
 from cells import Cells, markdown_table, write_text
-from theorem import Linearization, first_sample, unit
+from theorem import Bounds, Linearization, first_sample
 from torch import Tensor
 
 import deqzoo
@@ -46,40 +46,11 @@ from deqzoo.zoo import resolve_bundled
 
 SETTINGS = ((1, 1.0), (5, 1.0), (5, 0.5), (20, 0.5))
 BATCH = {"mdeq": 4, "deq_transformer": 2, "ignn": 16}
-ITERATIONS = 12
 RADIUS_PRODUCTS = 300
 
 
-class Sides:
-    """Both sides of the condition on one sample, by iteration.
-
-    Args:
-        linear: products with the transposes of X and J at the equilibrium.
-    """
-
-    def __init__(self, linear: Linearization) -> None:
-        self.linear = linear
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(linear.point.shape, generator=generator).to(linear.point)
-        u, self.largest = unit(start), 0.0
-        for _ in range(ITERATIONS):
-            u = linear.gram(u)
-            self.largest = max(self.largest, float(u.norm()))
-            u = unit(u)
-        leading = u
-        u = unit(start)
-        for _ in range(ITERATIONS):
-            u = unit(self.largest * u - linear.gram(u))
-        self.allowed = square(linear.to_parameters(u)) / self.largest
-        self.directions = [unit(v) for v in (start, leading, linear.series(start, 4, 1.0))]
-
-    def neumann(self, steps: int, damping: float) -> float:
-        """A lower bound of ‖X Bᵏ‖ / σ_max(X), B = λJ + (1 − λ)I."""
-        found = (
-            square(self.linear.to_parameters(self.linear.series(u, steps, damping)))
-            for u in self.directions
-        )
-        return (max(found) / self.largest) ** 0.5
+class Sides(Bounds):
+    """The condition's sides, for unrolled steps too."""
 
     def unrolled(self, f: Any, held: Held, layout: Any, steps: int, damping: float) -> float:
         """The same of ‖A (I − J) − X‖ for k damped steps from a solution of the solver's."""
@@ -107,11 +78,6 @@ def _distance(a: Tensor | None, b: Tensor | None) -> float:
     if a is None or b is None:
         return 0.0 if a is b else float((b if a is None else a).double().square().sum())
     return float((a.double() - b.double()).square().sum())
-
-
-def square(gradients: list[Tensor]) -> float:
-    """Sum of squares."""
-    return float(sum(g.double().square().sum() for g in gradients))
 
 
 def conditions(model: Any, data: Path) -> dict[str, Any]:
