@@ -52,6 +52,14 @@ BESIDE = {"majority": "most frequent class", "constant_micro_f1": "best constant
 #: What a run left under a name that says too little.
 _LABELS = {
     "validation_accuracy": "validation accuracy in training, by which the epoch was chosen",
+    "total_steps": "steps planned",
+    "training_seconds": "seconds of training",
+    "time_budget_seconds": "seconds of training planned",
+    "tflops": "TFLOP/s",
+    "floor_tflops": "TFLOP/s of a bare matrix product",
+    "floor_share": "share of it",
+    "peak_memory_mib": "peak memory, MiB",
+    "gpu_peak_memory_mib": "peak memory of the GPU, MiB",
 }
 #: Settings of solvers and gradients; by name where a setting is missing here.
 _SETTINGS = {
@@ -542,6 +550,8 @@ def _settings(settings: dict[str, Any] | None) -> str:
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -27,6 +27,7 @@ from deqzoo.training.best import BestWeights
 from deqzoo.training.callbacks import save_snapshot
 from deqzoo.training.clock import TimeBudget
 from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
+from deqzoo.training.floor import bare_rate
 from deqzoo.training.optimizers import build_optimizer, rate_factor
 from deqzoo.training.step import TrainingStep
 
@@ -103,6 +104,8 @@ class TimedRun:
         self.evaluation_rate = 0.0  # of the map, samples per second
         self.snapshots = 0
         self.last_save = time.monotonic()
+        self.asked = seconds
+        self.bare_rate = bare_rate(self.device, torch.bfloat16 if bf16 else torch.float32)
 
     # What is kept of a run.
 
@@ -122,6 +125,7 @@ class TimedRun:
     def figures(self) -> dict[str, Any]:
         """What the record of the run says of this engine."""
         seconds = max(self.budget.spent, 1e-9)
+        rate = (self.spent - self.inherited) / seconds
         return {
             "finished": self.finished,
             "steps": self.count,
@@ -130,7 +134,9 @@ class TimedRun:
             "time_budget_seconds": round(self.budget.seconds, 1),
             "training_seconds": round(self.budget.spent, 1),
             "samples_per_second": round(self.count * self._batch / seconds, 1),
-            "tflops": round((self.spent - self.inherited) / seconds / 1e12, 4),
+            "tflops": round(rate / 1e12, 4),
+            "floor_tflops": round(self.bare_rate / 1e12, 4),
+            "floor_share": round(rate / self.bare_rate, 4),
             "pflop": round(self.spent / 1e15, 6),
             "pflop_inherited": round(self.inherited / 1e15, 6),
             "precision": "bf16" if self.bf16 else "float32",
@@ -156,6 +162,7 @@ class TimedRun:
             "cpu_generator": torch.get_rng_state(),
             "cuda_generator": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "seconds": self.budget.seconds,
+            "asked": self.asked,
             "used": self.budget.spent,
             "numbers": [self.count, self.epoch, self.position, self.stage_number, self.stage_start],
             "spent": self.spent,
@@ -176,7 +183,9 @@ class TimedRun:
         torch.set_rng_state(state["cpu_generator"])
         if self.device.type == "cuda" and state["cuda_generator"] is not None:
             torch.cuda.set_rng_state(state["cuda_generator"])
-        self.budget.seconds, self.budget.spent = state["seconds"], state["used"]
+        self.budget.spent = state["used"]
+        if state.get("asked", self.asked) == self.asked:  # else the run is given another time
+            self.budget.seconds = state["seconds"]  # which a deadline may have shortened
         (self.count, self.epoch, self.position, self.stage_number, self.stage_start) = state[
             "numbers"
         ]

@@ -63,6 +63,8 @@ def test_a_run_ends_with_its_time_evaluated_and_at_rate_zero(pictures, tmp_path)
     assert record["finished"] and record["steps"] > 2
     assert 5.0 <= record["training_seconds"] < 60.0
     assert record["samples_per_second"] > 0 and record["pflop"] > 0 and record["epochs"] > 0
+    assert record["floor_share"] == pytest.approx(record["tflops"] / record["floor_tflops"], 0.01)
+    assert 0 < record["floor_share"] < 1
     entries = lines(tmp_path / "run")
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["stage"] for entry in steps] == sorted(entry["stage"] for entry in steps)
@@ -87,6 +89,18 @@ def test_a_run_goes_on_where_it_was_stopped(pictures, tmp_path) -> None:
     for name, tensor in one.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, two[name], rtol=0.02, atol=2e-3)
+
+
+def test_a_run_goes_on_with_another_time(pictures, tmp_path) -> None:
+    out = tmp_path / "run"
+    run_recipe(make_recipe(time_budget="1h"), None, out, progress=False, max_steps=2)
+    shorter = make_recipe(time_budget="4s")
+    with pytest.raises(UserError, match="time_budget"):
+        run_recipe(shorter, None, out, progress=False, resume=True)
+    run_recipe(shorter, None, out, progress=False, resume=True, accept_changes=True)
+    record = json.loads((out / "record.json").read_text())
+    assert record["finished"] and record["time_budget_seconds"] == 4.0
+    assert lines(out)[-2]["learning_rate"] < 0.02 * 0.5
 
 
 def test_a_batch_larger_than_the_data_is_one_line(pictures, tmp_path) -> None:
