@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from cells import HERE, Cells, markdown_table, write_text
 from cost import clocked
+from dots import dot_chart
 
 from deqzoo import DEQModel
-from deqzoo.evaluation.chart import dot_chart
 from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.recipe import load_recipe
 

@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 from cells import Cells, markdown_table, write_text
-
-from deqzoo.evaluation.chart import dot_chart
+from dots import dot_chart
 
 MODELS = {
     "mdeq-cifar-large": ("MDEQ", 18, 20, 8),

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cells import HERE, Cells, markdown_table, write_text
+from dots import dot_chart
 
-from deqzoo.evaluation.chart import dot_chart
 from deqzoo.recipe import Recipe, load_recipe
 from deqzoo.training.run import run_recipe
 

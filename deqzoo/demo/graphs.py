@@ -19,11 +19,11 @@ from torch import Tensor
 from deqzoo.data.graphs import load_graph_set
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
+from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.graphs import encoding_of
 from deqzoo.evaluation.watch import watched_solver
 from deqzoo.zoo import read_json
 
-from .charts import curves
 from .guard import MAX_GRAPH_FILE_BYTES, Deadline, whole_number
 from .molecules import ELEMENTS, MOLECULES, read_smiles
 from .shelf import Loaded
@@ -372,9 +372,9 @@ def residuals_html(reading: Reading) -> str:
         f"layer {i}" if several else "residual": [(k + 1.0, r) for k, r in enumerate(path)]
         for i, path in enumerate(reading.residuals, start=1)
     }
-    return curves(
-        "Distance to the equilibrium", series, tip="step {x:.0f}: residual {y:.1e}", log_y=True,
-        level=reading.tolerance,
+    return page_chart(
+        series, title="Distance to the equilibrium", tip="step {x:.0f}: residual {y:.1e}",
+        log_y=True, level=reading.tolerance,
     )  # fmt: skip
 
 

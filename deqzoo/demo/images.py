@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from deqzoo.errors import UserError
+from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.classify import (
     Classification,
     classify_pixels,
@@ -27,7 +28,6 @@ from deqzoo.evaluation.classify import (
 from deqzoo.evaluation.watch import watch, watched_solver
 
 from . import examples
-from .charts import probability_chart, residual_chart
 from .guard import ENOUGH_PIXELS, MAX_ASPECT, MAX_PICTURES, MAX_PIXELS, Deadline
 from .shelf import Loaded
 
@@ -206,9 +206,23 @@ def solve_html(solve: Solve) -> str:
         f'sees it" src="{data_url(solve.seen)}"/><div><span class="dz-badge">{badge}</span> {text}'
         f'<div class="dz-note">{facts}. The small picture is all the model sees: {side} × {side} '
         f'pixels.{escape(known)}</div></div></div><div class="dz-charts">'
-        f"{residual_chart(solve.residuals, solve.settings['tol'], mark)}"
-        f"{probability_chart(solve.probabilities, mark)}</div>"
+        f"{_residuals(solve, mark)}{_probabilities(solve, mark)}</div>"
     )
+
+
+def _residuals(solve: Solve, mark: int | None) -> str:
+    return page_chart(
+        {"": list(enumerate(solve.residuals, 1))}, title="Distance to the equilibrium",
+        tip="step {x:.0f}: residual {y:.1e}", log_y=True, level=solve.settings["tol"], mark=mark,
+    )  # fmt: skip
+
+
+def _probabilities(solve: Solve, mark: int | None) -> str:
+    series = {name: list(enumerate(path, 1)) for name, path in solve.probabilities.items()}
+    return page_chart(
+        series, title="What it would answer after each step", tip="step {x:.0f}: {y:.1%}",
+        percent=True, mark=mark,
+    )  # fmt: skip
 
 
 def check_count(paths: Sequence[Any] | None) -> list[Any]:

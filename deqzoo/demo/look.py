@@ -78,7 +78,6 @@ CSS = """
 .dz-grid { stroke: var(--dz-rule); stroke-width: 1; }
 .dz-line { fill: none; stroke-width: 2.4; stroke-linejoin: round; stroke-linecap: round; }
 .dz-tolerance { stroke: var(--dz-faint); stroke-width: 1.8; stroke-dasharray: 6 5; }
-.dz-chart .dz-tolerance-label { font-weight: 600; }
 .dz-stroke-0 { stroke: var(--dz-0); } .dz-stroke-1 { stroke: var(--dz-1); }
 .dz-stroke-2 { stroke: var(--dz-2); } .dz-stroke-3 { stroke: var(--dz-3); }
 .dz-stroke-4 { stroke: var(--dz-4); stroke-dasharray: 3 5; } .dz-stroke-5 { stroke: var(--dz-5); }

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from deqzoo.errors import UserError
+from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.watch import watched_solver
 from deqzoo.tasks.nodes import NODE_SETS
 
-from .charts import curves
 from .graphs import drawing
 from .guard import Deadline, whole_number
 from .shelf import Loaded
@@ -242,7 +242,7 @@ def distance_html(found: Reach) -> str:
         (float(d), max(float(found.change[found.distance == d].mean()), UNMOVED / 10))
         for d in range(1, last + 1)
     ]
-    return curves(
-        "Change of the state, by distance", {"mean over the nodes": points},
+    return page_chart(
+        {"mean over the nodes": points}, title="Change of the state, by distance",
         tip="{x:.0f} edges away: {y:.1e}", x_label="edges away", log_y=True,
     )  # fmt: skip

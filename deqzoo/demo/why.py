@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from deqzoo.errors import UserError
+from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.classify import to_batch
 from deqzoo.evaluation.watch import Watched, training_memory, watch
 from deqzoo.hub.card_texts import DATA_TEXTS
 
-from . import charts, examples
+from . import examples
 from .guard import Deadline
 from .images import data_url, open_picture, thumbnail
 from .shelf import Loaded
@@ -108,8 +109,8 @@ def memory_html(measured: Measured) -> str:
         name: [(d, size / 2**20) for d, size in zip(DEPTHS, values, strict=True)]
         for name, values in sizes.items()
     }
-    chart = charts.curves(
-        "Memory of a training step, in MiB", series, tip="depth {x:.0f}: {y:.1f} MiB",
+    chart = page_chart(
+        series, title="Memory of a training step, in MiB", tip="depth {x:.0f}: {y:.1f} MiB",
         x_label="depth: solver steps, or layers",
     )  # fmt: skip
     deep = measured.memory["unrolled"][-1] / 2**20
@@ -127,15 +128,15 @@ def effort_html(measured: Measured) -> str:
     """The easiest and the hardest of the pictures side by side."""
     steps = measured.found.n_steps.tolist()
     easy, hard = steps.index(min(steps)), steps.index(max(steps))
-    chart = charts.curves(
-        "Distance to the equilibrium",
+    chart = page_chart(
         {
             f"{kind}: {measured.names[measured.truths[i]]}": [
                 (k + 1.0, float(measured.found.residuals[k, i])) for k in range(max(steps[i], 1))
             ]
             for kind, i in (("easy", easy), ("hard", hard))
         },
-        tip="step {x:.0f}: residual {y:.1e}", log_y=True, level=measured.tolerance,
+        title="Distance to the equilibrium", tip="step {x:.0f}: residual {y:.1e}", log_y=True,
+        level=measured.tolerance,
     )  # fmt: skip
     cards = "".join(
         f'<div class="dz-card"><img alt="{escape(measured.names[measured.truths[i]])}" '
@@ -187,8 +188,8 @@ def dial_chart(measured: Measured) -> str:
     if measured.budget is not None:
         title, points = measured.budget
         series[f"{title}, from its evaluation file"] = points
-    chart = charts.curves(
-        "Accuracy if stopped after so many steps", series, tip="{x:.0f} steps: {y:.1%}",
+    chart = page_chart(
+        series, title="Accuracy if stopped after so many steps", tip="{x:.0f} steps: {y:.1%}",
         percent=True,
     )  # fmt: skip
     text = (

@@ -30,13 +30,14 @@ from PIL import Image
 import deqzoo.zoo
 from deqzoo import DEQModel, IGNNConfig, IGNNForNodeClassification
 from deqzoo.cli import run
-from deqzoo.demo import charts, graphs, guard, images, molecules, nodes, text
+from deqzoo.demo import graphs, guard, images, molecules, nodes, text
 from deqzoo.demo.app import build_demo
 from deqzoo.demo.controls import in_place, menu_label
 from deqzoo.demo.guard import Deadline, Gate, guarded
 from deqzoo.demo.look import theme
 from deqzoo.demo.shelf import GRAPHS, IMAGES, TEXT, Loaded, Shelf, solver_settings
 from deqzoo.errors import UserError
+from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.classify import (
     classify,
     classify_pixels,
@@ -83,13 +84,17 @@ def test_shelf_loads_once_and_skips_damage(zoo, monkeypatch) -> None:
 
 
 def test_residual_chart() -> None:
-    svg = charts.residual_chart([1.0, 0.1, float("inf"), 1e-4], 1e-3)
+    residuals = [(1, 1.0), (2, 0.1), (3, float("inf")), (4, 1e-4)]
+    options = {"title": "t", "tip": "{x}: {y}", "log_y": True, "level": 1e-3}
+    svg = page_chart({"": residuals}, **options)
     assert svg.count("<circle") == 3
     assert "tolerance 0.001" in svg and ">10⁻⁴<" in svg
     heights = [float(part.split('"')[0]) for part in svg.split('cy="')[1:]]
     assert heights[0] < heights[1] < heights[2]
-    assert charts.residual_chart([], 1e-3).count("<circle") == 0
-    assert "&lt;b&gt;" in charts.probability_chart({"<b>": [0.5, 0.7]})
+    assert page_chart({"": []}, **options).count("<circle") == 0
+    assert page_chart({"": [(1, 0.0)]}, **options).count("<circle") == 1
+    shares = page_chart({"<b>": [(1, 0.5), (2, 0.7)]}, title="t", tip="{y}", percent=True, mark=2)
+    assert "&lt;b&gt;" in shares and ">75 %<" in shares and "that of step 2" in shares
 
 
 def test_steps_of_a_solve_lead_to_its_answer(tiny_mdeq) -> None:

@@ -12,7 +12,7 @@ from scripts import load_script
 
 from deqzoo import cli
 from deqzoo.equilibrium.diagnostics import compare_gradients
-from deqzoo.evaluation.chart import dot_chart, line_chart
+from deqzoo.evaluation.chart import line_chart
 from deqzoo.fidelity import study as engine
 from deqzoo.fidelity.adjoints import RecordedModel, named, neumann_rule, seeded
 from deqzoo.fidelity.batches import make_batch, part
@@ -20,6 +20,7 @@ from deqzoo.fidelity.study import EQUILIBRIUM, plan, study
 from deqzoo.models.auto import load_class
 
 theorem = load_script("benchmarks/studies/theorem.py")
+dot_chart = load_script("benchmarks/studies/dots.py").dot_chart
 
 
 def graph_model() -> torch.nn.Module:
