@@ -223,7 +223,7 @@ def plots(entry: Entry) -> dict[str, str]:
     """SVG files that the card shows, by name."""
     drawn = {
         f"{entry.name}-budget.svg": budget_plot(entry),
-        f"{entry.name}-training.svg": training_curve.draw(entry.name, _record(entry)),
+        f"{entry.name}-training.svg": training_curve.draw(entry.name, _record(entry), _metric(entry)),
     }
     return {file: plot for file, plot in drawn.items() if plot is not None}
 
@@ -487,6 +487,11 @@ def _budget(evaluation: dict[str, Any]) -> list[str]:
     ]
 
 
+def _metric(entry: Entry) -> str | None:
+    """The figure that the checkpoint is measured by; None before it was."""
+    return next((e.get("metric") for e in entry.tests() or entry.evaluations.values()), None)
+
+
 def _record(entry: Entry) -> dict[str, Any]:
     """What the run left beside the weights; empty if nothing."""
     names = ("training.json", "run.json", "fold.json")
@@ -505,7 +510,7 @@ def _training(entry: Entry) -> str:
         if isinstance(value, (int, float, str))
     ]
     parts = [_table(("", ""), rows)] if rows else []
-    curve = training_curve.describe(content)
+    curve = training_curve.describe(content, _metric(entry))
     if curve is not None:
         parts += [curve, f"![quality against compute]({entry.name}-training.svg)"]
     settings = content.get("recipe", content.get("settings"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deqzoo.evaluation.chart import line_chart
-from deqzoo.tasks.metrics import METRICS
+from deqzoo.tasks.metrics import METRICS, words
 
 PUBLISHED_CIFAR = {
     1.4: 38.1, 2.8: 49.4, 6.9: 64.1, 14.0: 78.6, 28.0: 84.2, 42.0: 87.3, 69.0: 89.4, 111.0: 90.4,
@@ -17,24 +17,33 @@ PUBLISHED_CIFAR = {
 PUBLISHED_LABEL = "authors' LARGE, test"
 
 
-def points(record: dict[str, Any]) -> tuple[str, list[tuple[float, float]]] | None:
-    """Name of the figure, and (PFLOP, figure) of every validation of a run; shares in %."""
+def points(
+    record: dict[str, Any], metric: str | None = None
+) -> tuple[str, list[tuple[float, float]]] | None:
+    """Name of the figure, and (PFLOP, figure) of every validation of a run; shares in %.
+
+    Args:
+        record: of the run.
+        metric: figure that the model is measured by; where its validations lack it, and where
+            nothing was measured, the first known one stands for it.
+    """
     rows = record.get("validation")
     if "pflop" not in record or not rows:
         return None  # graph models keep other records
     curve = [row for row in rows if row["pflop"] > 0]
     if len(curve) < 2:
         return None
-    name = next((key for key, metric in METRICS.items() if metric.hub and key in curve[0]), None)
+    known = (key for key in (metric, *METRICS) if key in METRICS and METRICS[key].hub)
+    name = next((key for key in known if key in curve[0]), None)
     if name is None:
         return None
     scale = 100 if METRICS[name].share else 1
     return name, [(row["pflop"], scale * row[name]) for row in curve]
 
 
-def draw(name: str, record: dict[str, Any]) -> str | None:
+def draw(name: str, record: dict[str, Any], metric: str | None = None) -> str | None:
     """The curve as SVG, on CIFAR-10 beside the published one; None for runs without one."""
-    found = points(record)
+    found = points(record, metric)
     if found is None:
         return None
     figure, curve = found
@@ -43,23 +52,23 @@ def draw(name: str, record: dict[str, Any]) -> str | None:
         series[PUBLISHED_LABEL] = sorted(PUBLISHED_CIFAR.items())
     return line_chart(
         series,
-        title=f"{name}: {figure} against compute",
+        title=f"{name}: {words(figure)} against compute",
         x_label="PFLOP spent in training",
-        y_label=figure + (", %" if METRICS[figure].share else ""),
+        y_label=words(figure) + (", %" if METRICS[figure].share else ""),
         log_x=True,
         log_y=not METRICS[figure].share,
     )
 
 
-def describe(record: dict[str, Any]) -> str | None:
+def describe(record: dict[str, Any], metric: str | None = None) -> str | None:
     """The curve in words: what was reached for which compute, and what the published run took."""
-    found = points(record)
+    found = points(record, metric)
     if found is None:
         return None
     figure, curve = found
     unit = " %" if METRICS[figure].share else ""
     shown = curve if len(curve) <= 8 else [curve[i * (len(curve) - 1) // 7] for i in range(8)]
-    text = f"Validation {figure} after so many PFLOP: " + ", ".join(
+    text = f"Validation {words(figure)} after so many PFLOP: " + ", ".join(
         f"{y:.1f}{unit} after {x:.3g}" for x, y in shown
     )
     if not is_cifar(record):

@@ -217,6 +217,27 @@ def test_card_shows_quality_against_compute(checkout: Path) -> None:
     assert "LARGE, test" not in cards.plots(entry("mdeq-test"))[name]
 
 
+def test_the_training_curve_is_that_of_the_tasks_figure(checkout: Path) -> None:
+    """A run logs accuracy and AUC; the card shows the one that the model is measured by."""
+    folder = checkout / "hub_configs" / "mdeq-test"
+    rows = [{"pflop": x, "accuracy": 0.1 * x, "auc": 0.2 * x, "micro_f1": 0.3 * x} for x in (1, 2)]
+    (folder / "training.json").write_text(json.dumps({"pflop": 2, "validation": rows}))
+    file = folder / "evaluation" / "cifar10-test.json"
+    content = json.loads(file.read_text()) | {"budget": None}
+    for metric, shown in (
+        ("auc", "AUC after so many PFLOP: 20.0 % after 1, 40.0 % after 2"),
+        ("micro_f1", "micro-F1 after so many PFLOP: 30.0 %"),
+        ("accuracy", "accuracy after so many PFLOP: 10.0 %"),
+    ):
+        content["metric"] = metric
+        content["results"][metric] = 0.5
+        file.write_text(json.dumps(content))
+        found = entry("mdeq-test")
+        assert f"Validation {shown}" in cards.render_card(found)
+        plot = cards.plots(found)["mdeq-test-training.svg"]
+        assert f"{shown.partition(' ')[0]} against compute" in plot
+
+
 def test_text_models_show_quality_against_steps(checkout: Path) -> None:
     file = checkout / "hub_configs" / "mdeq-test" / "evaluation" / "cifar10-test.json"
     content = json.loads(file.read_text())
