@@ -46,6 +46,23 @@ def test_what_stands_beside_the_graph_figures_comes_from_files() -> None:
         assert f"on counts {100 * regression:.1f} %" in beside
 
 
+def test_the_table_of_the_text_study_comes_from_its_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = ROOT / "benchmarks" / "studies"
+    monkeypatch.syspath_prepend(str(folder))
+    study = load_script("benchmarks/studies/text_gradients.py")
+    table = study.report()
+    assert (folder / "text_gradients_table.md").read_text(encoding="utf-8") == table
+    assert table in (folder / "README.md").read_text(encoding="utf-8")
+    for run in study.FILES.iterdir():
+        files = [
+            json.loads((run / f"wikitext-2-{s}.json").read_text()) for s in ("validation", "test")
+        ]
+        assert files[0]["model"]["weights_sha256"] == files[1]["model"]["weights_sha256"]
+        assert all(file["model"]["name"] == run.name and file["data"]["complete"] for file in files)
+
+
 def test_wilson_interval() -> None:
     """Against the closed form for no success, z² / (n + z²), and symmetry."""
     low, high = report.wilson(0.0, 20, z=2.0)

@@ -9,11 +9,15 @@ batch; and, for pictures and texts, the time that TorchDEQ's Anderson solver tak
 and tolerance, with the residual that both reach. ROOT holds the data sets in folders of their own
 (cifar10, imagenette, wikitext, ptb_text_only, graphs). Figures of weights that have been replaced
 since are measured anew.
+
+With `--curve N` classifiers of pictures are also measured on the first N test pictures by one solve
+each, a thousand to a cell, so that budgets are compared picture by picture (McNemar's exact test).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from functools import cache
@@ -29,13 +33,17 @@ from deqzoo.equilibrium.maps import BatchMap
 from deqzoo.equilibrium.solvers import make_solver
 from deqzoo.equilibrium.state import StatePacker
 from deqzoo.evaluation.chart import line_chart
+from deqzoo.evaluation.classify import to_batch
 from deqzoo.evaluation.dispatch import evaluator_of
 from deqzoo.evaluation.files import weights_digest
+from deqzoo.evaluation.images import ImageEvaluator
 from deqzoo.fidelity.batches import make_batch, part
 from deqzoo.hub.catalogue import entry
 
 BUDGETS = (1, 2, 4, 8, 16, 30)
 TOLERANCES = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4)
+
+CURVE_PART = 1000
 
 Measure = Callable[[dict[str, Any] | None], tuple[str, float, int]]
 """Solver settings (None: the model's own) -> (name of the figure, figure, samples)."""
@@ -107,6 +115,67 @@ def measure(key: str, root: Path, limit: int) -> dict[str, Any]:
     figure, value, samples = score(solver)
     seconds = time.process_time() - started
     return {"figure": figure, "value": value, "samples": samples, "seconds": seconds}
+
+
+@torch.inference_mode()
+def curve(model: Any, data: Path, first: int, count: int) -> dict[str, Any]:
+    """What a classifier of pictures names within each budget, by one solve of the largest.
+
+    A budget's answer is that of the iterate with the least residual so far, as a solve that ends
+    there would give. Of the `count` test pictures from `first` on, `right` holds by budget how many
+    are named right, and `only` how many are right there and wrong at the last budget, and the other
+    way round.
+    """
+    evaluator = ImageEvaluator(model, "test", data, batch_size=64, limit=None, progress=False)
+    pictures = evaluator.pictures
+    right: dict[int, list[torch.Tensor]] = {n: [] for n in BUDGETS}
+    started = time.process_time()
+    stop = min(first + count, len(pictures))
+    for start in range(first, stop, 64):
+        rows = range(start, min(start + 64, stop))
+        batch = to_batch(evaluator.processor, [pictures.picture(row) for row in rows], model)
+        for n, found in budget_logits(model, batch).items():
+            right[n].append(found.argmax(-1) == pictures.labels[rows.start : rows.stop])
+    joined = {n: torch.cat(parts) for n, parts in right.items()}
+    last = joined[BUDGETS[-1]]
+    return {
+        "pictures": stop - first,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "right": {str(n): int(found.sum()) for n, found in joined.items()},
+        "only": {
+            str(n): [int((found & ~last).sum()), int((last & ~found).sum())]
+            for n, found in joined.items()
+        },
+        "seconds": time.process_time() - started,
+    }
+
+
+def budget_logits(model: Any, batch: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Logits (B, classes) after each budget of solver steps, of pictures (B, 3, H, W)."""
+    f, z0 = model.base_model.equilibrium_map(batch)
+    packer, logits = StatePacker(z0), {}
+    best = least = None
+
+    def keep(k: int, z: torch.Tensor, residual: torch.Tensor) -> None:
+        nonlocal best, least
+        if best is None or least is None:
+            best, least = z, residual
+        else:
+            better = residual < least
+            best = torch.where(better.unsqueeze(1), z, best)
+            least = torch.where(better, residual, least)
+        if k in BUDGETS:
+            logits[k] = model.classifier(model.head(packer.unpack(best))).float()
+
+    model.solve(f, z0, solver={"max_steps": BUDGETS[-1], "tol": 0.0}, callback=keep)
+    return logits
+
+
+def mcnemar(one: int, other: int) -> float:
+    """Two-sided exact p of so many pairs that only one or only the other side has right."""
+    n = one + other
+    tail = sum(math.comb(n, i) for i in range(min(one, other) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 @torch.inference_mode()
@@ -190,8 +259,46 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
                 for side in ("ours", "TorchDEQ")
             ]
             others.append(f"- {name}: Anderson to {cell['tol']:g}: {'; '.join(sides)}.")
+    others += [f"- {name}: {curve_words(whole)}" for name, whole in curves(cells).items()]
     head = ["model", "solver", "figure", "CPU ms per sample"]
     return markdown_table(head, rows) + "\n" + "\n".join(others) + "\n"
+
+
+def curves(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The paired curves by model: sums over the cells of one dtype that follow one another."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, cell in sorted(cells.items()):
+        name, what = key.split(": ")
+        if not what.startswith("curve"):
+            continue
+        whole = found.setdefault(name, {"pictures": 0, "dtype": cell["dtype"]})
+        if int(what.split()[1]) != whole["pictures"] or cell["dtype"] != whole["dtype"]:
+            continue
+        whole["pictures"] += cell["pictures"]
+        for n in cell["right"]:
+            whole.setdefault("right", {}).setdefault(n, 0)
+            whole["right"][n] += cell["right"][n]
+            before = whole.setdefault("only", {}).get(n, (0, 0))
+            whole["only"][n] = tuple(a + b for a, b in zip(before, cell["only"][n], strict=True))
+    return {name: whole for name, whole in found.items() if whole["pictures"]}
+
+
+def curve_words(whole: dict[str, Any]) -> str:
+    """A curve in a line: accuracies by budget, and each budget against the last."""
+    last = str(BUDGETS[-1])
+    accuracies = ", ".join(
+        f"{100 * count / whole['pictures']:.1f} % ({n})" for n, count in whole["right"].items()
+    )
+    pairs = ", ".join(
+        f"{n}: {one} to {other}, p = {mcnemar(one, other):.2g}"
+        for n, (one, other) in whole["only"].items()
+        if n != last
+    )
+    return (
+        f"the first {whole['pictures']:,} test pictures, {whole['dtype']}, after so many steps: "
+        f"{accuracies}. Pictures that only this budget and only {last} steps have right, "
+        f"with McNemar's exact p: {pairs}."
+    )
 
 
 def main() -> None:
@@ -199,13 +306,29 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="names or folders; all bundled ones by default")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--limit", type=int, default=256, help="pictures; words are 20 times that")
+    parser.add_argument("--curve", type=int, default=0, help="pictures of the paired curve")
+    parser.add_argument("--bf16", action="store_true", help="the paired curve in bfloat16")
     arguments = parser.parse_args()
     names = arguments.models or deqzoo.list_models()
     cells = Cells("anytime")
     wanted = [key for name in names for key in wanted_of(name)]
+    for name in names:
+        if "ForImage" in entry(name).architecture:
+            wanted += [f"{name}: curve {i}" for i in range(0, arguments.curve, CURVE_PART)]
+
+    def measured(key: str) -> dict[str, Any]:
+        name, what = key.split(": ")
+        if not what.startswith("curve"):
+            return measure(key, arguments.data, arguments.limit)
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+        model = deqzoo.DEQModel.from_pretrained(name, dtype=dtype)
+        first = int(what.split()[1])
+        count = min(CURVE_PART, arguments.curve - first)
+        return curve(model, folder_of(model, arguments.data), first, count)
+
     missing = cells.fill(
         wanted,
-        lambda key: measure(key, arguments.data, arguments.limit),
+        measured,
         weights_of=lambda key: digest(key.split(": ")[0]),
     )
     print(report(cells.done))
@@ -217,6 +340,10 @@ def main() -> None:
             name, what = key.split(": ")
             if cell.get("figure") == figure and what.startswith("steps"):
                 series.setdefault(name, []).append((float(what.split()[1]), cell["value"]))
+        if figure == "accuracy":  # curves of more pictures take the place of the cells
+            for name, whole in curves(cells.done).items():
+                right = whole["right"].items()
+                series[name] = [(float(n), count / whole["pictures"]) for n, count in right]
         if series:
             drawing = line_chart(
                 series, title="Anytime inference", x_label="solver steps", y_label=figure,

@@ -223,7 +223,9 @@ def plots(entry: Entry) -> dict[str, str]:
     """SVG files that the card shows, by name."""
     drawn = {
         f"{entry.name}-budget.svg": budget_plot(entry),
-        f"{entry.name}-training.svg": training_curve.draw(entry.name, _record(entry), _metric(entry)),
+        f"{entry.name}-training.svg": training_curve.draw(
+            entry.name, _record(entry), _metric(entry)
+        ),
     }
     return {file: plot for file, plot in drawn.items() if plot is not None}
 
