@@ -84,8 +84,11 @@ class User(threading.Thread):
             "session_hash": session,
         }
         self.http.post("/queue/join", json=body).raise_for_status()
+        until = time.monotonic() + WAIT  # of the answer: the stream itself is kept alive for ever
         with self.http.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
             for line in stream.iter_lines():
+                if time.monotonic() > until:
+                    return f"no answer within {WAIT:.0f} seconds"
                 said = json.loads(line[6:]) if line.startswith("data: ") else {}
                 if said.get("msg") == "process_completed":
                     return None if said["success"] else str(said["output"].get("error"))
@@ -114,8 +117,9 @@ def measure(users: int, seconds: float, reads: float) -> dict[str, Any]:
             load.append(os.getloadavg()[0])
             if time.monotonic() > end - seconds * (4 - len(memory)) / 5:  # every fifth
                 memory.append(resident(server.pid))
+        until = time.monotonic() + 2 * WAIT  # of all of them together
         for one in people:
-            one.join(WAIT)
+            one.join(max(0.0, until - time.monotonic()))
         asked = [pair for one in people for pair in one.seconds]
         taken = sorted(second for _, second in asked)
         errors = sum((one.errors for one in people), Counter())

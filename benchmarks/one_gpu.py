@@ -3,27 +3,33 @@
     python benchmarks/one_gpu.py trial RECIPE --data DATA
     python benchmarks/one_gpu.py run RECIPE --data DATA --output OUT --deadline 9m
 
-Needs this checkout, torch and transformers, and neither an installation nor `hub_configs`. DATA is
-the folder of a data set, or several folders and archives that hold its parts. `trial` compiles and
-times each stage for 15 seconds and says what fell back; kernels that it compiled are found again by
-`run` where TORCHINDUCTOR_CACHE_DIR names the same folder. `run` leaves in OUT, in at most eight
-files of at most 16 MiB: `model.tar` in parts, the record, `metrics.jsonl`, `evaluation.json` of the
-test split, and `costs.json` as far as the time goes: forward and backward of every gradient on the
-official models (`benchmarks/studies/cost.py`).
+Needs this checkout, torch and transformers, pyarrow and Pillow to read the data, and neither an
+installation nor `hub_configs`. DATA is the folder of a data set, or several folders and archives
+that hold its parts. `trial` compiles and times each stage for 15 seconds and says what fell back;
+kernels that it compiled are found again by `run` where TORCHINDUCTOR_CACHE_DIR names the same
+folder. `run` leaves in OUT, in at most eight files of at most 16 MiB: `model.tar` in parts, the
+record, `metrics.jsonl`, `evaluation.json` of the test split, and `costs.json` as far as the time
+goes: forward and backward of every gradient on the official models
+(`benchmarks/studies/cost.py`). What is not done by the deadline is left out, said.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
+import importlib.util
 import json
 import platform
 import shutil
+import signal
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,6 +47,12 @@ STARTED = time.monotonic()
 def say(text: str) -> None:
     """One line with the seconds since the start."""
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
+
+
+def fail(text: str) -> NoReturn:
+    """End with one line."""
+    print(f"one_gpu.py: {text}", file=sys.stderr)
+    sys.exit(2)
 
 
 def describe_machine() -> None:
@@ -103,6 +115,24 @@ def evaluate(model: Path, name: str, data: Path | None, out: Path) -> None:
     say(json.dumps(content["results"])[:400])
 
 
+@contextlib.contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """Stop what is inside when its time is over, with a line that says so."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    except TimeoutError:
+        say(f"{what}: stopped, the time was over")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def gather(parts: list[Path], folder: Path) -> Path:
     """One folder of data that came in parts: parquet files are linked, archives unpacked."""
     if len(parts) == 1 and parts[0].is_dir():
@@ -116,7 +146,7 @@ def gather(parts: list[Path], folder: Path) -> Path:
             )
             continue
         if not part.is_dir():
-            sys.exit(f"one_gpu.py: there is no {part}")
+            fail(f"there is no {part}")
         for file in part.rglob("*.parquet"):
             link = folder / file.relative_to(part)
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +190,9 @@ def main() -> None:
     parser.add_argument("--deadline", default="1h", help="by which everything is written")
     parser.add_argument("--seconds", type=float, default=15.0, help="trial: of each stage")
     options = parser.parse_args()
+    missing = [name for name in ("pyarrow", "PIL") if importlib.util.find_spec(name) is None]
+    if missing:
+        fail("the data need more packages: pip install pyarrow pillow")
     describe_machine()
     recipe = load_recipe(options.recipe)
     if options.time_budget:
@@ -170,8 +203,10 @@ def main() -> None:
         return
     deadline = seconds_of(options.deadline, "--deadline")
     run(recipe, data, options.work, options.output, deadline)
-    if deadline - (time.monotonic() - STARTED) > 20:
-        evaluate(options.work / "model", recipe.name, data, options.output)
+    left = deadline - (time.monotonic() - STARTED)
+    if left > 20:
+        with within(left - 5, "evaluation"):
+            evaluate(options.work / "model", recipe.name, data, options.output)
     left = deadline - (time.monotonic() - STARTED)
     if left > 30:
         costs(options.output, left - 10)

@@ -91,7 +91,7 @@ def test_a_trial_tells_each_stage(
     assert [line["step_is"] for line in lines if line.get("event") == "stage"] == ["eager"]
 
 
-def test_data_in_parts_become_one_folder(cifar_folder: Path, tmp_path: Path) -> None:
+def test_data_in_parts_become_one_folder(cifar_folder: Path, tmp_path: Path, capsys) -> None:
     parts = [tmp_path / "a" / "plain_text", tmp_path / "b" / "plain_text"]
     for part, split in zip(parts, ("train", "test"), strict=True):
         part.mkdir(parents=True)
@@ -104,5 +104,23 @@ def test_data_in_parts_become_one_folder(cifar_folder: Path, tmp_path: Path) -> 
         found = sorted(file.name for file in folder.rglob("*.parquet"))
         assert found == ["test-00000-of-00001.parquet", "train-00000-of-00001.parquet"]
     assert one_gpu.gather([cifar_folder], tmp_path / "data") == cifar_folder
-    with pytest.raises(SystemExit, match="there is no"):
+    with pytest.raises(SystemExit) as end:
         one_gpu.gather([tmp_path / "a", tmp_path / "c"], tmp_path / "data")
+    assert end.value.code == 2 and "there is no" in capsys.readouterr().err
+
+
+def test_what_takes_too_long_is_left_out(capsys) -> None:
+    before = one_gpu.signal.getsignal(one_gpu.signal.SIGALRM)
+    began = one_gpu.time.monotonic()
+    with one_gpu.within(0.2, "evaluation"):
+        one_gpu.time.sleep(600)
+    assert one_gpu.time.monotonic() - began < 60
+    assert "evaluation: stopped, the time was over" in capsys.readouterr().out
+    assert one_gpu.signal.getsignal(one_gpu.signal.SIGALRM) == before
+
+
+def test_missing_packages_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(one_gpu.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "trial", tmp_path / "small.yaml")
+    assert end.value.code == 2 and "pip install pyarrow pillow" in capsys.readouterr().err
