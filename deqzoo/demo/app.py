@@ -73,7 +73,7 @@ def build_demo(examples: Path | None = None, graph_data: Path | None = None) -> 
         gr.Markdown(_HEAD, elem_id="dz-head")
         with gr.Tabs():
             with gr.Tab("Image", id="image"):
-                images_tab.single_tab(shelf, pictures)
+                images_tab.single_tab(shelf, pictures, demo)
             with gr.Tab("Why a DEQ", id="why") as why:
                 why_tab.why_tab(shelf, pictures, why)
             with gr.Tab("Several images", id="batch"):

@@ -275,13 +275,58 @@ def class_name(loaded: Loaded, index: int) -> str:
     return f"class {index}" if not name or name.startswith("LABEL_") else name
 
 
+def _hops(n: int, edges: np.ndarray, pivots: np.ndarray) -> np.ndarray:
+    """Edges of the shortest path from each node to some (n, k).
+
+    One more than the longest where there is none, and 200 where there are more.
+    """
+    near = np.zeros((n, n), np.float32)
+    near[edges[0], edges[1]] = near[edges[1], edges[0]] = 1.0
+    hops = np.full((n, len(pivots)), np.inf)
+    hops[pivots, np.arange(len(pivots))] = 0.0
+    reached, length = hops == 0, 0
+    while True:
+        length += 1
+        fresh = (near @ reached.astype(np.float32) > 0) & np.isinf(hops)
+        if length == 200 or not fresh.any():
+            return np.where(np.isinf(hops), float(length), hops)
+        hops[fresh], reached = length, fresh
+
+
 def positions(n: int, edges: np.ndarray, rounds: int = 200) -> np.ndarray:
-    """Where to draw the nodes, (n, 2) in [0, 1]: springs along edges, repulsion between all."""
-    angle = np.arange(n) * 2.399963  # the golden angle spreads the start evenly
-    radius = np.sqrt((np.arange(n) + 0.5) / n) / 2
-    place = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    """Where to draw the nodes, (n, 2) in [0, 1]: springs along edges, repulsion between all.
+
+    They start on a spiral, and where distances in the plane are nearest to numbers of edges
+    (Brandes and Pich 2006, "Eigensolver methods for progressive multidimensional scaling"),
+    which unfolds chains and rings. The drawing whose edges cross less often is taken.
+    """
+    angle = np.arange(n) * 2.399963  # the golden angle spreads them evenly
+    turns = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    scaled = _scaled(n, edges) + 0.1 / np.sqrt(max(n, 1)) * turns  # nodes in one place must part
+    spiral = np.sqrt((np.arange(n)[:, None] + 0.5) / n) / 2 * turns
+    starts = (scaled, spiral) if n <= 300 else (scaled,)  # rounds cost n²
+    drawn = [_settled(place, edges, rounds) for place in starts]
+    place = min(drawn, key=lambda place: _crossings(place, edges))
+    place = place - place.min(0)
+    return place / max(float(place.max()), 1e-9)
+
+
+def _scaled(n: int, edges: np.ndarray) -> np.ndarray:
+    """Places (n, 2) whose distances are nearest to hops, by at most fifty pivots."""
+    pivots = np.unique(np.linspace(0, n - 1, min(n, 50)).round().astype(int))
+    squares = _hops(n, edges, pivots) ** 2
+    squares = squares - squares.mean(0) - squares.mean(1, keepdims=True) + squares.mean()
+    values, vectors = np.linalg.eigh(squares.T @ squares)
+    # The variance of a coordinate is a root of its eigenvalue; a hop is 1/√n long.
+    scale = (n / len(pivots) / n**2 / np.maximum(values[:-3:-1], 1e-9)) ** 0.25
+    place = squares @ vectors[:, :-3:-1] * scale
+    return np.pad(place, ((0, 0), (0, 2 - place.shape[1])))  # a single node has one coordinate
+
+
+def _settled(place: np.ndarray, edges: np.ndarray, rounds: int) -> np.ndarray:
+    """Places after so many rounds of the springs (Fruchterman and Reingold 1991)."""
+    n, (source, target) = len(place), edges
     ideal = 1 / np.sqrt(max(n, 1))
-    source, target = edges
     for step in range(rounds):
         difference = place[:, None] - place[None]
         squared = (difference**2).sum(-1) + 1e-6
@@ -293,8 +338,22 @@ def positions(n: int, edges: np.ndarray, rounds: int = 200) -> np.ndarray:
         force -= 0.3 * place  # parts without an edge between them stay together
         length = np.linalg.norm(force, axis=1, keepdims=True) + 1e-9
         place = place + force / length * np.minimum(length, 0.12 * (1 - step / rounds) + 1e-3)
-    place = place - place.min(0)
-    return place / max(float(place.max()), 1e-9)
+    return place
+
+
+def _crossings(place: np.ndarray, edges: np.ndarray) -> int:
+    """Pairs of edges that cross, among the first five hundred."""
+    a, b = edges[:, edges[0] < edges[1]][:, :500]
+    first, second = place[a], place[b]
+    along = second - first
+
+    def side(points: np.ndarray) -> np.ndarray:  # of every edge's line, (edges, points)
+        away = points[None] - first[:, None]
+        return along[:, None, 0] * away[..., 1] > along[:, None, 1] * away[..., 0]
+
+    parted = side(first) != side(second)
+    joint = (a[:, None] == a) | (a[:, None] == b) | (b[:, None] == a) | (b[:, None] == b)
+    return int((parted & parted.T & ~joint).sum()) // 2
 
 
 def graph_html(graph: Graph, reading: Reading, kinds: Sequence[str]) -> str:

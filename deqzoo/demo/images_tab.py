@@ -27,8 +27,8 @@ WAITING = (
 )
 
 
-def single_tab(shelf: Shelf, pictures: list[Path]) -> None:
-    """Lay out the tab for one picture."""
+def single_tab(shelf: Shelf, pictures: list[Path], page: gr.Blocks) -> None:
+    """Lay out the tab for one picture; the page opens with the first example solved."""
     if not shelf.names(IMAGES):
         return missing_checkpoint(IMAGES)
     first = shelf.names(IMAGES)[0]
@@ -103,6 +103,11 @@ def single_tab(shelf: Shelf, pictures: list[Path]) -> None:
             )  # fmt: skip
         chosen.then(ready, inputs, outputs, **options)
         chosen.then(None, None, None, js=TO_THE_ANSWER)
+    if own:
+        opened = page.load(
+            lambda: str(own[0]), None, picture, api_visibility="private", queue=False
+        )
+        opened.then(ready, inputs, outputs, **options)
     picture.clear(lambda: (None, WAITING), None, outputs, api_visibility="private", queue=False)
 
 

@@ -24,6 +24,16 @@ def theme() -> gr.themes.Base:
         block_label_background_fill_dark="*primary_700",
         block_title_text_color="*primary_800",
         body_text_color_subdued="*neutral_600",
+        # and its light controls are white on white
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        checkbox_border_color="*neutral_400",
+        checkbox_label_border_width="1px",
+        checkbox_label_border_color="*neutral_300",
+        button_border_width="1px",
+        button_secondary_border_color="*neutral_300",
     )
 
 

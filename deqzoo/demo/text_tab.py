@@ -43,8 +43,10 @@ def text_tab(shelf: Shelf) -> None:
                 placeholder=f"English text, up to {MAX_TEXT_CHARACTERS:,} characters",
             )  # fmt: skip
             button = gr.Button("Measure", variant="primary", elem_id="text-run")
-            gr.Examples([[t] for t in EXAMPLES], [text], label="Examples", elem_id="text-examples",
-                        example_labels=["A river", "An album"])  # fmt: skip
+            examples = gr.Examples(
+                [[t] for t in EXAMPLES], [text], label="Examples", elem_id="text-examples",
+                example_labels=["A river", "An album"],
+            )  # fmt: skip
             upload = gr.UploadButton(
                 "Upload a text file", file_types=[".txt", ".md", ".text"], elem_id="text-upload"
             )
@@ -93,7 +95,11 @@ def text_tab(shelf: Shelf) -> None:
             yield _continued(checked, state.text), _effort(state)
 
     shown: dict[str, Any] = {**options, "show_progress_on": [figures]}
-    button.click(in_place(measure, outputs, figures), inputs, outputs, **shown)
+    measured = in_place(measure, outputs, figures)
+    button.click(measured, inputs, outputs, **shown)
+    chosen = examples.load_input_event
+    chosen.then(measured, inputs, outputs, **shown)
+    chosen.then(None, None, None, js=TO_THE_ANSWER)
     every = [text, *outputs]
     upload.upload(in_place(read, every, figures), [upload, *controls.inputs], every, **shown)
     gr.on([button.click], None, None, None, js=TO_THE_ANSWER)

@@ -628,3 +628,28 @@ def test_messages_name_no_folder_of_the_server(tiny_mdeq, tmp_path, monkeypatch)
     with pytest.raises(UserError) as caught:
         Shelf().get("mdeq-broken", IMAGES)
     assert "mdeq-broken" in str(caught.value) and str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_chain_and_a_ring_do_not_cross_themselves(closed: bool) -> None:
+    n = 40
+    ends = np.stack([np.arange(n), (np.arange(n) + 1) % n])[:, : n if closed else n - 1]
+    place = graphs.positions(n, np.concatenate([ends, ends[::-1]], axis=1))
+    assert place.min() >= 0 and place.max() <= 1
+
+    def side(a: int, b: int, c: int) -> bool:
+        (ax, ay), (bx, by), (cx, cy) = place[[a, b, c]]
+        return (bx - ax) * (cy - ay) > (by - ay) * (cx - ax)
+
+    for a, b in ends.T:
+        for c, d in ends.T:
+            if len({a, b, c, d}) == 4:
+                crossing = side(a, b, c) != side(a, b, d) and side(c, d, a) != side(c, d, b)
+                assert not crossing, (a, b, c, d)
+
+
+def test_graphs_without_edges_have_places() -> None:
+    for n in (1, 2, 3):
+        place = graphs.positions(n, np.zeros((2, 0), dtype=int))
+        assert place.shape == (n, 2) and np.isfinite(place).all()
+        assert len({tuple(row) for row in place.round(3).tolist()}) == n
