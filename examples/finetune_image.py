@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from deqzoo import DEQModel
 from deqzoo.errors import UserError
-from deqzoo.evaluation.classify import load_processor
+from deqzoo.models.readers import load_processor
 from deqzoo.training.norms import freeze_batch_norm
 
 

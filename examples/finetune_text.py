@@ -25,8 +25,8 @@ from deqzoo import DEQModel
 from deqzoo.data.lines import read_lines
 from deqzoo.errors import UserError
 from deqzoo.evaluation.perplexity import perplexity
-from deqzoo.evaluation.text import load_tokenizer
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text, text_style
+from deqzoo.models.readers import load_tokenizer
 
 
 class Segments(torch.utils.data.Dataset):

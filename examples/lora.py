@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deqzoo import DEQModel
-from deqzoo.evaluation.text import load_tokenizer
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text, text_style
+from deqzoo.models.readers import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 Batch = dict[str, Tensor]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deqzoo import DEQModel
+from deqzoo.data.pictures import read_picture
 from deqzoo.equilibrium import (
     NPG,
     Anderson,
@@ -33,7 +34,7 @@ from deqzoo.equilibrium import (
     gradient_fidelity,
 )
 from deqzoo.errors import UserError
-from deqzoo.evaluation.classify import load_processor, read_picture, to_batch
+from deqzoo.models.readers import load_processor, to_batch
 
 PICTURES = sorted((Path(__file__).parent / "pictures").iterdir())
 

@@ -13,9 +13,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from deqzoo import DEQModel
+from deqzoo.data.pictures import read_picture
 from deqzoo.errors import UserError
-from deqzoo.evaluation.classify import load_processor, read_picture, to_batch
 from deqzoo.evaluation.watch import Watched, training_memory, watch
+from deqzoo.models.readers import load_processor, to_batch
 
 WIDTH, HEIGHT, PANEL, TOP = 1080, 404, 352, 76
 INK, GREY, BLUE, PALE, RED, GREEN = "#222222", "#666666", "#1f6fb4", "#e4ecf3", "#c8500a", "#0b7a53"

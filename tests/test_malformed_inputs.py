@@ -389,7 +389,8 @@ def test_data_to_learn(
 ) -> None:
     pytest.importorskip("datasets")
     pytest.importorskip("torch_geometric")
-    from deqzoo.training.finetune import Settings, prepare
+    from deqzoo.tasks.finetuning import Settings
+    from deqzoo.training.finetune import prepare
 
     torch.manual_seed(0)
     model = tmp_path / "model"

@@ -12,7 +12,8 @@ from PIL import Image
 
 from deqzoo import DEQModel
 from deqzoo.cli import run
-from deqzoo.evaluation.classify import classify, read_picture
+from deqzoo.data.pictures import read_picture
+from deqzoo.evaluation.classify import classify
 from deqzoo.evaluation.watch import training_memory, watch
 from deqzoo.hub.cards import rendered_files
 from deqzoo.hub.catalogue import entry

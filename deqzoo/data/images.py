@@ -8,7 +8,6 @@ order of the rows nor on how the pictures are compressed.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from PIL import Image
 from pyarrow.lib import ArrowException
 from torch import Tensor
 
+from deqzoo.data.pictures import decode_picture
 from deqzoo.data.shards import parquet_shards
 from deqzoo.errors import UserError, one_line
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
@@ -37,24 +37,6 @@ SPLIT_SEED = 0
 
 Groups = Iterator[tuple[list[bytes], list[Any]]]
 """Encoded pictures with their labels, each an index into the classes or a class name."""
-
-
-HEIC = (".heic", ".heif")
-
-
-def register_heic(path: str | os.PathLike[str]) -> None:
-    """Let Pillow read the format of iPhones, which another package decodes.
-
-    Raises:
-        UserError: that package is missing.
-    """
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError as error:
-        raise UserError(
-            f"{path} is a HEIC picture: pip install pillow-heif to read it, or save it as JPEG"
-        ) from error
-    register_heif_opener()
 
 
 @dataclass(frozen=True)
@@ -257,7 +239,7 @@ def _decode(
     index = {name: number for number, name in enumerate(source.classes)}
 
     def to_array(encoded: bytes) -> np.ndarray:
-        picture = to_rgb(Image.open(io.BytesIO(encoded)))
+        picture = to_rgb(decode_picture(encoded, f"a picture of {source.title} in {folder}"))
         return np.asarray(picture if transform is None else transform(picture))
 
     arrays: list[np.ndarray] = []
@@ -267,7 +249,7 @@ def _decode(
             for encoded, marks in groups:
                 arrays.extend(pool.map(to_array, encoded, chunksize=64))
                 labels.extend(index.get(mark, mark) for mark in marks)  # type: ignore[misc]
-    except (ArrowException, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (ArrowException, OSError) as error:
         reason = one_line(error, 160)
         raise UserError(f"cannot read {source.title} from {folder}: {reason}") from error
     if not arrays:

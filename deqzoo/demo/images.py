@@ -17,15 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deqzoo.data.pictures import read_picture
 from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import page_chart
-from deqzoo.evaluation.classify import (
-    Classification,
-    classify_pixels,
-    read_picture,
-    to_batch,
-)
+from deqzoo.evaluation.classify import Classification, classify_pixels
 from deqzoo.evaluation.watch import watch, watched_solver
+from deqzoo.models.readers import to_batch
 
 from . import examples
 from .guard import ENOUGH_PIXELS, MAX_ASPECT, MAX_PICTURES, MAX_PIXELS, Deadline
@@ -71,16 +68,7 @@ def open_picture(path: Any) -> Image.Image:
         raise UserError("there is no picture yet: upload one, paste one, or pick an example")
     path = Path(path)
     try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-    except Exception:  # what is wrong is said by read_picture below
-        width = height = 0
-    if width * height > MAX_PIXELS:
-        raise UserError(
-            f"the picture has {width} × {height} pixels; {MAX_PIXELS // 10**6} million are allowed"
-        )
-    try:
-        return _bounded(read_picture(path))
+        return _bounded(read_picture(path, MAX_PIXELS))
     except UserError as error:
         raise UserError(str(error).replace(str(path), path.name)) from error
 

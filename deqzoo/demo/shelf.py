@@ -9,10 +9,9 @@ from typing import Any
 import deqzoo.zoo
 from deqzoo.equilibrium import SOLVERS
 from deqzoo.errors import UserError
-from deqzoo.evaluation.classify import load_processor
-from deqzoo.evaluation.text import load_tokenizer
 from deqzoo.hub.catalogue import Entry, best_first, entry
 from deqzoo.models.auto import DEQModel
+from deqzoo.models.readers import load_processor, load_tokenizer
 
 from .guard import MAX_STEPS, real_number, whole_number
 

@@ -12,9 +12,9 @@ import torch
 
 from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import page_chart
-from deqzoo.evaluation.classify import to_batch
 from deqzoo.evaluation.watch import Watched, training_memory, watch
 from deqzoo.hub.card_texts import DATA_TEXTS
+from deqzoo.models.readers import to_batch
 
 from . import examples
 from .guard import Deadline

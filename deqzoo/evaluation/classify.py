@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from deqzoo.data.images import HEIC, register_heic
 from deqzoo.equilibrium import Solver
-from deqzoo.errors import UserError, one_line
+from deqzoo.models.readers import load_processor, require_image_classifier, to_batch
 
 
 @dataclass(frozen=True)
@@ -94,106 +88,3 @@ def classify_pixels(
             )
         )
     return found
-
-
-def require_image_classifier(model: Any) -> None:
-    """Refuse models of other kinds.
-
-    Raises:
-        UserError: the model's class is no image classifier.
-    """
-    if not type(model).__name__.endswith("ForImageClassification"):
-        raise UserError(
-            f"{Path(model.config._name_or_path).name} is of class {type(model).__name__}, which "
-            "cannot classify pictures; name an image model"
-        )
-
-
-def load_processor(model: Any) -> Any:
-    """The image processor stored beside a model's weights.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    require_image_classifier(model)
-    source = model.config._name_or_path
-    try:
-        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-        processor(images=Image.new("RGB", (4, 4)), return_tensors="pt")
-        return processor
-    except Exception as error:  # damaged settings fail in arbitrary ways, some only when used
-        reason = one_line(error, 160)
-        raise UserError(f"no usable preprocessor_config.json in {source}: {reason}") from error
-
-
-def to_batch(processor: Any, pictures: Sequence[Image.Image], model: Any) -> Tensor:
-    """Normalised pictures (B, 3, H, W) where the model is."""
-    pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
-    return pixels.to(model.device)
-
-
-def picture_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The file itself, or all pictures of a folder in the order of their names, no hidden ones.
-
-    Raises:
-        UserError: an address, or a folder without pictures.
-    """
-    if "://" in str(source):
-        raise UserError(f"{source} is an address: fetch the picture first and name its file")
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        return [path]
-    known = {*Image.registered_extensions(), *HEIC} - {".pdf", ".mpg", ".mpeg"}
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and file.suffix.lower() in known
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    if not files:
-        raise UserError(f"folder {path} holds no pictures")
-    return files
-
-
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Open and decode a picture file, or standard input ("-").
-
-    Raises:
-        UserError: no file, no picture, or a damaged one.
-    """
-    if str(path) == "-":
-        return decode_picture(sys.stdin.buffer.read(), "standard input")
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name picture files")
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if path.suffix.lower() in HEIC:
-        register_heic(path)
-    return decode_picture(content, str(path))
-
-
-def decode_picture(content: bytes, name: str) -> Image.Image:
-    """A picture from the bytes of its file.
-
-    Raises:
-        UserError: no bytes, no picture, or a damaged one; the message says `name`.
-    """
-    if not content:
-        raise UserError(f"{name} is empty")
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.load()
-            return picture
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name} is no picture that can be read") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name} is too large to decode safely: {error}") from error
-    except Exception as error:  # decoders of damaged files fail in arbitrary ways
-        reason = one_line(error)
-        raise UserError(f"cannot read {name}: {reason}") from error

@@ -54,13 +54,15 @@ def classify(
 ) -> None:
     """Name what pictures show."""
     with Waiting("loading PyTorch and transformers ..."):
-        from deqzoo.evaluation import classify as classification
+        from deqzoo.data.pictures import picture_files, read_picture
+        from deqzoo.evaluation.classify import classify as classify_pictures
+        from deqzoo.models.readers import load_processor
 
     require_trace_file(trace)
     inputs, files = Inputs(), list[Any]()
     for source in images:
         with inputs.one():
-            files += [source] if source == "-" else classification.picture_files(source)
+            files += [source] if source == "-" else picture_files(source)
     inputs.good = 0
     loaded = None
     curves: dict[str, Any] = {}
@@ -68,21 +70,17 @@ def classify(
         pictures = {}
         for file in files[start : start + PICTURES_AT_ONCE]:
             with inputs.one():
-                pictures[str(file)] = classification.read_picture(file)
+                pictures[str(file)] = read_picture(file)
         if not pictures:
             continue
         if loaded is None:  # mistakes in files are said without waiting for the model
             with Waiting(f"loading {model} ..."):
                 loaded = deqzoo.DEQModel.from_pretrained(model)
-                processor = classification.load_processor(loaded)
+                processor = load_processor(loaded)
             settings = solver_settings(loaded, solver, max_steps, tol)
         with recorded_traces(loaded, trace is not None) as traces:
-            found = classification.classify(
-                loaded,
-                list(pictures.values()),
-                top_k=top_k,
-                processor=processor,
-                solver=settings,
+            found = classify_pictures(
+                loaded, list(pictures.values()), top_k=top_k, processor=processor, solver=settings
             )
         for row, (name, result) in enumerate(zip(pictures, found, strict=True)):
             _show_classification(name, result, as_json)
@@ -175,7 +173,7 @@ def _score(
 ) -> Any:
     from deqzoo.data import lines
     from deqzoo.evaluation import perplexity as scoring
-    from deqzoo.evaluation.text import load_tokenizer
+    from deqzoo.models.readers import load_tokenizer
 
     if str(file) != "-" and lines.holds_records(Path(file)):
         column = lines.text_column(Path(file), column)

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
 from deqzoo.data.images import ImageSource, Pictures
-from deqzoo.data.own import OwnPictures, chose_weights, pictures_of_split, read_record
+from deqzoo.data.own import chose_weights, read_record
+from deqzoo.data.own_pictures import OwnPictures, pictures_of_split
 from deqzoo.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from deqzoo.errors import UserError
-from deqzoo.evaluation.classify import load_processor, to_batch
+from deqzoo.models.readers import load_processor, to_batch
 from deqzoo.tasks import metrics
 
 _KNOWN = (
@@ -72,7 +73,7 @@ class ImageEvaluator:
         self.model = model
         self.batch_size = batch_size
         self.progress = progress
-        self.pictures = _pictures_of(model, split, data)
+        self.pictures = pictures_of(model, split, data)
         self.processor = load_processor(model)
         self.description = self.pictures.describe()
         if isinstance(self.pictures, OwnPictures):
@@ -163,7 +164,7 @@ def run(
     return Outputs(*tensors, seconds, interrupted)  # type: ignore[call-arg]
 
 
-def _pictures_of(
+def pictures_of(
     model: Any, split: str, data: str | os.PathLike[str] | None
 ) -> Pictures | OwnPictures:
     """Pictures of one's own, or the split of the data set whose class names the labels are."""

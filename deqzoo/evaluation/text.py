@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deqzoo.data.own import OwnText, lines_of_split, load_own_text, read_record, text_digest
+from deqzoo.data.own import read_record
+from deqzoo.data.own_text import OwnText, lines_of_split, load_own_text, text_digest
 from deqzoo.data.text import (
     SOURCES,
     UNKNOWN,
@@ -27,20 +28,8 @@ from deqzoo.data.text import (
 from deqzoo.errors import UserError
 from deqzoo.evaluation.perplexity import Scorer
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text, text_style
+from deqzoo.models.readers import load_tokenizer
 from deqzoo.tasks.metrics import equilibrium_summary
-
-
-def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerFast:
-    """The tokenizer stored beside a model's weights.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = model.config._name_or_path
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"no tokenizer beside the weights in {folder or 'memory'}") from error
 
 
 class TextEvaluator:
@@ -106,7 +95,7 @@ def _stream_of(
     record = read_record(model.config._name_or_path)
     if data is None or (record is None and not _is_text(tokenizer, data)):
         source = corpus_of(tokenizer)
-        stream = _stream(source, split, data, tokenizer)
+        stream = corpus_stream(source, split, data, tokenizer)
         return stream, describe_stream(source, split, stream)
     text = load_own_text(Path(data))
     lines = lines_of_split(text, split, record)
@@ -163,12 +152,13 @@ def corpus_of(tokenizer: PreTrainedTokenizerFast) -> TextSource:
     )
 
 
-def _stream(
+def corpus_stream(
     source: TextSource,
     split: str,
     data: str | os.PathLike[str] | None,
     tokenizer: PreTrainedTokenizerFast,
 ) -> Tensor:
+    """Word indices (n,) int64 of a split of a corpus, in a tokenizer's numbering."""
     vocabulary = tokenizer.get_vocab()
     rows: Iterator[list[int]] = encode_rows(
         load_rows(source, split, data), vocabulary, vocabulary[UNKNOWN]

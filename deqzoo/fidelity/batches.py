@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from deqzoo.data.pictures import read_picture
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 from deqzoo.zoo import checkpoints_root
@@ -64,12 +64,12 @@ def _pictures(
 ) -> tuple[dict[str, Any], str]:
     size = size or 8
     if data is not None:
-        from deqzoo.evaluation.classify import load_processor, to_batch
-        from deqzoo.evaluation.images import _pictures_of
+        from deqzoo.evaluation.images import pictures_of
+        from deqzoo.models.readers import load_processor, to_batch
 
-        pictures: Any = _pictures_of(model, split, data)
+        pictures: Any = pictures_of(model, split, data)
         rows = torch.randperm(len(pictures), generator=generator)[:size]
-        images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures.pixels[rows]]
+        images = [pictures.picture(row) for row in rows.tolist()]
         pixels = to_batch(load_processor(model), images, model)
         description = f"{len(rows)} pictures of the {split} split"
         return {"pixel_values": pixels, "labels": pictures.labels[rows]}, description
@@ -90,7 +90,7 @@ def _pictures(
 
 def _example_crops(model: Any, size: int, generator: torch.Generator) -> Tensor | None:
     """Random square parts of the repository's pictures, where both they and a processor exist."""
-    from deqzoo.evaluation.classify import load_processor, to_batch
+    from deqzoo.models.readers import load_processor, to_batch
 
     files = sorted((checkpoints_root().parent / "examples" / "pictures").glob("*.*"))
     files = [f for f in files if f.suffix in (".png", ".jpg")]
@@ -98,8 +98,7 @@ def _example_crops(model: Any, size: int, generator: torch.Generator) -> Tensor 
         return None
     crops = []
     for number in range(size):
-        with Image.open(files[number % len(files)]) as picture:
-            upright = to_rgb(picture)
+        upright = to_rgb(read_picture(files[number % len(files)]))
         side = min(upright.size) // 2
         left, top = (
             int(torch.randint(extent - side, (1,), generator=generator)) for extent in upright.size
@@ -121,10 +120,11 @@ def _tokens(
     size, length, context = size or 4, model.config.tgt_len, model.config.mem_len
     total = context + length + 1
     if data is not None:
-        from deqzoo.evaluation.text import _stream, corpus_of, load_tokenizer
+        from deqzoo.evaluation.text import corpus_of, corpus_stream
+        from deqzoo.models.readers import load_tokenizer
 
         tokenizer = load_tokenizer(model)
-        stream = _stream(corpus_of(tokenizer), split, data, tokenizer)
+        stream = corpus_stream(corpus_of(tokenizer), split, data, tokenizer)
         starts = torch.randint(len(stream) - total + 1, (size,), generator=generator)
         ids = torch.stack([stream[s : s + total] for s in starts.tolist()])
         description = f"{size} segments of {length} words of the {split} split"

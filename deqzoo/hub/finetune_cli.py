@@ -61,14 +61,8 @@ def finetune(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train a model of the zoo further on pictures, texts or graphs of your own."""
-    from deqzoo.training.finetune import (
-        Settings,
-        clear,
-        prepare,
-        require_free,
-        train,
-        warnings_of,
-    )
+    from deqzoo.tasks.finetuning import Settings, warnings_of
+    from deqzoo.training.finetune import clear, prepare, require_free, train
 
     unmeasured = (output / "run.json").is_file() and not (output / "README.md").is_file()
     if resume and unmeasured:  # cut off when it was trained already

@@ -22,11 +22,14 @@ class TaskInfo:
         suffix: how the names of its model classes end.
         training: "module:name" of the class (or function) that makes its `Task` of a recipe.
         evaluator: "module:name" of its `Evaluator`.
+        finetuning: "module:name" of the function that makes a `Job` of a model and data of one's
+            own; none where a task has no such data.
     """
 
     suffix: str
     training: str
     evaluator: str
+    finetuning: str | None = None
 
 
 TASKS = {
@@ -34,16 +37,19 @@ TASKS = {
         "ForImageClassification",
         "deqzoo.tasks.lazy_images:image_task",
         "deqzoo.evaluation.images:ImageEvaluator",
+        "deqzoo.tasks.images:finetuning",
     ),
     "language-modeling": TaskInfo(
         "ForCausalLM",
         "deqzoo.tasks.text:LanguageModelingTask",
         "deqzoo.evaluation.text:TextEvaluator",
+        "deqzoo.tasks.text:finetuning",
     ),
     "graph-classification": TaskInfo(
         "ForGraphClassification",
         "deqzoo.tasks.graphs:GraphClassificationTask",
         "deqzoo.evaluation.graphs:GraphEvaluator",
+        "deqzoo.tasks.graphs:finetuning",
     ),
     "node-classification": TaskInfo(
         "ForNodeClassification",

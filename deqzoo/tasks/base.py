@@ -24,12 +24,13 @@ _Config = TypeVar("_Config", bound=PreTrainedConfig)
 class Task(Protocol):
     """Data, model and metrics of a recipe. One object serves one run.
 
-    A task whose model solves several equilibria one after another says how many in `solves`: an
-    output's steps are then their sum.
+    What has a body here is what most tasks do; a class that derives from this one inherits it.
     """
 
     metric: str
     """Validation figure that says which weights are better, a key of `METRICS`."""
+    one_process: bool = False
+    """Whether several processes cannot train it together."""
 
     def model(self) -> PreTrainedModel:
         """A new model, initialised from the global random state."""
@@ -53,25 +54,32 @@ class Task(Protocol):
 
     def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
         """The training loss of a forward pass."""
-        ...
+        return outputs.loss
 
     def before_forward(self, model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
         """Add to a batch what earlier steps left behind (a language model's memory)."""
-        ...
+        return batch
 
     def after_forward(self, outputs: Any) -> None:
         """Keep what the next step needs."""
-        ...
+        return
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors that a checkpoint must hold beside the Trainer's own."""
-        ...
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        return
+
+    @property
+    def solves(self) -> int:
+        """Equilibria of a forward pass, one after another; an output's steps are their sum."""
+        return 1
 
     def sample_size(self, stage: Stage) -> int:
         """How many of the samples that `evaluate` counts one sample of a batch holds."""
-        ...
+        return 1
 
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
         """Validation figures, the metric and the solver's report among them."""

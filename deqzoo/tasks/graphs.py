@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,12 +20,13 @@ from transformers import PreTrainedModel
 from deqzoo.data.graphs import (
     Fold,
     GraphSet,
+    collate_graphs,
     honest_folds,
     load_graph_set,
     load_own_graphs,
     published_folds,
 )
-from deqzoo.data.own import HELD_OUT, graph_digests, stratified, write_record
+from deqzoo.data.own import HELD_OUT, graph_digests, stratified, three_parts, write_record
 from deqzoo.errors import UserError
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
@@ -32,7 +34,8 @@ from deqzoo.models.ignn.sparse import Adjacency, SparseMatrix
 from deqzoo.models.ignn.symmetry import merge_equal_nodes
 from deqzoo.models.names import family_class
 from deqzoo.recipe import Recipe, Stage
-from deqzoo.tasks.base import Plan, Probe, build_config, check_options, epoch_order, own_path
+from deqzoo.tasks.base import Plan, Probe, Task, build_config, check_options, epoch_order, own_path
+from deqzoo.tasks.finetuning import LEAST_STEPS, Job, Settings
 from deqzoo.tasks.metrics import best_threshold, classification_figures, joined_summary
 
 OWN = "graphs"
@@ -72,7 +75,7 @@ class GraphPart:
         return inputs if self.mask is None else {**inputs, "mask": self.mask}
 
 
-class GraphTask(ABC):
+class GraphTask(Task, ABC):
     """What the tasks on graphs share: a model with a norm bound, batches that are made once.
 
     Every batch keeps its equilibria, at which its next solve begins: they are unique, so that only
@@ -87,7 +90,6 @@ class GraphTask(ABC):
     of_nodes = False
     """Whether labels are those of nodes."""
     one_process = True
-    """No command for several GPUs is offered."""
     shuffled = False
     """Whether an epoch takes the batches in an order of its own."""
 
@@ -154,9 +156,6 @@ class GraphTask(ABC):
         """The training batches on a device, for steps that never wait for it."""
         return ResidentGraphs(self, device)
 
-    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
-        return outputs.loss
-
     def before_forward(self, model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
         batch = dict(batch)
         self._part = batch.pop("part")
@@ -177,9 +176,6 @@ class GraphTask(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.states = {int(i): tuple(kept) for i, kept in state.items()}
-
-    def sample_size(self, stage: Stage) -> int:
-        return 1
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
@@ -464,3 +460,44 @@ def _filled(tensor: Tensor, n: int, value: float = 0) -> Tensor:
 
 def _digest(texts: Any) -> str:
     return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+
+def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job:
+    """A graph classifier and graphs of one's own for it, divided class by class.
+
+    Raises:
+        UserError: fewer than two classes, or no class with two graphs.
+    """
+    graphs = load_own_graphs(data)
+    model = load(
+        num_features=graphs.num_features, **class_settings(graphs), ignore_mismatched_sizes=True
+    )
+    if len(graphs.labels.unique()) < 2:
+        raise UserError(f"{graphs.name} holds graphs of one class; at least two are needed")
+    share, digests = settings.held_out, graph_digests(graphs.graphs)
+    rows, choosing, test = three_parts(graphs.labels, share, share / 2, settings.seed, digests)
+    if not test:
+        raise UserError(f"{graphs.name} has one graph of each class; give at least two")
+    counts = np.bincount(graphs.labels.numpy())
+    names = graphs.encoding.classes if graphs.encoding else range(len(counts))
+    listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+    return Job(
+        model=model,
+        train=[graphs.graphs[i] for i in rows],
+        held_out=[graphs.graphs[i] for i in choosing or test],
+        collate=collate_graphs,
+        save_processor=lambda folder: None,
+        record={
+            "kind": "graphs",
+            "name": graphs.name,
+            "train": [digests[i] for i in rows],
+            "validation": [digests[i] for i in choosing or test],
+            "one_hold_out": not choosing,
+        },
+        last_layers=("dense", "classifier"),
+        lr=5e-3,
+        least_steps=4 * LEAST_STEPS,  # they are cheap, and 200 left rings, paths and stars mixed
+        unit="graphs",
+        measured=len(test) if choosing else 0,
+        notes=[f"graphs of the classes {listed}"],
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,33 +13,35 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
 from deqzoo.data.images import SPLIT_SEED, ImageSource, Pictures, divide
-from deqzoo.data.own import divide_own, load_own_pictures, write_record
+from deqzoo.data.own import write_record
+from deqzoo.data.own_pictures import divide_in_three, divide_own, load_own_pictures
 from deqzoo.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.models.names import family_class
+from deqzoo.models.readers import load_processor, to_batch
 from deqzoo.recipe import Recipe, Stage
+from deqzoo.tasks.augmentation import augment, check_augmentation, resize
 from deqzoo.tasks.base import (
     Plan,
     Probe,
+    Task,
     build_config,
     check_options,
     epoch_order,
     mixed_seed,
     own_path,
 )
+from deqzoo.tasks.finetuning import Job, Settings
 from deqzoo.tasks.metrics import accuracy, joined_summary, negative_log_likelihood
 
-AREA = (0.08, 1.0)
-"""Share of a picture that random resized crops take where a recipe does not say."""
-ASPECT = (3 / 4, 4 / 3)
-"""Their width / height."""
 LOADERS = {
     "cifar10": load_cifar10,
     "imagenette": load_imagenette,
@@ -51,7 +54,7 @@ PATCHES = 2000 * 32 * 32
 SOURCES = {source.name: source for source in (CIFAR10, IMAGENETTE, TINY_IMAGENET)}
 
 
-class ImageClassificationTask:
+class ImageClassificationTask(Task):
     """CIFAR-10, Imagenette and Tiny ImageNet with MDEQ."""
 
     metric = "accuracy"
@@ -184,22 +187,6 @@ class ImageClassificationTask:
             outputs.logits.float(), batch["labels"], label_smoothing=self.recipe.label_smoothing
         )
 
-    def before_forward(self, model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch
-
-    def after_forward(self, outputs: Any) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-    def sample_size(self, stage: Stage) -> int:
-        """One: pictures are counted."""
-        return 1
-
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
         """Accuracy and solver report with the config's own solver, at the stage's resolution."""
@@ -299,202 +286,6 @@ def stand_in_pictures(source: ImageSource, side: int | None = None) -> tuple[Pic
     )
 
 
-def resize(pixels: Tensor, side: int | None) -> Tensor:
-    """Scale pictures (B, C, H, W) down to side × side: by area averaging where side divides H."""
-    size = pixels.shape[-1]
-    if side is None or side == size:
-        return pixels
-    if size % side == 0:
-        return F.interpolate(pixels, size=(side, side), mode="area")
-    return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
-
-
-def check_augmentation(
-    options: dict[str, Any],
-    known: tuple[str, ...],
-    flips: tuple[str, ...] = ("alternating", "random"),
-) -> None:
-    """Check the options of `augment` before anything runs.
-
-    Raises:
-        UserError: unknown option or value.
-    """
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise UserError(f"unknown augmentation {unknown[0]!r}; valid: {', '.join(known)}")
-    if options.get("flip") not in (None, *flips):
-        raise UserError(f"augment.flip must be {' or '.join(flips)}, got {options['flip']!r}")
-    for key in {"crop", "cutout"} & set(options):
-        if type(options[key]) is not int or options[key] < 0:
-            raise UserError(f"augment.{key} must be a number of pixels, got {options[key]!r}")
-    for key, limit in (("area", 1.0), ("aspect", math.inf)):
-        if key in options and not _is_range(options[key], limit):
-            raise UserError(
-                f"augment.{key} must be two positive numbers, the smaller first"
-                f"{' and none above 1' if limit == 1 else ''}, got {options[key]!r}"
-            )
-
-
-def _is_range(value: Any, limit: float) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return False
-    if not all(isinstance(bound, (int, float)) for bound in value):
-        return False
-    return 0 < value[0] <= value[1] <= limit
-
-
-def augment(
-    pixels: Tensor,
-    rows: Tensor,
-    epoch: int | Tensor,
-    options: dict[str, Any],
-    generator: torch.Generator | None,
-    side: int | None = None,
-) -> Tensor:
-    """Augment uint8 pictures (B, 3, H, W) where they are, without a look at any value.
-
-    Args:
-        pixels: the batch.
-        rows: indices of its pictures in the data set, which decide about alternating flips.
-        epoch: number of the epoch.
-        options: `crop`: pixels of reflected padding around which a crop of the old size is drawn;
-            `flip`: "alternating" (every picture is flipped every other epoch, the first time at
-            random) or "random"; `cutout`: side of a square that is blanked; `area` and `aspect`: a
-            random part of each picture (see `random_boxes`), scaled to `side`.
-        generator: source of the draws, on the pictures' device; None for the device's own.
-        side: of the results of `area`; that of the pictures if None.
-    """
-    n, device = len(pixels), pixels.device
-    flip = options.get("flip")
-    if flip == "alternating":
-        # A fixed pseudo-random bit per picture, then every other epoch.
-        chosen = ((rows * 2654435761 >> 7) + epoch) % 2 == 1
-    elif flip == "random":
-        chosen = torch.rand(n, generator=generator, device=device) < 0.5
-    else:
-        chosen = None
-    if chosen is not None:
-        pixels = torch.where(chosen.reshape(n, 1, 1, 1), pixels.flip(3), pixels)
-    if "area" in options or "aspect" in options:
-        area, aspect = options.get("area", AREA), options.get("aspect", ASPECT)
-        height, width = pixels.shape[-2:]
-        boxes = random_boxes(n, width, height, area, aspect, generator, device)
-        pixels = cropped(pixels, boxes, side or width).round().to(pixels.dtype)
-    if pad := options.get("crop"):
-        pixels = _random_crop(pixels, pad, generator)
-    if square := options.get("cutout"):
-        pixels = _cutout(pixels, square, generator)
-    return pixels
-
-
-def _random_crop(pixels: Tensor, pad: int, generator: torch.Generator | None) -> Tensor:
-    n, channels, height, width = pixels.shape
-    device = pixels.device
-    padded = F.pad(pixels.float(), (pad,) * 4, mode="reflect").to(pixels.dtype)
-    tops = torch.randint(2 * pad + 1, (n,), generator=generator, device=device)
-    lefts = torch.randint(2 * pad + 1, (n,), generator=generator, device=device)
-    rows = (tops[:, None] + torch.arange(height, device=device))[:, None, :, None]
-    columns = (lefts[:, None] + torch.arange(width, device=device))[:, None, None, :]
-    index = torch.arange(n, device=device)[:, None, None, None]
-    return padded[index, torch.arange(channels, device=device)[None, :, None, None], rows, columns]
-
-
-def random_boxes(
-    n: int,
-    width: int,
-    height: int,
-    area: tuple[float, float],
-    aspect: tuple[float, float],
-    generator: torch.Generator | None,
-    device: torch.device,
-) -> Tensor:
-    """`random_box` for n pictures of one size at once: left, top, width and height, (n, 4)."""
-    draws = torch.rand(4, n, 10, generator=generator, device=device)
-    target = width * height * (area[0] + (area[1] - area[0]) * draws[0])
-    low, high = math.log(aspect[0]), math.log(aspect[1])
-    ratio = torch.exp(low + (high - low) * draws[1])
-    w, h = (target * ratio).sqrt().round(), (target / ratio).sqrt().round()
-    left, top = ((width - w + 1) * draws[2]).floor(), ((height - h + 1) * draws[3]).floor()
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    boxes = torch.stack((left, top, w, h), dim=-1)
-    first = fits.int().argmax(1).reshape(n, 1, 1).expand(n, 1, 4)
-    chosen = boxes.gather(1, first).squeeze(1)
-    limits = _central_box(width, height, aspect)
-    central = torch.stack([torch.full((n,), float(x), device=device) for x in limits], dim=1)
-    return torch.where(fits.any(1, keepdim=True), chosen, central)
-
-
-def cropped(pixels: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """The boxes (B, 4) of pictures (B, C, H, W), scaled to side × side, float32.
-
-    Bilinear with antialiasing, as `F.interpolate` does it for one box, written as two products
-    with a matrix of weights for each picture.
-    """
-    height, width = pixels.shape[-2:]
-    left, top, w, h = boxes.unbind(1)
-    columns, rows = _resampling(left, w, width, side), _resampling(top, h, height, side)
-    across = pixels.float() @ columns.mT.unsqueeze(1)
-    return rows.unsqueeze(1) @ across
-
-
-def _resampling(start: Tensor, length: Tensor, size: int, side: int) -> Tensor:
-    """Weights (B, side, size) that scale `length` pixels from `start` on to `side`, linearly."""
-    device = start.device
-    scale = (length / side)[:, None, None]
-    target = torch.arange(side, device=device)[None, :, None]
-    source = torch.arange(size, device=device)[None, None, :]
-    centre = start[:, None, None] + (target + 0.5) * scale - 0.5
-    weights = (1 - (source - centre).abs() / scale.clamp_min(1)).clamp_min(0)
-    last = (start + length)[:, None, None]
-    weights = weights * ((source >= start[:, None, None]) & (source < last))
-    return weights / weights.sum(2, keepdim=True)
-
-
-def random_box(
-    width: int,
-    height: int,
-    area: tuple[float, float],
-    aspect: tuple[float, float],
-    generator: np.random.Generator,
-) -> tuple[int, int, int, int]:
-    """A random part of a picture, in pixels: left, top, width and height.
-
-    Args:
-        width: of the picture.
-        height: of the picture.
-        area: smallest and largest share of the picture's area.
-        aspect: smallest and largest width / height; drawn uniformly in the logarithm.
-        generator: source of the draws.
-
-    Returns:
-        The largest central box of an allowed shape if none of ten draws fits.
-    """
-    for _ in range(10):
-        target = width * height * generator.uniform(*area)
-        ratio = math.exp(generator.uniform(math.log(aspect[0]), math.log(aspect[1])))
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left = int(generator.integers(width - w + 1))
-            return left, int(generator.integers(height - h + 1)), w, h
-    return _central_box(width, height, aspect)
-
-
-def _central_box(width: int, height: int, aspect: tuple[float, float]) -> tuple[int, int, int, int]:
-    ratio = min(max(width / height, aspect[0]), aspect[1])
-    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def _cutout(pixels: Tensor, side: int, generator: torch.Generator | None) -> Tensor:
-    n, _, height, width = pixels.shape
-    device = pixels.device
-    y = torch.randint(height, (n, 1), generator=generator, device=device)
-    x = torch.randint(width, (n, 1), generator=generator, device=device)
-    rows = (torch.arange(height, device=device) - y).abs() <= side // 2
-    columns = (torch.arange(width, device=device) - x).abs() <= side // 2
-    return pixels.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 128)
-
-
 @torch.no_grad()
 def whiten_stem(model: MDEQForImageClassification, pixels: Tensor) -> None:
     """Initialise the first convolution with whitening filters of 3 × 3 patches.
@@ -515,3 +306,87 @@ def whiten_stem(model: MDEQForImageClassification, pixels: Tensor) -> None:
     filters = torch.cat((filters, -filters))
     filters = filters.repeat(math.ceil(len(weight) / len(filters)), 1)[: len(weight)]
     weight.copy_(filters.reshape(weight.shape) / filters.norm(dim=1).mean())
+
+
+class _Varied(Dataset[dict[str, Any]]):
+    """Pictures in memory (N, 3, H, W) uint8, varied anew in every epoch.
+
+    How depends on seed, epoch and row alone, so that a resumed run sees the same.
+    """
+
+    def __init__(self, pictures: Any, processor: Any, vary: bool, seed: int) -> None:
+        self.seed, self.epoch = seed, 0
+        self.pixels, self.labels = pictures.pixels, pictures.labels
+        self.side = processor.crop_size["height"]
+        self.mean = torch.tensor(processor.image_mean).reshape(3, 1, 1)
+        self.std = torch.tensor(processor.image_std).reshape(3, 1, 1)
+        self.options = {"area": (0.5, 1.0), "flip": "random"} if vary else {}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        pixels = self.pixels[row][None]
+        if self.options:
+            draw = np.random.SeedSequence((self.seed, self.epoch, row)).generate_state(1)
+            generator = torch.Generator().manual_seed(int(draw[0]))
+            pixels = augment(pixels, torch.tensor([row]), 0, self.options, generator, self.side)
+        else:
+            first = (pixels.shape[-1] - self.side) // 2
+            pixels = pixels[..., first : first + self.side, first : first + self.side]
+        return {
+            "pixel_values": (pixels[0].float() / 255 - self.mean) / self.std,
+            "labels": self.labels[row],
+        }
+
+
+def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job:
+    """A classifier and labelled pictures of one's own for it, see `load_own_pictures`.
+
+    Raises:
+        UserError: there are none, or they cannot be learnt.
+    """
+    found = load_own_pictures(data, label_column=settings.label_column)
+    training, choosing, test = divide_in_three(found, settings.held_out, settings.seed)
+    held_out = choosing or test
+    names = training.classes
+    model = load(
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+        ignore_mismatched_sizes=True,  # the classifier starts anew
+    )
+    processor = load_processor(model)
+    side = processor.size["shortest_edge"]
+    counts = torch.bincount(training.labels, minlength=len(names)).tolist()
+    listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+    return Job(
+        model=model,
+        train=_Varied(training.in_memory(side), processor, settings.augment, settings.seed),
+        held_out=[
+            {
+                "pixel_values": to_batch(processor, [held_out.picture(row)], model)[0],
+                "labels": label,
+            }
+            for row, label in enumerate(held_out.labels)
+        ],
+        collate=None,
+        save_processor=processor.save_pretrained,
+        record={
+            "kind": "pictures",
+            "name": training.name,
+            "train": training.digests(),
+            "validation": held_out.digests(),
+            "one_hold_out": choosing is None,
+        },
+        last_layers=("classifier", "head"),
+        lr=1e-3,
+        unit="pictures",
+        measured=len(test) if choosing else 0,
+        # Phantom gradients of a rough equilibrium train as well; the recipes take five.
+        solver={"max_steps": min(10, model.config.solver["max_steps"])},
+        notes=[f"to learn: {listed if len(names) < 20 else f'{len(names)} classes'}"],
+    )

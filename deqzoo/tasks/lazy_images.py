@@ -8,19 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from deqzoo.data.imagenet import IMAGENET, BlankPictures, load_imagenet
 from deqzoo.recipe import Recipe
+from deqzoo.tasks.augmentation import AREA, ASPECT, check_augmentation, random_resized_crop
 from deqzoo.tasks.base import Plan, check_options, mixed_seed
-from deqzoo.tasks.images import (
-    AREA,
-    ASPECT,
-    ImageClassificationTask,
-    check_augmentation,
-    random_box,
-)
+from deqzoo.tasks.images import ImageClassificationTask
 
 
 class LazyImageClassificationTask(ImageClassificationTask):
@@ -106,34 +100,6 @@ class LazyImageClassificationTask(ImageClassificationTask):
             return_tensors="pt",
         )["pixel_values"]
         return pixels, self.validation.labels[start:end]
-
-
-def random_resized_crop(
-    picture: Image.Image,
-    side: int,
-    area: tuple[float, float],
-    aspect: tuple[float, float],
-    flip: bool,
-    generator: np.random.Generator,
-) -> Tensor:
-    """A random part of a picture, scaled to a square: uint8 (3, side, side).
-
-    Args:
-        picture: RGB.
-        side: of the result, in pixels.
-        area: smallest and largest share of the picture's area.
-        aspect: smallest and largest width / height; drawn uniformly in the logarithm.
-        flip: mirror every other picture.
-        generator: source of the draws.
-    """
-    left, top, width, height = random_box(*picture.size, area, aspect, generator)
-    part = picture.resize(
-        (side, side), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
-    )
-    pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
-    if flip and generator.random() < 0.5:
-        pixels = pixels.flip(2)
-    return pixels.contiguous()
 
 
 def image_task(

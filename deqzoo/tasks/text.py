@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deqzoo.data.own import own_corpus, write_record
-from deqzoo.data.text import Corpus, TextSource, batch_streams, load_corpus, source_of
+from deqzoo.data.own import write_record
+from deqzoo.data.own_text import load_own_text, own_corpus, text_digest
+from deqzoo.data.text import (
+    END,
+    UNKNOWN,
+    Corpus,
+    TextSource,
+    batch_streams,
+    count_vocabulary,
+    load_corpus,
+    source_of,
+)
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTransformerConfig
 from deqzoo.models.deq_transformer.modeling_deq_transformer import DEQTransformerForCausalLM
-from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
+from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
+    build_tokenizer,
+    prepare_text,
+    text_style,
+)
+from deqzoo.models.readers import load_tokenizer
 from deqzoo.recipe import Recipe, Stage
-from deqzoo.tasks.base import Plan, Probe, build_config, check_options, own_path
+from deqzoo.tasks.base import Plan, Probe, Task, build_config, check_options, own_path
+from deqzoo.tasks.finetuning import Job, Settings
 from deqzoo.tasks.metrics import joined_summary
 
 OWN = "text"
@@ -28,7 +44,7 @@ OWN = "text"
 VALIDATION_STREAMS = 10
 
 
-class LanguageModelingTask:
+class LanguageModelingTask(Task):
     """WikiText-2, WikiText-103 and Penn Treebank with the DEQ-Transformer.
 
     The training split is cut into `batch_size` × `accumulate` streams that are read side by side,
@@ -112,9 +128,6 @@ class LanguageModelingTask:
             return False
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + micro_step)
         return float(torch.rand((), generator=generator)) < self.forget
-
-    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
-        return outputs.loss
 
     def before_forward(self, model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
         batch = dict(batch)
@@ -289,3 +302,108 @@ def stand_in_corpus(source: TextSource) -> Corpus:
         split: torch.zeros(1, dtype=torch.int32).expand(n) for split, n in source.tokens.items()
     }
     return Corpus(source, words, streams)
+
+
+def _collate_segments(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One batch; the loss needs no scores of the whole vocabulary."""
+    batch = {key: torch.stack([item[key] for item in items]) for key in ("input_ids", "labels")}
+    return {**batch, "return_logits": False}
+
+
+def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job:
+    """A language model and a text of one's own for it, see `load_own_text`.
+
+    Raises:
+        UserError: there is none, or it holds no word.
+    """
+    text = load_own_text(data)
+    training, choosing, test = text.divided_in_three(settings.held_out / 2)
+    model = load()
+    tokenizer = load_tokenizer(model)
+    if settings.tokenizer != "keep":
+        model, tokenizer = with_words(model, tokenizer, training, settings.tokenizer)
+    vocabulary, style = tokenizer.get_vocab(), text_style(tokenizer)
+
+    def segments(lines: list[str]) -> tuple[list[dict[str, Tensor]], int, float]:
+        prepared = prepare_text("\n".join(lines) + "\n", vocabulary, style)
+        if prepared.n_words == 0:
+            raise UserError(f"{text.name} holds no word to train on or to hold out")
+        ids, length = torch.tensor(tokenizer(prepared.text)["input_ids"]), model.config.tgt_len
+        # Each segment starts with the last word of the one before.
+        parts = [ids] if len(ids) <= length else list(ids.unfold(0, length + 1, length))
+        found = [{"input_ids": part, "labels": part} for part in parts]
+        return found, len(ids), prepared.unknown_share
+
+    train, n_words, unknown = segments(training)
+    note = f"{n_words:,} words to learn, {unknown:.1%} of them unknown to the model"
+    if unknown > 0.1 and settings.tokenizer == "keep":
+        note += "; --tokenizer extend adds them"
+    return Job(
+        model=model,
+        train=train,
+        held_out=segments(choosing or test)[0],
+        collate=_collate_segments,
+        save_processor=tokenizer.save_pretrained,
+        record={
+            "kind": "text",
+            "name": text.name,
+            "lines": len(training),
+            "validation": len(choosing or test),
+            "one_hold_out": not choosing,
+            "train": text_digest(training),
+        },
+        last_layers=("transformer.embedding", "lm_head"),
+        lr=3e-4,
+        unit="lines",
+        measured=len(test) if choosing else 0,
+        accuracy=False,
+        notes=[note],
+    )
+
+
+@torch.no_grad()
+def with_words(model: Any, tokenizer: Any, lines: Sequence[str], how: str) -> tuple[Any, Any]:
+    """The model with another vocabulary; words that it knew keep their vectors.
+
+    Args:
+        model: a DEQ-Transformer with its head.
+        tokenizer: the model's.
+        lines: of the text whose words count.
+        how: "extend" the vocabulary by words that occur, the frequent ones first, or "build" one
+            of the text's words alone, which a model with clusters by frequency cannot take.
+
+    Raises:
+        UserError: "build" for a model with clusters.
+    """
+    old, style = tokenizer.get_vocab(), text_style(tokenizer)
+    prepared = prepare_text("\n".join(lines), old, style).text
+    counted = count_vocabulary((prepared.lower() if style == "ptb" else prepared).split("\n"))
+    if how == "build":
+        if model.config.cutoffs:
+            raise UserError(
+                "this model sorts its words into clusters by frequency, which a new vocabulary "
+                "does not fit: use --tokenizer extend, or train a new model by a recipe"
+            )
+        words = [END, UNKNOWN, *(word for word in counted if word not in (END, UNKNOWN))]
+    else:
+        words = sorted(old, key=old.__getitem__)
+        words += [word for word in counted if word not in old]
+    config = type(model.config)(**{**model.config.to_dict(), "vocab_size": len(words)})
+    fresh = DEQTransformerForCausalLM(config)
+    source = torch.tensor([old.get(word, -1) for word in words])
+    state, target = model.state_dict(), fresh.state_dict()
+    size = model.config.vocab_size
+    edge = model.config.cutoffs[-1] if model.config.cutoffs else 0
+    for name, tensor in target.items():
+        known = state[name]
+        if known.shape == tensor.shape:
+            tensor.copy_(known)
+            continue
+        # A table of words, whole or of the last cluster.
+        first = 0 if known.shape[0] == size else edge
+        rows = source[first:] - first
+        tensor.copy_(known.mean(0, keepdim=True).expand_as(tensor))
+        tensor[rows >= 0] = known[rows[rows >= 0]]
+    fresh.load_state_dict(target)
+    fresh.config._name_or_path = model.config._name_or_path
+    return fresh.eval(), build_tokenizer(words, style)

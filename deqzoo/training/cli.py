@@ -85,7 +85,7 @@ def train(
         from deqzoo.training.estimate import commands, estimate
 
         task = build_task(loaded, data, stand_in=True)
-        alone = bool(loaded.time_budget) or getattr(task, "one_process", False)
+        alone = bool(loaded.time_budget) or task.one_process
         figures = {**estimate(loaded, task), "commands": commands(str(recipe), alone)}
         typer.echo(json.dumps(figures, indent=2))
         return

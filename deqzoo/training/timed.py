@@ -452,7 +452,7 @@ class TimedRun:
         if stage.shallow:
             evaluations = 3.0 * self.model.config.unroll_layers
         else:
-            n_steps /= getattr(self.task, "solves", 1)
+            n_steps /= self.task.solves
             gradient = self.model.resolve_gradient(stage.gradient or None)
             evaluations = n_steps if gradient.needs_solve else 0.0
             evaluations += gradient.cost(round(n_steps), products=products).evaluations

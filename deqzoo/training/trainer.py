@@ -278,8 +278,7 @@ class RecipeTrainer(DEQTrainer):
             evaluations = per_layer * self.model.config.unroll_layers
         else:
             gradient = self.model.resolve_gradient(stage.gradient)
-            solves = getattr(self.task, "solves", 1)
-            steps = round(int(outputs.n_steps.max()) / solves)
+            steps = round(int(outputs.n_steps.max()) / self.task.solves)
             cost = gradient.cost(
                 steps,
                 checkpoint=self.recipe.gradient_checkpointing,

@@ -179,7 +179,7 @@ def test_rows_without_a_picture(tmp_path: Path) -> None:
             load_cifar10("test", tmp_path)
     table = pa.table({"img": [{"bytes": content[:60]}], "label": [0]})
     pq.write_table(table, tmp_path / "test-0.parquet")
-    with pytest.raises(UserError, match="cannot read CIFAR-10"):
+    with pytest.raises(UserError, match="cannot read a picture of CIFAR-10"):
         load_cifar10("test", tmp_path)
 
 

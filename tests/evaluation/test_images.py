@@ -12,10 +12,11 @@ from PIL import Image
 
 from deqzoo import DEQModel, UserError
 from deqzoo.data import load_cifar10
-from deqzoo.evaluation.classify import classify, load_processor
+from deqzoo.evaluation.classify import classify
 from deqzoo.evaluation.dispatch import budget_curve, evaluate_model, evaluator_of
 from deqzoo.evaluation.files import finite, weights_digest, write_evaluation
 from deqzoo.evaluation.images import run
+from deqzoo.models.readers import load_processor
 from deqzoo.tasks import metrics
 
 

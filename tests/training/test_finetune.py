@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 
 import deqzoo
 from deqzoo.cli import run
-from deqzoo.data import own
+from deqzoo.data import own, own_pictures
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
-from deqzoo.training.finetune import Settings, with_words
+from deqzoo.tasks.finetuning import Settings
+from deqzoo.tasks.text import with_words
 from deqzoo.training.trainer import DEQTrainer
 
 pytest.importorskip("datasets")
@@ -102,7 +103,7 @@ def test_pictures(tiny_mdeq: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_every_layout_of_pictures_gives_the_same(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "things", count=2)
     files = sorted(folder.rglob("*.png"))
-    expected = own.load_own_pictures(folder)["train"]
+    expected = own_pictures.load_own_pictures(folder)["train"]
     assert expected.classes == tuple(COLOURS) and len(expected) == 6
     with zipfile.ZipFile(tmp_path / "things.zip", "w") as archive:
         for file in files:
@@ -115,7 +116,7 @@ def test_every_layout_of_pictures_gives_the_same(tmp_path: Path) -> None:
     names = [file.parent.name for file in files]
     pq.write_table(pa.table({"image": cells, "label": names}), tmp_path / "t.parquet")
     for source in ("things.zip", "table.csv", "t.parquet"):
-        found = own.load_own_pictures(tmp_path / source)["train"]
+        found = own_pictures.load_own_pictures(tmp_path / source)["train"]
         assert found.classes == expected.classes, source
         pairs = [
             sorted(zip(p.digests(), p.labels.tolist(), strict=True)) for p in (found, expected)
@@ -127,7 +128,7 @@ def test_every_layout_of_pictures_gives_the_same(tmp_path: Path) -> None:
             target = parted / split / file.parent.name / file.name
             target.parent.mkdir(parents=True)
             shutil.copy(file, target)
-    found = own.load_own_pictures(parted)
+    found = own_pictures.load_own_pictures(parted)
     assert {split: len(part) for split, part in found.items()} == {"train": 3, "test": 3}
 
 
@@ -155,7 +156,7 @@ def test_pictures_of_iphones(tmp_path: Path, monkeypatch, layout: str) -> None:
         rows = [f"{file},{file.parent.name}" for file in files]
         source.write_text("\n".join(["path,label", *rows]))
     if importlib.util.find_spec("pillow_heif") is not None:
-        found = own.load_own_pictures(source)["train"]
+        found = own_pictures.load_own_pictures(source)["train"]
         assert len(found) == 7
         row = next(i for i in range(7) if found.content(i) == one.read_bytes())
         seen = np.asarray(found.picture(row)).astype(float)
@@ -163,7 +164,7 @@ def test_pictures_of_iphones(tmp_path: Path, monkeypatch, layout: str) -> None:
         assert found.classes[int(found.labels[row])] == "red thing"
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(UserError, match="pip install pillow-heif"):
-        own.load_own_pictures(source)
+        own_pictures.load_own_pictures(source)
 
 
 def test_pictures_that_cannot_be_learnt(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:
@@ -255,7 +256,7 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("cutoffs", ((), (4,)))
 def test_known_words_keep_their_vectors(tmp_path: Path, cutoffs: tuple[int, ...]) -> None:
     model = deqzoo.DEQModel.from_pretrained(tiny_text(tmp_path / "base", cutoffs))
-    from deqzoo.evaluation.text import load_tokenizer
+    from deqzoo.models.readers import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     wider, words = with_words(model, tokenizer, ["the horse saw a horse"], "extend")
@@ -371,7 +372,7 @@ def test_the_figure_is_not_of_what_chose_the_weights(
     assert "chose the weights" not in printed
     record = own.read_record(output)
     parts = {
-        split: own.pictures_of_split(data, split, tuple(COLOURS), record)
+        split: own_pictures.pictures_of_split(data, split, tuple(COLOURS), record)
         for split in (*own.SPLITS, "all")
     }
     assert {split: len(part) for split, part in parts.items()} == {
@@ -412,7 +413,7 @@ def test_copies_of_a_sample_are_in_one_part() -> None:
 
 def test_stored_splits_are_taken(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "things", count=40, side=8)
-    whole = own.load_own_pictures(folder)["train"]
+    whole = own_pictures.load_own_pictures(folder)["train"]
     rows = own.three_parts(whole.labels)
     parts = {s: whole.part(r, s) for s, r in zip(own.SPLITS, rows, strict=True)}
     for stored, sizes in (
@@ -421,7 +422,7 @@ def test_stored_splits_are_taken(tmp_path: Path) -> None:
         (("train", "validation"), (66, 12, 18)),
         (own.SPLITS, (84, 12, 24)),
     ):
-        found = own.divide_in_three({split: parts[split] for split in stored})
+        found = own_pictures.divide_in_three({split: parts[split] for split in stored})
         assert tuple(map(len, found)) == sizes, stored
         for split, part in zip(own.SPLITS, found, strict=True):
             if split in stored and split != "train":

@@ -15,8 +15,8 @@ from deqzoo import DEQModel
 from deqzoo.data.imagenet import load_imagenet
 from deqzoo.errors import UserError
 from deqzoo.recipe import Recipe, from_plain
+from deqzoo.tasks.augmentation import random_resized_crop
 from deqzoo.tasks.base import Plan
-from deqzoo.tasks.lazy_images import random_resized_crop
 from deqzoo.training.run import build_task, run_recipe
 
 CLASSES = ["tench", "goldfish", "shark"]

@@ -15,7 +15,7 @@ from deqzoo import DEQModel
 from deqzoo.errors import UserError
 from deqzoo.recipe import Data, Evaluation, Jacobian, Model, Optimizer, Recipe, Schedule, seconds_of
 from deqzoo.recipe import Stage as StageSettings
-from deqzoo.tasks.images import cropped, random_boxes
+from deqzoo.tasks.augmentation import cropped, random_boxes
 from deqzoo.training import timed
 from deqzoo.training.clock import TimeBudget
 from deqzoo.training.optimizers import rate_factor

@@ -1,0 +1,415 @@
+"""Labelled pictures of one's own, in the layouts that people have.
+
+`datasets` reads them: a folder per class, a folder with metadata, a zip of either, parquet, or a
+CSV file of paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from deqzoo.data.images import Pictures
+from deqzoo.data.own import FEWEST, HELD_OUT, SPLITS, rows_of_split, stratified, three_parts, unseen
+from deqzoo.data.pictures import HEIC, decode_picture, register_heic
+from deqzoo.data.shards import parquet_shards
+from deqzoo.errors import UserError, one_line
+from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
+
+_PICTURES = ("image", "img", "picture", "photo", "file_name", "file", "path", "filename")
+_LABELS = ("label", "labels", "class", "category", "target")
+_Table = tuple[list[bytes | Path], list[str], list[str] | None]
+"""Encoded pictures, the names of their labels, and the order of the classes where there is one."""
+_LARGEST_FILE = 200_000_000
+_TABLES = {".csv": ",", ".tsv": "\t"}
+
+
+@dataclass(frozen=True)
+class OwnPictures:
+    """Labelled pictures, decoded when they are asked for.
+
+    Attributes:
+        encoded: a file's content, or the path of a file, per picture.
+        labels: int64 (N,), indices into `classes`.
+        classes: names in label order.
+        name: of the data.
+        split: its name.
+    """
+
+    encoded: Sequence[bytes | Path]
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def content(self, row: int) -> bytes:
+        """The file of one picture."""
+        cell = self.encoded[row]
+        if isinstance(cell, bytes):
+            return cell
+        try:
+            return cell.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {cell}: {error.strerror or error}") from error
+
+    def picture(self, row: int) -> Image.Image:
+        """One picture, RGB and upright.
+
+        Raises:
+            UserError: it cannot be decoded.
+        """
+        cell = self.encoded[row]
+        where = str(cell) if isinstance(cell, Path) else f"picture {row} of {self.name}"
+        return to_rgb(decode_picture(self.content(row), where))
+
+    def digests(self) -> list[str]:
+        """A short SHA-256 of every picture's file."""
+        return [hashlib.sha256(self.content(row)).hexdigest()[:16] for row in range(len(self))]
+
+    def part(self, rows: Sequence[int], split: str) -> OwnPictures:
+        """Some of the pictures, as a split of their own."""
+        chosen = list(rows)
+        return replace(
+            self, encoded=[self.encoded[i] for i in chosen], labels=self.labels[chosen], split=split
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What evaluation files and training records hold about the data."""
+        joined = "".join(sorted(self.digests())).encode()
+        return {
+            "name": self.name,
+            "split": self.split,
+            "pictures": len(self),
+            "fingerprint": hashlib.sha256(joined).hexdigest(),
+            "local": True,
+        }
+
+    def in_memory(self, side: int) -> Pictures:
+        """All pictures scaled and cropped to side × side, as uint8 (N, 3, side, side)."""
+
+        def fitted(row: int) -> np.ndarray:
+            picture = ImageOps.fit(self.picture(row), (side, side), Image.Resampling.BICUBIC)
+            return np.asarray(picture)
+
+        arrays = np.stack([fitted(row) for row in range(len(self))])
+        about = self.describe()
+        return Pictures(
+            torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous(),
+            self.labels, self.classes, self.split, about["fingerprint"], False, self.name,
+        )  # fmt: skip
+
+
+def load_own_pictures(
+    path: str | Path,
+    classes: Sequence[str] | None = None,
+    label_column: str | None = None,
+) -> dict[str, OwnPictures]:
+    """Labelled pictures of one's own by split; "train" where they have none.
+
+    Args:
+        path: a folder with a folder of pictures per class (below train, test, ... if they are
+            parted), one with metadata.csv, a .zip of either, parquet files, or a .csv, .tsv file
+            with a column of paths and one of labels.
+        classes: of the model that is to read them; the data may hold only these. Else the names of
+            the data, sorted, or in the order that a parquet file gives.
+        label_column: of a table, where its name is unusual.
+
+    Raises:
+        UserError: nothing there, no labels, labels that are none of `classes`, or `datasets` is
+            missing.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"there is no file or folder {path}")
+    name = path.stem if path.is_file() else path.resolve().name
+    if path.is_dir():
+        _know_heic(path.rglob("*"))
+    tables: dict[str, _Table]
+    if path.suffix in _TABLES and path.is_file():
+        tables = {"train": _paths_of_table(path, label_column)}
+    elif path.suffix == ".zip" and path.is_file():
+        tables = _pictures_of_zip(path)
+    else:
+        tables = {
+            split: _cells(dataset, path, label_column) for split, dataset in _open(path).items()
+        }
+    known = list(classes) if classes is not None else None
+    if known is None:
+        order = next((names for _, _, names in tables.values() if names), None)
+        seen = {str(label) for _, labels, _ in tables.values() for label in labels}
+        known = list(order) if order else sorted(seen, key=_natural)
+    index = {label: number for number, label in enumerate(known)}
+    found = {}
+    for split, (cells, labels, _) in tables.items():
+        strange = sorted({str(label) for label in labels} - set(index))
+        if strange:
+            raise UserError(
+                f"{path} holds the class {strange[0]!r}, which is none of the model's: "
+                f"{', '.join(known[:12])}"
+            )
+        numbers = torch.tensor([index[str(label)] for label in labels], dtype=torch.int64)
+        found[split] = OwnPictures(cells, numbers, tuple(known), name, split)
+    if not sum(len(part) for part in found.values()):
+        raise UserError(f"{path} holds no labelled pictures")
+    return found
+
+
+def _natural(name: str) -> tuple[int, str]:
+    return (int(name), name) if name.isdecimal() else (-1, name)
+
+
+def _know_heic(files: Iterable[PurePath]) -> None:
+    """Read pictures of iPhones where there are any, which `datasets` would pass over in silence.
+
+    Raises:
+        UserError: there are, and nothing at hand reads them.
+    """
+    found = next((file for file in files if file.suffix.lower() in HEIC), None)
+    if found is None:
+        return
+    register_heic(found)
+    with contextlib.suppress(ImportError):
+        from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+        ImageFolder.EXTENSIONS = [*{*ImageFolder.EXTENSIONS, *HEIC}]
+
+
+def _open(path: Path) -> dict[str, Any]:
+    """Splits as `datasets` opens them."""
+    try:
+        from datasets import disable_progress_bars, load_dataset
+    except ImportError as error:
+        raise UserError("pictures of one's own need datasets: pip install 'deqzoo[train]'") from (
+            error
+        )
+    disable_progress_bars()
+    try:
+        parquet = [path] if path.suffix == ".parquet" else []
+        if path.is_dir():
+            parquet = sorted(path.rglob("*.parquet"))
+        if parquet:
+            files = (
+                {split: parquet_shards(path, split) for split in SPLITS} if path.is_dir() else {}
+            )
+            files = {split: found for split, found in files.items() if found}
+            chosen = files or {"train": parquet}
+            named = {split: [str(file) for file in found] for split, found in chosen.items()}
+            return dict(load_dataset("parquet", data_files=named))
+        if path.is_file():
+            raise UserError(
+                f"{path} is no table of pictures: give a folder, a .zip, .parquet, .csv or .tsv"
+            )
+        described = any(path.rglob("metadata.*"))  # else folders of a single class get no label
+        options = {} if described else {"drop_labels": False}
+        return dict(load_dataset("imagefolder", data_dir=str(path), **options))
+    except UserError:
+        raise
+    except Exception as error:  # `datasets` wraps whatever goes wrong in classes of its own
+        reason = one_line(error, 160)
+        raise UserError(
+            f"cannot read {path} as labelled pictures (a folder of pictures per class, a zip of "
+            f"it, parquet, or a .csv of paths and labels): {reason}"
+        ) from error
+
+
+def _cells(dataset: Any, path: Path, label_column: str | None) -> _Table:
+    """Encoded pictures, label names, and the order of the classes where the data give one."""
+    from datasets import Image as ImageFeature
+
+    names = dataset.column_names
+    image = next((name for name in _PICTURES if name in names), None)
+    wanted = [label_column] if label_column else list(_LABELS)
+    label = next((name for name in wanted if name in names), None)
+    if image is None or label is None:
+        what = "pictures" if image is None else "labels"
+        raise UserError(
+            f"{path} has no {what}: it needs a folder of pictures per class, or columns such as "
+            f"image and label (it has {', '.join(names) or 'none'}; --label-column names another)"
+        )
+    dataset = dataset.cast_column(image, ImageFeature(decode=False))
+    classes = getattr(dataset.features[label], "names", None)
+    cells: list[bytes | Path] = []
+    for number, cell in enumerate(dataset[image]):
+        if not cell or not (cell.get("bytes") or cell.get("path")):
+            raise UserError(f"row {number} of {path} has no picture")
+        content = cell.get("bytes")
+        cells.append(content if content else Path(cell["path"]))
+    labels = []
+    for number, value in enumerate(dataset[label]):
+        if value is None or (classes and not 0 <= value < len(classes)):
+            raise UserError(f"row {number} of {path} has no label")
+        labels.append(classes[value] if classes else str(value))
+    return cells, labels, classes
+
+
+def _pictures_of_zip(path: Path) -> dict[str, _Table]:
+    """Pictures of a zip by split; the folder that a picture lies in is its class."""
+    known = {*Image.registered_extensions(), *HEIC}
+    tables: dict[str, _Table] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _know_heic(PurePosixPath(name) for name in archive.namelist())
+            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+                file = PurePosixPath(entry.filename)
+                hidden = any(part.startswith((".", "__MACOSX")) for part in file.parts)
+                if entry.is_dir() or hidden or file.suffix.lower() not in known:
+                    continue
+                if len(file.parts) < 2 or entry.file_size > _LARGEST_FILE:
+                    what = "is too large" if len(file.parts) > 1 else "lies in no folder of a class"
+                    raise UserError(f"{entry.filename} in {path} {what}")
+                split = next((part for part in file.parts[:-2] if part in SPLITS), "train")
+                cells, labels, _ = tables.setdefault(split, ([], [], None))
+                cells.append(archive.read(entry))
+                labels.append(file.parts[-2])
+    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    return tables
+
+
+def _paths_of_table(path: Path, label_column: str | None) -> _Table:
+    """Pictures and labels of a CSV file; paths are relative to it."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter=_TABLES[path.suffix])
+            rows = list(reader)
+            names = list(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    image = next((name for name in _PICTURES if name in names), None)
+    wanted = [label_column] if label_column else list(_LABELS)
+    label = next((name for name in wanted if name in names), None)
+    if image is None or label is None:
+        raise UserError(
+            f"{path} needs a column of paths ({', '.join(_PICTURES[4:])}) and one of labels; it "
+            f"has {', '.join(names) or 'none'}"
+        )
+    cells: list[bytes | Path] = []
+    labels: list[str] = []
+    for number, row in enumerate(rows, 2):
+        if not row[image] or not row[label]:
+            raise UserError(f"line {number} of {path} lacks a path or a label")
+        file = path.parent / row[image]
+        if not file.is_file():
+            raise UserError(f"line {number} of {path}: there is no file {file}")
+        cells.append(file)
+        labels.append(row[label])
+    _know_heic(cell for cell in cells if isinstance(cell, Path))
+    return cells, labels, None
+
+
+def _to_train_on(found: dict[str, OwnPictures]) -> OwnPictures:
+    """The split to train on.
+
+    Raises:
+        UserError: there is none, or it has fewer than two classes.
+    """
+    if "train" not in found:
+        raise UserError(f"the data have no split to train on, but {', '.join(found)}")
+    training = found["train"]
+    if len(training.labels.unique()) < 2:
+        raise UserError(
+            f"{training.name} holds pictures of {len(training.labels.unique())} class; at least "
+            "two are needed, a folder for each"
+        )
+    return training
+
+
+def divide_own(
+    found: dict[str, OwnPictures], share: float = HELD_OUT, seed: int = 0
+) -> tuple[OwnPictures, OwnPictures]:
+    """Pictures to train on and hold-out: stored splits where there are two, else stratified.
+
+    Raises:
+        UserError: fewer than two classes, or no class with two pictures.
+    """
+    training = _to_train_on(found)
+    other = next((found[split] for split in ("validation", "test") if split in found), None)
+    if other is not None and len(other):
+        return training, other
+    rows, held_out = stratified(training.labels, share, seed, training.digests())
+    if not held_out:
+        raise UserError(f"{training.name} has one picture of each class; give at least two")
+    return training.part(rows, "train"), training.part(held_out, "test")
+
+
+def divide_in_three(
+    found: dict[str, OwnPictures], share: float = HELD_OUT, seed: int = 0
+) -> tuple[OwnPictures, OwnPictures | None, OwnPictures]:
+    """Pictures to train on, to choose weights by, and to measure.
+
+    Stored splits where there are; what is missing is drawn class by class from the pictures to
+    train on. None to choose by: there are too few for that, see `FEWEST`.
+
+    Args:
+        found: pictures by split.
+        share: to measure; half of it chooses.
+        seed: of the draw.
+
+    Raises:
+        UserError: fewer than two classes, or no class with two pictures.
+    """
+    training = _to_train_on(found)
+    stored = {split: found[split] for split in ("validation", "test") if len(found.get(split, ()))}
+    validation = 0.0 if "validation" in stored else share / 2
+    digests = training.digests()
+    if "test" in stored:
+        rows, choosing = list(range(len(training))), list[int]()
+        if validation:
+            rows, choosing = stratified(training.labels, validation, seed, digests)
+            if len(choosing) < FEWEST:
+                rows, choosing = list(range(len(training))), list[int]()
+        held_out: list[int] = []
+    else:
+        rows, choosing, held_out = three_parts(training.labels, share, validation, seed, digests)
+        if not held_out:
+            raise UserError(f"{training.name} has one picture of each class; give at least two")
+    drawn = training.part(choosing, "validation") if choosing else None
+    return (
+        training.part(rows, "train"),
+        stored.get("validation", drawn),
+        stored.get("test", training.part(held_out, "test")),
+    )
+
+
+def pictures_of_split(
+    path: str | Path, split: str, classes: Sequence[str], record: dict[str, Any] | None
+) -> OwnPictures:
+    """Pictures of one's own to measure a model on.
+
+    Args:
+        path: see `load_own_pictures`.
+        split: "train" (what the model was trained on), "validation" (what chose its weights),
+            "test" (the rest) or "all"; a split that the data store is taken as it is, and where
+            they store no test split nor leave anything for it, their validation split measures.
+        classes: of the model.
+        record: of the model.
+    """
+    found = load_own_pictures(path, classes)
+    if len(found) == 1:
+        (whole,) = found.values()
+        return whole.part(unseen(whole.digests(), record or {}, split), split)
+    if split in found and (split != "train" or record is None):
+        return found[split]
+    if record is not None and "train" in found and split in SPLITS:
+        whole = found["train"]
+        rows = rows_of_split(whole.digests(), record, split)
+        if rows:
+            return whole.part(rows, split)
+    if split == "test" and "validation" in found:
+        return replace(found["validation"], split=split)
+    raise UserError(f"{path} has no split {split!r}; its splits are {', '.join(found)}")
