@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError
+from deqzoo.evaluation.base import Evaluator
 from deqzoo.evaluation.files import describe_environment, describe_model
 from deqzoo.records import FORMAT
 from deqzoo.tasks import load, task_of
@@ -18,56 +19,6 @@ BUDGETS = (2, 4, 8, 16, 30)
 # Budget curves show what a number of steps gives, so the tolerance must not end a solve earlier.
 BUDGET_TOLERANCE = 1e-7
 _CURVE = ("residual_median", "residual_p95", "seconds_per_sample")
-
-
-class Evaluator(Protocol):
-    """A model on a split of the data that it was made for.
-
-    Attributes:
-        task: the name of the task, as on the Hub.
-        metric: the figure that the evaluation is known by.
-        unit: what a sample is, in the plural.
-        budget_samples: samples of the budget curve; None for all.
-    """
-
-    task: str
-    metric: str
-    unit: str
-    budget_samples: int | None
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        split: str,
-        data: str | os.PathLike[str] | None,
-        *,
-        batch_size: int,
-        limit: int | None,
-        progress: bool,
-    ) -> None: ...
-
-    def describe(self) -> dict[str, Any]:
-        """`name` of the data set, number of `samples`, and what identifies them."""
-        ...
-
-    def environment(self) -> dict[str, Any]:
-        """What else the figures depend on."""
-        ...
-
-    def measure(
-        self,
-        solver: dict[str, Any] | None = None,
-        samples: int | None = None,
-        title: str = "evaluating",
-    ) -> dict[str, Any]:
-        """Figures by their names in `deqzoo.tasks.metrics.METRICS`.
-
-        Args:
-            solver: change of the model's settings.
-            samples: the first so many only.
-            title: of the progress bar.
-        """
-        ...
 
 
 def evaluator_of(
@@ -139,7 +90,7 @@ def evaluate_model(
         "command": f"deqzoo evaluate {name}{source} --split {split}"
         + (f" --limit {limit}" if limited else ""),
     }
-    if measured := getattr(evaluator, "interrupted", 0):
+    if measured := evaluator.interrupted:
         content["data"] |= {"samples": measured, "complete": False, "interrupted": True}
     if on_figures is not None:
         on_figures(content)
@@ -190,7 +141,7 @@ def budget_curve(
     for steps in budgets:
         solver = {"max_steps": steps, "tol": BUDGET_TOLERANCE}
         figures = evaluator.measure(solver, taken, f"{steps} steps")
-        if getattr(evaluator, "interrupted", 0):
+        if evaluator.interrupted:
             raise KeyboardInterrupt
         kept = {key: figures[key] for key in (evaluator.metric, *_CURVE)}
         curve["steps"].append({"max_steps": steps, **kept})

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from deqzoo.data.graphs import GraphSet, load_graph_set, load_own_graphs
 from deqzoo.data.own import chose_weights, graph_digests, read_record, unseen
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
+from deqzoo.evaluation.base import Batches, ClassifierEvaluator
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification, IGNNPreTrainedModel
 from deqzoo.tasks.graphs import FOLD
-from deqzoo.tasks.metrics import classification_figures, equilibrium_summary
 from deqzoo.tasks.nodes import NODE_SETS, SPLITS, node_parts, node_set_of
 
 
@@ -127,61 +125,19 @@ def split_indices(model: IGNNPreTrainedModel, name: str, split: str) -> list[int
     return fold[split]
 
 
-class _GraphData(ABC):
-    """What the evaluators of graph models share: a local folder, one of three splits, no limit."""
+class _GraphData(ClassifierEvaluator):
+    """What the evaluators of graph models share: a local folder, and one of three splits."""
 
-    budget_samples = None
-
-    def __init__(
-        self,
-        model: IGNNPreTrainedModel,
-        split: str,
-        data: str | os.PathLike[str] | None,
-        *,
-        batch_size: int,
-        limit: int | None,
-        progress: bool,
-    ) -> None:
+    def load(self, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> None:
         if split not in (*SPLITS, "all"):
             raise UserError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
         if data is None:
             raise UserError("graph data are read from a local folder: name it with --data")
-        self.model = model
-        self.progress = progress
-        self._load(Path(data), split, batch_size, limit)
+        self._load(Path(data), split, limit)
 
     @abstractmethod
-    def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
+    def _load(self, root: Path, split: str, limit: int | None) -> None:
         """Read a split."""
-
-    def environment(self) -> dict[str, Any]:
-        return {}
-
-    def _figures(
-        self,
-        parts: Iterable[tuple[Any, Any]],
-        count: int,
-        labels: torch.Tensor,
-        solver: dict[str, Any] | None,
-        title: str,
-    ) -> dict[str, Any]:
-        """Figures of batches of graphs with the rows that count, whose labels follow each other.
-
-        Ctrl-C ends it early: `interrupted` is then the number of samples measured until there.
-        """
-        outputs = _Outputs(self.model)
-        self.interrupted = 0
-        try:
-            for graphs, rows in tqdm(
-                parts, desc=title, total=count, unit="batch", disable=not self.progress
-            ):
-                outputs.add(graphs, solver, rows)
-        except KeyboardInterrupt:
-            if not outputs.parts:
-                raise
-            self.interrupted = sum(len(part[0]) for part in outputs.parts)
-            labels = labels[: self.interrupted]
-        return outputs.figures(labels, len(labels))
 
 
 class GraphEvaluator(_GraphData):
@@ -195,7 +151,7 @@ class GraphEvaluator(_GraphData):
     metric = "accuracy"
     unit = "graphs"
 
-    def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
+    def _load(self, root: Path, split: str, limit: int | None) -> None:
         self.chose: dict[str, bool] = {}
         folder = Path(self.model.config._name_or_path)
         record = read_record(folder)
@@ -214,7 +170,6 @@ class GraphEvaluator(_GraphData):
             self.chose = chose_weights(record, [digests[row] for row in rows])
         self.index = self.fold[split][:limit]
         self.limit = limit if limit is not None and limit < len(self.fold[split]) else None
-        self.batch_size = batch_size
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -228,19 +183,12 @@ class GraphEvaluator(_GraphData):
             **self.chose,
         }
 
-    def measure(
-        self,
-        solver: dict[str, Any] | None = None,
-        samples: int | None = None,
-        title: str = "evaluating",
-    ) -> dict[str, Any]:
+    def batches(self, samples: int | None) -> Batches:
         index = self.index[:samples]
         starts = range(0, len(index), self.batch_size)
-        parts = (
-            (self.graphs.batch(index[start : start + self.batch_size]), slice(None))
-            for start in starts
-        )
-        return self._figures(parts, len(starts), self.graphs.labels[index], solver, title)
+        parts = (self.graphs.batch(index[i : i + self.batch_size]) for i in starts)
+        inputs = (({"x": part}, slice(None)) for part in parts)
+        return Batches(inputs, len(starts), self.graphs.labels[index])
 
 
 class NodeEvaluator(_GraphData):
@@ -254,7 +202,7 @@ class NodeEvaluator(_GraphData):
     task = "node-classification"
     unit = "nodes"
 
-    def _load(self, root: Path, split: str, batch_size: int, limit: int | None) -> None:
+    def _load(self, root: Path, split: str, limit: int | None) -> None:
         if limit is not None:
             raise UserError("a node classifier reads whole graphs; leave --limit out")
         self.name = node_set_of(Path(self.model.config._name_or_path))
@@ -273,36 +221,6 @@ class NodeEvaluator(_GraphData):
             "local": True,
         }
 
-    def measure(
-        self,
-        solver: dict[str, Any] | None = None,
-        samples: int | None = None,
-        title: str = "evaluating",
-    ) -> dict[str, Any]:
-        parts = ((part.graphs, part.rows) for part in self.parts)
-        return self._figures(parts, len(self.parts), self.labels, solver, title)
-
-
-class _Outputs:
-    """Logits and solver's report of several forward passes, and the time that they took."""
-
-    def __init__(self, model: IGNNPreTrainedModel) -> None:
-        self.model = model.eval()
-        self.parts: list[tuple[torch.Tensor, ...]] = []
-        self.seconds = 0.0
-
-    @torch.inference_mode()
-    def add(self, graphs: Any, solver: dict[str, Any] | None, rows: Any = slice(None)) -> None:
-        began = time.perf_counter()
-        output = self.model(graphs, solver=solver)
-        self.seconds += time.perf_counter() - began
-        logits = output.logits[rows].float()
-        self.parts.append((logits, output.n_steps, output.residual.float(), output.converged))
-
-    def figures(self, labels: torch.Tensor, samples: int) -> dict[str, Any]:
-        logits, *report = (torch.cat(parts).cpu() for parts in zip(*self.parts, strict=True))
-        return {
-            **classification_figures(logits, labels, self.model.config.decision_threshold),
-            **equilibrium_summary(*report),
-            "seconds_per_sample": self.seconds / samples,
-        }
+    def batches(self, samples: int | None) -> Batches:
+        inputs = (({"x": part.graphs}, part.rows) for part in self.parts)
+        return Batches(inputs, len(self.parts), self.labels)

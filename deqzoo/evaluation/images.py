@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from deqzoo.data.cifar import CIFAR10, load_cifar10
 from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
@@ -20,8 +17,8 @@ from deqzoo.data.own import chose_weights, read_record
 from deqzoo.data.own_pictures import OwnPictures, pictures_of_split
 from deqzoo.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from deqzoo.errors import UserError
+from deqzoo.evaluation.base import Batches, ClassifierEvaluator
 from deqzoo.models.readers import load_processor, to_batch
-from deqzoo.tasks import metrics
 
 _KNOWN = (
     (CIFAR10, load_cifar10),
@@ -33,23 +30,8 @@ WORTH_COMPILING = 2000
 """Pictures from which compiling the norm (half a minute, once) pays."""
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Per-sample results on the CPU: logits (N, C) float32, the rest (N,); and the time taken.
-
-    `interrupted` is the number of pictures measured until Ctrl-C, 0 for all.
-    """
-
-    logits: Tensor
-    n_steps: Tensor
-    residual: Tensor
-    converged: Tensor
-    seconds: float
-    interrupted: int = 0
-
-
-class ImageEvaluator:
-    """An image classifier on CIFAR-10, Imagenette, or pictures of one's own.
+class ImageEvaluator(ClassifierEvaluator):
+    """An image classifier on CIFAR-10, Imagenette, Tiny ImageNet, or pictures of one's own.
 
     Raises:
         UserError: the model is no image classifier, or the data are missing or have other classes.
@@ -60,57 +42,39 @@ class ImageEvaluator:
     unit = "pictures"
     budget_samples = 1000
 
-    def __init__(
-        self,
-        model: Any,
-        split: str,
-        data: str | os.PathLike[str] | None,
-        *,
-        batch_size: int,
-        limit: int | None,
-        progress: bool,
-    ) -> None:
-        self.model = model
-        self.batch_size = batch_size
-        self.progress = progress
-        self.pictures = pictures_of(model, split, data)
-        self.processor = load_processor(model)
+    def load(self, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> None:
+        self.pictures = pictures_of(self.model, split, data)
+        self.classes = self.pictures.classes
+        self.processor = load_processor(self.model)
         self.description = self.pictures.describe()
         if isinstance(self.pictures, OwnPictures):
-            record = read_record(model.config._name_or_path)
+            record = read_record(self.model.config._name_or_path)
             self.description |= chose_weights(record, self.pictures.digests())
-        if limit is not None and limit < len(self.pictures):
-            self.pictures = _first(self.pictures, limit)
-            self.description |= {"pictures": limit, "complete": False, "limit": limit}
-        self.compiled = _speed_up(model, len(self.pictures))
+        self.count = len(self.pictures)
+        if limit is not None and limit < self.count:
+            self.count = limit
+            self.description |= {"complete": False, "limit": limit}
+        self.compiled = _speed_up(self.model, self.count)
 
     def describe(self) -> dict[str, Any]:
         known = {k: v for k, v in self.description.items() if k not in ("split", "pictures")}
-        return {"name": known.pop("name"), "samples": len(self.pictures), "unit": self.unit} | known
+        return {"name": known.pop("name"), "samples": self.count, "unit": self.unit} | known
 
     def environment(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "compiled_norm": self.compiled}
 
-    def measure(
-        self,
-        solver: dict[str, Any] | None = None,
-        samples: int | None = None,
-        title: str = "evaluating",
-    ) -> dict[str, Any]:
-        pictures = self.pictures if samples is None else _first(self.pictures, samples)
-        outputs = run(
-            self.model, self.processor, pictures, self.batch_size, solver, self.progress, title
-        )
-        self.interrupted = outputs.interrupted
-        logits = outputs.logits
-        labels = pictures.labels[: len(logits)]
-        per_class = metrics.per_class_accuracy(logits, labels)
-        return {
-            **metrics.classification_figures(logits, labels),
-            "per_class_accuracy": dict(zip(pictures.classes, per_class, strict=True)),
-            **metrics.equilibrium_summary(outputs.n_steps, outputs.residual, outputs.converged),
-            "seconds_per_sample": outputs.seconds / len(logits),
-        }
+    def batches(self, samples: int | None) -> Batches:
+        n = self.count if samples is None else min(samples, self.count)
+        starts = range(0, n, self.batch_size)
+
+        def inputs() -> Iterator[tuple[dict[str, Any], Any]]:
+            for start in starts:
+                rows = range(start, min(start + self.batch_size, n))
+                opened = [self.pictures.picture(row) for row in rows]
+                pixels = to_batch(self.processor, opened, self.model)
+                yield {"pixel_values": pixels}, slice(None)
+
+        return Batches(inputs(), len(starts), self.pictures.labels[:n])
 
 
 def _speed_up(model: Any, n_pictures: int) -> bool:
@@ -123,45 +87,6 @@ def _speed_up(model: Any, n_pictures: int) -> bool:
         return False
     model.to(memory_format=torch.channels_last)
     return n_pictures >= WORTH_COMPILING and model.use_native_norm()
-
-
-def run(
-    model: Any,
-    processor: Any,
-    pictures: Pictures | OwnPictures,
-    batch_size: int,
-    solver: dict[str, Any] | None,
-    progress: bool,
-    title: str = "evaluating",
-) -> Outputs:
-    """Forward all pictures without gradients, with per-call solver settings."""
-    model.eval()
-    collected: list[tuple[Tensor, ...]] = []
-    seconds, interrupted = 0.0, 0
-    starts = range(0, len(pictures), batch_size)
-    for start in tqdm(starts, desc=title, unit="batch", disable=not progress):
-        rows = range(start, min(start + batch_size, len(pictures)))
-        try:
-            batch = to_batch(processor, [pictures.picture(row) for row in rows], model)
-            began = time.perf_counter()
-            with torch.inference_mode():
-                output = model(pixel_values=batch, solver=solver)
-        except KeyboardInterrupt:
-            if not collected:
-                raise
-            interrupted = start
-            break
-        collected.append(
-            (
-                output.logits.float().cpu(),
-                output.n_steps.cpu(),
-                output.residual.float().cpu(),
-                output.converged.cpu(),
-            )
-        )
-        seconds += time.perf_counter() - began
-    tensors: Any = (torch.cat(parts) for parts in zip(*collected, strict=True))
-    return Outputs(*tensors, seconds, interrupted)  # type: ignore[call-arg]
 
 
 def pictures_of(
@@ -188,18 +113,4 @@ def _may_hold(source: ImageSource, data: str | os.PathLike[str]) -> bool:
         not path.exists()
         or (path.is_dir() and (path / source.config).is_dir())
         or (path.is_dir() and not any(entry.is_dir() for entry in path.iterdir()))
-    )
-
-
-def _first(pictures: Pictures | OwnPictures, count: int) -> Pictures | OwnPictures:
-    if isinstance(pictures, OwnPictures):
-        return pictures.part(range(min(count, len(pictures))), pictures.split)
-    return Pictures(
-        pictures.pixels[:count],
-        pictures.labels[:count],
-        pictures.classes,
-        pictures.split,
-        pictures.fingerprint,
-        False,
-        pictures.source,
     )

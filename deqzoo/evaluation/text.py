@@ -26,13 +26,14 @@ from deqzoo.data.text import (
     load_rows,
 )
 from deqzoo.errors import UserError
+from deqzoo.evaluation.base import Evaluator
 from deqzoo.evaluation.perplexity import Scorer
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text, text_style
 from deqzoo.models.readers import load_tokenizer
 from deqzoo.tasks.metrics import equilibrium_summary
 
 
-class TextEvaluator:
+class TextEvaluator(Evaluator):
     """A language model on its corpus, or on a text of one's own.
 
     The split is one stream in reading order, so that a batch size has no influence; the figure is
@@ -47,20 +48,9 @@ class TextEvaluator:
     unit = "tokens"
     budget_samples = 10_000
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        split: str,
-        data: str | os.PathLike[str] | None,
-        *,
-        batch_size: int,
-        limit: int | None,
-        progress: bool,
-    ) -> None:
-        self.model = model
-        self.progress = progress
-        tokenizer = load_tokenizer(model)
-        self.stream, self.description = _stream_of(model, tokenizer, split, data)
+    def load(self, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> None:
+        tokenizer = load_tokenizer(self.model)
+        self.stream, self.description = _stream_of(self.model, tokenizer, split, data)
         if limit is not None and limit < len(self.stream):
             self.stream = self.stream[:limit]
             self.description |= {"complete": False, "limit": limit}

@@ -12,11 +12,10 @@ from PIL import Image
 
 from deqzoo import DEQModel, UserError
 from deqzoo.data import load_cifar10
+from deqzoo.evaluation.base import forward_all
 from deqzoo.evaluation.classify import classify
 from deqzoo.evaluation.dispatch import budget_curve, evaluate_model, evaluator_of
 from deqzoo.evaluation.files import finite, weights_digest, write_evaluation
-from deqzoo.evaluation.images import run
-from deqzoo.models.readers import load_processor
 from deqzoo.tasks import metrics
 
 
@@ -73,7 +72,8 @@ def test_evaluation_file(tiny_mdeq: Path, cifar_folder: Path, tmp_path: Path) ->
 def test_classify_agrees_with_the_evaluation(tiny_mdeq: Path, cifar_folder: Path) -> None:
     model = DEQModel.from_pretrained(tiny_mdeq)
     pictures = load_cifar10("test", cifar_folder)
-    outputs = run(model, load_processor(model), pictures, 16, None, progress=False)
+    evaluator = evaluator_of(model, data=cifar_folder, batch_size=16, progress=False)
+    outputs = forward_all(model, evaluator.batches(None))
     images = [Image.fromarray(row.numpy()) for row in pictures.pixels.permute(0, 2, 3, 1)]
     named = classify(model, images, top_k=1, batch_size=7)
     expected = [model.config.id2label[index] for index in outputs.logits.argmax(-1).tolist()]
