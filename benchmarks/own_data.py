@@ -44,7 +44,7 @@ def module(path: Path) -> ModuleType:
 
 def write_pictures(folder: Path, imagenette: str) -> None:
     """A folder per class, as a user would have them."""
-    from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
+    from deqzoo.data.image_sets import IMAGENETTE, load_imagenette
 
     pictures = load_imagenette("train", imagenette, size=160)
     for name in CLASSES:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deqzoo.data.images import SPLIT_SEED, ImageSource, _split_files
+from deqzoo.data.images import SPLIT_SEED, ImageSource, split_files
 from deqzoo.errors import UserError, one_line
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
@@ -28,12 +28,7 @@ IMAGENET = ImageSource(
     repository="ILSVRC/imagenet-1k",
     config="data",
     classes=tuple(f"class {i}" for i in range(1000)),
-    parts={
-        "train": ("train", "train"),
-        "validation": ("train", "validation"),
-        "train+validation": ("train", None),
-        "test": ("validation", None),
-    },
+    test="validation",
     rows={"train": 1_281_167, "validation": 50_000},
     validation_per_class=10,
 )
@@ -133,11 +128,7 @@ def load_imagenet(
     Raises:
         UserError: unknown split, `datasets` is missing, or data that cannot be had.
     """
-    if split not in IMAGENET.parts:
-        raise UserError(
-            f"{IMAGENET.title} has no split {split!r}; its splits are {', '.join(IMAGENET.parts)}"
-        )
-    stored, part = IMAGENET.parts[split]
+    stored, part = IMAGENET.part(split)
     dataset = _open(stored, data, cache_dir)
     column = next((name for name in ("image", "img") if name in dataset.column_names), None)
     if column is None or "label" not in dataset.column_names:
@@ -164,7 +155,7 @@ def _open(stored: str, data: str | os.PathLike[str] | None, cache_dir: str | Non
     folder = None if data is None else Path(data).expanduser()
     try:
         if folder is not None and folder.is_dir():
-            files = [str(path) for path in _split_files(IMAGENET, folder, stored)]
+            files = [str(path) for path in split_files(IMAGENET, folder, stored)]
             return load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
         if folder is not None and str(data).startswith((".", "/", "~")):
             raise UserError(f"data folder {data} does not exist or is no folder")

@@ -20,14 +20,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from pyarrow.lib import ArrowException
 from torch import Tensor
 
 from deqzoo.data.pictures import decode_picture
-from deqzoo.data.shards import parquet_shards
+from deqzoo.data.shards import data_folder, parquet_shards
 from deqzoo.errors import UserError, one_line
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
@@ -43,12 +41,12 @@ Groups = Iterator[tuple[list[bytes], list[Any]]]
 class ImageSource:
     """What is known about a data set.
 
-    `config` is the folder of the repository that holds the wanted variant. `parts` maps each split
-    to the stored split and, where a stored split is divided, to "train" or "validation";
-    `fingerprints` are those of the stored splits when complete; photographs have none, since what
-    a decoder and a scaler make of them differs in the last bit. `stored_names` maps the class names
-    of the Hub's files to those of `classes` where they differ; `unpacked` reads a stored split from
-    a folder in the authors' own layout and returns None for any other folder.
+    `config` is the folder of the repository that holds the wanted variant; `test` is the stored
+    split that measures, "train" is divided into training and validation part. `fingerprints` are
+    those of the stored splits when complete; photographs have none, since what a decoder and a
+    scaler make of them differs in the last bit. `stored_names` maps the class names of the Hub's
+    files to those of `classes` where they differ; `unpacked` reads a stored split from a folder in
+    the authors' own layout and returns None for any other folder.
     """
 
     name: str
@@ -56,13 +54,31 @@ class ImageSource:
     repository: str
     config: str
     classes: tuple[str, ...]
-    parts: Mapping[str, tuple[str, str | None]]
+    test: str
     rows: Mapping[str, int]
     side: int | None = None
     validation_per_class: int = 0
     fingerprints: Mapping[str, str] | None = None
     stored_names: Mapping[str, str] | None = None
     unpacked: Callable[[Path, str], Groups | None] | None = None
+
+    def part(self, split: str) -> tuple[str, str | None]:
+        """The stored split of a split, and which part of it where it is divided.
+
+        Raises:
+            UserError: there is no such split.
+        """
+        parts = {
+            "train": ("train", "train"),
+            "validation": ("train", "validation"),
+            "train+validation": ("train", None),
+            "test": (self.test, None),
+        }
+        if split not in parts:
+            raise UserError(
+                f"{self.title} has no split {split!r}; its splits are {', '.join(parts)}"
+            )
+        return parts[split]
 
 
 @dataclass(frozen=True)
@@ -118,7 +134,7 @@ def load_pictures(
 
     Args:
         source: the data set.
-        split: one of `source.parts`.
+        split: "train", "validation", "train+validation" or "test".
         data: local folder in the Hub's layout, or another repository; None for `source.repository`.
         transform: applied to each decoded RGB picture; all results must have one size.
         seed: of the division into training and validation part.
@@ -126,15 +142,11 @@ def load_pictures(
     Raises:
         UserError: unknown split, or data that cannot be had or are not this data set.
     """
-    if split not in source.parts:
-        raise UserError(
-            f"{source.title} has no split {split!r}; its splits are {', '.join(source.parts)}"
-        )
-    stored, part = source.parts[split]
-    folder = data_folder(source, data)
+    stored, part = source.part(split)
+    folder = data_folder(source.title, source.repository, data, source.config)
     groups = source.unpacked(folder, stored) if source.unpacked else None
     if groups is None:
-        groups = _row_groups(source, _split_files(source, folder, stored))
+        groups = _row_groups(source, split_files(source, folder, stored))
     pixels, labels = _decode(source, folder, groups, transform)
     digests = picture_digests(pixels, labels)
     fingerprint = _fingerprint(digests)
@@ -177,44 +189,7 @@ def _part(whole: Pictures, digests: list[bytes], split: str, keep: Tensor) -> Pi
     )
 
 
-def data_folder(source: ImageSource, data: str | os.PathLike[str] | None) -> Path:
-    """The local folder of a data set, fetched from the Hub where it is not local.
-
-    Raises:
-        UserError: no such folder, and no such repository or no connection.
-    """
-    if data is not None and Path(data).expanduser().is_dir():
-        return Path(data).expanduser()
-    if data is not None and (str(data).startswith((".", "/", "~")) or Path(data).is_file()):
-        raise UserError(f"data folder {data} does not exist or is no folder")
-    repository = source.repository if data is None else str(data)
-    try:
-        folder = _fetch(source, repository, None)
-        if any(folder.rglob("*.parquet")):
-            return folder
-        # Repositories of other file formats have a converted copy there.
-        return _fetch(source, repository, "refs/convert/parquet")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = one_line(error, 160)
-        raise UserError(
-            f"{source.title} is not at hand: {repository} is no local folder and cannot be fetched "
-            f"from the Hub; pass the folder of a copy with --data ({reason})"
-        ) from error
-
-
-def _fetch(source: ImageSource, repository: str, revision: str | None) -> Path:
-    return Path(
-        snapshot_download(
-            repository,
-            repo_type="dataset",
-            revision=revision,
-            allow_patterns=[f"{source.config}/*.parquet", f"{source.config}/**/*.parquet"],
-            etag_timeout=5,
-        )
-    )
-
-
-def _split_files(source: ImageSource, folder: Path, stored: str) -> list[Path]:
+def split_files(source: ImageSource, folder: Path, stored: str) -> list[Path]:
     """Parquet files of a stored split, of the wanted variant where the folder holds several.
 
     Raises:

@@ -1,11 +1,15 @@
-"""Names of the files that a split of a data set is stored in."""
+"""The folder of a data set, and the files that a split of it is stored in."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from deqzoo.errors import UserError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from deqzoo.errors import UserError, one_line
 
 
 def parquet_shards(folder: Path, split: str) -> list[Path]:
@@ -34,3 +38,43 @@ def parquet_shards(folder: Path, split: str) -> list[Path]:
             f"there are {' or '.join(map(str, sorted(parts)))}"
         )
     return files
+
+
+def data_folder(
+    title: str, repository: str, data: str | os.PathLike[str] | None, inside: str
+) -> Path:
+    """The local folder of a data set, its parquet files fetched from the Hub where it is not local.
+
+    Args:
+        title: what messages call the data set.
+        repository: the data set's own.
+        data: local folder, or another repository; None for `repository`.
+        inside: folder of the repository that holds the wanted variant.
+
+    Raises:
+        UserError: no such folder, and no such repository or no connection.
+    """
+    if data is not None and Path(data).expanduser().is_dir():
+        return Path(data).expanduser()
+    if data is not None and (str(data).startswith((".", "/", "~")) or Path(data).is_file()):
+        raise UserError(f"data folder {data} does not exist or is no folder")
+    repository = repository if data is None else str(data)
+
+    def fetched(revision: str | None) -> Path:
+        files = [f"{inside}/*.parquet", f"{inside}/**/*.parquet"]
+        return Path(
+            snapshot_download(
+                repository, repo_type="dataset", revision=revision, allow_patterns=files,
+                etag_timeout=5,
+            )
+        )  # fmt: skip
+
+    try:
+        folder = fetched(None)
+        # Repositories of other file formats have a converted copy there.
+        return folder if any(folder.rglob("*.parquet")) else fetched("refs/convert/parquet")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{title} is not at hand: {repository} is no local folder and cannot be fetched "
+            f"from the Hub; pass the folder of a copy with --data ({one_line(error, 160)})"
+        ) from error

@@ -21,13 +21,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants
 from torch import Tensor
 
 from deqzoo.data.lines import parquet_rows
-from deqzoo.data.shards import parquet_shards
-from deqzoo.errors import UserError, one_line
+from deqzoo.data.shards import data_folder, parquet_shards
+from deqzoo.errors import UserError
 
 END = "<eos>"
 UNKNOWN = "<unk>"
@@ -245,7 +244,7 @@ def corpus_files(
     Raises:
         UserError: no such folder, no connection, or a folder without the splits.
     """
-    folder = _folder(source, data)
+    folder = data_folder(source.title, source.repository, data, source.folder)
     inner = folder / source.folder
     folder = inner if inner.is_dir() else folder
     found = {}
@@ -274,29 +273,6 @@ def _plain_files(folder: Path, split: str) -> list[Path]:
             f"{', '.join(path.name for path in files[:4])}; leave one of them"
         )
     return files
-
-
-def _folder(source: TextSource, data: str | os.PathLike[str] | None) -> Path:
-    if data is not None and Path(data).expanduser().is_dir():
-        return Path(data).expanduser()
-    if data is not None and (str(data).startswith((".", "/", "~")) or Path(data).is_file()):
-        raise UserError(f"data folder {data} does not exist or is no folder")
-    repository = source.repository if data is None else str(data)
-    try:
-        return Path(
-            snapshot_download(
-                repository,
-                repo_type="dataset",
-                allow_patterns=[f"{source.folder}/*.parquet"],
-                etag_timeout=5,
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = one_line(error, 160)
-        raise UserError(
-            f"{source.title} is not at hand: {repository} is no local folder and cannot be fetched "
-            f"from the Hub; pass the folder of a copy with --data ({reason})"
-        ) from error
 
 
 def _rows(source: TextSource, files: Sequence[Path]) -> Iterator[str]:

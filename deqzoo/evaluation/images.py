@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 
-from deqzoo.data.cifar import CIFAR10, load_cifar10
-from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
+from deqzoo.data.image_sets import (
+    CIFAR10,
+    IMAGENETTE,
+    TINY_IMAGENET,
+    load_cifar10,
+    load_imagenette,
+    load_tiny_imagenet,
+)
 from deqzoo.data.images import ImageSource, Pictures
 from deqzoo.data.own import chose_weights, read_record
 from deqzoo.data.own_pictures import OwnPictures, pictures_of_split
-from deqzoo.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from deqzoo.errors import UserError
 from deqzoo.evaluation.base import Batches, ClassifierEvaluator
 from deqzoo.models.readers import load_processor, to_batch

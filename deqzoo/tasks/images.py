@@ -16,12 +16,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from deqzoo.data.cifar import CIFAR10, load_cifar10
-from deqzoo.data.imagenette import IMAGENETTE, load_imagenette
+from deqzoo.data.image_sets import (
+    CIFAR10,
+    IMAGENETTE,
+    TINY_IMAGENET,
+    load_cifar10,
+    load_imagenette,
+    load_tiny_imagenet,
+)
 from deqzoo.data.images import SPLIT_SEED, ImageSource, Pictures, divide
 from deqzoo.data.own import write_record
 from deqzoo.data.own_pictures import divide_in_three, divide_own, load_own_pictures
-from deqzoo.data.tiny_imagenet import TINY_IMAGENET, load_tiny_imagenet
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
@@ -42,7 +47,7 @@ from deqzoo.tasks.base import (
 from deqzoo.tasks.finetuning import Job, Settings
 from deqzoo.tasks.metrics import accuracy, joined_summary, negative_log_likelihood
 
-LOADERS = {
+LOADERS: dict[str, Callable[..., Pictures]] = {
     "cifar10": load_cifar10,
     "imagenette": load_imagenette,
     "tiny-imagenet": load_tiny_imagenet,
