@@ -188,7 +188,8 @@ def _load(model_class: type[PreTrainedModel], source: str, kwargs: dict[str, Any
     """`from_pretrained` with its failures in one line, and no weight left to chance."""
     wants_info = kwargs.pop("output_loading_info", False)
     try:
-        model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+        load: Any = model_class.from_pretrained
+        model, info = load(source, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise UserError(
             f"the weights of {source} are damaged ({one_line(error)}); fetch them again"

@@ -108,8 +108,8 @@ class DEQConfigMixin:
     default_solver: dict[str, Any] = {"name": "anderson", "max_steps": 30, "tol": 1e-3}
     default_gradient: dict[str, Any] = {"name": "upg", "steps": 5, "damping": 0.5}
 
-    solver: dict | None
-    gradient: dict | None
+    solver: Any
+    gradient: Any
 
     def complete_equilibrium(self) -> None:
         """Fill in and check the settings.
@@ -123,10 +123,11 @@ class DEQConfigMixin:
         self.gradient = stored(make_gradient(gradient))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; the zoo's names are known too."""
         source = bundled_source(pretrained_model_name_or_path, kwargs.get("revision"))
-        return super().from_pretrained(source, **kwargs)
+        config: Any = super()
+        return config.from_pretrained(source, *args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -135,8 +136,10 @@ class DEQConfigMixin:
         Here `from_pretrained(name, solver={"max_steps": 50})` changes single settings of the
         stored solver, and likewise of the gradient.
         """
-        changes = {key: kwargs.pop(key) for key in ("solver", "gradient") if key in kwargs}
-        return super().from_dict(cls.merged(config_dict, changes), **kwargs)
+        names = ("solver", "gradient")
+        changes: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        config: Any = super()
+        return config.from_dict(cls.merged(config_dict, changes), **kwargs)
 
     @classmethod
     def merged(cls, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +158,7 @@ class DEQPreTrainedModel(PreTrainedModel):
     """Base of all families: owns how an equilibrium is solved and differentiated."""
 
     config: PreTrainedConfig
+    base_model: Any
     supports_gradient_checkpointing = True
     # Finest relative tolerance of states narrower than float32, in units of their dtype's eps:
     # below, the rounding of F alone decides whether a residual meets it, and most never do.

@@ -33,7 +33,7 @@ _FREE = {"batch": 2, "nodes": 5, "edges": 8}  # open dimensions, and their sizes
 
 
 def export_model(
-    model: PreTrainedModel,
+    model: Any,
     path: str | os.PathLike[str],
     steps: int,
     *,
@@ -112,9 +112,10 @@ class Program(nn.Module):
         self.scores = ""  # what the model calls them
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        read: tuple[Any, ...] = inputs
         if self.model.main_input_name == "x":
-            inputs = (_graph(self.model.config, *inputs),)
-        found = self.model(*inputs, solver=self.settings)
+            read = (_graph(self.model.config, *inputs),)
+        found = self.model(*read, solver=self.settings)
         self.scores = "logits" if "logits" in found else "last_hidden_state"
         return found[self.scores], found.residual
 
@@ -149,7 +150,7 @@ class Edges:
 
 def _graph(config: Any, x: Tensor, edge_index: Tensor, edge_weight: Tensor) -> GraphBatch:
     n = x.shape[0]
-    adjacency = Edges(*normalized_entries(edge_index, edge_weight, n, config.normalization))
+    adjacency: Any = Edges(*normalized_entries(edge_index, edge_weight, n, config.normalization))
     return GraphBatch(x, adjacency, torch.zeros_like(x[:, 0], dtype=torch.int64), 1)
 
 
@@ -176,7 +177,7 @@ def check_target(path: Path) -> None:
 
 
 def _input_shapes(
-    model: PreTrainedModel, batch: int | None, size: int | None
+    model: Any, batch: int | None, size: int | None
 ) -> dict[str, tuple[int | str, ...]]:
     """Shapes of the program's inputs by name; an open dimension has a name."""
     config, first = model.config, "batch" if batch is None else batch

@@ -29,7 +29,7 @@ class _EffectiveWeight(Tensor):
     Tools merge adapters by `layer.weight.data += delta`; with a computed weight that would be lost.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
     owner: WeightNorm
 
     @property
@@ -50,6 +50,7 @@ class WeightNorm(nn.Module):
 
     length_name: str
     plain: type[nn.Linear] | type[nn.Conv2d]
+    direction: Tensor
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """`type(layer)(...)`, by which adapters make layers of their own, is a plain one."""
@@ -66,10 +67,11 @@ class WeightNorm(nn.Module):
 
     def fold(self) -> None:
         """Become a plain layer with the same weight."""
+        layer: Any = self
         weight = nn.Parameter(self.effective_weight().detach(), self.direction.requires_grad)
-        del self.direction, self._parameters[self.length_name]
-        self.__class__ = self.plain
-        self.weight = weight
+        del layer.direction, layer._parameters[self.length_name]
+        layer.__class__ = self.plain
+        layer.weight = weight
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As PyTorch's; another `weight` ends the normalisation."""
@@ -104,7 +106,7 @@ def row_norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
 
 
-def linear_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def linear_tensors(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight (out, in) and bias (out,) of a linear layer, in the dtype in which maps compute.
 
     Raises:
@@ -123,7 +125,7 @@ def linear_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return in_compute_dtype(weight), bias
 
 
-def conv_weight(module: nn.Module) -> Tensor:
+def conv_weight(module: Any) -> Tensor:
     """Weight (out, in, k, k) of a convolution without bias, in the dtype in which maps compute.
 
     Raises:
@@ -141,7 +143,7 @@ def conv_weight(module: nn.Module) -> Tensor:
     return in_compute_dtype(weight)
 
 
-def norm_tensors(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+def norm_tensors(module: Any) -> tuple[Tensor | None, Tensor | None]:
     """Scale and shift of a layer or group norm, (features,) each, None where it has none."""
     if module.weight is None:
         return None, None
@@ -172,7 +174,7 @@ def in_compute_dtype(weight: Tensor) -> Tensor:
     return weight
 
 
-def _plain_weight(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
+def _plain_weight(module: Any, kind: type[nn.Module]) -> Tensor | None:
     """The weight of a layer that a call would do nothing else with than torch does, or None."""
     plain = type(module).forward is kind.forward and "forward" not in vars(module)
     if not plain or module._forward_hooks or module._forward_pre_hooks:

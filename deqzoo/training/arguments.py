@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -54,10 +55,10 @@ class DEQTrainingArguments(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "solver", "gradient"]
 
-    solver: dict | str | None = field(
+    solver: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Solver of training steps: a name or a JSON object."}
     )
-    gradient: dict | str | None = field(
+    gradient: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Gradient of training steps: a name or a JSON object."}
     )
     jacobian_weight: float = field(

@@ -7,6 +7,7 @@ be converted.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,8 @@ class SharedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.reset_parameters()
 
-    reset_parameters = nn.Linear.reset_parameters
-    forward = nn.Linear.forward
+    reset_parameters: Any = nn.Linear.reset_parameters
+    forward: Any = nn.Linear.forward
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -132,13 +133,14 @@ class AdaptiveSoftmax(nn.Module):
         )
         self.clusters = nn.Linear(d_embed, n_tails) if n_tails else None
 
-    def _cluster_tables(self) -> list[tuple[Tensor, Tensor]]:
+    def _cluster_tables(self) -> list[tuple[Tensor, Any]]:
         """Rows and biases of every cluster."""
         if len(self.tables) == len(self.bounds):
             return [linear_tensors(table) for table in self.tables]
         # One split: its backward joins the parts' gradients, slices would each fill a whole table.
         sizes = [end - start for start, end in self.bounds]
         weight, bias = linear_tensors(self.tables[0])
+        assert bias is not None
         return list(zip(weight.split(sizes), bias.split(sizes), strict=True))
 
     def _project(self, hidden: Tensor, index: int) -> Tensor:

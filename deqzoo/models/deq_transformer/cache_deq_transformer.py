@@ -32,7 +32,7 @@ class EquilibriumCacheLayer(CacheLayerMixin):
         self.window = window
         self.seen = 0
         self._valid: Tensor | None = None  # of all tokens in the buffers; None: all real
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffers: tuple[Tensor, ...] | None = None
         self._start = self._end = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -81,6 +81,7 @@ class EquilibriumCacheLayer(CacheLayerMixin):
         """Remember which of the tokens just appended are real."""
         if valid is None and self._valid is None:
             return
+        assert self.keys is not None
         device = self.keys.device
         before = self._valid
         if before is None:
@@ -138,8 +139,9 @@ class EquilibriumCacheLayer(CacheLayerMixin):
 
     def _take(self, rows: Tensor) -> None:
         if self._buffers is not None:
-            self._buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self._buffers)
-            self.keys, self.values = (b[:, :, self._start : self._end] for b in self._buffers)
+            buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self._buffers)
+            self.keys, self.values = (b[:, :, self._start : self._end] for b in buffers)
+            self._buffers = buffers
         if self._valid is not None:
             self._valid = self._valid.index_select(0, rows.to(self._valid.device))
 
@@ -174,7 +176,8 @@ class DEQTransformerCache(Cache):
     @property
     def layer(self) -> EquilibriumCacheLayer:
         """The only layer: the model has one block."""
-        return self.layers[0]
+        layer: Any = self.layers[0]
+        return layer
 
     @torch.no_grad()
     def remember(self, f: EquilibriumMap, states: Tensor, valid: Tensor | None) -> None:
@@ -200,7 +203,7 @@ class DEQTransformerCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue the beams ``beam_idx`` (B,)."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]
         self._take_last(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

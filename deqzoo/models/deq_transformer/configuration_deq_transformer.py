@@ -88,8 +88,8 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
     fixed_iterations: int | None = None
     unroll_layers: int = 2
     causal: bool = True
-    solver: dict | str | Solver | None = None
-    gradient: dict | str | Gradient | None = None
+    solver: dict[str, Any] | str | Solver | None = None
+    gradient: dict[str, Any] | str | Gradient | None = None
     initializer_range: float | int = 0.01
     use_cache: bool | None = None
     bos_token_id: int | None = 0

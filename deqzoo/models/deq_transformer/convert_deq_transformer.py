@@ -159,10 +159,11 @@ def build_model(
     if len(dtypes) != 1:
         raise UserError(f"The checkpoint mixes dtypes {sorted(map(str, dtypes))}.")
     config.dtype = dtypes.pop()
-    model = DEQTransformerForCausalLM(config).to(config.dtype).eval()
+    model: Any = DEQTransformerForCausalLM(config)
+    model.to(config.dtype).eval()
     for target, source in model.all_tied_weights_keys.items():
-        copies = converted.get(target), converted.get(source)
-        if None not in copies and not torch.equal(*copies):
+        one, other = converted.get(target), converted.get(source)
+        if one is not None and other is not None and not torch.equal(one, other):
             raise UserError(
                 f"{target} and {source} differ in the checkpoint, but the config ties them; "
                 "check tie_weights and tie_projs."

@@ -67,10 +67,11 @@ def read_tokens(
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise UserError("pass either input_ids or inputs_embeds")
-    if inputs_embeds is None:
+    if input_ids is not None:
         check_tokens(config, input_ids, training)
         return input_ids
     require_dense(inputs_embeds=inputs_embeds)
+    assert inputs_embeds is not None
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.d_model:
         raise UserError(
             f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
@@ -224,9 +225,9 @@ def joined_validity(
     past: Tensor | None, new: Tensor | None, batch: int, n_past: int, n_new: int
 ) -> Tensor | None:
     """Validity (B, K) of past and new keys, None when all are real."""
-    if past is None and new is None:
-        return None
     like = past if past is not None else new
+    if like is None:
+        return None
     if past is None:
         past = torch.ones(batch, n_past, dtype=torch.bool, device=like.device)
     if new is None:

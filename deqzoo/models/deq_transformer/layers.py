@@ -6,6 +6,7 @@ These modules hold parameters and bind them, once per forward, into the plain te
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class Injection(nn.Linear):
     """Map from an embedded word to what it adds to its query, key and value."""
 
 
-class NormalizedLinear(WeightNorm, nn.Linear):
+class NormalizedLinear(WeightNorm, nn.Linear):  # type: ignore[override]
     """A linear layer whose weight is direction and gain per output feature."""
 
     length_name = "gain"
@@ -146,11 +147,11 @@ class SubLayer(nn.Module):
         """Position keys (H, K, D) of a sinusoid table (K, d)."""
         return split_heads(self.attention.relative(table), self.attention.n_head)
 
-    def bind(self, relative: Tensor | None, masks: LayerMasks) -> LayerTensors:
+    def bind(self, relative: Any, masks: LayerMasks) -> LayerTensors:
         """Effective tensors without a past; ``relative`` (H, K, D) may be filled in later."""
         attention, network = self.attention, self.feed_forward
         norms = [attention.input_norm, attention.output_norm, network.norm]
-        affine = tuple(p for n in norms if n is not None for p in norm_tensors(n))
+        affine: Any = tuple(p for n in norms if n is not None for p in norm_tensors(n))
         return LayerTensors(
             **attention(),
             **network(),

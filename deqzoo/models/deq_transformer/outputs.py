@@ -23,7 +23,7 @@ class CachingOutput(ModelOutput):
 
         @property
         def past_key_values(self) -> DEQTransformerCache | None:
-            return self.cache
+            return getattr(self, "cache", None)
 
         def __contains__(self, key: object) -> bool:
             return super().__contains__("cache" if key == "past_key_values" else key)

@@ -58,8 +58,8 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
     default_solver = {"name": "fixed_point", "max_steps": 300, "tol": 1e-5}
     default_gradient = {"name": "upg", "steps": 5, "damping": 0.5}
 
-    solver: dict | str | Solver | None = None
-    gradient: dict | str | Gradient | None = None
+    solver: dict[str, Any] | str | Solver | None = None
+    gradient: dict[str, Any] | str | Gradient | None = None
     num_features: int = 1
     hidden_sizes: list[int] | tuple[int, ...] = (64, 64, 64)
     skip_connections: bool = False
@@ -75,7 +75,7 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
     classifier_bias: bool = True
     official: bool = False
     decision_threshold: float = 0.5
-    graph_encoding: dict | None = None
+    graph_encoding: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.hidden_sizes = list(self.hidden_sizes)

@@ -125,6 +125,9 @@ class ClippedSpectralNorm(nn.Module):
     none in evaluation, and no correction of a negative estimate.
     """
 
+    left: Tensor
+    right: Tensor
+
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(out_features, 1))
@@ -191,8 +194,8 @@ class ImplicitGraphLayer(nn.Module):
 
     def weights(self) -> list[Tensor]:
         """Return W, Omega_1 and, where used, Omega_2, normalised."""
-        plain = [self.state_weight, self.neighbor_weight]
-        if self.local_injection:
+        plain: list[Tensor] = [self.state_weight, self.neighbor_weight]
+        if self.local_injection and self.local_weight is not None:
             plain.append(self.local_weight)
         if not self.norms:
             return plain

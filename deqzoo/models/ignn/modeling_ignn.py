@@ -43,7 +43,7 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
     config: IGNNConfig
     base_model_prefix = "ignn"
     main_input_name = "x"
-    input_modalities = ("graph",)
+    input_modalities: Any = ("graph",)
     supports_gradient_checkpointing = True
     narrow_tol_in_eps = 0.0  # contractions without norms: bfloat16 reaches residuals of 1e-4
 
@@ -92,7 +92,7 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
         excess = max(layer.excess(radius) for layer in self.implicit_layers)
         if excess > 0:
             logger.warning(
-                f"a weight exceeded its norm bound {self.config.kappa / radius:.3g} by "
+                f"a weight exceeded its norm bound {(self.config.kappa or 0.0) / radius:.3g} by "
                 f"{excess:.3g} and was projected; without the bound an equilibrium is not certain"
             )
             self.project_()
@@ -279,13 +279,14 @@ class IGNNModel(IGNNPreTrainedModel):
                 x = solution.state
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        return combined_report(x, solutions, output_hidden_states)
+        return combined_report(x, solutions, bool(output_hidden_states))
 
 
 class _IGNNClassifier(IGNNPreTrainedModel):
     """How the forward of every classifier starts and ends."""
 
     accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it where it accumulates
+    ignn: Any
 
     def _states(
         self,
@@ -330,12 +331,12 @@ class IGNNForGraphClassification(_IGNNClassifier):
 
     def __init__(self, config: IGNNConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 0)
         width = config.hidden_sizes[-1]
         self.ignn = IGNNModel(config)
         self.dense = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(width, config.num_labels, bias=config.classifier_bias)
+        self.classifier = nn.Linear(width, self.num_labels, bias=config.classifier_bias)
         self.post_init()
 
     @can_return_tuple
@@ -362,7 +363,7 @@ class IGNNForGraphClassification(_IGNNClassifier):
         symmetrize = self.config.official and not self.training
         graphs = self.read_graphs(x, edge_index, edge_weight, batch, symmetrize)
         base = self._states(graphs, initial_states, output_hidden_states, solver, gradient)
-        nodes = base.last_hidden_state
+        nodes: Any = base.last_hidden_state
         if graphs.counts is not None:
             nodes = nodes * graphs.counts[:, None]
         # In float32 or wider: a sum of ones in bfloat16 stops at 256.
@@ -377,14 +378,14 @@ class IGNNForNodeClassification(_IGNNClassifier):
 
     def __init__(self, config: IGNNConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 0)
         width = config.hidden_sizes[-1]
         self.ignn = IGNNModel(config)
         self.implicit_head = None
         if config.implicit_head:
-            self.implicit_head = implicit_layer(config, width, config.num_labels)
+            self.implicit_head = implicit_layer(config, width, self.num_labels)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(width, config.num_labels, bias=config.classifier_bias)
+        self.classifier = nn.Linear(width, self.num_labels, bias=config.classifier_bias)
         self.post_init()
 
     @can_return_tuple
@@ -412,7 +413,7 @@ class IGNNForNodeClassification(_IGNNClassifier):
         check_keywords(self, keywords)
         graphs = self.read_graphs(x, edge_index, edge_weight, batch)
         base = self._states(graphs, initial_states, output_hidden_states, solver, gradient)
-        nodes = base.last_hidden_state
+        nodes: Any = base.last_hidden_state
         if self.config.normalize_states:
             nodes = nn.functional.normalize(nodes, dim=1)
         logits = self.classifier(nodes if self.implicit_head is not None else self.dropout(nodes))

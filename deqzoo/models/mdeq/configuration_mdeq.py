@@ -73,8 +73,8 @@ class MDEQConfig(DEQConfigMixin, BackboneConfigMixin, PreTrainedConfig):
     dropout: float | int = 0.0
     unroll_layers: int = 10
     initializer_range: float | None = 0.01
-    solver: dict | str | Solver | None = None
-    gradient: dict | str | Gradient | None = None
+    solver: dict[str, Any] | str | Solver | None = None
+    gradient: dict[str, Any] | str | Gradient | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -119,18 +119,19 @@ class MDEQConfig(DEQConfigMixin, BackboneConfigMixin, PreTrainedConfig):
         """Every per-branch list describes the same number of branches, at least two."""
         if len(self.channels) < 2:
             raise ValueError(f"channels={self.channels} must list at least two branches")
+        blocks, kernels = self.blocks_per_branch or (), self.big_kernels or ()
         for name in ("head_channels", "blocks_per_branch", "big_kernels"):
             value = getattr(self, name)
             if len(value) != len(self.channels):
                 raise ValueError(
                     f"{name}={value} must have one entry per branch of channels={self.channels}"
                 )
-        if min(*self.channels, *self.head_channels, *self.blocks_per_branch) < 1:
+        if min(*self.channels, *self.head_channels, *blocks) < 1:
             raise ValueError(
                 f"channels={self.channels}, head_channels={self.head_channels} and "
                 f"blocks_per_branch={self.blocks_per_branch} must be positive"
             )
-        if not set(self.big_kernels) <= {0, 1, 2}:
+        if not set(kernels) <= {0, 1, 2}:
             raise ValueError(f"big_kernels={self.big_kernels} must hold 0, 1 or 2")
 
     def validate_numbers(self) -> None:

@@ -123,7 +123,7 @@ def convert(
     """
     output = output_folder(output)
     state_dict = normalise_keys(read_state_dict(Path(src), weights))
-    model = build_model(state_dict, read_config(config))
+    model: Any = build_model(state_dict, read_config(config))
     model.save_pretrained(output)
     MDEQImageProcessor.for_config(model.config).save_pretrained(output)
     return output
@@ -251,7 +251,8 @@ def build_model(
     except RuntimeError as error:
         raise UserError(f"the configuration is not valid: {one_line(error)}") from error
     _check_keys(renamed, expected)
-    model = MDEQForImageClassification(config).to(dtype)
+    model: Any = MDEQForImageClassification(config)
+    model.to(dtype)
     model.load_state_dict({name: tensor for name, (_, tensor) in renamed.items()}, strict=False)
     model.config.dtype = dtype
     return model.eval()

@@ -46,10 +46,10 @@ class MDEQImageProcessor(PilBackend):
     do_convert_rgb = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; the zoo's names are known too."""
         source = bundled_source(pretrained_model_name_or_path, kwargs.get("revision"))
-        return super().from_pretrained(source, **kwargs)
+        return super().from_pretrained(source, *args, **kwargs)
 
     @classmethod
     def for_config(cls, config: MDEQConfig) -> MDEQImageProcessor:
@@ -102,7 +102,7 @@ class MDEQImageProcessor(PilBackend):
             return np.asarray(to_rgb(image)).transpose(2, 0, 1)
         return _three_channels(image, input_data_format)
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]
         self,
         images: list[np.ndarray],
         do_resize: bool,
@@ -155,8 +155,8 @@ def _resized_centre(
     new_height, new_width = sides if height <= width else sides[::-1]
     source, box, kept, size = [], [], [], []
     for old, new, wanted in (
-        (height, new_height, crop_size.height),
-        (width, new_width, crop_size.width),
+        (height, new_height, int(crop_size.height or 0)),
+        (width, new_width, int(crop_size.width or 0)),
     ):
         ratio = old / new
         first = max(0, (new - wanted) // 2)  # as center_crop counts

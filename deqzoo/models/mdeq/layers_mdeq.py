@@ -6,6 +6,8 @@ Order of operations and which norms have a scale and shift follow the reference 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from .configuration_mdeq import MDEQConfig
 from .map_mdeq import BlockTensors, ConvNormTensors, MapTensors
 
 
-class WeightNormConv2d(WeightNorm, nn.Conv2d):
+class WeightNormConv2d(WeightNorm, nn.Conv2d):  # type: ignore[override]
     """A bias-free convolution whose weight is direction and magnitude per output channel."""
 
     length_name = "magnitude"
@@ -57,7 +59,7 @@ class MDEQBlock(nn.Module):
     def __init__(self, config: MDEQConfig, branch: int) -> None:
         super().__init__()
         width, inner = config.channels[branch], config.inner_channels[branch]
-        big = config.big_kernels[branch]
+        big = (config.big_kernels or ())[branch]
         groups, affine = config.num_groups, config.affine_block
         normed = config.weight_norm != "none"
         self.conv1 = make_conv(width, inner, 5 if big >= 1 else 3, normed)
@@ -91,7 +93,7 @@ class MDEQFusion(nn.Module):
 
     def tensors(self) -> tuple[ConvNormTensors, ...]:
         """What `map_mdeq` computes with."""
-        return tuple(stage.tensors() for stage in self.stages)
+        return tuple(stage.tensors() for stage in list[Any](self.stages))
 
 
 class MDEQTransformation(nn.Module):
@@ -101,8 +103,8 @@ class MDEQTransformation(nn.Module):
         super().__init__()
         indices = range(len(config.channels))
         self.branches = nn.ModuleList(
-            nn.ModuleList(MDEQBlock(config, i) for _ in range(config.blocks_per_branch[i]))
-            for i in indices
+            nn.ModuleList(MDEQBlock(config, i) for _ in range(count))
+            for i, count in enumerate(config.blocks_per_branch or ())
         )
         self.fuse = nn.ModuleList(
             nn.ModuleDict({str(j): MDEQFusion(config, j, i) for j in indices if j != i})
@@ -122,14 +124,14 @@ class MDEQTransformation(nn.Module):
 
     def tensors(self) -> MapTensors:
         """Effective weights of the map, tracked by autograd; computed once per forward."""
-        indices = range(len(self.branches))
+        indices, fuse = range(len(self.branches)), list[Any](self.fuse)
+        branches, post = list[Any](self.branches), list[Any](self.post)
         return MapTensors(
-            branches=tuple(tuple(b.tensors() for b in blocks) for blocks in self.branches),
+            branches=tuple(tuple(b.tensors() for b in blocks) for blocks in branches),
             fuse=tuple(
-                tuple(() if i == j else self.fuse[i][str(j)].tensors() for j in indices)
-                for i in indices
+                tuple(() if i == j else fuse[i][str(j)].tensors() for j in indices) for i in indices
             ),
-            post=tuple(stage.tensors() for stage in self.post),
+            post=tuple(stage.tensors() for stage in post),
         )
 
 

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from .native_norm import group_norm
 
 State = tuple[Tensor, ...]
 Masks = tuple[tuple[Tensor, ...], ...]
-Nested = TypeVar("Nested")
 
 Norm = Callable[..., Tensor]
 """`group_norm` or another implementation with its signature."""
@@ -62,7 +61,7 @@ class MapTensors(NamedTuple):
     post: tuple[ConvNormTensors, ...]
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
+def map_tensors(function: Callable[[Tensor], Tensor], nested: Any) -> Any:
     """Apply a function to every tensor of nested tuples; None stays None."""
     if nested is None:
         return None
@@ -276,7 +275,7 @@ class CompiledMDEQMap(DetachableMap, PreciseMap):
         return self.plain.apply(compiled_step(), state)
 
     @property
-    def dtype(self) -> torch.dtype | None:
+    def dtype(self) -> torch.dtype | None:  # type: ignore[override]
         """Precision inside a step; see `MDEQMap.in_precision`."""
         return self.plain.dtype
 

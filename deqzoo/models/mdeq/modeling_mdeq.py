@@ -65,7 +65,7 @@ class MDEQModelOutput(ModelOutput):
     converged: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     state: tuple[Tensor, ...] | None = None
-    equilibrium_map: MDEQMap | None = None
+    equilibrium_map: MDEQMap | CompiledMDEQMap | None = None
 
 
 @dataclass
@@ -82,7 +82,7 @@ class MDEQImageClassifierOutput(ModelOutput):
     converged: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     state: tuple[Tensor, ...] | None = None
-    equilibrium_map: MDEQMap | None = None
+    equilibrium_map: MDEQMap | CompiledMDEQMap | None = None
 
 
 @dataclass
@@ -106,7 +106,7 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
     config_class = MDEQConfig
     base_model_prefix = "mdeq"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: Any = ("image",)
     without_weight_norm = "none"
     supports_gradient_checkpointing = True
 
@@ -121,7 +121,7 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
         if isinstance(module, WeightNormConv2d):
             bound = 1 / math.sqrt(module.direction[0].numel())
             init.uniform_(module.direction, -bound, bound)
-            init.copy_(module.magnitude, row_norms(module.direction))
+            init.copy_(module.get_parameter("magnitude"), row_norms(module.direction))
         elif isinstance(module, nn.Conv2d) and std is not None:
             init.normal_(module.weight, std=std)
             if module.bias is not None:
@@ -136,9 +136,10 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
                 init.ones_(module.weight)
                 init.zeros_(module.bias)
             if isinstance(module, nn.BatchNorm2d):
-                init.zeros_(module.running_mean)
-                init.ones_(module.running_var)
-                init.zeros_(module.num_batches_tracked)
+                statistics: Any = module
+                init.zeros_(statistics.running_mean)
+                init.ones_(statistics.running_var)
+                init.zeros_(statistics.num_batches_tracked)
 
     def compile_map(self, enabled: bool = True) -> None:
         """Run the equilibrium map under torch.compile, or no longer.
@@ -220,7 +221,8 @@ class MDEQModel(MDEQPreTrainedModel):
             injection.new_zeros(batch, channels, height >> i, width >> i, dtype=pixel_values.dtype)
             for i, channels in enumerate(self.config.channels)
         )
-        if self.stem.convolutions[1].weight.is_contiguous(memory_format=torch.channels_last):
+        first: Any = self.stem.convolutions[1]
+        if first.weight.is_contiguous(memory_format=torch.channels_last):
             state = tuple(z.contiguous(memory_format=torch.channels_last) for z in state)
         if dropout_masks is None and self.training and self.config.dropout > 0:
             dropout_masks = self._draw_masks(injection)
@@ -279,7 +281,7 @@ class MDEQModel(MDEQPreTrainedModel):
         if output_hidden_states:
             output.hidden_states = output.features
         if output_state:
-            output.state = tuple(z.detach() for z in output.features)
+            output.state = tuple(z.detach() for z in output.features or ())
             # The compiled map and norm cannot be differentiated twice, as the exact penalty needs.
             output.equilibrium_map = g if self.fixed_steps else f.twice_differentiable()
         return output
@@ -365,10 +367,10 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
     def __init__(self, config: MDEQConfig) -> None:
         super().__init__(config)
         self.loss_type = "ForImageClassification"  # which transformers guesses from a class's name
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 0)
         self.mdeq = MDEQModel(config)
         self.head = MDEQHead(config)
-        self.classifier = nn.Linear(config.final_channels, config.num_labels)
+        self.classifier = nn.Linear(config.final_channels, self.num_labels)
         self.post_init()
 
     def _check_labels(self, labels: Tensor | None) -> None:
@@ -437,7 +439,7 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
         )
 
 
-def _model_output(features: State, **report: Tensor) -> MDEQModelOutput:
+def _model_output(features: State, **report: Any) -> MDEQModelOutput:
     """The output for the features of all branches, with the solver's report."""
     return MDEQModelOutput(
         last_hidden_state=features[-1],
@@ -450,7 +452,8 @@ def _model_output(features: State, **report: Tensor) -> MDEQModelOutput:
 def _squared_norms(state: State) -> Tensor:
     """Squared norm over all branches, per sample, in float32 or better: (B,)."""
     dtype = torch.promote_types(state[0].dtype, torch.float32)
-    return sum(z.flatten(1).to(dtype).square().sum(1) for z in state)
+    total: Any = sum(z.flatten(1).to(dtype).square().sum(1) for z in state)
+    return total
 
 
 __all__ = ["MDEQBackbone", "MDEQForImageClassification", "MDEQModel", "MDEQPreTrainedModel"]

@@ -85,7 +85,7 @@ def _locuslab(
 
 
 def _imagenet(architecture: dict[str, Any], unroll_layers: int, **overrides: Any) -> dict[str, Any]:
-    settings = {
+    settings: dict[str, Any] = {
         "affine_post": True,
         "dropout": 0.0,
         "forward_steps": 26,
@@ -96,7 +96,7 @@ def _imagenet(architecture: dict[str, Any], unroll_layers: int, **overrides: Any
 
 
 def _cifar(architecture: dict[str, Any], dropout: float, **overrides: Any) -> dict[str, Any]:
-    settings = {
+    settings: dict[str, Any] = {
         "affine_post": False,
         "unroll_layers": 10,
         "forward_steps": 18,
