@@ -84,7 +84,7 @@ def passages(model: PreTrainedModel, data: Path | None, count: int, length: int)
     from deqzoo.evaluation import text
 
     tokenizer = text.load_tokenizer(model)
-    stream = text._stream(text.corpus_of(tokenizer), "test", data, tokenizer)
+    stream = text.corpus_stream(text.corpus_of(tokenizer), "test", data, tokenizer)
     starts = [i * (len(stream) - length) // count for i in range(count)]
     return torch.stack([stream[start : start + length] for start in starts])
 

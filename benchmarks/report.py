@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from studies.cells import markdown_table
+
 from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.hub.catalogue import Entry, below_baseline, entries, main_value
 from deqzoo.tasks.metrics import METRICS
@@ -27,12 +29,6 @@ def cells(name: str) -> dict[str, Any]:
     """Cells of a study by name."""
     file = HERE / "studies" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8"))["cells"]
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -159,22 +155,22 @@ def fill() -> str:
     worst, mild = theorem3["error 0.3"], theorem3["error 0.03"]
     exact = theorem3["error 0"]
     places = {
-        "checkpoints": table(
+        "checkpoints": markdown_table(
             ["checkpoint", "test split", "95 % interval", "beside", "converged", "steps",
              "looks", "file"],
             checkpoint_rows(),
         ),
-        "gradients": table(
+        "gradients": markdown_table(
             ["gradient", "test accuracy, %", "against implicit, same seed", "evaluations per step",
              "PFLOP"],
             gradient_rows(),
         ),
-        "graphs": table(
+        "graphs": markdown_table(
             ["data", "gradient", "epoch by validation", "last epoch", "gain of the best test epoch",
              "published protocol", "most frequent class", "logistic regression"],
             graph_rows(),
         ),
-        "theorem": table(
+        "theorem": markdown_table(
             ["setting", "condition refuted", "cosine of NPG: least, median",
              "cosine of UPG: least, median"],
             theorem_rows(),
@@ -192,7 +188,7 @@ def fill() -> str:
     text = (HERE / "REPORT.template.md").read_text(encoding="utf-8")
     for name, value in places.items():
         assert f"{{{name}}}" in text, name
-        text = text.replace(f"{{{name}}}", value)
+        text = text.replace(f"{{{name}}}", value.rstrip())
     return text
 
 

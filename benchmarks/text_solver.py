@@ -132,7 +132,7 @@ def passages(model: PreTrainedModel, data: Path) -> Tensor:
     tokenizer = text.load_tokenizer(model)
     corpus = text.corpus_of(tokenizer)
     folder = data / ("ptb_text_only" if corpus is PTB else "wikitext")
-    stream = text._stream(corpus, "test", folder, tokenizer)
+    stream = text.corpus_stream(corpus, "test", folder, tokenizer)
     length = model.config.mem_len + LENGTH
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(len(stream) - length, (BATCH,), generator=generator)

@@ -17,5 +17,9 @@ def load_script(path: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, ROOT / path)
         assert spec is not None and spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.path.insert(0, str((ROOT / path).parent))  # as Python does it for a script
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.pop(0)
     return sys.modules[name]

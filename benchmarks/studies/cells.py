@@ -72,7 +72,7 @@ def write_text(name: str, text: str, folder: Path = HERE) -> None:
     print(folder / name, file=sys.stderr)
 
 
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: Iterable[list[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
