@@ -127,6 +127,11 @@ class Stage:
     jacobian: Jacobian | None = None
     shallow: bool = False
 
+    def arguments(self) -> dict[str, Any]:
+        """What a training step tells the model beside its batch."""
+        own: dict[str, Any] = {"solver": self.solver or None, "gradient": self.gradient or None}
+        return {**own, "shallow": True} if self.shallow else own
+
 
 @dataclass(frozen=True)
 class Evaluation:

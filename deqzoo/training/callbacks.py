@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from deqzoo.files import replacing
 from deqzoo.training.trainer import RecipeTrainer, _flat
@@ -45,9 +39,7 @@ class AverageCallback(TrainerCallback):
     def __init__(self, trainer: RecipeTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         average, plan = self.trainer.average, self.trainer.plan
         if average is None:
             return
@@ -66,9 +58,7 @@ class CheckpointClock(TrainerCallback):
         self.trainer = trainer
         self.seconds = 60 * minutes
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         ended = state.global_step in self.trainer.plan.starts[1:]
         if agreed(ended or time.monotonic() - self.trainer.last_save > self.seconds, args):
             # A mean that a log line begun before a checkpoint and ended after it would cover only
@@ -84,9 +74,7 @@ class EvaluationClock(TrainerCallback):
         self.trainer = trainer
         self.per_epoch = per_epoch
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         plan, step = self.trainer.plan, state.global_step
         before = int(plan.epoch(step - 1) * self.per_epoch + 1e-6)
         after = int(plan.epoch(step) * self.per_epoch + 1e-6)
@@ -103,15 +91,11 @@ class Snapshots(TrainerCallback):
         total = trainer.plan.total
         self.steps = {round(i * total / max(count - 1, 1)) for i in range(count)}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0:
             self.take(0)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step in self.steps:
             self.take(state.global_step)
 
@@ -136,14 +120,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
             entry = {"step": state.global_step, "time": round(time.time(), 1), **logs}
             with self.path.open("a", encoding="utf-8") as file:
@@ -162,9 +139,7 @@ class StopFile(TrainerCallback):
         self.path = folder / "stop"
         self.max_steps = max_steps
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         reached = self.max_steps is not None and state.global_step >= self.max_steps
         if agreed(reached or self.path.exists(), args):
             control.should_save = control.should_log = control.should_training_stop = True

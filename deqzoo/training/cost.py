@@ -56,6 +56,32 @@ if torch.backends.mkldnn.is_available():
     _SPARSE[torch.ops.mkldnn._linear_pointwise] = _raw(_linear_flops)
 
 
+def step_evaluations(
+    model: DEQPreTrainedModel,
+    stage: Stage,
+    steps: float,
+    *,
+    fixed: bool,
+    checkpoint: bool = False,
+    detached: bool = False,
+    products: float | None = None,
+) -> float:
+    """Evaluations of the map that a training step costs, backward passes included, penalties not.
+
+    Args:
+        model: whose gradient holds where the stage has none.
+        stage: what the step trains.
+        steps: of the solve.
+        fixed: whether the solve does all its steps without measuring a residual.
+        checkpoint, detached, products: see `Gradient.cost`.
+    """
+    if stage.shallow:
+        return (3.0 + checkpoint) * model.config.unroll_layers
+    gradient = model.resolve_gradient(stage.gradient or None)
+    cost = gradient.cost(round(steps), checkpoint=checkpoint, detached=detached, products=products)
+    return (steps if gradient.needs_solve else 0.0) + (not fixed) + cost.evaluations
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, in which nothing is said about solves that end early."""

@@ -20,6 +20,7 @@ from deqzoo.training.cost import (
     evaluation_mode,
     sample_flops,
     saved_bytes,
+    step_evaluations,
 )
 
 SPEEDS = {"50 GFLOP/s (two CPU cores)": 5e10, "20 TFLOP/s (a GPU)": 2e13}
@@ -99,7 +100,7 @@ def _measure(task: Task, model: DEQPreTrainedModel, stage: Stage) -> _Sample:
 def _stage(
     recipe: Recipe, model: DEQPreTrainedModel, stage: Stage, sample: _Sample, steps: int
 ) -> dict[str, Any]:
-    evaluations = step_evaluations(recipe, stage, model)
+    evaluations = most_evaluations(recipe, stage, model)
     samples = steps * recipe.batch_size * recipe.accumulate
     flops = samples * (evaluations * sample.per_evaluation + 3 * sample.rest)
     graphs = 1 if recipe.gradient_checkpointing else _graphs(stage, model)
@@ -118,20 +119,14 @@ def _stage(
     }
 
 
-def step_evaluations(recipe: Recipe, stage: Stage, model: DEQPreTrainedModel) -> float:
+def most_evaluations(recipe: Recipe, stage: Stage, model: DEQPreTrainedModel) -> float:
     """Evaluations of the map that a training step costs at most, backward passes included."""
-    if stage.shallow:
-        per_layer = 3.0 + float(recipe.gradient_checkpointing)
-        evaluations = per_layer * model.config.unroll_layers
-    else:
-        solver = model.resolve_solver(stage.solver)
-        gradient = model.resolve_gradient(stage.gradient)
-        cost = gradient.cost(
-            solver.max_steps, checkpoint=recipe.gradient_checkpointing, detached=recipe.compile
-        )
-        measured = recipe.gradient_checkpointing or not has_fixed_steps(solver, gradient)
-        evaluations = (solver.max_steps if gradient.needs_solve else 0) + measured
-        evaluations += cost.evaluations
+    checkpoint, solver = recipe.gradient_checkpointing, model.resolve_solver(stage.solver)
+    fixed = has_fixed_steps(solver, model.resolve_gradient(stage.gradient))
+    evaluations = step_evaluations(
+        model, stage, solver.max_steps, fixed=fixed and not checkpoint, checkpoint=checkpoint,
+        detached=recipe.compile,
+    )  # fmt: skip
     if stage.jacobian is not None:
         evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
     return evaluations

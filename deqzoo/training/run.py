@@ -19,8 +19,6 @@ from torch import nn
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -254,9 +252,7 @@ class Keeper(TrainerCallback):
         self.past = _recorded(out, "seconds")
         self.started = time.monotonic()  # a clock that nobody sets
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.keep()
 
     def keep(self) -> None:

@@ -104,12 +104,7 @@ class TrainingStep:
     def loss(self, rows: Tensor) -> Tensor:
         """Loss of some rows with its graph; what is worth logging is added up."""
         inputs = self.data.inputs(rows, self.epoch, self.stage)
-        own: dict[str, Any] = {
-            "solver": self.stage.solver or None,
-            "gradient": self.stage.gradient or None,
-        }
-        if self.stage.shallow:
-            own["shallow"] = True
+        own = self.stage.arguments()
         if self.jacobian is not None:
             own["output_state"] = True
         with self._autocast():

@@ -26,7 +26,7 @@ from deqzoo.tasks.base import Task
 from deqzoo.training.best import BestWeights
 from deqzoo.training.callbacks import save_snapshot
 from deqzoo.training.clock import TimeBudget
-from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
+from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops, step_evaluations
 from deqzoo.training.floor import bare_rate
 from deqzoo.training.optimizers import build_optimizer, rate_factor
 from deqzoo.training.step import TrainingStep
@@ -449,14 +449,9 @@ class TimedRun:
 
     def _evaluations(self, stage: Stage, n_steps: float, products: float) -> float:
         """Evaluations of the map that a step cost on average, backward passes included."""
-        if stage.shallow:
-            evaluations = 3.0 * self.model.config.unroll_layers
-        else:
-            n_steps /= self.task.solves
-            gradient = self.model.resolve_gradient(stage.gradient or None)
-            evaluations = n_steps if gradient.needs_solve else 0.0
-            evaluations += gradient.cost(round(n_steps), products=products).evaluations
-            evaluations += not self.model.takes_fixed_steps(stage.solver, stage.gradient)
+        fixed = self.model.takes_fixed_steps(stage.solver, stage.gradient)
+        steps = n_steps / self.task.solves
+        evaluations = step_evaluations(self.model, stage, steps, fixed=fixed, products=products)
         if stage.jacobian:
             evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
         return evaluations

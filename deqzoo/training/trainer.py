@@ -26,7 +26,7 @@ from deqzoo.tasks.base import Plan, Task
 from deqzoo.training.best import BestWeights
 from deqzoo.training.checkpoints import conditions, differences, keep_newest, refuse_changes
 from deqzoo.training.constraints import ProjectionCallback
-from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops
+from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops, step_evaluations
 
 
 class SolverStatistics:
@@ -237,11 +237,7 @@ class RecipeTrainer(DEQTrainer):
         return DataLoader(numbers, 1, collate_fn=collate)
 
     def stage_inputs(self) -> dict[str, Any]:
-        stage = self.stage
-        extra: dict[str, Any] = {"solver": stage.solver or None, "gradient": stage.gradient or None}
-        if stage.shallow:
-            extra["shallow"] = True
-        return extra
+        return self.stage.arguments()
 
     def wants_penalty(self) -> bool:
         self.jacobian = self.stage.jacobian
@@ -273,20 +269,15 @@ class RecipeTrainer(DEQTrainer):
         # A graph of nodes is one sample, however many labels it has.
         batch = min(len(inputs["labels"]), self.recipe.batch_size)
         samples = batch * self.args.world_size
-        if stage.shallow:
-            per_layer = 3.0 + float(self.recipe.gradient_checkpointing)
-            evaluations = per_layer * self.model.config.unroll_layers
-        else:
-            gradient = self.model.resolve_gradient(stage.gradient)
-            steps = round(int(outputs.n_steps.max()) / self.task.solves)
-            cost = gradient.cost(
-                steps,
-                checkpoint=self.recipe.gradient_checkpointing,
-                detached=self.recipe.compile,
-                products=0,  # counted after the backward pass
-            )
-            measured = not self.model.takes_fixed_steps(stage.solver, stage.gradient)
-            evaluations = (steps if gradient.needs_solve else 0) + measured + cost.evaluations
+        evaluations = step_evaluations(
+            self.model,
+            stage,
+            0 if stage.shallow else round(int(outputs.n_steps.max()) / self.task.solves),
+            fixed=self.model.takes_fixed_steps(stage.solver, stage.gradient),
+            checkpoint=self.recipe.gradient_checkpointing,
+            detached=self.recipe.compile,
+            products=0,  # counted after the backward pass
+        )
         if self.wants_penalty():
             evaluations += PENALTY_EVALUATIONS
         self.evaluations.append(evaluations)
