@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +20,8 @@ from deqzoo.evaluation.options import (
     Waiting,
     complete_model,
     recorded_traces,
-    require_trace_file,
+    show_json,
     solver_settings,
-    write_trace,
 )
 
 PICTURES_AT_ONCE = 32
@@ -58,14 +56,12 @@ def classify(
         from deqzoo.evaluation.classify import classify as classify_pictures
         from deqzoo.models.readers import load_processor
 
-    require_trace_file(trace)
-    inputs, files = Inputs(), list[Any]()
+    inputs, files = Inputs(trace), list[Any]()
     for source in images:
         with inputs.one():
             files += [source] if source == "-" else picture_files(source)
     inputs.good = 0
     loaded = None
-    curves: dict[str, Any] = {}
     for start in range(0, len(files), PICTURES_AT_ONCE):
         pictures = {}
         for file in files[start : start + PICTURES_AT_ONCE]:
@@ -85,19 +81,13 @@ def classify(
         for row, (name, result) in enumerate(zip(pictures, found, strict=True)):
             _show_classification(name, result, as_json)
             if traces:
-                curves[name] = traces[0][row, : result.n_steps].tolist()
-    if trace is not None and curves:
-        write_trace(trace, curves)
+                inputs.curves[name] = traces[0][row, : result.n_steps].tolist()
     inputs.end()
 
 
 def _show_classification(name: str, result: Any, as_json: bool) -> None:
     if as_json:
-        from deqzoo.evaluation.files import finite
-
-        row = {"file": name, **result.to_dict()}
-        typer.echo(json.dumps(finite(row), ensure_ascii=False))
-        return
+        return show_json({"file": name, **result.to_dict()})
     typer.echo(name)
     for label, probability in result.labels:
         typer.echo(f"  {label:<20} {probability:6.1%}")
@@ -137,8 +127,7 @@ def perplexity(
     with Waiting("loading PyTorch and transformers ..."):
         from deqzoo.data.lines import text_files
 
-    require_trace_file(trace)
-    inputs, texts = Inputs(), list[Any]()
+    inputs, texts = Inputs(trace), list[Any]()
     for source in files:
         with inputs.one():
             texts += [source] if source == "-" else text_files(source)
@@ -151,15 +140,12 @@ def perplexity(
     if loaded.config.model_type != "deq_transformer" or not hasattr(loaded, "lm_head"):
         raise UserError(f"{name} is no language model; name one with --model")
     settings = solver_settings(loaded, solver, max_steps, tol)
-    curves: dict[str, Any] = {}
     for text in texts:
         with inputs.one(), recorded_traces(loaded, trace is not None) as traces:
             report = _score(loaded, text, column, pretokenized, surprisal, settings)
             _show_perplexity(name, str(text), report, len(texts) > 1, as_json)
             if traces:  # the median over the first segment's tokens
-                curves[str(text)] = traces[0].flatten(0, -2).nanmedian(0).values.tolist()
-    if trace is not None and curves:
-        write_trace(trace, curves)
+                inputs.curves[str(text)] = traces[0].flatten(0, -2).nanmedian(0).values.tolist()
     inputs.end()
 
 
@@ -192,11 +178,7 @@ def _score(
 
 def _show_perplexity(name: str, file: str, report: Any, several: bool, as_json: bool) -> None:
     if as_json:
-        from deqzoo.evaluation.files import finite
-
-        row = {"file": file, "model": name, **report.to_dict()}
-        typer.echo(json.dumps(finite(row), ensure_ascii=False))
-        return
+        return show_json({"file": file, "model": name, **report.to_dict()})
     for word, nats in report.surprisal:
         typer.echo(f"{nats:8.3f}  {word}")
     typer.echo((f"{file}\n" if several else "") + _summary(name, report))

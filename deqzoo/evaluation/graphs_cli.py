@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +19,8 @@ from deqzoo.evaluation.options import (
     Trace,
     Waiting,
     recorded_traces,
-    require_trace_file,
+    show_json,
     solver_settings,
-    write_trace,
 )
 
 
@@ -63,14 +61,12 @@ def predict_graphs(
 
     if bool(graphs) == (data is not None):
         raise UserError("name either graphs, or the folder of the checkpoint's data with --data")
-    require_trace_file(trace)
+    inputs = Inputs(trace)
     with Waiting(f"loading {name} ..."):
         model = deqzoo.DEQModel.from_pretrained(name)
     evaluation.require_graph_classifier(model)
     settings = solver_settings(model, solver, max_steps, tol)
     encoding = evaluation.encoding_of(model)
-    curves: dict[str, Any] = {}
-    inputs = Inputs()
 
     def predict(source: str, loaded: Any, index: list[int] | None) -> None:
         chosen = list(range(len(loaded.graphs))) if index is None else index
@@ -84,7 +80,7 @@ def predict_graphs(
             _summarise(found)
         if traces:  # of the first layer, which solves for all graphs of the first batch at once
             for row, prediction in zip(traces[0].tolist(), found, strict=False):
-                curves[f"{source} {prediction.number}"] = row
+                inputs.curves[f"{source} {prediction.number}"] = row
 
     if data is not None:
         stored = data_set or evaluation.stored_fold(model)["data"]
@@ -94,23 +90,17 @@ def predict_graphs(
         for source in graphs or []:
             with inputs.one():
                 predict(source, load_own_graphs(source, encoding), None)
-    if trace is not None and curves:
-        write_trace(trace, curves)
     inputs.end()
 
 
 def _show(source: str, prediction: Any, config: Any, as_json: bool) -> None:
-    from deqzoo.evaluation.files import finite
-
     def named(number: int | None) -> str | None:
         return None if number is None else config.id2label[number]
 
     p = prediction
     label, target = named(p.label), named(p.target)
     if as_json:
-        row = {"file": source, **asdict(p), "label": label, "target": target}
-        typer.echo(json.dumps(finite(row), ensure_ascii=False))
-        return
+        return show_json({"file": source, **asdict(p), "label": label, "target": target})
     state = "converged" if p.converged else "not converged"
     stored = "" if target is None else f", stored {target}"
     typer.echo(

@@ -86,10 +86,19 @@ class Waiting:
 
 
 class Inputs:
-    """Counts inputs, and goes on after bad ones."""
+    """Counts inputs, goes on after bad ones, and gathers their traces.
 
-    def __init__(self) -> None:
-        self.good = self.bad = 0
+    Args:
+        trace: as `--trace` says.
+
+    Raises:
+        UserError: the trace cannot be written there.
+    """
+
+    def __init__(self, trace: str | None) -> None:
+        _require_trace_file(trace)
+        self.trace, self.good, self.bad = trace, 0, 0
+        self.curves: dict[str, Sequence[float]] = {}
 
     @contextmanager
     def one(self) -> Iterator[None]:
@@ -102,7 +111,9 @@ class Inputs:
             print(f"deqzoo: {one_line(error)}", file=sys.stderr)
 
     def end(self) -> None:
-        """Leave with exit code 1 if some inputs were bad, with 2 if all of them were."""
+        """Write the trace; leave with exit code 1 if some inputs were bad, 2 if all were."""
+        if self.trace is not None and self.curves:
+            write_trace(self.trace, self.curves)
         if self.bad:
             raise typer.Exit(1 if self.good else 2)
 
@@ -130,12 +141,15 @@ def recorded_traces(model: Any, wanted: bool = True) -> Iterator[list[Any]]:
             del owner.solve
 
 
-def require_trace_file(trace: str | None) -> None:
-    """Check where a trace is to be written before the work that it records.
+def show_json(row: dict[str, Any]) -> None:
+    """Print one answer as a line of JSON."""
+    from deqzoo.evaluation.files import finite
 
-    Raises:
-        UserError: a file of another kind, or one that cannot be written.
-    """
+    typer.echo(json.dumps(finite(row), ensure_ascii=False))
+
+
+def _require_trace_file(trace: str | None) -> None:
+    """Check where a trace is to be written before the work that it records."""
     if trace is None or trace == "-":
         return
     from deqzoo.evaluation.files import require_writable

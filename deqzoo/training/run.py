@@ -89,31 +89,44 @@ def run_recipe(
             are damaged, or data or settings do not fit.
     """
     out = Path(out)
+    until = None if deadline is None else time.monotonic() + deadline
     with _lock(out):
         if _is_first_process():
             _claim(out, recipe, resume, accept_changes)
-        return _run(recipe, data, out, resume, progress, max_steps, deadline, accept_changes)
+        last = latest_checkpoint(out / "checkpoints") if resume else None
+        if last is not None and max_steps is not None:
+            done = int(_recorded(out, "steps"))
+            if done >= max_steps:
+                if _is_first_process():
+                    print(
+                        f"{out} has made {done} steps already; nothing to do up to step {max_steps}"
+                    )
+                return out / "model"
+        task, model, earlier = _begin(recipe, data, out, last)
+        if recipe.time_budget:
+            seconds = seconds_of(recipe.time_budget, "time_budget")
+            left = None if until is None else until - time.monotonic()
+            bf16 = use_bf16(recipe)
+            run = TimedRun(recipe, task, model, out, seconds, left, bf16, progress, max_steps)
+            _inherit(run, earlier)
+            _train_timed(run, out, last, accept_changes)
+        else:
+            trainer = _trainer(recipe, task, model, out, progress, max_steps)
+            _inherit(trainer, earlier)
+            _train(trainer, out, last, accept_changes)
+        return out / "model"
 
 
-def _run(
-    recipe: Recipe,
-    data: str | os.PathLike[str] | None,
-    out: Path,
-    resume: bool,
-    progress: bool,
-    max_steps: int | None,
-    deadline: float | None,
-    accept_changes: bool,
-) -> Path:
-    if deadline is not None:
-        deadline += time.monotonic()
-    last = latest_checkpoint(out / "checkpoints") if resume else None
-    if last is not None and max_steps is not None:
-        done = int(_recorded(out, "steps"))
-        if done >= max_steps:
-            if _is_first_process():
-                print(f"{out} has made {done} steps already; nothing to do up to step {max_steps}")
-            return out / "model"
+def _inherit(run: RecipeTrainer | TimedRun, earlier: dict[str, Any]) -> None:
+    """Count what the weights that a run begins with had cost."""
+    run.earlier = earlier.get("validation", [])
+    run.spent = run.inherited = 1e15 * earlier.get("pflop", 0.0)
+
+
+def _begin(
+    recipe: Recipe, data: str | os.PathLike[str] | None, out: Path, last: str | None
+) -> tuple[Task, Any, dict[str, Any]]:
+    """Task and fresh model of a recipe, and the record of the run that its weights come from."""
     set_seed(recipe.seed)
     torch.set_flush_denormal(True)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -121,59 +134,31 @@ def _run(
         raise UserError(f"batch_size {recipe.batch_size} is no multiple of {processes} processes")
     task = build_task(recipe, data)
     set_seed(recipe.seed)
-    model = task.model()
+    model: Any = task.model()
     earlier = {}
     if recipe.model.start and not (last and (recipe.time_budget or knows_start(last))):
         earlier = start_from(model, recipe.model.start, out.parent)
     if recipe.channels_last and any(p.ndim == 4 for p in model.parameters()):
         model = model.to(memory_format=torch.channels_last)
-    if recipe.time_budget:
-        return _run_timed(
-            recipe, task, model, earlier, out, last, progress, max_steps, deadline, accept_changes
-        )
     if processes > 1 and torch.cuda.is_available():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    plan = Plan.of(recipe, task)
-    trainer = _trainer(recipe, task, plan, model, out, progress, max_steps)
-    trainer.earlier = earlier.get("validation", [])
-    trainer.spent = trainer.inherited = 1e15 * earlier.get("pflop", 0.0)
-    keeper = Keeper(trainer, recipe, out)
+    return task, model, earlier
+
+
+def _train(trainer: RecipeTrainer, out: Path, last: str | None, accept_changes: bool) -> None:
+    """Train by epochs, on one device or several."""
+    keeper = Keeper(trainer, out)
     trainer.add_callback(keeper)
     if last is not None:
         trainer.restore(last, accept_changes)
     _cut_metrics(out / "metrics.jsonl", 0 if last is None else int(last.rsplit("-", 1)[1]))
     trainer.train(resume_from_checkpoint=last)
     keeper.keep()
-    return out / "model"
 
 
-def _run_timed(
-    recipe: Recipe,
-    task: Task,
-    model: PreTrainedModel,
-    earlier: dict[str, Any],
-    out: Path,
-    last: str | None,
-    progress: bool,
-    max_steps: int | None,
-    deadline: float | None,
-    accept_changes: bool,
-) -> Path:
+def _train_timed(run: TimedRun, out: Path, last: str | None, accept_changes: bool) -> None:
     """Train by the clock, on one device."""
-    run = TimedRun(
-        recipe,
-        task,
-        model,
-        out,
-        seconds_of(recipe.time_budget, "time_budget"),
-        None if deadline is None else deadline - time.monotonic(),
-        use_bf16(recipe),
-        progress,
-        max_steps,
-    )
-    run.earlier = earlier.get("validation", [])
-    run.spent = run.inherited = 1e15 * earlier.get("pflop", 0.0)
-    now = conditions(recipe, task, run.bf16, run.device)
+    now = conditions(run.recipe, run.task, run.bf16, run.device)
     if last is not None:
         state = torch.load(Path(last) / "run.pt", weights_only=True)
         run.load_state_dict(state)
@@ -192,10 +177,9 @@ def _run_timed(
         mark_complete(folder)
         keep_newest(folder.parent)
         save_result(run, out)
-        _record(out, recipe, run, run.figures(), past + time.monotonic() - started)
+        _record(out, run, run.figures(), past + time.monotonic() - started)
 
     run.train(keep)
-    return out / "model"
 
 
 @torch.no_grad()
@@ -245,9 +229,8 @@ def start_from(model: PreTrainedModel, name: str, runs: Path) -> dict[str, Any]:
 class Keeper(TrainerCallback):
     """Leaves usable weights and an up-to-date record whenever a checkpoint is written."""
 
-    def __init__(self, trainer: RecipeTrainer, recipe: Recipe, out: Path) -> None:
+    def __init__(self, trainer: RecipeTrainer, out: Path) -> None:
         self.trainer = trainer
-        self.recipe = recipe
         self.out = out
         self.past = _recorded(out, "seconds")
         self.started = time.monotonic()  # a clock that nobody sets
@@ -259,7 +242,7 @@ class Keeper(TrainerCallback):
         if self.trainer.is_world_process_zero():
             save_result(self.trainer, self.out)
             seconds = self.past + time.monotonic() - self.started
-            _record(self.out, self.recipe, self.trainer, self.figures(), seconds)
+            _record(self.out, self.trainer, self.figures(), seconds)
 
     def figures(self) -> dict[str, Any]:
         """What the record says of the Trainer's run."""
@@ -334,15 +317,9 @@ def is_locked(out: Path) -> bool:
 
 
 def _trainer(
-    recipe: Recipe,
-    task: Task,
-    plan: Plan,
-    model: Any,
-    out: Path,
-    progress: bool,
-    max_steps: int | None,
+    recipe: Recipe, task: Task, model: Any, out: Path, progress: bool, max_steps: int | None
 ) -> RecipeTrainer:
-    cuda = torch.cuda.is_available()
+    plan, cuda = Plan.of(recipe, task), torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=plan.total,
@@ -473,15 +450,11 @@ def _recorded(out: Path, key: str) -> float:
 
 
 def _record(
-    out: Path,
-    recipe: Recipe,
-    run: RecipeTrainer | TimedRun,
-    figures: dict[str, Any],
-    seconds: float,
+    out: Path, run: RecipeTrainer | TimedRun, figures: dict[str, Any], seconds: float
 ) -> None:
     """What a reader needs to judge or repeat the run."""
     record = {
-        "recipe": recipe.to_dict(),
+        "recipe": run.recipe.to_dict(),
         "data": run.task.describe(),
         **figures,
         "seconds": round(seconds, 1),
