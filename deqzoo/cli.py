@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 import deqzoo
 import deqzoo.zoo
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 from deqzoo.evaluation.options import ModelName, SolverName
 from deqzoo.models.names import FAMILIES
 from deqzoo.models.registration import after_import
@@ -267,16 +267,11 @@ def _on_device(model: Any, device: str) -> Any:
             raise UserError("device 'meta' holds no numbers; choose cpu, cuda, ...")
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot use device {device!r}: {one_line(error, 120)}") from error
 
 
-def _add_commands_of_other_rooms() -> None:
-    for module in _COMMAND_MODULES:
-        if Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py").is_file():
-            importlib.import_module(module).add_commands(app)
-
-
-_add_commands_of_other_rooms()
+for _module in _COMMAND_MODULES:
+    importlib.import_module(_module).add_commands(app)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -293,8 +288,6 @@ def run(arguments: list[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "deqzoo"
         return _fail(f"{error.format_message()} (see {command} --help)")
-    except UserError as error:
-        return _fail(str(error))
     except (ImportError, RuntimeError) as error:
         if (mend := _broken_package(error)) is None:
             raise
@@ -302,8 +295,8 @@ def run(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    except OSError as error:
-        # Files and folders that cannot be read or written, wherever nothing more telling is said.
+    except (UserError, OSError) as error:
+        # Files and folders that cannot be read or written, where nothing more telling is said, too.
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         print("deqzoo: interrupted", file=sys.stderr)
@@ -314,9 +307,9 @@ def _broken_package(error: BaseException | None) -> str | None:
     """What to do about a torchvision that does not fit torch, where that is behind an error."""
     while error is not None:
         if "torchvision" in str(error):
-            reason = str(error).strip().splitlines()[0]
+            reason = one_line(error, 120)
             return (
-                f"the installed torchvision does not work with this torch ({reason[:120]}): "
+                f"the installed torchvision does not work with this torch ({reason}): "
                 "install the one that belongs to it, or pip uninstall torchvision, which nothing "
                 "here needs"
             )

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import enable_progress_bars, get_session, validate_repo_id
 
 import deqzoo
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, one_line
 from deqzoo.hub.cards import plots, render_card
 from deqzoo.hub.catalogue import Entry, entry
 from deqzoo.hub.integrity import CHECKSUMS, UNSEALED, check_checksums, published_files
@@ -284,7 +284,7 @@ def _tag(api: HfApi, repo_id: str, version: str, commit: str, kind: str) -> str:
 
 def _line(error: BaseException, secrets: list[str]) -> str:
     """An error in one line, without any token."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     for secret in secrets:
         text = text.replace(secret, "***")
     return _TOKEN.sub("***", text)[:200]
