@@ -59,6 +59,17 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     return upgraded(read_json(path), str(path))
 
 
+def training_record(folder: Path) -> dict[str, Any]:
+    """What a run left beside the weights, under the names of all versions; empty if nothing.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    files = (folder / name for name in ("training.json", "run.json", "fold.json"))
+    found = next((file for file in files if file.is_file()), None)
+    return {} if found is None else read_json(found)
+
+
 def upgraded(content: Mapping[str, Any], place: str = "the evaluation") -> dict[str, Any]:
     """The content of an evaluation file of any version, in the current format.
 

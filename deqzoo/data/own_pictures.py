@@ -199,16 +199,13 @@ def _open(path: Path) -> dict[str, Any]:
         )
     disable_progress_bars()
     try:
-        parquet = [path] if path.suffix == ".parquet" else []
-        if path.is_dir():
-            parquet = sorted(path.rglob("*.parquet"))
+        inside = sorted(path.rglob("*.parquet")) if path.is_dir() else []
+        parquet = [path] if path.suffix == ".parquet" else inside
         if parquet:
-            files = (
-                {split: parquet_shards(path, split) for split in SPLITS} if path.is_dir() else {}
-            )
-            files = {split: found for split, found in files.items() if found}
-            chosen = files or {"train": parquet}
-            named = {split: [str(file) for file in found] for split, found in chosen.items()}
+            parted = {split: parquet_shards(path, split) if inside else [] for split in SPLITS}
+            chosen = {split: files for split, files in parted.items() if files}
+            chosen = chosen or {"train": parquet}
+            named = {split: [str(file) for file in files] for split, files in chosen.items()}
             return dict(load_dataset("parquet", data_files=named))
         if path.is_file():
             raise UserError(
@@ -227,20 +224,26 @@ def _open(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _cells(dataset: Any, path: Path, label_column: str | None) -> _Table:
-    """Encoded pictures, label names, and the order of the classes where the data give one."""
-    from datasets import Image as ImageFeature
-
-    names = dataset.column_names
+def _columns(names: Sequence[str], path: Path, label_column: str | None) -> tuple[str, str]:
+    """The columns of a table that hold its pictures, or their paths, and its labels."""
     image = next((name for name in _PICTURES if name in names), None)
-    wanted = [label_column] if label_column else list(_LABELS)
+    wanted = [label_column] if label_column else _LABELS
     label = next((name for name in wanted if name in names), None)
     if image is None or label is None:
         what = "pictures" if image is None else "labels"
         raise UserError(
             f"{path} has no {what}: it needs a folder of pictures per class, or columns such as "
-            f"image and label (it has {', '.join(names) or 'none'}; --label-column names another)"
+            f"image (or path) and label (it has {', '.join(names) or 'none'}; --label-column names "
+            "another)"
         )
+    return image, label
+
+
+def _cells(dataset: Any, path: Path, label_column: str | None) -> _Table:
+    """Encoded pictures, label names, and the order of the classes where the data give one."""
+    from datasets import Image as ImageFeature
+
+    image, label = _columns(dataset.column_names, path, label_column)
     dataset = dataset.cast_column(image, ImageFeature(decode=False))
     classes = getattr(dataset.features[label], "names", None)
     cells: list[bytes | Path] = []
@@ -290,14 +293,7 @@ def _paths_of_table(path: Path, label_column: str | None) -> _Table:
             names = list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    image = next((name for name in _PICTURES if name in names), None)
-    wanted = [label_column] if label_column else list(_LABELS)
-    label = next((name for name in wanted if name in names), None)
-    if image is None or label is None:
-        raise UserError(
-            f"{path} needs a column of paths ({', '.join(_PICTURES[4:])}) and one of labels; it "
-            f"has {', '.join(names) or 'none'}"
-        )
+    image, label = _columns(names, path, label_column)
     cells: list[bytes | Path] = []
     labels: list[str] = []
     for number, row in enumerate(rows, 2):

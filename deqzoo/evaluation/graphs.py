@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
 from deqzoo.evaluation.base import Batches, ClassifierEvaluator
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification, IGNNPreTrainedModel
-from deqzoo.tasks.graphs import FOLD
-from deqzoo.tasks.nodes import NODE_SETS, SPLITS, node_parts, node_set_of
+from deqzoo.tasks.graphs import FOLD, read_fold
+from deqzoo.tasks.nodes import NODE_SETS, SPLITS, node_parts
 
 
 @dataclass(frozen=True)
@@ -97,25 +96,13 @@ def encoding_of(model: IGNNPreTrainedModel) -> GraphEncoding | None:
         raise UserError(f"graph_encoding of the configuration is damaged: {error}") from error
 
 
-def stored_fold(model: IGNNPreTrainedModel) -> dict[str, Any]:
-    """Return the indices and figures that lie beside a checkpoint's weights in fold.json.
-
-    Raises:
-        UserError: the checkpoint has none.
-    """
-    file = Path(model.config._name_or_path) / FOLD
-    if not file.is_file():
-        raise UserError(f"no {file}: this checkpoint stores no fold to evaluate on")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def split_indices(model: IGNNPreTrainedModel, name: str, split: str) -> list[int]:
     """Return the graphs of a split of the checkpoint's own fold.
 
     Raises:
         UserError: the checkpoint was trained on another data set, or has no such split.
     """
-    fold = stored_fold(model)
+    fold = read_fold(model.config._name_or_path)
     if fold["data"] != name:
         raise UserError(
             f"this checkpoint knows the splits of {fold['data']} only; use --split all for {name}"
@@ -156,7 +143,7 @@ class GraphEvaluator(_GraphData):
         folder = Path(self.model.config._name_or_path)
         record = read_record(folder)
         if record is None and (folder / FOLD).is_file():
-            self.fold = stored_fold(self.model)
+            self.fold = read_fold(folder)
             if not self.fold.get(split):
                 raise UserError(f"the {split} split of this checkpoint's fold is empty")
             self.graphs = load_graph_set(self.fold["data"], root, encoding_of(self.model))
@@ -205,7 +192,7 @@ class NodeEvaluator(_GraphData):
     def _load(self, root: Path, split: str, limit: int | None) -> None:
         if limit is not None:
             raise UserError("a node classifier reads whole graphs; leave --limit out")
-        self.name = node_set_of(Path(self.model.config._name_or_path))
+        self.name = read_fold(self.model.config._name_or_path)["data"]
         self.metric = NODE_SETS[self.name].figure
         graphs = NODE_SETS[self.name].load(root, split)
         self.parts = node_parts(self.model.config, graphs, split)

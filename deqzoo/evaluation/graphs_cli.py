@@ -58,6 +58,7 @@ def predict_graphs(
     import deqzoo
     from deqzoo.data.graphs import load_graph_set, load_own_graphs
     from deqzoo.evaluation import graphs as evaluation
+    from deqzoo.tasks.graphs import read_fold
 
     if bool(graphs) == (data is not None):
         raise UserError("name either graphs, or the folder of the checkpoint's data with --data")
@@ -83,7 +84,7 @@ def predict_graphs(
                 inputs.curves[f"{source} {prediction.number}"] = row
 
     if data is not None:
-        stored = data_set or evaluation.stored_fold(model)["data"]
+        stored = data_set or read_fold(model.config._name_or_path)["data"]
         index = None if split == "all" else evaluation.split_indices(model, stored, split)
         predict(stored, load_graph_set(stored, data, encoding), index)
     else:

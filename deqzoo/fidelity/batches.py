@@ -154,19 +154,21 @@ def _graphs(
     nodes = type(model).__name__.endswith("ForNodeClassification")
     if data is None:
         return _random_graphs(model, size or 16, nodes, generator)
+    from deqzoo.tasks.graphs import read_fold
+
     if split not in ("train", "validation", "test"):
         raise UserError(f"unknown split {split!r}; choose from train, validation, test")
     if nodes:
-        from deqzoo.tasks.nodes import NODE_SETS, node_parts, node_set_of
+        from deqzoo.tasks.nodes import NODE_SETS, node_parts
 
-        name = node_set_of(folder)
+        name = read_fold(folder)["data"]
         part = node_parts(model.config, NODE_SETS[name].load(Path(data), split), split)[0]
         batch = {"x": part.graphs, "labels": part.labels, "mask": part.mask}
         return batch, f"the {split} nodes of a graph of {name}"
     from deqzoo.data.graphs import load_graph_set
-    from deqzoo.evaluation.graphs import encoding_of, stored_fold
+    from deqzoo.evaluation.graphs import encoding_of
 
-    fold = stored_fold(model)
+    fold = read_fold(folder)
     graphs = load_graph_set(fold["data"], data, encoding_of(model))
     order = torch.randperm(len(fold[split]), generator=generator)[: size or 16].tolist()
     chosen = [fold[split][i] for i in order]

@@ -35,7 +35,7 @@ from deqzoo.hub.catalogue import (
 from deqzoo.hub.integrity import NOTES
 from deqzoo.hub.metadata import measuring_command, metadata, own_repository
 from deqzoo.tasks.metrics import METRICS, words
-from deqzoo.zoo import checkpoints_root, read_json
+from deqzoo.zoo import checkpoints_root
 
 #: What a card's first picture may be, the most telling first, with its description.
 PICTURES = {
@@ -223,9 +223,7 @@ def plots(entry: Entry) -> dict[str, str]:
     """SVG files that the card shows, by name."""
     drawn = {
         f"{entry.name}-budget.svg": budget_plot(entry),
-        f"{entry.name}-training.svg": training_curve.draw(
-            entry.name, _record(entry), _metric(entry)
-        ),
+        f"{entry.name}-training.svg": training_curve.draw(entry.name, entry.record, _metric(entry)),
     }
     return {file: plot for file, plot in drawn.items() if plot is not None}
 
@@ -291,7 +289,7 @@ def _headline(entry: Entry) -> str:
     evaluation, name = entry.tests()[0], _data_name(entry)
     fold = f", fold {evaluation['data']['fold']}" if "fold" in evaluation["data"] else ""
     title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
-    pflop = _record(entry).get("pflop")
+    pflop = entry.record.get("pflop")
     spent = f"; {pflop:.2g} PFLOP" if pflop else ""
     return f"**{main_value(evaluation)}** on {title}{fold}{spent}"
 
@@ -494,16 +492,9 @@ def _metric(entry: Entry) -> str | None:
     return next((e.get("metric") for e in entry.tests() or entry.evaluations.values()), None)
 
 
-def _record(entry: Entry) -> dict[str, Any]:
-    """What the run left beside the weights; empty if nothing."""
-    names = ("training.json", "run.json", "fold.json")
-    found = next((entry.folder / n for n in names if (entry.folder / n).is_file()), None)
-    return {} if found is None else read_json(found)
-
-
 def _training(entry: Entry) -> str:
     """Figures of the training record and the recipe as it was run."""
-    content = _record(entry)
+    content = entry.record
     if not content:
         return "No training record is stored beside these weights."
     rows = [

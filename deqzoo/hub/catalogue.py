@@ -15,7 +15,7 @@ from typing import Any
 from deqzoo.errors import UserError
 from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.models.names import FAMILIES
-from deqzoo.records import read_evaluation
+from deqzoo.records import read_evaluation, training_record
 from deqzoo.tasks.metrics import METRICS
 from deqzoo.zoo import TASKS, list_models, read_json, resolve_bundled, task_of
 
@@ -63,6 +63,11 @@ class Entry:
     def size(self) -> int:
         """Bytes of the weights."""
         return sum(file.stat().st_size for file in self.weight_files)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the run left beside the weights; empty if nothing."""
+        return training_record(self.folder)
 
     def headline(self) -> str:
         """The main figure of the test evaluation with its data, or what is missing."""

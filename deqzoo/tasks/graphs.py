@@ -37,6 +37,7 @@ from deqzoo.recipe import Recipe, Stage
 from deqzoo.tasks.base import Plan, Probe, Task, build_config, check_options, epoch_order, own_path
 from deqzoo.tasks.finetuning import LEAST_STEPS, Job, Settings
 from deqzoo.tasks.metrics import best_threshold, classification_figures, joined_summary
+from deqzoo.zoo import read_json
 
 OWN = "graphs"
 """Name of graphs of one's own in a recipe."""
@@ -73,6 +74,21 @@ class GraphPart:
             self.mask = None if self.mask is None else self.mask.to(like.device)
         inputs: dict[str, Any] = {"x": self.graphs, "labels": self.labels}
         return inputs if self.mask is None else {**inputs, "mask": self.mask}
+
+
+def read_fold(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The data set of a checkpoint, and the indices of its parts where the set has none of its own.
+
+    Raises:
+        UserError: its folder does not say.
+    """
+    file, old = Path(folder) / FOLD, Path(folder) / "run.json"
+    if file.is_file():
+        return read_json(file)
+    recipe = read_json(old).get("recipe", {}) if old.is_file() else {}  # of nodes, in version 0.1
+    if "data" not in recipe:
+        raise UserError(f"no {file}: this checkpoint does not say what it was trained on")
+    return {"data": recipe["data"]}
 
 
 class GraphTask(Task, ABC):

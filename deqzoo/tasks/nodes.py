@@ -14,8 +14,7 @@ from deqzoo.data.graphs import load_citations, load_localization, load_photo, lo
 from deqzoo.errors import UserError
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
-from deqzoo.tasks.graphs import FOLD, GraphPart, GraphTask
-from deqzoo.zoo import read_json
+from deqzoo.tasks.graphs import GraphPart, GraphTask
 
 SPLITS = ("train", "validation", "test")
 
@@ -113,19 +112,6 @@ def node_parts(config: IGNNConfig, graphs: list[Any], split: str) -> list[GraphP
         )
         for graph in graphs
     ]
-
-
-def node_set_of(folder: Path) -> str:
-    """Name of the data set that a node classifier was trained on.
-
-    Raises:
-        UserError: its folder does not say.
-    """
-    if (folder / FOLD).is_file():
-        return read_json(folder / FOLD)["data"]
-    if (folder / "run.json").is_file():  # of version 0.1
-        return read_json(folder / "run.json")["recipe"]["data"]
-    raise UserError(f"no {folder / FOLD}: this checkpoint does not say what it was trained on")
 
 
 def fingerprint(graphs: list[Any]) -> str:

@@ -179,13 +179,13 @@ def test_a_node_run_evaluates_and_is_stored(nodes, tmp_path, monkeypatch, capsys
 
 
 def test_the_record_of_version_0_1_names_the_data(tmp_path):
-    from deqzoo.tasks.nodes import node_set_of
+    from deqzoo.tasks.graphs import read_fold
 
     (tmp_path / "run.json").write_text('{"recipe": {"data": "HumLoc"}}')
-    assert node_set_of(tmp_path) == "HumLoc"
+    assert read_fold(tmp_path)["data"] == "HumLoc"
     (tmp_path / "run.json").unlink()
     with pytest.raises(UserError, match="does not say what it was trained on"):
-        node_set_of(tmp_path)
+        read_fold(tmp_path)
 
 
 def test_time_is_a_budget_for_graphs_too(root, tmp_path):
