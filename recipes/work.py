@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
@@ -21,8 +22,19 @@ import yaml
 
 from deqzoo.errors import UserError
 from deqzoo.recipe import Recipe, load_recipe, recorded_recipe, with_seed
-from deqzoo.training.run import is_locked
 from deqzoo.zoo import checkpoints_root
+
+
+def is_locked(out: Path) -> bool:
+    """Whether a process is training in this folder."""
+    try:
+        with (out / "lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)

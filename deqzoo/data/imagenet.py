@@ -10,13 +10,12 @@ import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from PIL import Image
-from torch import Tensor
 
 from deqzoo.data.images import SPLIT_SEED, ImageSource, split_files
 from deqzoo.errors import UserError, one_line
@@ -32,26 +31,6 @@ IMAGENET = ImageSource(
     rows={"train": 1_281_167, "validation": 50_000},
     validation_per_class=10,
 )
-
-
-class LazyPictures(Protocol):
-    """One split whose pictures are not in memory.
-
-    Attributes:
-        labels: int64 (N,), indices into `classes`.
-        classes: names in label order.
-    """
-
-    labels: Tensor
-    classes: tuple[str, ...]
-
-    def picture(self, row: int) -> Image.Image:
-        """One picture, RGB and upright."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What training records hold about the data."""
-        ...
 
 
 class StoredPictures:

@@ -304,18 +304,6 @@ def _lock(out: Path) -> Iterator[None]:
         yield
 
 
-def is_locked(out: Path) -> bool:
-    """Whether a process is training in this folder."""
-    try:
-        with (out / "lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
 def _trainer(
     recipe: Recipe, task: Task, model: Any, out: Path, progress: bool, max_steps: int | None
 ) -> RecipeTrainer:
