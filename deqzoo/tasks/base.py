@@ -189,6 +189,12 @@ def build_config(kind: type[_Config], model: Model, **sizes: Any) -> _Config:
         return family.from_preset(model.preset, **settings) if model.preset else kind(**settings)
 
 
+def class_names(names: Sequence[str]) -> dict[str, Any]:
+    """Settings of a configuration that name its classes."""
+    label2id = {name: number for number, name in enumerate(names)}
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": label2id}
+
+
 @contextmanager
 def settings_checked(
     kind: type[PreTrainedConfig], settings: Mapping[str, Any], place: str

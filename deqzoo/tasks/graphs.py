@@ -34,7 +34,16 @@ from deqzoo.models.ignn.sparse import Adjacency, SparseMatrix
 from deqzoo.models.ignn.symmetry import merge_equal_nodes
 from deqzoo.models.names import family_class
 from deqzoo.recipe import Recipe, Stage
-from deqzoo.tasks.base import Plan, Probe, Task, build_config, check_options, epoch_order, own_path
+from deqzoo.tasks.base import (
+    Plan,
+    Probe,
+    Task,
+    build_config,
+    check_options,
+    class_names,
+    epoch_order,
+    own_path,
+)
 from deqzoo.tasks.finetuning import LEAST_STEPS, Job, Settings
 from deqzoo.tasks.metrics import best_threshold, classification_figures, joined_summary
 from deqzoo.zoo import read_json
@@ -350,11 +359,7 @@ def class_settings(data: GraphSet) -> dict[str, Any]:
     if data.encoding is None:
         return {"num_labels": data.num_classes}
     names = [str(label) for label in data.encoding.classes]
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: number for number, name in enumerate(names)},
-        "graph_encoding": data.encoding.to_dict(),
-    }
+    return {**class_names(names), "graph_encoding": data.encoding.to_dict()}
 
 
 def repeated(graphs: GraphBatch, n: int) -> GraphBatch:

@@ -40,6 +40,7 @@ from deqzoo.tasks.base import (
     Task,
     build_config,
     check_options,
+    class_names,
     epoch_order,
     mixed_seed,
     own_path,
@@ -130,14 +131,8 @@ class ImageClassificationTask(Task):
                 )
 
     def _config(self) -> PreTrainedConfig:
-        names = self.training.classes
-        return build_config(
-            family_class(self.recipe.model.family, "Config"),
-            self.recipe.model,
-            num_labels=len(names),
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-        )
+        kind = family_class(self.recipe.model.family, "Config")
+        return build_config(kind, self.recipe.model, **class_names(self.training.classes))
 
     def model(self) -> PreTrainedModel:
         kind = family_class(self.recipe.model.family, "ForImageClassification")
@@ -358,12 +353,7 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
     training, choosing, test = divide_in_three(found, settings.held_out, settings.seed)
     held_out = choosing or test
     names = training.classes
-    model = load(
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-        ignore_mismatched_sizes=True,  # the classifier starts anew
-    )
+    model = load(**class_names(names), ignore_mismatched_sizes=True)  # the classifier starts anew
     processor = load_processor(model)
     side = processor.size["shortest_edge"]
     counts = torch.bincount(training.labels, minlength=len(names)).tolist()
