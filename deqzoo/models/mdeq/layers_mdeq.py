@@ -93,7 +93,8 @@ class MDEQFusion(nn.Module):
 
     def tensors(self) -> tuple[ConvNormTensors, ...]:
         """What `map_mdeq` computes with."""
-        return tuple(stage.tensors() for stage in list[Any](self.stages))
+        stages: Any = self.stages
+        return tuple(stage.tensors() for stage in stages)
 
 
 class MDEQTransformation(nn.Module):
@@ -124,8 +125,10 @@ class MDEQTransformation(nn.Module):
 
     def tensors(self) -> MapTensors:
         """Effective weights of the map, tracked by autograd; computed once per forward."""
-        indices, fuse = range(len(self.branches)), list[Any](self.fuse)
-        branches, post = list[Any](self.branches), list[Any](self.post)
+        indices = range(len(self.branches))
+        branches: Any = self.branches
+        fuse: Any = self.fuse
+        post: Any = self.post
         return MapTensors(
             branches=tuple(tuple(b.tensors() for b in blocks) for blocks in branches),
             fuse=tuple(
