@@ -22,7 +22,7 @@ from deqzoo import DEQModel
 from deqzoo.errors import UserError
 from deqzoo.hub.store import store_run
 from deqzoo.recipe import load_recipe
-from deqzoo.tasks import images
+from deqzoo.tasks import augmentation, images
 from deqzoo.tasks.base import Plan
 from deqzoo.training import run as training_run
 from deqzoo.training.checkpoints import latest_checkpoint
@@ -210,7 +210,7 @@ def test_alternating_flip_shows_each_side_in_turn():
     rows = torch.tensor([0, 5])
     generator = torch.Generator()
     first, second, third = (
-        images.augment(pixels, rows, epoch, {"flip": "alternating"}, generator)
+        augmentation.augment(pixels, rows, epoch, {"flip": "alternating"}, generator)
         for epoch in range(3)
     )
     assert torch.equal(first.flip(3), second)
@@ -221,14 +221,14 @@ def test_crops_keep_to_their_limits():
     generator = np.random.default_rng(0)
     shares, ratios = [], []
     for _ in range(300):
-        box = images.random_box(400, 300, (0.1, 1.0), (0.8, 1.25), generator)
+        box = augmentation.random_box(400, 300, (0.1, 1.0), (0.8, 1.25), generator)
         left, top, width, height = box
         assert 0 <= left <= 400 - width and 0 <= top <= 300 - height
         shares.append(width * height / 120_000)
         ratios.append(width / height)
     assert min(shares) < 0.15 and max(shares) > 0.7 and min(shares) > 0.095
     assert 0.79 < min(ratios) < 0.85 and 1.2 < max(ratios) < 1.27
-    assert images.random_box(100, 10, (0.9, 1.0), (0.8, 1.25), generator) == (44, 0, 12, 10)
+    assert augmentation.random_box(100, 10, (0.9, 1.0), (0.8, 1.25), generator) == (44, 0, 12, 10)
 
 
 def test_random_crops_have_the_side_of_the_stage_and_stay_in_the_picture():
@@ -236,18 +236,20 @@ def test_random_crops_have_the_side_of_the_stage_and_stay_in_the_picture():
     ramp = torch.arange(64, dtype=torch.uint8).expand(4, 3, 64, 64)
     generator = torch.Generator().manual_seed(0)
     options = {"area": [0.2, 0.3], "aspect": [1.0, 1.0]}
-    crops = images.augment(ramp, torch.arange(4), 0, options, generator, 16)
+    crops = augmentation.augment(ramp, torch.arange(4), 0, options, generator, 16)
     assert crops.shape == (4, 3, 16, 16) and crops.dtype == torch.uint8
     spans = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]).float() / 63
     assert 0.2**0.5 - 0.1 < spans.min() and spans.max() < 0.3**0.5
     assert len(crops[:, 0, 0, 0].unique()) > 1
-    whole = images.augment(ramp, torch.arange(4), 0, {"area": [1, 1], "aspect": [1, 1]}, generator)
+    whole = augmentation.augment(
+        ramp, torch.arange(4), 0, {"area": [1, 1], "aspect": [1, 1]}, generator
+    )
     assert torch.equal(whole, ramp)
 
 
 def test_unknown_augmentation_is_named():
     with pytest.raises(UserError, match="'zoom'; valid: area, aspect"):
-        images.check_augmentation({"zoom": 2}, ("area", "aspect"))
+        augmentation.check_augmentation({"zoom": 2}, ("area", "aspect"))
 
 
 def test_photographs_in_memory_are_validated_as_the_processor_shows_them(monkeypatch, tmp_path):
@@ -270,7 +272,7 @@ def test_photographs_in_memory_are_validated_as_the_processor_shows_them(monkeyp
     assert torch.allclose(shown, expected[1:], atol=1e-5)
     assert labels.tolist() == [1, 2, 3]
     smaller, _ = task._validation_batch(1, 4, 112)
-    assert torch.allclose(smaller, images.resize(expected[1:], 112), atol=1e-5)
+    assert torch.allclose(smaller, augmentation.resize(expected[1:], 112), atol=1e-5)
 
 
 def test_every_picture_once_per_epoch_and_ranks_share_a_batch(pictures, recipe):
