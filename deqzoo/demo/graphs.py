@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.graphs import encoding_of
 from deqzoo.evaluation.watch import watched_solver
-from deqzoo.tasks.graphs import read_fold
+from deqzoo.zoo import read_json
 
 from .guard import MAX_GRAPH_FILE_BYTES, Deadline, whole_number
 from .molecules import ELEMENTS, MOLECULES, read_smiles
@@ -75,8 +74,9 @@ class Reading:
 
 def data_of(loaded: Loaded) -> str | None:
     """The data set that a checkpoint was trained on, if its files say so."""
-    with contextlib.suppress(UserError):
-        return read_fold(loaded.entry.folder)["data"]
+    fold = loaded.entry.folder / "fold.json"
+    if fold.is_file():
+        return read_json(fold).get("data")
     for evaluation in loaded.entry.evaluations.values():
         return evaluation.get("data", {}).get("name")
     return None
