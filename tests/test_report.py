@@ -63,6 +63,15 @@ def test_the_table_of_the_text_study_comes_from_its_files(
         assert all(file["model"]["name"] == run.name and file["data"]["complete"] for file in files)
 
 
+def test_folds_stand_beside_the_regression_on_the_same_folds() -> None:
+    folds = [{"fold": 1, "test_accuracy": 0.75}, {"fold": 0, "test_accuracy": 0.5}]
+    assert report.above_regression(folds, [0.25, 0.5]) == [0.25, 0.25]
+    assert report.every_epoch(folds) == ("", "")
+    tested = [{**f, "last_test_accuracy": 0.6, "best_test_accuracy": 0.8} for f in folds]
+    last, gain = report.every_epoch(tested)
+    assert last.startswith("60.0 ± 0.0") and gain == "17.5"
+
+
 def test_wilson_interval() -> None:
     """Against the closed form for no success, z² / (n + z²), and symmetry."""
     low, high = report.wilson(0.0, 20, z=2.0)
