@@ -46,6 +46,12 @@ def test_what_stands_beside_the_graph_figures_comes_from_files() -> None:
         assert f"on counts {100 * regression:.1f} %" in beside
 
 
+def test_what_stands_beside_the_text_figures_comes_from_files() -> None:
+    file = ROOT / "benchmarks" / "results" / "ngrams.json"
+    for name, row in json.loads(file.read_text())["corpora"].items():
+        assert f"Kneser-Ney 5-grams: {row['perplexity']['5']:.0f};" in DATA_TEXTS[name].beside
+
+
 def test_the_table_of_the_text_study_comes_from_its_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

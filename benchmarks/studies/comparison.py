@@ -35,6 +35,8 @@ GRADIENTS = {
 }
 SEEDS = (0, 1, 2)
 BATCH = 64
+T_95 = {2: 12.706, 3: 4.303}
+"""97.5 % quantile of Student's t for the mean of so many values."""
 
 
 def run_folder(runs: Path, gradient: str, seed: int) -> Path:
@@ -106,6 +108,7 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
                 gradient,
                 str(len(runs)),
                 spread([100 * run["accuracy"] for run in runs]),
+                paired(cells, gradient),
                 spread([100 * run["validation_accuracy"] for run in runs]),
                 f"{statistics.mean(run['residual_median'] for run in runs):.1e}",
                 f"{statistics.mean(run['evaluations_per_step'] for run in runs):.1f}",
@@ -116,11 +119,33 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
         )
     counts = sorted({run["test_pictures"] for runs in by_gradient(cells).values() for run in runs})
     tested = f"test accuracy, % ({' or '.join(f'{n:,}' for n in counts)} pictures)"
-    head = ["gradient", "seeds", tested, "validation accuracy, % (1,000 pictures)"]
+    against = "against implicit, same seed (95 % interval of the mean)"
+    head = ["gradient", "seeds", tested, against, "validation accuracy, % (1,000 pictures)"]
     head += ["median relative residual", "evaluations of F per step (backward: 2)"]
     head += ["PFLOP", "minutes"]
     head += [f"CPU s of a step ({BATCH} pictures, 32 px)", "peak MiB of it"]
     return markdown_table(head, rows)
+
+
+def paired(cells: dict[str, dict[str, Any]], gradient: str) -> str:
+    """Difference of test accuracy to the implicit run of the same seed, in points.
+
+    Mean ± standard deviation and the interval of the mean by Student's t; "" for implicit itself
+    and fewer than two pairs.
+    """
+    found = [
+        100 * (cells[mine]["accuracy"] - cells[other]["accuracy"])
+        for seed in SEEDS
+        if (mine := f"{gradient}, seed {seed}") in cells
+        and (other := f"implicit, seed {seed}") in cells
+    ]
+    if gradient == "implicit" or len(found) < 2:
+        return ""
+    mean, half = (
+        statistics.mean(found),
+        T_95[len(found)] * statistics.stdev(found) / len(found) ** 0.5,
+    )
+    return f"{spread(found)} ({mean - half:.1f} to {mean + half:.1f})"
 
 
 def spread(values: list[float]) -> str:
