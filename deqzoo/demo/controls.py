@@ -15,7 +15,7 @@ from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.hub.catalogue import Entry, below_baseline, main_value
 
 from .guard import MAX_STEPS, guarded
-from .shelf import TOLERANCES, TRAINING, Shelf, solver_settings
+from .shelf import TOLERANCES, TRAINING, Loaded, Shelf, solver_settings
 
 SOLVER_NAMES = [
     ("Anderson: mixes the last few steps", "anderson"),
@@ -115,16 +115,42 @@ def picture_input(elem_id: str) -> gr.Image:
     return component
 
 
-@dataclass(frozen=True)
+@dataclass
 class SolverControls:
     """Components of one tab; `inputs` is their order in event functions."""
 
+    shelf: Shelf
+    task: str
     checkpoint: gr.Dropdown
     solver: gr.Radio
     budget: gr.Slider
     exponent: gr.Slider
-    chosen: Any  # the event of another checkpoint's settings being filled in
-    reset: Callable[[str], tuple[Any, Any, Any]]  # a checkpoint's own settings
+    chosen: Any = None  # the event of another checkpoint's settings being filled in
+
+    def __post_init__(self) -> None:
+        self.chosen = self.checkpoint.input(
+            self.reset, [self.checkpoint], self.settings, api_visibility="private", queue=False
+        )
+
+    def reset(self, name: str) -> tuple[Any, Any, Any]:
+        """A checkpoint's own settings."""
+        own = defaults(self.shelf, name, self.task)
+        return own.solver, own.max_steps, own.exponent
+
+    def read(
+        self, checkpoint: Any, solver: Any, budget: Any, exponent: Any
+    ) -> tuple[Loaded, dict[str, Any]]:
+        """The checkpoint and the per-call solver settings that the values of `inputs` mean.
+
+        Raises:
+            UserError: there is no such checkpoint, or a value is out of range.
+        """
+        try:
+            tolerance = 10.0 ** float(exponent)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"the tolerance must be a power of ten, got {exponent!r}") from error
+        settings = solver_settings(solver, budget, tolerance)
+        return self.shelf.get(checkpoint, self.task), settings
 
     @property
     def inputs(self) -> list[Any]:
@@ -183,28 +209,7 @@ def solver_controls(shelf: Shelf, task: str, prefix: str) -> SolverControls:
         solver = gr.Radio(
             SOLVER_NAMES, value=own.solver, label="Method", elem_id=f"{prefix}-solver"
         )
-
-    def reset(name: str) -> tuple[Any, Any, Any]:
-        chosen = defaults(shelf, name, task)
-        return chosen.solver, chosen.max_steps, chosen.exponent
-
-    chosen = checkpoint.input(
-        reset, [checkpoint], [solver, budget, exponent], api_visibility="private", queue=False
-    )
-    return SolverControls(checkpoint, solver, budget, exponent, chosen, reset)
-
-
-def settings_from(name: Any, budget: Any, exponent: Any) -> dict[str, Any]:
-    """Per-call solver settings from the components' values.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-    try:
-        tolerance = 10.0 ** float(exponent)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"the tolerance must be a power of ten, got {exponent!r}") from error
-    return solver_settings(name, budget, tolerance)
+    return SolverControls(shelf, task, checkpoint, solver, budget, exponent)
 
 
 def missing_checkpoint(task: str) -> None:

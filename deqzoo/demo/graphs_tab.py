@@ -14,7 +14,6 @@ from .controls import (
     checkpoint_menu,
     in_place,
     missing_checkpoint,
-    settings_from,
     solver_controls,
 )
 from .guard import guarded
@@ -62,12 +61,11 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
     outputs = [label, verdict, drawing, path]
 
     def run(
-        chosen: Any, index: Any, uploads: Any, checkpoint: Any, solver: Any, budget: Any,
-        exponent: Any,
-    ) -> tuple[dict[str, float], str, str, str]:  # fmt: skip
-        loaded = shelf.get(checkpoint, GRAPHS)
-        graph = graphs.pick(loaded, chosen, index, root, uploads)
-        reading = graphs.read_graph(loaded, graph, settings_from(solver, budget, exponent))
+        graphs_of: Any, index: Any, uploads: Any, *chosen: Any
+    ) -> tuple[dict[str, float], str, str, str]:
+        loaded, settings = controls.read(*chosen)
+        graph = graphs.pick(loaded, graphs_of, index, root, uploads)
+        reading = graphs.read_graph(loaded, graph, settings)
         stored = None if graph.label is None else graphs.class_name(loaded, graph.label)
         return (
             reading.probabilities,

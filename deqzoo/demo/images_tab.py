@@ -14,7 +14,6 @@ from .controls import (
     in_place,
     missing_checkpoint,
     picture_input,
-    settings_from,
     solver_controls,
 )
 from .guard import MAX_PICTURES, MAX_STEPS, guarded
@@ -62,12 +61,10 @@ def single_tab(shelf: Shelf, pictures: list[Path], page: gr.Blocks) -> None:
             controls = solver_controls(shelf, IMAGES, "image")
     inputs, outputs = [picture, *controls.inputs], [label, details]
 
-    def run(
-        path: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any
-    ) -> tuple[dict[str, float], str]:
+    def run(path: Any, *chosen: Any) -> tuple[dict[str, float], str]:
         opened = images.open_picture(path)
-        settings = settings_from(solver, budget, exponent)
-        solve = images.solve_picture(shelf.get(checkpoint, IMAGES), opened, settings)
+        loaded, settings = controls.read(*chosen)
+        solve = images.solve_picture(loaded, opened, settings)
         return dict(solve.labels), images.solve_html(solve)
 
     def run_if_ready(path: Any, *rest: Any) -> Any:
@@ -135,10 +132,9 @@ def batch_tab(shelf: Shelf, pictures: list[Path]) -> None:
         with gr.Column(min_width=280):
             controls = solver_controls(shelf, IMAGES, "batch")
 
-    def run(paths: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any) -> str:
+    def run(paths: Any, *chosen: Any) -> str:
         paths = images.check_count(paths)
-        settings = settings_from(solver, budget, exponent)
-        loaded = shelf.get(checkpoint, IMAGES)
+        loaded, settings = controls.read(*chosen)
         small, batch = images.open_pictures(paths, loaded)
         found = images.solve_batch(loaded, batch, settings)
         labels = list(loaded.model.config.label2id)

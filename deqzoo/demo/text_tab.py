@@ -15,7 +15,6 @@ from .controls import (
     TO_THE_ANSWER,
     in_place,
     missing_checkpoint,
-    settings_from,
     solver_controls,
 )
 from .guard import MAX_NEW_WORDS, MAX_TEXT_CHARACTERS, guarded
@@ -65,11 +64,8 @@ def text_tab(shelf: Shelf) -> None:
     inputs, outputs = [text, *controls.inputs], [figures, tokens, suggestions]
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "text"}
 
-    def measure(
-        written: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any
-    ) -> tuple[str, str, str]:
-        checked, settings = texts.check_text(written), settings_from(solver, budget, exponent)
-        loaded = shelf.get(checkpoint, TEXT)
+    def measure(written: Any, *chosen: Any) -> tuple[str, str, str]:
+        checked, (loaded, settings) = texts.check_text(written), controls.read(*chosen)
         scored = texts.score(loaded, checked, settings)
         following = texts.next_words(loaded, checked, solver=settings)
         return (
@@ -78,19 +74,15 @@ def text_tab(shelf: Shelf) -> None:
             texts.next_words_html(following),
         )
 
-    def read(
-        path: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any
-    ) -> tuple[Any, ...]:
+    def read(path: Any, *chosen: Any) -> tuple[Any, ...]:
         written = texts.read_text_file(path)
-        return written, *measure(written, checkpoint, solver, budget, exponent)
+        return written, *measure(written, *chosen)
 
     def go_on(
-        written: Any, checkpoint: Any, solver: Any, budget: Any, exponent: Any,
-        length: Any, temperature: Any,
-    ) -> Iterator[tuple[str, str]]:  # fmt: skip
-        checked, settings = texts.check_text(written), settings_from(solver, budget, exponent)
+        written: Any, length: Any, temperature: Any, *chosen: Any
+    ) -> Iterator[tuple[str, str]]:
+        checked, (loaded, settings) = texts.check_text(written), controls.read(*chosen)
         words, heat = texts.check_writing(length, temperature)
-        loaded = shelf.get(checkpoint, TEXT)
         for state in texts.write(loaded, checked, words, heat, solver=settings):
             yield _continued(checked, state.text), _effort(state)
 
@@ -106,7 +98,7 @@ def text_tab(shelf: Shelf) -> None:
     added = [writing["output"], writing["effort"]]
     running = writing["run"].click(
         in_place(go_on, added, writing["output"]),
-        [*inputs, writing["length"], writing["temperature"]],
+        [text, writing["length"], writing["temperature"], *controls.inputs],
         added,
         show_progress="minimal",
         **options,
