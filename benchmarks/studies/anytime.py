@@ -33,12 +33,12 @@ from deqzoo.equilibrium.maps import BatchMap
 from deqzoo.equilibrium.solvers import make_solver
 from deqzoo.equilibrium.state import StatePacker
 from deqzoo.evaluation.chart import line_chart
-from deqzoo.evaluation.classify import to_batch
 from deqzoo.evaluation.dispatch import evaluator_of
 from deqzoo.evaluation.files import weights_digest
 from deqzoo.evaluation.images import ImageEvaluator
 from deqzoo.fidelity.batches import make_batch, part
 from deqzoo.hub.catalogue import entry
+from deqzoo.models.readers import to_batch
 
 BUDGETS = (1, 2, 4, 8, 16, 30)
 TOLERANCES = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4)

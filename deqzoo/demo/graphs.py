@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.graphs import encoding_of
 from deqzoo.evaluation.watch import watched_solver
-from deqzoo.zoo import read_json
+from deqzoo.tasks.graphs import read_fold
 
 from .guard import MAX_GRAPH_FILE_BYTES, Deadline, whole_number
 from .molecules import ELEMENTS, MOLECULES, read_smiles
@@ -74,9 +75,8 @@ class Reading:
 
 def data_of(loaded: Loaded) -> str | None:
     """The data set that a checkpoint was trained on, if its files say so."""
-    fold = loaded.entry.folder / "fold.json"
-    if fold.is_file():
-        return read_json(fold).get("data")
+    with contextlib.suppress(UserError):
+        return read_fold(loaded.entry.folder)["data"]
     for evaluation in loaded.entry.evaluations.values():
         return evaluation.get("data", {}).get("name")
     return None

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deqzoo.data.pictures import read_picture as read_picture
 from deqzoo.equilibrium import Solver
 from deqzoo.models.readers import load_processor, require_image_classifier, to_batch
 

@@ -15,11 +15,12 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from deqzoo import DEQModel
+from deqzoo.data.pictures import read_picture
 from deqzoo.data.text import UNKNOWN
-from deqzoo.evaluation.classify import classify, read_picture
+from deqzoo.evaluation.classify import classify
 from deqzoo.evaluation.perplexity import perplexity
-from deqzoo.evaluation.text import load_tokenizer
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import detokenize
+from deqzoo.models.readers import load_tokenizer
 
 PICTURE = Path(__file__).resolve().parents[2] / "examples" / "pictures" / "chelsea.png"
 TEXT = "The river and the city .\n\nA zyxwv band , in the north"

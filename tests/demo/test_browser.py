@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from deqzoo import DEQModel
+from deqzoo.data.pictures import read_picture
 from deqzoo.demo import examples
-from deqzoo.evaluation.classify import classify, read_picture
+from deqzoo.evaluation.classify import classify
 from deqzoo.evaluation.perplexity import perplexity
-from deqzoo.evaluation.text import load_tokenizer
+from deqzoo.models.readers import load_tokenizer
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="no playwright: pip install -e '.[test]'"

@@ -30,6 +30,7 @@ from PIL import Image
 import deqzoo.zoo
 from deqzoo import DEQModel, IGNNConfig, IGNNForNodeClassification
 from deqzoo.cli import run
+from deqzoo.data.pictures import read_picture
 from deqzoo.demo import graphs, guard, images, molecules, nodes, text
 from deqzoo.demo.app import build_demo
 from deqzoo.demo.controls import in_place, menu_label
@@ -38,15 +39,9 @@ from deqzoo.demo.look import theme
 from deqzoo.demo.shelf import GRAPHS, IMAGES, TEXT, Loaded, Shelf, solver_settings
 from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import page_chart
-from deqzoo.evaluation.classify import (
-    classify,
-    classify_pixels,
-    load_processor,
-    read_picture,
-    to_batch,
-)
-from deqzoo.evaluation.text import load_tokenizer
+from deqzoo.evaluation.classify import classify, classify_pixels
 from deqzoo.hub.catalogue import Entry
+from deqzoo.models.readers import load_processor, load_tokenizer, to_batch
 
 
 def loaded(folder: Path, read) -> Loaded:
