@@ -4,20 +4,25 @@ For MDEQ's CIFAR sizes and the resolutions of the recipes: the map forward, forw
 and a whole training step (solver, gradient, loss, Muon), in floating-point operations per second of
 process CPU time on one thread. The variants add up: memory layout, precision, compiled norm.
 `--books` compares, in turns, whole steps by `fixed_point`, which measures every evaluation, with
-those of recipes (`fixed_point_of_steps`, no books).
+those of recipes (`fixed_point_of_steps`, no books). `--convolutions` compares, in turns, steps whose
+coarse convolutions are matrix products with steps by oneDNN's convolutions alone, and each with
+its convolutions by themselves; ResNet-18 for scale.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import markdown_table, stable_minima, write_results
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from deqzoo.equilibrium import make_gradient
+from deqzoo.models.mdeq import convolution, map_mdeq
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.recipe import Optimizer
@@ -124,6 +129,140 @@ def without_books(size: str, side: int, batch: int, seconds: float) -> dict[str,
     return row | {"ratio": least["with books"] / least["without"]}
 
 
+@contextlib.contextmanager
+def by_products(enabled: bool) -> Iterator[None]:
+    """Let coarse convolutions be matrix products, where the processor gains by it, or never."""
+    known = convolution._has_amx
+    convolution._has_amx = known if enabled else lambda: False
+    try:
+        yield
+    finally:
+        convolution._has_amx = known
+
+
+def convolutions(size: str, side: int, batch: int, seconds: float) -> list[dict[str, Any]]:
+    """Whole steps with and without matrix products, and the convolutions in them, in turns."""
+    torch.manual_seed(0)
+    model = MDEQForImageClassification(MDEQConfig.from_preset(SIZES[size])).train()
+    model = model.to(memory_format=torch.channels_last)
+    model.use_native_norm()
+    model.use_fixed_steps()
+    resnet = _resnet18().train().to(memory_format=torch.channels_last)
+    pixels, labels = torch.randn(batch, 3, side, side), torch.randint(10, (batch,))
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    optimizers = [build_optimizer(m, Optimizer(name="muon", lr=1e-4)) for m in (model, resnet)]
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(pixels, labels=labels, solver=SOLVER, gradient=GRADIENTS["UPG(3)"]).loss
+        loss.backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+    def scale() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(resnet(pixels), labels)
+        loss.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+
+    shapes = _convolutions_of(model, pixels)
+    # Five steps and their last evaluation, then three that are recorded.
+    plain, recorded = SOLVER["max_steps"] + 1, GRADIENTS["UPG(3)"]["steps"]
+
+    def bare() -> None:
+        for x, weight, stride, dy in shapes:
+            with torch.no_grad():
+                for _ in range(plain):
+                    convolution.same_conv2d(x, weight, stride)
+            for _ in range(recorded):
+                y = convolution.same_conv2d(x, weight, stride, once=True)
+                torch.autograd.grad(y, (x, weight), dy)
+
+    def under(enabled: bool, run: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            with by_products(enabled):
+                run()
+
+        return call
+
+    runs: dict[str, Callable[[], None]] = {"ResNet-18": scale}
+    for enabled, name in ((False, "oneDNN"), (True, "products")):
+        runs |= {f"{name}, step": under(enabled, step), f"{name}, bare": under(enabled, bare)}
+    for run in runs.values():
+        run()
+    least = stable_minima(runs, seconds)
+    flops = (plain + 3 * recorded) * sum(
+        2.0 * dy.numel() * weight[0].numel() for _, weight, _, dy in shapes
+    )
+    rows = [
+        {
+            "size": size,
+            "side": side,
+            "coarse convolutions": name,
+            "step, s": least[f"{name}, step"],
+            "pictures/s": batch / least[f"{name}, step"],
+            "convolutions alone, s": least[f"{name}, bare"],
+            "their GFLOP/s": flops / least[f"{name}, bare"] / 1e9,
+            "their share of the step": least[f"{name}, bare"] / least[f"{name}, step"],
+        }
+        for name in ("oneDNN", "products")
+    ]
+    taken = least["ResNet-18"]
+    scale_row = {"size": "ResNet-18", "side": side, "step, s": taken, "pictures/s": batch / taken}
+    return [*rows, {column: scale_row.get(column) for column in rows[0]}]
+
+
+def _convolutions_of(model: MDEQForImageClassification, pixels: torch.Tensor) -> list[tuple]:
+    """Input, weight, stride and cotangent, in bfloat16, of every convolution of the map."""
+    found = []
+    original = map_mdeq.same_conv2d
+
+    def keep(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, once: bool = False) -> Any:
+        y = original(x, weight, stride, once)
+        tensors = (x, weight, y)
+        x, weight, dy = (
+            torch.randn_like(t, dtype=torch.bfloat16, memory_format=torch.channels_last)
+            for t in tensors
+        )
+        weight *= (2 / weight[0].numel()) ** 0.5
+        found.append((x.requires_grad_(), weight.requires_grad_(), stride, dy))
+        return y
+
+    map_mdeq.same_conv2d = keep
+    try:
+        with torch.no_grad():
+            f, state = model.equilibrium_map(pixels)
+            f(state)
+    finally:
+        map_mdeq.same_conv2d = original
+    return found
+
+
+def _resnet18() -> torch.nn.Module:
+    """ResNet-18 for pictures of 32 pixels: a stem of one 3x3 convolution."""
+    config = ResNetConfig(
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        num_labels=10,
+    )
+    model = ResNetForImageClassification(config)
+    model.resnet.embedder.pooler = torch.nn.Identity()
+    model.resnet.embedder.embedder.convolution = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.model(pixels).logits
+
+    return Logits()
+
+
 def _map_flops(model: MDEQForImageClassification, side: int) -> float:
     f, state = model.eval().equilibrium_map(torch.zeros(1, 3, side, side))
     model.train()
@@ -138,6 +277,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="per variant")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--books", action="store_true", help="steps with and without books only")
+    parser.add_argument("--convolutions", action="store_true", help="coarse convolutions only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -150,6 +290,13 @@ def main() -> None:
                 print(rows[-1], flush=True)
         what = "bf16, UPG(3) after five Anderson steps, one thread, process CPU time"
         _write(arguments, "training_books", rows, what)
+        return
+    if arguments.convolutions:
+        for size in arguments.sizes:
+            for side in arguments.sides:
+                rows += convolutions(size, side, arguments.batch, arguments.seconds)
+        what = "bf16, UPG(3) after five Anderson steps, Muon, one thread, process CPU time"
+        _write(arguments, "training_convolutions", rows, what)
         return
     for size in arguments.sizes:
         for side in arguments.sides:

@@ -14,7 +14,8 @@ An evaluation file says what was measured with which weights on which data:
 | `results` | figures by their names in `METRICS`, per-class figures as mappings |
 | `budget` | quality after fixed numbers of solver steps, or null: `samples`, `tol`, `default` |
 | | (with the model's own solver) and `steps`, rows of `max_steps` and figures |
-| `environment`, `command` | versions, machine, date; how to repeat the measurement |
+| `environment`, `command` | versions, machine, date, for pictures `inference`, the path that |
+| | forwards took (`inference_path` of the model); how to repeat the measurement |
 """
 
 from __future__ import annotations

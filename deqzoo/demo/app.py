@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 import torch
 from transformers.utils import logging as transformers_logging
+
+from deqzoo.models.mdeq.native_norm import native_norm_available
 
 from . import examples as example_pictures
 from . import graphs_tab, images_tab, look, text_tab, why_tab
@@ -112,6 +115,8 @@ def launch(
     transformers_logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:  # else every worker would start one for each core
         torch.set_num_threads(max(1, CORES // GATE.workers))
+    # Pictures are solved without it until it is there.
+    threading.Thread(target=native_norm_available, kwargs={"wait": False}, daemon=True).start()
     # The page itself says what has not converged.
     logging.getLogger("deqzoo.models").setLevel(logging.ERROR)
     return demo.launch(

@@ -23,6 +23,7 @@ from deqzoo.data.own import chose_weights, read_record
 from deqzoo.data.own_pictures import OwnPictures, pictures_of_split
 from deqzoo.errors import UserError
 from deqzoo.evaluation.base import Batches, ClassifierEvaluator
+from deqzoo.models.mdeq.native_norm import native_norm_available
 from deqzoo.models.readers import load_processor, to_batch
 
 _KNOWN = (
@@ -59,14 +60,14 @@ class ImageEvaluator(ClassifierEvaluator):
         if limit is not None and limit < self.count:
             self.count = limit
             self.description |= {"complete": False, "limit": limit}
-        self.compiled = _speed_up(self.model, self.count)
+        _speed_up(self.model, self.count)
 
     def describe(self) -> dict[str, Any]:
         known = {k: v for k, v in self.description.items() if k not in ("split", "pictures")}
         return {"name": known.pop("name"), "samples": self.count, "unit": self.unit} | known
 
     def environment(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "compiled_norm": self.compiled}
+        return {"batch_size": self.batch_size, "inference": _path(self.model)}
 
     def batches(self, samples: int | None) -> Batches:
         n = self.count if samples is None else min(samples, self.count)
@@ -82,16 +83,21 @@ class ImageEvaluator(ClassifierEvaluator):
         return Batches(inputs(), len(starts), self.pictures.labels[:n])
 
 
-def _speed_up(model: Any, n_pictures: int) -> bool:
-    """Lay an MDEQ out for convolutions on a CPU; on many pictures also compile its norm.
+def _path(model: Any) -> str:
+    """How a forward computes; models of others know one way."""
+    return str(model.eval().inference_path()) if hasattr(model, "inference_path") else "plain"
 
-    Returns:
-        Whether the norm is compiled, which changes results by rounding only.
+
+def _speed_up(model: Any, n_pictures: int) -> None:
+    """Lay a model out for the fast path, where it takes one; compile its norm for many pictures.
+
+    Another process that compiles it is not waited for.
     """
-    if model.device.type != "cpu" or not hasattr(model, "use_native_norm"):
-        return False
+    if _path(model) == "plain":
+        return
     model.to(memory_format=torch.channels_last)
-    return n_pictures >= WORTH_COMPILING and model.use_native_norm()
+    if n_pictures >= WORTH_COMPILING:
+        native_norm_available(wait=False)
 
 
 def pictures_of(

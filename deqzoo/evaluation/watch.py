@@ -55,7 +55,7 @@ def watch(
         solver: change for this call.
         on_step: called with the number of every step; what it raises ends the solve.
     """
-    f, start = model.equilibrium_map(pixels)
+    f, start = getattr(model, "inference_map", model.equilibrium_map)(pixels)
     layout = Rows()
     residuals: list[Tensor] = []
     answers: list[Tensor] = []

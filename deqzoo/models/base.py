@@ -32,6 +32,7 @@ from deqzoo.equilibrium.fixed import fixed_point_of_steps, has_fixed_steps
 from deqzoo.equilibrium.solvers import BackwardReport
 from deqzoo.equilibrium.state import State, leaves
 from deqzoo.errors import UserError
+from deqzoo.models.coarse import solve_from_coarse
 from deqzoo.models.weights import WeightNorm
 from deqzoo.sealed import require_inside, require_weights_as_sealed
 from deqzoo.zoo import bundled_source
@@ -167,6 +168,7 @@ class DEQPreTrainedModel(PreTrainedModel):
     _warned_unsolved = False
     _warned_narrow = False
     fixed_steps = False  # see `use_fixed_steps`
+    inference_kernels = True  # see `use_inference_kernels`
     solver_seconds = 0.0  # wall time in solvers so far; training logs its share
     backward_report: BackwardReport | None = None  # of the newest solve; its backward fills it in
 
@@ -248,6 +250,18 @@ class DEQPreTrainedModel(PreTrainedModel):
         """
         self.use_fixed_steps()
 
+    def use_inference_kernels(self, enabled: bool = True) -> None:
+        """Let forwards without gradients take the CPU's fast path, as they do, or no longer.
+
+        The environment variable DEQZOO_PLAIN_INFERENCE=1 switches it off for all models.
+        `inference_path` says what it is.
+        """
+        self.base_model.inference_kernels = enabled
+
+    def inference_path(self, solver: Settings = None) -> str:
+        """How a forward in evaluation mode without gradients, with these settings, computes now."""
+        return "plain"
+
     def fold_weight_norm(self) -> None:
         """Turn weight-normalised layers into plain ones with the same weights, for good.
 
@@ -275,6 +289,7 @@ class DEQPreTrainedModel(PreTrainedModel):
         layout: Layout | None = None,
         solver: Settings = None,
         gradient: Settings = None,
+        coarse: Callable[[State], State] | None = None,
         **options: Any,
     ) -> Solution:
         """Solve h = f(h) with this model's settings and give it the model's backward pass.
@@ -299,15 +314,18 @@ class DEQPreTrainedModel(PreTrainedModel):
         chosen_gradient = self.resolve_gradient(gradient)
         if not options and self.takes_fixed_steps(chosen_solver, chosen_gradient):
             return fixed_point_of_steps(f, z0, chosen_solver, chosen_gradient, layout)
-        solution = fixed_point(
-            f,
-            z0,
-            solver=chosen_solver,
-            gradient=chosen_gradient,
-            layout=layout,
-            checkpoint=self._recomputing,
-            **options,
-        )
+        if coarse is not None:
+            solution = solve_from_coarse(f, coarse, z0, chosen_solver, layout)
+        else:
+            solution = fixed_point(
+                f,
+                z0,
+                solver=chosen_solver,
+                gradient=chosen_gradient,
+                layout=layout,
+                checkpoint=self._recomputing,
+                **options,
+            )
         self.solver_seconds += solution.seconds
         self.backward_report = solution.backward
         if chosen_solver.tol > 0:  # else steps are asked for, not convergence

@@ -12,6 +12,7 @@ from PIL import Image
 
 from deqzoo import DEQModel, UserError
 from deqzoo.data import load_cifar10
+from deqzoo.evaluation import images
 from deqzoo.evaluation.base import forward_all
 from deqzoo.evaluation.classify import classify
 from deqzoo.evaluation.dispatch import budget_curve, evaluate_model, evaluator_of
@@ -67,6 +68,35 @@ def test_evaluation_file(tiny_mdeq: Path, cifar_folder: Path, tmp_path: Path) ->
     assert results["accuracy"] == pytest.approx(mean)  # four pictures of each class
     written = write_evaluation(tmp_path / "new" / "file.json", content)
     assert json.loads(written.read_text())["results"]["accuracy"] == results["accuracy"]
+
+
+def test_evaluation_file_says_which_path_made_it(
+    tiny_mdeq: Path, cifar_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def path() -> tuple[str, bool]:
+        model = DEQModel.from_pretrained(tiny_mdeq)
+        content = evaluate_model(
+            model, "mdeq-test", data=cifar_folder, limit=4, budget_samples=0, progress=False
+        )
+        weight = model.mdeq.stem.convolutions[1].weight
+        laid_out = weight.is_contiguous(memory_format=torch.channels_last)
+        return content["environment"]["inference"], laid_out
+
+    found, laid_out = path()
+    assert found.startswith("channels last") and laid_out
+    monkeypatch.setenv("DEQZOO_PLAIN_INFERENCE", "1")
+    assert path() == ("plain", False)
+
+
+def test_only_many_pictures_are_worth_a_compilation(
+    tiny_mdeq: Path, cifar_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(images, "native_norm_available", lambda wait: asked.append(wait))
+    for least in (41, 40):
+        monkeypatch.setattr(images, "WORTH_COMPILING", least)
+        evaluator_of(DEQModel.from_pretrained(tiny_mdeq), data=cifar_folder, progress=False)
+    assert asked == [False]  # once, without waiting for another process
 
 
 def test_classify_agrees_with_the_evaluation(tiny_mdeq: Path, cifar_folder: Path) -> None:

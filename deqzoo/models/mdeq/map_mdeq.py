@@ -22,8 +22,10 @@ from torch import Tensor
 from deqzoo.equilibrium import BatchMap, DetachableMap, Selection
 from deqzoo.equilibrium.maps import PreciseMap
 from deqzoo.equilibrium.uncompiled import uncompiled
+from deqzoo.models.weights import in_compute_dtype
 
-from .native_norm import group_norm
+from .convolution import same_conv2d
+from .native_norm import group_norm, native_group_norm
 
 State = tuple[Tensor, ...]
 Masks = tuple[tuple[Tensor, ...], ...]
@@ -80,7 +82,7 @@ def _conv_norm(
     relu_after: bool = False,
 ) -> Tensor:
     """GroupNorm(conv(x)); 'same' padding of an odd kernel."""
-    x = F.conv2d(x, tensors.weight, stride=stride, padding=tensors.weight.shape[-1] // 2)
+    x = same_conv2d(x, tensors.weight, stride, once=norm is native_group_norm)
     return norm(x, groups, tensors.scale, tensors.shift, relu_after=relu_after)
 
 
@@ -95,7 +97,7 @@ def _block(
     """Residual block; injection before the second norm, rectifier before the third."""
     a = _conv_norm(x, tensors.first, groups, norm, relu_after=True)
     second = tensors.second
-    b = F.conv2d(a, second.weight, padding=second.weight.shape[-1] // 2)
+    b = same_conv2d(a, second.weight, once=norm is native_group_norm)
     if mask is not None:
         b = b * mask
     if injection is not None:
@@ -113,8 +115,6 @@ def _resample(
     norm: Norm,
 ) -> Tensor:
     """Bring the output of one resolution to the size and the channels of another one."""
-    if source == target:
-        return x
     if source > target:  # the norm is taken at the low resolution
         x = _conv_norm(x, stages[0], groups, norm)
         return F.interpolate(x, scale_factor=2 ** (source - target), mode="nearest")
@@ -158,14 +158,16 @@ def mdeq_step(
             h = _block(h, injections[i] if b == 0 else None, mask, block, num_groups, norm)
         outputs.append(h)
     result = []
+    low = [in_compute_dtype(h) for h in outputs]  # autocast would cast for each convolution anew
     for i, post in enumerate(tensors.post):
         parts = [
-            _resample(h, tensors.fuse[i][j], j, i, num_groups, norm) for j, h in enumerate(outputs)
+            outputs[i] if i == j else _resample(h, tensors.fuse[i][j], j, i, num_groups, norm)
+            for j, h in enumerate(low)
         ]
         y = parts[0]
         for part in parts[1:]:
             y = y + part
-        y = _conv_norm(F.relu(y), post, num_groups // 2, norm)
+        y = _conv_norm(F.relu(in_compute_dtype(y)), post, num_groups // 2, norm)
         result.append(y.to(given[i].dtype))  # under autocast a convolution answers in low precision
     return tuple(result)
 
@@ -240,6 +242,22 @@ class MDEQMap(BatchMap, PreciseMap):
             injections=map_tensors(narrow, self.injections),
             masks=map_tensors(narrow, self.masks),
             dtype=dtype,
+        )
+
+    @uncompiled
+    def channels_last(self, norm: Norm) -> MDEQMap:
+        """The same map with its tensors laid out for convolutions on a CPU, and another norm."""
+
+        def laid_out(tensor: Tensor) -> Tensor:
+            if tensor.ndim != 4:
+                return tensor
+            return tensor.contiguous(memory_format=torch.channels_last)
+
+        return dataclasses.replace(
+            self,
+            tensors=map_tensors(laid_out, self.tensors),
+            injections=map_tensors(laid_out, self.injections),
+            norm=norm,
         )
 
     def twice_differentiable(self) -> MDEQMap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
+from deqzoo.equilibrium.transforms import transformed
 from deqzoo.errors import UserError
 from deqzoo.models.base import (
     DEQPreTrainedModel,
@@ -21,6 +23,7 @@ from deqzoo.models.base import (
     per_sample,
     require_dense,
 )
+from deqzoo.models.coarse import COARSE_TOL, can_start_coarsely, has_fast_bfloat16
 from deqzoo.models.weights import row_norms
 
 from .configuration_mdeq import MDEQConfig
@@ -37,6 +40,7 @@ from .native_norm import (
     group_norm,
     native_group_norm,
     native_norm_available,
+    native_norm_ready,
     plain_group_norm,
 )
 
@@ -173,6 +177,55 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
         else:
             self.use_native_norm()
 
+    def takes_inference_kernels(self) -> bool:
+        """Whether a forward would now take the fast path: on the CPU, in float32, untracked."""
+        base = self.base_model
+        return (
+            base.inference_kernels
+            and os.environ.get("DEQZOO_PLAIN_INFERENCE", "0") in ("", "0")
+            and not (self.training or torch.is_grad_enabled() or base.map_compiled)
+            and not (torch.compiler.is_compiling() or torch.compiler.is_exporting())
+            and not (transformed() or torch.is_autocast_enabled("cpu"))
+            and self.device.type == "cpu"
+            and self.dtype == torch.float32
+        )
+
+    def starts_coarsely(self, solver: Settings = None) -> bool:
+        """Whether a fast forward with these settings begins its solve in bfloat16.
+
+        Settings that come with a call are followed to the letter, every step in float32.
+        """
+        return solver is None and has_fast_bfloat16() and can_start_coarsely(self.resolve_solver())
+
+    def inference_path(self, solver: Settings = None) -> str:
+        """How a forward in evaluation mode without gradients, with these settings, computes now."""
+        with torch.no_grad():
+            if not self.takes_inference_kernels():
+                return "plain"
+        parts = ["channels last"]
+        if self.inference_norm() is native_group_norm:
+            parts.append("compiled norm")
+        if self.starts_coarsely(solver):
+            parts.append(f"bfloat16 to {COARSE_TOL:g}")
+        return ", ".join(parts)
+
+    def inference_norm(self) -> Norm:
+        """The norm of a fast forward: the compiled one if that is ready, else the model's own."""
+        own: Norm = self.base_model.norm
+        return native_group_norm if own is group_norm and native_norm_ready() else own
+
+    def inference_map(self, pixel_values: Tensor) -> tuple[MDEQMap, State]:
+        """`equilibrium_map` as a forward now solves it: on the fast path where that is taken.
+
+        Such a map can be differentiated once at most.
+        """
+        f, state = self.equilibrium_map(pixel_values)
+        return self._for_inference(f, state) if self.takes_inference_kernels() else (f, state)
+
+    def _for_inference(self, f: MDEQMap, state: State) -> tuple[MDEQMap, State]:
+        state = tuple(z.contiguous(memory_format=torch.channels_last) for z in state)
+        return f.channels_last(self.inference_norm()), state
+
     def forward_features(self, pixel_values: Tensor) -> State:
         """The equilibrium (B, C_i, H_i, W_i) of every resolution, finest first: timm's name."""
         return self.base_model(pixel_values, return_dict=True).features
@@ -270,11 +323,15 @@ class MDEQModel(MDEQPreTrainedModel):
         f, z0 = self.build_map(pixel_values, dropout_masks)
         if self.map_precision is not None and self.training:
             f = f.in_precision(self.map_precision)
-        g = CompiledMDEQMap(f) if self.map_compiled else f
+        g: Any = CompiledMDEQMap(f) if self.map_compiled else f
+        coarse = None
+        if self.takes_inference_kernels():
+            g, z0 = self._for_inference(f, z0)
+            coarse = g.in_precision(torch.bfloat16) if self.starts_coarsely(solver) else None
         if shallow:
             output = self._unroll(g, z0, tol=self.resolve_solver(solver).tol)
         else:
-            solution = self.solve(g, z0, solver=solver, gradient=gradient)
+            solution = self.solve(g, z0, solver=solver, gradient=gradient, coarse=coarse)
             output = _model_output(tuple(solution.state), **per_sample(solution))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import logging
+import math
+import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +32,12 @@ logger = logging.getLogger(__name__)
 
 NORM_EPS = 1e-5
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+_FINISHED = "finished"
+"""A file beside a library that was compiled to its end: a killed linker leaves part of one."""
+_PAUSE = 10.0
+
+_loaded: ModuleType | None = None
+_asked = -math.inf
 
 
 def group_norm(
@@ -143,24 +152,74 @@ class _GroupNorm(torch.autograd.Function):
         )
 
 
-@lru_cache(maxsize=1)
 def _extension() -> ModuleType:
-    from torch.utils.cpp_extension import _get_build_directory, load
+    """The kernel, compiled where it has not been; waits for another process that compiles it."""
+    return _loaded or _build(wait=True)
 
-    code = (Path(__file__).parent / "native" / "group_norm.cpp").read_text(encoding="utf-8")
-    name = f"deqzoo_group_norm_{_build_key(code)}"
-    folder = Path(_get_build_directory(name, verbose=False))
-    with _sole_builder(folder):
+
+def _build(wait: bool) -> ModuleType:
+    """Compile the kernel, or find that it has been, and load it.
+
+    Raises:
+        BlockingIOError: another process compiles it, and `wait` is False.
+        ImportError, OSError, RuntimeError: it cannot be compiled here.
+    """
+    global _loaded
+    from torch.utils.cpp_extension import load
+
+    library = _library()
+    folder = library.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with _sole_builder(folder, wait):
         source = folder / "group_norm.cpp"  # a copy, so that all checkouts build the same
-        if not source.is_file() or source.read_text(encoding="utf-8") != code:
-            replace_text(source, code)
-        return load(
-            name,
+        if not source.is_file() or source.read_text(encoding="utf-8") != _code():
+            replace_text(source, _code())
+        _loaded = load(
+            library.stem,
             [str(source)],
             extra_cflags=_FLAGS,
             extra_ldflags=["-fopenmp"],
             build_directory=str(folder),
         )
+        (folder / _FINISHED).touch()
+    return _loaded
+
+
+def _code() -> str:
+    return (Path(__file__).parent / "native" / "group_norm.cpp").read_text(encoding="utf-8")
+
+
+def _library() -> Path:
+    """Where the build for this environment and processor is or goes: in torch's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+    name = f"deqzoo_group_norm_{_build_key(_code())}"
+    return root / name / f"{name}.so"
+
+
+def native_norm_ready() -> bool:
+    """Whether the kernel can be used at once: it is loaded, or was compiled on this machine before.
+
+    Nothing is compiled and nobody waited for; a file system is asked once in ten seconds at most.
+    """
+    global _loaded, _asked
+    if _loaded is not None:
+        return True
+    now = time.monotonic()
+    if now < _asked + _PAUSE:
+        return False
+    _asked = now
+    try:
+        library = _library()
+        if (library.parent / _FINISHED).is_file():
+            spec = importlib.util.spec_from_file_location(library.stem, library)
+            if spec is not None and spec.loader is not None:
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                _loaded = module
+    except (ImportError, OSError, RuntimeError):  # no home, a cache of others, a damaged file
+        return False
+    return _loaded is not None
 
 
 def _build_key(code: str) -> str:
@@ -185,7 +244,7 @@ def _processor() -> str:
 
 
 @contextlib.contextmanager
-def _sole_builder(folder: Path) -> Iterator[None]:
+def _sole_builder(folder: Path, wait: bool) -> Iterator[None]:
     """Hold the folder in which torch builds.
 
     torch's own lock is the mere presence of a file: a process killed while it compiles leaves it
@@ -193,6 +252,7 @@ def _sole_builder(folder: Path) -> Iterator[None]:
     it may remove the other.
 
     Raises:
+        BlockingIOError: another process has it, and `wait` is False.
         OSError: the folder cannot be written to, or its file system has no locks.
     """
     try:
@@ -204,16 +264,23 @@ def _sole_builder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise
             logger.info("another process compiles group norm in %s; waiting for it", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         yield
 
 
-def native_norm_available() -> bool:
-    """Build the kernel; False, with one line in the log, where that is not possible."""
+def native_norm_available(wait: bool = True) -> bool:
+    """Build the kernel; False, with one line in the log, where that is not possible.
+
+    Args:
+        wait: for another process that compiles it; else False is said at once.
+    """
     try:
-        _extension()
+        if not native_norm_ready():
+            _build(wait)
     except (ImportError, OSError, RuntimeError) as error:
         logger.warning(
             "group norm is not compiled (%s); PyTorch's own is used", one_line(error, 160)
