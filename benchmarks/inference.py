@@ -151,9 +151,9 @@ def main() -> None:
     if arguments.what == "agreement":
         sides = {k: v for k, v in sides.items() if k != "channels last" and v is not _torchdeq}
     file = arguments.output / "inference.json"
-    known = json.loads(file.read_text()) if file.is_file() else {"speed": {}, "agreement": {}}
     for name in arguments.models:
         found = measure(name, arguments.data, arguments.pictures, arguments.batch, sides)
+        known = json.loads(file.read_text()) if file.is_file() else {"speed": {}, "agreement": {}}
         known[arguments.what][name] = {"batch": arguments.batch, "sides": found}
         _write(arguments.output, {k: known[k] for k in ("speed", "agreement")})
 

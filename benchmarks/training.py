@@ -4,8 +4,8 @@ For MDEQ's CIFAR sizes and the resolutions of the recipes: the map forward, forw
 and a whole training step (solver, gradient, loss, Muon), in floating-point operations per second of
 process CPU time on one thread. The variants add up: memory layout, precision, compiled norm.
 `--books` compares, in turns, whole steps by `fixed_point`, which measures every evaluation, with
-those of recipes (`fixed_point_of_steps`, no books). `--convolutions` compares, in turns, steps whose
-coarse convolutions are matrix products with steps by oneDNN's convolutions alone, and each with
+those of recipes (`fixed_point_of_steps`, no books). `--convolutions` compares, in turns, steps with
+coarse convolutions as matrix products and steps by oneDNN's convolutions alone, and each with
 its convolutions by themselves; ResNet-18 for scale.
 """
 
