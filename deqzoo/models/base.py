@@ -314,7 +314,7 @@ class DEQPreTrainedModel(PreTrainedModel):
         chosen_gradient = self.resolve_gradient(gradient)
         if not options and self.takes_fixed_steps(chosen_solver, chosen_gradient):
             return fixed_point_of_steps(f, z0, chosen_solver, chosen_gradient, layout)
-        if coarse is not None:
+        if coarse is not None and not options:
             solution = solve_from_coarse(f, coarse, z0, chosen_solver, layout)
         else:
             solution = fixed_point(

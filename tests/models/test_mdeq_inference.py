@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from deqzoo.evaluation.options import recorded_traces
 from deqzoo.evaluation.watch import watch
 from deqzoo.models import coarse
 from deqzoo.models.mdeq import map_mdeq, modeling_mdeq, native_norm
@@ -175,6 +176,15 @@ def test_watching_takes_the_same_path(steps_seen):
     watched = watch(model, pictures(), settings)
     assert all(last for _, last, _ in steps_seen)
     assert watched.n_steps.tolist() == model(pictures(), solver=settings).n_steps.tolist()
+
+
+@torch.no_grad()
+def test_a_trace_is_of_steps_in_float32(bf16_units, steps_seen):
+    model = tiny_model()
+    with recorded_traces(model) as traces:
+        output = model(pictures())
+    assert {dtype for dtype, _, _ in steps_seen} == {None}
+    assert traces[0].shape[1] == output.n_steps.max()
 
 
 # Nothing is compiled in a forward, and nobody waited for
