@@ -72,8 +72,11 @@ class Muon(torch.optim.Optimizer):
         if group["nesterov"]:
             updates = list(torch._foreach_lerp(gradients, updates, group["momentum"]))
         updates = orthogonalised(updates)
-        torch._foreach_mul_(updates, -group["lr"])
-        torch._foreach_add_(parameters, updates)
+        if self.capturable:
+            torch._foreach_mul_(updates, -group["lr"])
+            torch._foreach_add_(parameters, updates)
+        else:
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -93,7 +96,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalised(updates: list[Tensor]) -> list[Tensor]:
     """Approximate polar factors of matrices, each times √max(1, rows / columns), as it came."""
     stacks: dict[tuple[int, int], list[int]] = defaultdict(list)
-    matrices = [u.reshape(u.shape[0], -1) for u in updates]
+    matrices = [_matrix(u) for u in updates]
     for index, matrix in enumerate(matrices):
         rows, columns = sorted(matrix.shape)
         stacks[_padded(rows, columns)].append(index)
@@ -104,8 +107,31 @@ def orthogonalised(updates: list[Tensor]) -> list[Tensor]:
         torch._foreach_copy_(_parts(stack, members), members)
         for i, part in zip(indices, _parts(newton_schulz(stack), members), strict=True):
             stretch = math.sqrt(max(1.0, part.shape[0] / part.shape[1]))
-            result[i] = torch.mul(part, stretch).to(updates[i].dtype).reshape(updates[i].shape)
+            result[i] = _like(torch.mul(part, stretch).to(updates[i].dtype), updates[i])
     return result
+
+
+def _matrix(update: Tensor) -> Tensor:
+    """(rows, all the rest), the columns in the order of memory.
+
+    Permuting the columns of a matrix permutes those of its polar factor, and nothing else; to
+    bring channels-last kernels into another order and back would take a tenth of a step on a CPU.
+    """
+    if _is_channels_last(update):
+        update = update.permute(0, 2, 3, 1)
+    return update.reshape(update.shape[0], -1)
+
+
+def _like(matrix: Tensor, update: Tensor) -> Tensor:
+    """The inverse of `_matrix`."""
+    if _is_channels_last(update):
+        rows, channels, height, width = update.shape
+        return matrix.reshape(rows, height, width, channels).permute(0, 3, 1, 2)
+    return matrix.reshape(update.shape)
+
+
+def _is_channels_last(update: Tensor) -> bool:
+    return update.ndim == 4 and update.is_contiguous(memory_format=torch.channels_last)
 
 
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:

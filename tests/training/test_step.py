@@ -163,6 +163,15 @@ def test_stacked_matrices_are_orthogonalised_as_alone(shape) -> None:
         assert (result - expected).norm() < 0.03 * expected.norm()  # bfloat16 inside
 
 
+def test_channels_last_kernels_are_orthogonalised_in_their_layout() -> None:
+    torch.manual_seed(0)
+    update = torch.randn(16, 8, 3, 3)
+    last = update.contiguous(memory_format=torch.channels_last)
+    (expected,), (found,) = orthogonalised([update]), orthogonalised([last])
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - expected).norm() < 0.03 * expected.norm()  # other sums in bfloat16
+
+
 def test_muon_is_its_definition() -> None:
     """Three steps against momentum, Nesterov, decay and AdamW written out, within bfloat16."""
     torch.manual_seed(0)
