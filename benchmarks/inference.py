@@ -22,9 +22,9 @@ from torchdeq.solver import anderson_solver
 
 from deqzoo import DEQModel
 from deqzoo.equilibrium.state import StatePacker
-from deqzoo.evaluation.classify import load_processor, to_batch
-from deqzoo.evaluation.images import _pictures_of
+from deqzoo.evaluation.images import pictures_of
 from deqzoo.models.mdeq.native_norm import group_norm, native_norm_available
+from deqzoo.models.readers import load_processor, to_batch
 
 Answer = tuple[Tensor, Tensor, Tensor]
 """Logits (B, C), solver steps (B,), converged (B,)."""
@@ -97,7 +97,7 @@ def measure(name: str, data: Path, n: int, batch: int, sides: dict[str, Side]) -
     model = DEQModel.from_pretrained(name).eval()
     processor = load_processor(model)
     source = "cifar10" if "cifar" in name else "imagenette"
-    pictures = _pictures_of(model, "test", data / source)
+    pictures = pictures_of(model, "test", data / source)
     chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:n].tolist()
     seconds = dict.fromkeys(sides, 0.0)
     answers: dict[str, list[Answer]] = {side: [] for side in sides}
