@@ -73,6 +73,34 @@ finally:
     publish.TIME_LIMIT_SECONDS = usual
 """
 
+TERMINAL = """
+import os, pty, sys, termios, threading
+from huggingface_hub.utils import disable_progress_bars
+from deqzoo.cli import run
+master, slave = pty.openpty()
+termios.tcsetwinsize(slave, (24, 100))
+shown = []
+def read():
+    while True:
+        try:
+            shown.append(os.read(master, 65536))
+        except OSError:  # the other end is closed
+            return
+reader = threading.Thread(target=read)
+reader.start()
+usual, sys.stderr = sys.stderr, open(slave, "w")
+try:
+    code = run(sys.argv[1:])
+finally:
+    sys.stderr.close()
+    sys.stderr = usual
+    disable_progress_bars()
+reader.join(60)
+print(b"".join(shown).decode())
+if code:
+    raise SystemExit(code)
+"""
+
 PUSH = """
 import sys
 from deqzoo import DEQModel
@@ -175,6 +203,17 @@ def test_round_trip(hub: hub_double.HubDouble, client: Client, sealed: Path) -> 
     assert "no revision 'v9'" in missing
     verified = client("verify", REPOSITORY)
     assert verified.code == 0 and f"{REPOSITORY}: ok" in verified.out, verified
+
+
+def test_a_terminal_sees_the_upload_advance(
+    hub: hub_double.HubDouble, client: Client, sealed: Path
+) -> None:
+    done = client("publish", sealed, "--repo-id", REPOSITORY, script=TERMINAL)
+    assert done.code == 0, done.err
+    assert "model.safetensors" in done.out and "100%" in done.out, done
+    hub.reset()
+    quiet = client.publish(sealed)
+    assert quiet.code == 0 and "%" not in quiet.out + quiet.err
 
 
 def test_publishing_again_replaces(
