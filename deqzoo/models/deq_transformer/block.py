@@ -86,7 +86,7 @@ def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor, window: int | None = 
     """
     n_head, d_head = layer.content_bias.shape
     query, key, value = (split_heads(part, n_head) for part in qkv.chunk(3, dim=-1))
-    if layer.past_key is not None:
+    if layer.past_key is not None and layer.past_value is not None:
         key = torch.cat([layer.past_key, key], dim=2)
         value = torch.cat([layer.past_value, value], dim=2)
     scale = d_head**-0.5
@@ -262,18 +262,16 @@ class EquilibriumMap:
         The state, the residual connections and layer norms keep the state's dtype, the softmax is
         taken in float32 at least, so that this is the whole policy on every device.
         """
-        layers = tuple(
-            layer._replace(
-                **{
-                    name: value.to(dtype)
-                    for name, value in zip(layer._fields, layer, strict=True)
-                    if isinstance(value, Tensor)
-                }
-            )
-            for layer in self.layers
-        )
+        layers = []
+        for layer in self.layers:
+            cast: dict[str, Any] = {
+                name: value.to(dtype)
+                for name, value in zip(layer._fields, layer, strict=True)
+                if isinstance(value, Tensor)
+            }
+            layers.append(layer._replace(**cast))
         injection, bias = self.injection.to(dtype), self.bias.to(dtype)
-        return replace(self, layers=layers, injection=injection, bias=bias)
+        return replace(self, layers=tuple(layers), injection=injection, bias=bias)
 
     def append_to_past(self, states: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Keys and values (B, H, T, D) of the map's own tokens once they are solved."""
@@ -312,7 +310,7 @@ class SolvableMap(EquilibriumMap, BatchMap):
         key, value = layer.past_key, layer.past_value
         if start:
             key, value = context_key_value(solved, self.injection[:, :start], layer, self.kind)
-            if layer.past_key is not None:
+            if layer.past_key is not None and layer.past_value is not None:
                 key = torch.cat([layer.past_key, key], dim=2)
                 value = torch.cat([layer.past_value, value], dim=2)
         mask = layer.attention_mask
@@ -328,7 +326,7 @@ class SolvableMap(EquilibriumMap, BatchMap):
     def _rows(self, selection: Selection) -> "SolvableMap":
         """Some rows of the batch."""
         (layer,) = self.layers
-        kept = {
+        kept: dict[str, Any] = {
             name: selection.state(value)
             for name in BATCH_FIRST
             if (value := getattr(layer, name)) is not None
