@@ -19,6 +19,7 @@ from studies.cells import markdown_table
 from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.hub.catalogue import Entry, below_baseline, entries, main_value
 from deqzoo.tasks.metrics import METRICS
+from deqzoo.zoo import list_models
 
 HERE = Path(__file__).resolve().parent
 T_95 = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262}
@@ -191,6 +192,8 @@ def fill() -> str:
              "cosine of UPG: least, median"],
             theorem_rows(),
         ),
+        "theorem_models": str(len(cells("theorem1"))),
+        "withdrawn": str(len(cells("theorem1").keys() - set(list_models()))),
         "slowest": f"{min(broyden):.1f}",
         "fastest": f"{max(broyden):.1f}",
         "jfb": f"{max(v for n, v in studies.items() if 'Broyden' in n) / studies['JFB']:.1f}",

@@ -28,18 +28,12 @@ from torchdeq.solver import anderson_solver
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from deqzoo import DEQModel
+from deqzoo import DEQModel, list_models
 from deqzoo.data.text import PTB
 from deqzoo.evaluation import text
 from deqzoo.models.deq_transformer.outputs import token_residual
 
-NAMES = [
-    "deq-transformer-wikitext2-implicit",
-    "deq-transformer-wikitext2-jr-implicit",
-    "deq-transformer-wikitext2-jr-upg",
-    "deq-transformer-wikitext2-upg",
-    "deq-transformer-ptb-upg",
-]
+NAMES = list_models("deq-transformer-*")
 TOLERANCES = (1e-2, 1e-3, 1e-4)
 CRITERIA = ("per token", "per sequence")
 LENGTH, BATCH, MAX_STEPS = 70, 8, 30

@@ -92,10 +92,13 @@ def list_command(
 ) -> None:
     """List the bundled checkpoints."""
     from deqzoo.hub.catalogue import ORDERS, entries, results_csv
+    from deqzoo.zoo import bare_name, check_withdrawn
 
     if sort not in ORDERS:
         raise UserError(f"--sort is one of {', '.join(ORDERS)}, not {sort!r}")
     found = sorted(entries(pattern, task), key=ORDERS[sort])
+    if not found:
+        check_withdrawn(bare_name(pattern))
     if as_csv:
         typer.echo(results_csv(found), nl=False)
         return

@@ -18,6 +18,14 @@ _PACKAGE = Path(__file__).resolve().parent
 #: wheel, so that the answer is the same however deqzoo was installed.
 DEFAULT_IMAGE_MODEL = "mdeq-tiny-cifar-upg"
 
+_STUDY = "benchmarks/studies/README.md compares them"
+#: Names that the zoo released once -> what to use instead, and why.
+WITHDRAWN = {
+    "deq-transformer-wikitext2-upg": ("deq-transformer-wikitext2-jr-upg", _STUDY),
+    "deq-transformer-wikitext2-implicit": ("deq-transformer-wikitext2-jr-upg", _STUDY),
+    "deq-transformer-wikitext2-jr-implicit": ("deq-transformer-wikitext2-jr-upg", _STUDY),
+}
+
 
 def checkpoints_root() -> Path:
     """The folder of bundled checkpoints: of a source checkout, else of the installed package."""
@@ -71,15 +79,36 @@ def _architecture(folder: Path) -> str:
 
 
 def bundled_folder(name: str) -> Path | None:
-    """The folder of a zoo name, `deqzoo/NAME` or bare; None where it is not bundled."""
+    """The folder of a zoo name, `deqzoo/NAME` or bare; None where it is not bundled.
+
+    Raises:
+        UserError: the name is withdrawn.
+    """
     bare = bare_name(name)
-    return checkpoints_root() / bare if bare in list_models() else None
+    if bare in list_models():
+        return checkpoints_root() / bare
+    check_withdrawn(bare)
+    return None
+
+
+def check_withdrawn(name: str) -> None:
+    """Say what takes the place of a name that the zoo has no more.
+
+    Raises:
+        UserError: the name is withdrawn.
+    """
+    if name in WITHDRAWN:
+        instead, why = WITHDRAWN[name]
+        raise UserError(f"{name} is withdrawn: use {instead} ({why})")
 
 
 def bundled_source(name: Any, revision: str | None = None) -> Any:
     """The folder of a zoo name, for what loads by name or folder; anything else stays.
 
     A folder of that name goes first, and a revision asks for the Hub.
+
+    Raises:
+        UserError: the name is withdrawn.
     """
     if not isinstance(name, str) or revision not in (None, "main") or Path(name).is_dir():
         return name
@@ -111,7 +140,7 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path | None:
     """The local folder or bundled checkpoint of a name; None where only the Hub could have it.
 
     Raises:
-        UserError: a path to something else than a folder with a configuration.
+        UserError: a path to something else than a folder with a configuration, or a withdrawn name.
     """
     path = Path(name).expanduser()
     if path.is_dir():

@@ -11,7 +11,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import deqzoo
 from deqzoo.cli import run
-from deqzoo.zoo import bundled_source, list_models
+from deqzoo.zoo import WITHDRAWN, bundled_source, list_models
 
 PICTURE = Path(__file__).parents[2] / "examples" / "pictures" / "chelsea.png"
 IMAGES = "mdeq-tiny-cifar-upg"
@@ -50,6 +50,35 @@ def test_a_folder_and_a_revision_go_first(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / IMAGES).mkdir()
     assert bundled_source(IMAGES) == IMAGES
+
+
+@pytest.mark.parametrize("name", WITHDRAWN)
+def test_withdrawn_names_say_what_to_use(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    instead, _ = WITHDRAWN[name]
+    said = f"{name} is withdrawn: use {instead} "
+    assert name not in list_models() and name not in list_models(f"{name}*")
+    for given in (name, f"deqzoo/{name}"):
+        for command in ("info", "list", "verify"):
+            assert run([command, given]) == 2
+            error = capsys.readouterr().err
+            assert said in error and error.count("\n") == 1
+        for load in (deqzoo.DEQModel, AutoConfig, AutoTokenizer, AutoModel):
+            with pytest.raises(deqzoo.UserError, match=said):
+                load.from_pretrained(given)
+    assert bundled_source(name, "v0.1.0") == name  # the Hub keeps what was published
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert bundled_source(name) == name
+    assert run(["list", "*no-such-name*"]) == 0
+
+
+def test_what_replaces_a_withdrawn_name_is_there() -> None:
+    found = list_models()
+    if "mdeq-cifar-upg" not in found:
+        pytest.skip("a wheel has small checkpoints only")
+    assert {instead for instead, _ in WITHDRAWN.values()} <= set(found) - set(WITHDRAWN)
 
 
 def test_names_by_pattern_and_task(capsys: pytest.CaptureFixture[str]) -> None:
