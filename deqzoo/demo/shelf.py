@@ -26,8 +26,8 @@ TRAINING = {
     "deqzoo store runs/mdeq-tiny-cifar-upg",
     TEXT: "deqzoo train recipes/deq-transformer-ptb-upg.yaml && "
     "deqzoo store runs/deq-transformer-ptb-upg",
-    GRAPHS: "deqzoo train recipes/ignn-cox2-upg.yaml --data DIR && "
-    "deqzoo store runs/ignn-cox2-upg --data DIR",
+    GRAPHS: "deqzoo train recipes/ignn-proteins-upg.yaml --data DIR && "
+    "deqzoo store runs/ignn-proteins-upg --data DIR",
 }
 TOLERANCES = (1e-6, 1e-1)
 
