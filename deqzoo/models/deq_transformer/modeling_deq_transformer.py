@@ -94,7 +94,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
             else:
                 bound = module.in_features**-0.5
                 init.uniform_(module.direction, -bound, bound)
-            init.copy_(module.gain, row_norms(module.direction))
+            init.copy_(module.get_parameter("gain"), row_norms(module.direction))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, RelativeAttention):
@@ -112,8 +112,8 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
                 # A dropped word must not inject zero: zero would be an equilibrium at which the
                 # layer norms have an enormous slope.
                 init.normal_(module.bias, mean=0.0, std=std)
-            elif getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            elif (shift := getattr(module, "bias", None)) is not None:
+                init.zeros_(shift)
 
     def compile_map(self, enabled: bool = True) -> None:
         """Run the equilibrium map under torch.compile, or no longer."""
@@ -141,7 +141,8 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
             super().set_solver(name, **settings)
             return
         self.config.fixed_iterations, tol = self._iterations(joined(name, settings))
-        self.config.solver = {**self.config.solver, "tol": tol}
+        own: Any = self.config.solver
+        self.config.solver = {**own, "tol": tol}
 
     def set_gradient(self, name: Settings = None, **settings: Any) -> None:
         """Change the gradient from now on (stored in the config).
@@ -166,7 +167,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         start = base._like(input_ids).new_zeros(*input_ids.shape, self.config.d_model)
         return base.bind(injection, masks, None, memory), start
 
-    def solve(
+    def solve(  # type: ignore[override]
         self,
         f: Callable[[Tensor], Tensor],
         z0: Tensor,
@@ -196,7 +197,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         new_num_tokens: int | None = None,
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
-    ) -> AdaptiveEmbedding:
+    ) -> Any:
         """The embedding, where its size is to stay; arguments as in transformers.
 
         Raises:
@@ -236,7 +237,8 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
                 f"{', '.join(sorted(settings.keys() - {'name'}))}) could find; use fixed_point "
                 "with max_steps and tol."
             )
-        own = {"max_steps": self.config.fixed_iterations, "tol": self.config.solver["tol"]}
+        stored: Any = self.config.solver
+        own = {"max_steps": self.config.fixed_iterations, "tol": stored["tol"]}
         checked = make_solver({"name": "fixed_point", **own, **settings})
         return checked.max_steps, checked.tol
 
@@ -249,7 +251,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     def __init__(self, config: DEQTransformerConfig) -> None:
         super().__init__(config)
         self.embedding = AdaptiveEmbedding(
-            config.vocab_size, config.d_model, config.d_embed, config.cutoffs, config.div_val
+            config.vocab_size, config.d_model, config.d_embed, list(config.cutoffs), config.div_val
         )
         self.injection = Injection(config.d_model, 3 * config.d_model)
         self.layers = nn.ModuleList(
@@ -271,7 +273,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         """The clustered embedding."""
         return self.embedding
 
-    def set_input_embeddings(self, value: AdaptiveEmbedding) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the clustered embedding."""
         self.embedding = value
 
@@ -358,7 +360,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         return DEQTransformerModelOutput(
             last_hidden_state=report.state,
             cache=cache,
-            memory=None if memory is None else tuple(memory),
+            memory=None if memory is None else (memory[0], memory[1]),
             hidden_states=(embedded, report.state) if output_hidden_states else None,
             state=report.state.detach() if output_state else None,
             equilibrium_map=(g if self.fixed_steps else f) if output_state else None,
@@ -368,7 +370,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     def _masks(self, input_ids: Tensor, n_past: int) -> DropoutMasks:
         if not self.training:
             return DropoutMasks(layers=(LayerMasks(),) * self.config.n_sublayers)
-        return draw_masks(self.config, *input_ids.shape, n_past, self._like(input_ids))
+        batch, n_tokens = input_ids.shape
+        return draw_masks(self.config, batch, n_tokens, n_past, self._like(input_ids))
 
     def _like(self, tensor: Tensor) -> Tensor:
         """An empty tensor in the dtype of the states, on the device of another tensor."""
@@ -429,8 +432,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self, n_keys: int, masks: DropoutMasks, cache: DEQTransformerCache | None, like: Tensor
     ) -> tuple[LayerTensors, ...]:
         """Effective weights with position keys for K keys; a cache keeps them between its calls."""
-        reuse = cache is not None and not torch.is_grad_enabled() and not self.training
-        if not reuse:
+        if cache is None or torch.is_grad_enabled() or self.training:
             return self._fresh_layers(n_keys, masks, like)
         if cache.bound is None or cache.bound[0].relative.shape[1] < n_keys:
             room = max(64, min(2 * n_keys, n_keys + self.config.window))
@@ -446,14 +448,15 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         table = sinusoids(n_keys, self.config.d_model, dtype=like.dtype, device=like.device)
         if masks.positions is not None:
             table = table * masks.positions[0]
+        layers: Any = self.layers
         return tuple(
             layer.bind(layer.position_keys(table), layer_masks)
-            for layer, layer_masks in zip(self.layers, masks.layers, strict=True)
+            for layer, layer_masks in zip(layers, masks.layers, strict=True)
         )
 
     def _solve(
         self,
-        f: EquilibriumMap | CompiledMap,
+        f: Any,
         start: Tensor,
         valid: Tensor | None,
         solver: Settings,
@@ -461,7 +464,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         shallow: bool,
     ) -> SolveReport:
         if shallow:
-            return self._iterate(f, start, self.config.unroll_layers, self.config.solver["tol"])
+            own: Any = self.config.solver
+            return self._iterate(f, start, self.config.unroll_layers, own["tol"])
         if not self.config.has_equilibrium:
             if gradient is not None:
                 self._need_equilibrium()
@@ -504,7 +508,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = DEQTransformerModel(config)
         self.lm_head = AdaptiveSoftmax(
-            config.vocab_size, config.d_model, config.d_embed, config.cutoffs, config.div_val
+            config.vocab_size, config.d_model, config.d_embed, list(config.cutoffs), config.div_val
         )
         self._tied_weights_keys = self._tied_keys()
         self.post_init()
@@ -541,11 +545,12 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         """False: forward makes its own cache, which holds solved tokens."""
         return False
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Assisted decoding asks for the cache before the first forward could make it."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        parent: Any = super()
+        parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         name = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
         if generation_config.use_cache is not False and self.config.has_equilibrium:
             if model_kwargs.get(name) is None:
@@ -664,4 +669,5 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         batch, n_tokens, width = hidden.shape
         whole_tokens = self.config.output_dropout == "token"
         shape = (batch, n_tokens, 1) if whole_tokens else (batch, 1, width)
-        return hidden * draw_mask(shape, rate, hidden)
+        mask = draw_mask(shape, rate, hidden)
+        return hidden if mask is None else hidden * mask

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
-from deqzoo.models.deq_transformer.block import EquilibriumMap
+from deqzoo.models.deq_transformer.block import CompiledMap, EquilibriumMap
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
 from deqzoo.models.deq_transformer.inputs import reordered
 
@@ -60,7 +60,7 @@ class DEQTransformerModelOutput(CachingOutput):
     token_converged: Tensor | None = None
     hidden_states: tuple[Tensor, Tensor] | None = None
     state: Tensor | None = None
-    equilibrium_map: EquilibriumMap | None = None
+    equilibrium_map: EquilibriumMap | CompiledMap | None = None
 
 
 @dataclass
@@ -87,7 +87,7 @@ class DEQTransformerCausalLMOutput(CachingOutput):
     token_converged: Tensor | None = None
     hidden_states: tuple[Tensor, Tensor] | None = None
     state: Tensor | None = None
-    equilibrium_map: EquilibriumMap | None = None
+    equilibrium_map: EquilibriumMap | CompiledMap | None = None
 
 
 @dataclass(frozen=True)
