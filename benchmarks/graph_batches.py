@@ -3,7 +3,7 @@
     python benchmarks/graph_batches.py --data ROOT
 
 A batch of 128 graphs is solved twice, in turns in one process: with graphs leaving as they
-converge, and whole to the end. ROOT holds the folder PROTEINS.
+converge, and whole to the end. ROOT holds the folders PROTEINS and COX2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from deqzoo.equilibrium import Solver
 from deqzoo.models.ignn.inputs import GraphBatch, graph_fields
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MODELS = {"PROTEINS": "ignn-proteins-upg"}
+MODELS = {"PROTEINS": "ignn-proteins-upg", "COX2": "ignn-cox2-upg"}
 GRAPHS = 128
 
 

@@ -24,7 +24,6 @@ WITHDRAWN = {
     "deq-transformer-wikitext2-upg": ("deq-transformer-wikitext2-jr-upg", _STUDY),
     "deq-transformer-wikitext2-implicit": ("deq-transformer-wikitext2-jr-upg", _STUDY),
     "deq-transformer-wikitext2-jr-implicit": ("deq-transformer-wikitext2-jr-upg", _STUDY),
-    "ignn-cox2-upg": ("ignn-proteins-upg", "it was below always naming the most frequent class"),
 }
 
 

@@ -71,7 +71,7 @@ def test_texts(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-@pytest.mark.parametrize("name", ["ignn-proteins-upg", "ignn-humloc-upg"])
+@pytest.mark.parametrize("name", ["ignn-cox2-upg", "ignn-humloc-upg"])
 def test_graphs(tmp_path: Path, suffix: str, name: str) -> None:
     """One graph with any number of nodes and weighted edges, parallel and missing ones too."""
     needs_onnx(suffix)
@@ -131,11 +131,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("mdeq-tiny-cifar-upg", ["--output", "nowhere/model.pt2"], "does not exist"),
         ("mdeq-tiny-cifar-upg", ["--output", "model.pt2", "--solver", "broyden"], "anderson"),
         ("mdeq-tiny-cifar-upg", ["--output", "model.pt2", "--size", "15"], "multiples of"),
-        (
-            "ignn-proteins-upg",
-            ["--output", "model.pt2", "--batch", "2"],
-            "leave batch and size out",
-        ),
+        ("ignn-cox2-upg", ["--output", "model.pt2", "--batch", "2"], "leave batch and size out"),
     ],
 )
 def test_what_cannot_be(
