@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -47,13 +48,14 @@ def stable_minima(
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """What the numbers were taken on, with the load of the last minute."""
     return {
         "cpu": _cpu_name(),
         "vector_units": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 

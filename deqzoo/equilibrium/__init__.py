@@ -26,7 +26,7 @@ from deqzoo.equilibrium.gradients import (
 from deqzoo.equilibrium.gradients.base import Cost, Problem, attach_cotangent
 from deqzoo.equilibrium.layer import Equilibrium, fixed_point
 from deqzoo.equilibrium.layout import Causal, Layout, Rows, Segments, Selection
-from deqzoo.equilibrium.maps import BatchMap, BoundMap, DetachableMap
+from deqzoo.equilibrium.maps import BatchMap, BoundMap, DetachableMap, OnceDifferentiableMap
 from deqzoo.equilibrium.regularization import (
     correction_weights,
     fixed_point_correction,
@@ -63,6 +63,7 @@ __all__ = [
     "Gradient",
     "Implicit",
     "Layout",
+    "OnceDifferentiableMap",
     "Problem",
     "Rows",
     "Segments",

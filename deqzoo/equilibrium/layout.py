@@ -19,6 +19,10 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.state import State, StatePacker
+from deqzoo.equilibrium.transforms import transformed
+
+LEAD = 10.0
+"""A position waits for none before it where its residual is as many times theirs."""
 
 
 class Selection(Protocol):
@@ -86,6 +90,10 @@ class Layout(Protocol):
     def to_matrix(self, state: State) -> Tensor: ...
     def to_state(self, matrix: Tensor) -> State: ...
     def cell_shape(self) -> tuple[int, ...]: ...
+    def is_one_cell(self) -> bool:
+        """Whether all rows are one cell: its norms and products are those of the whole matrix."""
+        return False
+
     def total(self, rows: Tensor) -> Tensor:
         """Sum row quantities (R, ...) over each cell: (C, ...); `rows` itself where each is one."""
         ...
@@ -100,10 +108,6 @@ class Layout(Protocol):
         """Sum row products (R, ...) over what decides a cell's mixing weights: (C, ...)."""
         return self.total(rows)
 
-    def kept_gram(self, rows: Tensor, selection: Selection) -> Tensor:
-        """Row products (r, ...) of the selected rows, such that the sums of `gram` stay."""
-        return rows.index_select(0, selection.rows)
-
     def spread(self, cells: Tensor) -> Tensor:
         """Copy cell quantities (C, ...) to the rows of the cell: (R, ...)."""
         ...
@@ -116,17 +120,12 @@ class Layout(Protocol):
         """Turn norms (C,) of the cells into those of what the criterion "per sequence" looks at."""
         return norm
 
-    def leading(self, active: Tensor) -> Tensor:
-        """Which active cells (C,) read no other active one."""
-        return active
+    def waiting(self, square: Tensor) -> Tensor:
+        """Which cells (C,) have stopped or wait for others that they read.
 
-    def joins(self, device: torch.device) -> Tensor | None:
-        """The evaluations (C,) int64 at which the cells begin to move; None: all at the first."""
-        return None
-
-    def head(self, waiting: Tensor, matrix: Tensor) -> tuple[Layout, Selection]:
-        """What has to be evaluated while some cells (C,) still wait for their beginning."""
-        raise AssertionError("only a layout whose cells join later has a head")
+        `square` (C,) are squared norms of residuals, 0 where a cell has stopped.
+        """
+        return square <= 0
 
     def select(self, active: Tensor, matrix: Tensor) -> tuple[Layout, Selection] | None:
         """Return what is left when cells that are not active leave, or None if it is not worth it.
@@ -138,6 +137,17 @@ class Layout(Protocol):
     def adjoint(self) -> Layout:
         """Return the layout for linear solves with the transposed Jacobian."""
         ...
+
+
+def is_single(layout: Layout, matrix: Tensor) -> bool:
+    """Whether a solve is of one cell on the CPU, whose books can be Python's numbers."""
+    return (
+        layout.is_one_cell()
+        and matrix.device.type == "cpu"
+        and matrix.dtype in (torch.float32, torch.float64)
+        and matrix.numel() > 0
+        and not (transformed() or torch.is_autocast_enabled("cpu"))
+    )
 
 
 def begin(layout: Layout, start: State) -> tuple[Layout, Tensor]:
@@ -185,6 +195,9 @@ class Rows(Layout):
     def cell_shape(self) -> tuple[int, ...]:
         return (self._n,)
 
+    def is_one_cell(self) -> bool:
+        return self._n == 1
+
     def total(self, rows: Tensor) -> Tensor:
         return rows
 
@@ -231,6 +244,9 @@ class Segments(Layout):
     def cell_shape(self) -> tuple[int, ...]:
         return (self.n,)
 
+    def is_one_cell(self) -> bool:
+        return self.n == 1
+
     def total(self, rows: Tensor) -> Tensor:
         if self.n == 1:
             return rows.sum(0, keepdim=True)
@@ -274,23 +290,15 @@ class Causal(Layout):
         cuts: positions, in ascending order, at which a solve that compacts is cut into parts.
             Parts are solved one after another, each with the states before it fixed and with
             `max_steps` of its own: fewer rows are evaluated, in more and shorter evaluations.
-        first: positions that are evaluated from the beginning; later ones join by and by, half as
-            many more at each evaluation. No position settles before those that it reads, so that
-            its first evaluations would be wasted. None begins with all.
     """
 
     holds_frozen = True
 
-    def __init__(
-        self, valid: Tensor | None = None, cuts: Sequence[int] = (), first: int | None = None
-    ) -> None:
+    def __init__(self, valid: Tensor | None = None, cuts: Sequence[int] = ()) -> None:
         if list(cuts) != sorted(set(cuts)) or (cuts and cuts[0] < 1):
             raise ValueError(f"cuts must be ascending positions from 1 on, got {tuple(cuts)}")
-        if first is not None and first < 1:
-            raise ValueError(f"first must be None or at least 1, got {first}")
         self.valid = valid
         self.cuts = tuple(cuts)
-        self.first = first
         self._shape: tuple[int, int] = (0, 0)
 
     def to_matrix(self, state: State) -> Tensor:
@@ -305,6 +313,9 @@ class Causal(Layout):
     def cell_shape(self) -> tuple[int, ...]:
         return self._shape
 
+    def is_one_cell(self) -> bool:
+        return self._shape == (1, 1) and (self.valid is None or bool(self.valid.all()))
+
     def total(self, rows: Tensor) -> Tensor:
         if self.valid is None:
             return rows
@@ -313,12 +324,6 @@ class Causal(Layout):
 
     def gram(self, rows: Tensor) -> Tensor:
         return self._by_sequence(self.total(rows)).cumsum(1).flatten(0, 1)
-
-    def kept_gram(self, rows: Tensor, selection: Selection) -> Tensor:
-        """The first kept position of a sequence takes over the sums of those before it."""
-        kept = selection.state(self._by_sequence(rows)).clone()
-        kept[:, 0] = selection.state(self._by_sequence(self.gram(rows)))[:, 0]
-        return kept.flatten(0, 1)
 
     def spread(self, cells: Tensor) -> Tensor:
         return cells
@@ -335,23 +340,10 @@ class Causal(Layout):
         square = self._by_sequence(self.total(norm).square())
         return square.sum(1, keepdim=True).sqrt().expand(self._shape).flatten()
 
-    def leading(self, active: Tensor) -> Tensor:
-        count = active.reshape(self._shape).cumsum(1).flatten()
-        return active & (count == 1)
-
-    def joins(self, device: torch.device) -> Tensor | None:
-        n, length = self._shape
-        if self.first is None or length <= self.first:
-            return None
-        position = torch.arange(length, device=device).expand(n, length)
-        if self.valid is not None:  # a text joins alike wherever it lies
-            position = (self.valid.cumsum(1) - 1).clamp_min(0)
-        joined = torch.zeros_like(position)
-        reached = self.first
-        while reached < length:
-            joined += position >= reached
-            reached += max(1, reached // 2)
-        return joined.flatten()
+    def waiting(self, square: Tensor) -> Tensor:
+        square = square.reshape(self._shape)
+        before = torch.nn.functional.pad(square.cummax(1).values[:, :-1], (1, 0))
+        return (square <= LEAD**2 * before).flatten()
 
     def _by_sequence(self, rows: Tensor) -> Tensor:
         return rows.reshape(*self._shape, *rows.shape[1:])
@@ -370,11 +362,6 @@ class Causal(Layout):
         if n * length - len(sequences) * (stop - start) < enough:
             return None
         return self._kept(start, stop, matrix, sequences if len(sequences) < n else None)
-
-    def head(self, waiting: Tensor, matrix: Tensor) -> tuple[Layout, Selection]:
-        n, length = self._shape
-        stop = int((~waiting).reshape(n, length).any(0).nonzero()[-1]) + 1
-        return self._kept(0, stop, matrix, None)
 
     def _kept(
         self, start: int, stop: int, matrix: Tensor, sequences: Tensor | None

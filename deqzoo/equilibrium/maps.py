@@ -53,6 +53,18 @@ class DetachableMap(ABC):
         """Return the same map with nothing tracked but its argument."""
 
 
+class OnceDifferentiableMap(ABC):
+    """A map without a second derivative, such as a compiled one, that has a twin with it."""
+
+    @abstractmethod
+    def __call__(self, state: State) -> State:
+        """Apply the map once."""
+
+    @abstractmethod
+    def twice_differentiable(self) -> Callable[[State], State]:
+        """Return the same map with operators that can be differentiated twice."""
+
+
 class PreciseMap(ABC):
     """A map that computes in a precision of its own, which may be narrower than its states.
 
@@ -106,24 +118,24 @@ class Matrices:
         self._version = 0
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        first = self.n_calls == 0
+        layout = self.layout
         self.n_calls += 1
-        copied = first or self._in_place or not self.watched
+        copied = self.n_calls == 1 or self._in_place or not self.watched
         given = _copy(matrix) if copied else matrix
         version = _version(given)
-        state, cells = self.layout.to_state(given), self.layout.cell_shape()
+        state, cells = layout.to_state(given), layout.cell_shape()
         found = self.f(state)
-        out = self.layout.to_matrix(found)
+        out = layout.to_matrix(found)
         # Sums with one row in place of many would go through, and a causal layout, which takes its
         # sequences from the state, would have others.
-        if out.shape != matrix.shape or self.layout.cell_shape() != cells:
+        if out.shape != matrix.shape or layout.cell_shape() != cells:
             raise ValueError(
                 f"expected tensors of shapes {_shapes(state)}, got {_shapes(found)}: the map must "
                 "return a state like its input"
             )
-        if not self.watched:
-            return out.to(matrix.dtype)
-        return self._owned(matrix, given, version, out).to(matrix.dtype)
+        if self.watched:
+            out = self._owned(matrix, given, version, out)
+        return out if out.dtype == matrix.dtype else out.to(matrix.dtype)
 
     def _owned(self, matrix: Tensor, given: Tensor, version: int, out: Tensor) -> Tensor:
         """Return the answer in memory that the map will not write to again."""
@@ -144,7 +156,7 @@ class Matrices:
             out = out.clone() if self._reuses else out
         # A recorded argument would hold the graph that holds this map; there autograd looks.
         self._before = None if recording else matrix
-        self._version = _version(self._before)
+        self._version = version if given is self._before else _version(self._before)
         return out
 
     def select(self, selection: Selection, layout: Layout) -> Matrices:

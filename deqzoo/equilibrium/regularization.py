@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium.maps import recording
+from deqzoo.equilibrium.maps import OnceDifferentiableMap, recording
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
 
@@ -24,7 +24,8 @@ def jacobian_penalty(
 
     Hutchinson's estimator: mean over probes v ~ N(0, I) of ‖vᵀJ‖² / numel. The result can be
     differentiated with respect to whatever F depends on, but not through the state, which is
-    detached; this needs F's double backward, so an F that was compiled must be run uncompiled.
+    detached; this needs F's double backward, so an F that was compiled must be run uncompiled, as
+    an `OnceDifferentiableMap` is here.
     What F does not depend on adds nothing: it is zero for a constant F.
 
     Args:
@@ -37,6 +38,8 @@ def jacobian_penalty(
     Returns:
         Scalar.
     """
+    if isinstance(f, OnceDifferentiableMap):
+        f = f.twice_differentiable()
     points = [t.detach().clone().requires_grad_() for t in leaves(state)]
     outputs = leaves(f(rebuild(state, [t.clone() for t in points])))  # f may work in place
     if probes is None:

@@ -178,8 +178,6 @@ def penalty_of(outputs: Any, jacobian: Jacobian) -> Tensor:
     f = outputs.equilibrium_map
     if jacobian.difference:
         return difference_penalty(f, outputs.state, jacobian.difference)
-    if hasattr(f, "twice_differentiable"):
-        f = f.twice_differentiable()
     return jacobian_penalty(f, outputs.state, n_probes=jacobian.probes)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deqzoo.equilibrium import (
+    OnceDifferentiableMap,
     Segments,
     correction_weights,
     fixed_point,
@@ -37,6 +38,38 @@ def test_jacobian_penalty_reaches_the_weights() -> None:
     penalty = jacobian_penalty(lambda h: torch.tanh(h @ weight.T), H_TANH.unsqueeze(0))
     (g,) = torch.autograd.grad(penalty, weight)
     assert g.any()
+
+
+class _Fused(OnceDifferentiableMap):
+    """Refuses what its twin, a module of a user's, does under the same name."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("has no second derivative")
+
+    def twice_differentiable(self):
+        return _Plain(self.weight)
+
+
+class _Plain(nn.Module):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h @ self.weight
+
+    def twice_differentiable(self, something: int) -> None:
+        raise AssertionError("not meant: a method that happens to have the name")
+
+
+def test_penalty_of_a_map_that_has_a_twin_with_a_second_derivative() -> None:
+    weight = torch.eye(3)
+    penalty = jacobian_penalty(_Fused(weight), torch.ones(4, 3), n_probes=200)
+    assert float(penalty) == pytest.approx(1.0, rel=0.1)
+    assert float(jacobian_penalty(_Plain(weight), torch.ones(4, 3), n_probes=200)) > 0.9
 
 
 def test_what_the_map_does_not_read_adds_nothing_to_the_penalty() -> None:

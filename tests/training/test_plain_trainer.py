@@ -1,6 +1,7 @@
 """MDEQ under transformers' own Trainer, DEQTrainer's additions, and options of a recipe's run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.recipe import Jacobian
 from deqzoo.training.norms import freeze_batch_norm
+from deqzoo.training.trainer import penalty_of
 
 
 def tiny_model(**changes: object) -> MDEQForImageClassification:
@@ -288,3 +290,16 @@ def test_batch_norms_stay_frozen() -> None:
     model.train()(torch.randn(4, 3, 8, 8), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
     assert model.training
+
+
+def test_a_method_of_a_users_map_that_has_the_name_is_not_called() -> None:
+    class Halved(torch.nn.Module):
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            return 0.5 * h
+
+        def twice_differentiable(self, something: int) -> None:
+            raise AssertionError("not meant")
+
+    outputs = SimpleNamespace(equilibrium_map=Halved(), state=torch.ones(4, 300))
+    found = penalty_of(outputs, SimpleNamespace(difference=None, probes=2))
+    assert float(found) == pytest.approx(0.25, rel=0.2)

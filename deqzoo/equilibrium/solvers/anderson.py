@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium.layout import Layout, Selection
+from deqzoo.equilibrium.layout import Layout, Selection, is_single
 from deqzoo.equilibrium.solvers.base import Solver, StepRule, _is_int, _require
 from deqzoo.equilibrium.solvers.fixed_point import damped_step
 from deqzoo.equilibrium.solvers.traced import default_ridge
@@ -60,11 +60,13 @@ class Anderson(Solver):
         return 2 * min(self.window, self.max_steps) + 3
 
     def start(self, matrix: Tensor, layout: Layout) -> StepRule:
+        if is_single(layout, matrix):
+            return _SingleMixing(self, matrix, layout)
         return _Mixing(self, matrix, layout)
 
 
 class _Mixing(StepRule):
-    """Window of the last evaluations, in ring order, and their inner products row by row."""
+    """Window of the last evaluations, in ring order, and sums of their inner products by cell."""
 
     def __init__(self, solver: Anderson, matrix: Tensor, layout: Layout) -> None:
         self.damping = solver.damping
@@ -76,13 +78,15 @@ class _Mixing(StepRule):
         n_rows, size = matrix.shape
         self.maps = matrix.new_empty(n_rows, self.window, size)
         self.residuals = matrix.new_empty(n_rows, self.window, size, dtype=self.work_dtype)
-        self.gram = matrix.new_zeros(n_rows, self.window, self.window, dtype=self.work_dtype)
-        self.ones = self.gram.new_ones(math.prod(layout.cell_shape()), self.window)
+        n_cells = math.prod(layout.cell_shape())
+        self.gram = matrix.new_zeros(n_cells, self.window, self.window, dtype=self.work_dtype)
+        self.ridges = self.ridge * torch.eye(
+            self.window, dtype=self.work_dtype, device=matrix.device
+        )
+        self.masked = layout.holds_frozen  # some cells have stopped, as far as is known
+        self.active: Tensor | None = None  # what was active when that was found out
         # (C, window) bool, what a cell may mix; None: everything.
         self.valid: Tensor | None = None
-        if layout.joins(matrix.device) is not None:
-            n_cells = math.prod(layout.cell_shape())
-            self.valid = torch.zeros(n_cells, self.window, dtype=torch.bool, device=matrix.device)
         self.stall = None
         if solver.escape is not None and layout.holds_frozen:
             self.stall = _Stall(solver.escape)
@@ -113,16 +117,20 @@ class _Mixing(StepRule):
             if slot == self.window - 1 and on_cpu and bool((self.valid.all(1) | ~active).all()):
                 self.valid = None  # cells that stopped mix nothing any more
         products = row_products(self.residuals[:, :filled], self.residuals[:, slot])
-        if self.layout.holds_frozen:  # in the sums of others, what has converged is at rest
+        if self.layout.holds_frozen and active is not self.active:
+            self.active = active
+            self.masked = active.device.type != "cpu" or not bool(active.all())
+        if self.masked:  # in the sums of others, what has converged is at rest
             products = torch.where(active.unsqueeze(1), products, 0)
-        self.gram[:, slot, :filled] = products
-        self.gram[:, :filled, slot] = products
+        sums = self.layout.gram(products)
+        self.gram[:, slot, :filled] = sums
+        self.gram[:, :filled, slot] = sums
         if filled == 1:
             return damped_step(z, fz, self.damping, scale, self.layout)
         stuck = None
         if self.stall is not None:
-            square = self.layout.total(self.gram[:, slot, slot])
-            stuck, stalled = self.stall.cells(square, self.layout.leading(active)), None
+            square = self.layout.total(products[:, slot])
+            stuck, stalled = self.stall.cells(square, self.layout.waiting(square)), None
         weights = self.layout.spread(self.weights(slot, filled, stalled))
         weights = weights.unsqueeze(1)  # (R, 1, n)
         mixed = torch.bmm(weights.to(z.dtype), self.maps[:, :filled]).squeeze(1)
@@ -130,7 +138,7 @@ class _Mixing(StepRule):
             rest = 1 - self.damping * (1 if scale is None else self.layout.spread(scale))
             shares = weights * (rest.reshape(-1, 1, 1) if isinstance(rest, Tensor) else rest)
             mixed -= torch.bmm(shares, self.residuals[:, :filled]).squeeze(1).to(z.dtype)
-        if stuck is not None and (stuck.device.type != "cpu" or bool(stuck.any())):
+        if stuck is not None:
             rows = self.layout.spread(stuck).unsqueeze(1)
             mixed = torch.where(rows, z + LONG_STEP * residual.to(z.dtype), mixed)
             self.forget(stuck)
@@ -144,22 +152,21 @@ class _Mixing(StepRule):
 
     def weights(self, slot: int, filled: int, stalled: Tensor | None) -> Tensor:
         """Solve for the mixing weights (C, n) of every cell."""
-        gram = self.layout.gram(self.gram[:, :filled, :filled])
-        ones = self.ones[: gram.shape[0], :filled]
-        if self.valid is not None:
+        gram = self.gram[:, :filled, :filled]
+        valid = None if self.valid is None else self.valid[:, :filled]
+        if valid is not None:
             # A slot that a cell has forgotten is cut out of its system and gets weight zero.
-            valid = self.valid[:, :filled]
-            ones = valid.to(gram.dtype)
             gram = gram * (valid.unsqueeze(1) & valid.unsqueeze(2))
             gram.diagonal(dim1=1, dim2=2).add_((~valid).to(gram.dtype) * _mean_diagonal(gram))
         scale = _mean_diagonal(gram)
-        system = gram / scale.unsqueeze(2).clamp_min(torch.finfo(gram.dtype).tiny)
-        system.diagonal(dim1=1, dim2=2).add_(self.ridge)
+        system = torch.addcmul(gram, scale.unsqueeze(2), self.ridges[:filled, :filled])
+        # In the units of the system, whose inverse might leave the dtype's range.
+        right = scale.expand(-1, filled) if valid is None else scale * valid
         # LAPACK's column order would make the batched mix fall back to a loop over the batch.
-        solution = torch.linalg.solve_ex(system, ones).result.contiguous()
+        solution = torch.linalg.solve_ex(system, right).result.contiguous()
         weights = solution / solution.sum(1, keepdim=True)
-        usual = stalled is None and weights.device.type == "cpu" and weights.numel() > 0
-        if usual and math.isfinite(weights.sum().item()) and scale.min().item() > 0:
+        usual = stalled is None and weights.device.type == "cpu"
+        if usual and math.isfinite(weights.sum().item()):
             return weights
         # Nothing was measured where squares underflow: not even which of them to take.
         plain = ~torch.isfinite(weights.sum(1)) | (scale.squeeze(1) == 0)
@@ -176,19 +183,143 @@ class _Mixing(StepRule):
             return
         rows = self.layout.spread(cells)
         # Zeros, since a weight of zero would not silence a history that is not finite.
-        for history in (self.maps, self.residuals, self.gram):
+        for history in (self.maps, self.residuals):
             history.masked_fill_(rows.reshape(-1, 1, 1), 0)
+        self.gram.masked_fill_(cells.reshape(-1, 1, 1), 0)
+        if self.layout.holds_frozen:  # of one that others read it reached their sums, too
+            self.gram.nan_to_num_(0.0, 0.0, 0.0)
         self.forget(cells)
 
     def select(self, layout: Layout, selection: Selection) -> None:
         rows = selection.rows
         self.maps, self.residuals = (t.index_select(0, rows) for t in (self.maps, self.residuals))
-        self.gram = self.layout.kept_gram(self.gram, selection)
+        self.gram = self.gram.index_select(0, selection.cell_index)
         if self.valid is not None:
             self.valid = self.valid[selection.cell_index]
         if self.stall is not None:
             self.stall.select(selection)
         self.layout = layout
+
+
+class _SingleMixing(StepRule):
+    """The same for one cell on the CPU: its small system is one of Python's numbers."""
+
+    def __init__(self, solver: Anderson, matrix: Tensor, layout: Layout) -> None:
+        self.damping = solver.damping
+        self.window = min(solver.window, solver.max_steps)
+        self.layout = layout
+        self.ridge = default_ridge(matrix.dtype) if solver.ridge is None else solver.ridge
+        self.step = 0
+        self.maps = matrix.new_empty(self.window, matrix.numel())
+        self.residuals = torch.empty_like(self.maps)
+        self.gram = [[0.0] * self.window for _ in range(self.window)]
+        self.valid = [True] * self.window  # what may be mixed
+        self.escape = solver.escape if layout.holds_frozen else None
+        self.lowest, self.waited = math.inf, 0  # of `_Stall`
+
+    def residual(self, z: Tensor, fz: Tensor) -> Tensor:
+        row = self.residuals[self.step % self.window].view(fz.shape)
+        return torch.sub(fz, z, out=row)
+
+    def propose(
+        self,
+        z: Tensor,
+        fz: Tensor,
+        residual: Tensor,
+        active: Tensor,
+        stalled: Tensor | None,
+        scale: Tensor | None,
+    ) -> Tensor:
+        slot = self.step % self.window
+        self.step += 1
+        if self.window == 1:
+            return damped_step(z, fz, self.damping, scale, self.layout)
+        filled = min(self.step, self.window)
+        self.maps[slot] = fz.reshape(-1)
+        self.valid[slot] = True
+        products = torch.mv(self.residuals[:filled], self.residuals[slot]).tolist()
+        for i, product in enumerate(products):
+            self.gram[slot][i] = self.gram[i][slot] = product
+        if filled == 1:
+            return damped_step(z, fz, self.damping, scale, self.layout)
+        if self.escape is not None:
+            stalled = None
+            if self.is_stuck(products[slot], self.escape):
+                self.valid = [False] * self.window
+                return z + LONG_STEP * residual
+        weights = None
+        if stalled is None or not bool(stalled):
+            weights = self.weights(filled)
+        if weights is None:
+            weights = [float(i == slot) for i in range(filled)]
+        shares = z.new_tensor(weights)
+        mixed = torch.mv(self.maps[:filled].t(), shares)
+        damping = self.damping if scale is None else self.damping * float(scale)
+        if damping != 1:
+            back = torch.mv(self.residuals[:filled].t(), shares)
+            mixed.sub_(back, alpha=1 - damping)
+        return mixed.view(z.shape)
+
+    def is_stuck(self, square: float, patience: int) -> bool:
+        """Whether the squared residual has not got better for a while; see `_Stall`."""
+        better = square < ENOUGH**2 * self.lowest
+        self.lowest = min(self.lowest, square)
+        self.waited = 0 if better else self.waited + 1
+        if self.waited < patience:
+            return False
+        self.lowest, self.waited = math.inf, 0
+        return True
+
+    def weights(self, filled: int) -> list[float] | None:
+        """Mixing weights (n) by elimination; None where the system has no solution."""
+        which = [i for i in range(filled) if self.valid[i]]
+        total = sum(self.gram[i][i] for i in which)
+        scale = total * (2 * filled - len(which)) / filled**2  # as where others have to be cut out
+        if not 0 < scale < math.inf:
+            return None
+        system = [[self.gram[i][j] / scale for j in which] for i in which]
+        for i, row in enumerate(system):
+            row[i] += self.ridge
+        found = _solved(system)
+        whole = sum(found) if found else 0.0
+        if not whole or not math.isfinite(whole):
+            return None
+        weights = [0.0] * filled
+        for i, weight in zip(which, found or [], strict=True):
+            weights[i] = weight / whole
+        return weights
+
+    def restart(self, cells: Tensor) -> None:
+        # Zeros, since a weight of zero would not silence a history that is not finite.
+        self.maps.zero_()
+        self.residuals.zero_()
+        self.gram = [[0.0] * self.window for _ in range(self.window)]
+        self.valid = [False] * self.window
+
+    def select(self, layout: Layout, selection: Selection) -> None:
+        self.layout = layout
+
+
+def _solved(system: list[list[float]]) -> list[float] | None:
+    """Solution of a symmetric system with ones on the right; None where a pivot vanishes.
+
+    Rounding may make the last pivot of a nearly singular system negative: the solution is large
+    then, and its direction, which is all that matters, still right.
+    """
+    n = len(system)
+    found = [1.0] * n
+    for k, row in enumerate(system):
+        if row[k] == 0:
+            return None
+        for i in range(k + 1, n):
+            factor, other = row[i] / row[k], system[i]
+            for j in range(i, n):
+                other[j] -= factor * row[j]
+            found[i] -= factor * found[k]
+    for k in range(n - 1, -1, -1):
+        row = system[k]
+        found[k] = (found[k] - sum(row[j] * found[j] for j in range(k + 1, n))) / row[k]
+    return found
 
 
 class _Stall:
@@ -200,28 +331,30 @@ class _Stall:
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
-        self.books: tuple[Tensor, Tensor, Tensor] | None = None
+        # (C,) what the square has to fall below, infinite where a cell waits for others, and
+        # evaluations for which it has not.
+        self.books: tuple[Tensor, Tensor] | None = None
 
-    def cells(self, square: Tensor, leading: Tensor) -> Tensor:
-        """Those cells (C,), from squared residuals (C,) and which cells wait for no other one."""
+    def cells(self, square: Tensor, waiting: Tensor) -> Tensor | None:
+        """Those cells (C,), from squared residuals (C,) and which cells wait for others; None:
+        no one."""
         if self.books is None:
-            lowest, waited = square, torch.zeros_like(square, dtype=torch.int64)
-            led = torch.zeros_like(leading)
-        else:
-            lowest, waited, led = self.books
-        new = leading & ~led
-        better = new | (square < ENOUGH**2 * lowest)
-        lowest = torch.where(new, square, torch.minimum(square, lowest))
-        waited = torch.where(better, 0, waited + 1)
-        stuck = leading & (waited >= self.patience)
-        self.books = lowest, waited, leading & ~stuck
+            self.books = torch.full_like(square, math.inf), torch.zeros_like(square)
+        enough, count = self.books
+        count = (count + 1).masked_fill_(square < enough, 0).masked_fill_(waiting, 0)
+        enough = torch.minimum(enough, ENOUGH**2 * square).masked_fill_(waiting, math.inf)
+        self.books = enough, count
+        stuck = count >= self.patience
+        if stuck.device.type == "cpu" and not bool(stuck.any()):
+            return None
+        enough.masked_fill_(stuck, math.inf)
         return stuck
 
     def select(self, selection: Selection) -> None:
         """Keep only the selected cells."""
         if self.books is not None:
-            lowest, waited, led = (t[selection.cell_index] for t in self.books)
-            self.books = lowest, waited, led
+            enough, count = (t[selection.cell_index] for t in self.books)
+            self.books = enough, count
 
 
 def row_products(history: Tensor, x: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium.layout import Causal, Layout, Rows, Selection, begin
+from deqzoo.equilibrium.layout import Causal, Layout, Rows, Selection, begin, is_single
 from deqzoo.equilibrium.maps import BatchMap, Matrices
 from deqzoo.equilibrium.solvers.loop import Loop, StepCallback
+from deqzoo.equilibrium.solvers.single import SingleLoop
 from deqzoo.equilibrium.solvers.solution import Solution, joined
 from deqzoo.equilibrium.solvers.traced import traced_solution
 from deqzoo.equilibrium.state import State
@@ -28,7 +29,7 @@ class Solver(ABC):
 
     Args:
         max_steps: updates of each cell's state; at most max_steps + 1 evaluations of F, the last
-            of which measures what is returned, and as many more as cells wait to join (`Causal`).
+            of which measures what is returned.
             The start comes back only for a cell without any finite evaluation, with status
             NONFINITE; everybody else gets a later iterate.
         tol: a cell has converged when its residual is at most this.
@@ -148,8 +149,11 @@ class Solver(ABC):
             raise TypeError("samples can leave the batch of a `BatchMap` only; set compact=False")
         if compact and isinstance(layout, Causal) and layout.cuts and self.criterion == "per token":
             return self._solve_parts(f, z0, layout)
-        loop = Loop(self, layout, matrix, trace)
-        return loop.run(Matrices(f, layout, not transformed()), matrix, compact, callback)
+        matrices = Matrices(f, layout, not transformed())
+        watched = callback is not None or trace or (self.check_every or 1) > 1
+        if not watched and is_single(layout, matrix):
+            return SingleLoop(self, layout, matrix).run(matrices)
+        return Loop(self, layout, matrix, trace).run(matrices, matrix, compact, callback)
 
     def _solve_parts(self, f: Any, z0: Tensor, layout: Causal) -> Solution:
         """Solve the parts of a causal layout one after another."""
@@ -157,9 +161,7 @@ class Solver(ABC):
         solved = z0[:, :0]
         for start, stop in itertools.pairwise((0, *layout.cuts, z0.shape[1])):
             selection = layout.part(start, stop, solved)
-            part = Causal(
-                None if layout.valid is None else selection.state(layout.valid), first=layout.first
-            )
+            part = Causal(None if layout.valid is None else selection.state(layout.valid))
             found.append(self.solve(f.select(selection), selection.state(z0), part, compact=True))
             solved = torch.cat((solved, found[-1].state), dim=1)
         return joined(found)

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 StepCallback = Callable[[int, Tensor, Tensor], None]
 """Called after evaluation k = 1, 2, … with (k, matrix (R, D), stop-mode residual of the cells)."""
 
-WAITING_SHARE = 4
-"""Of the steps of a solve, one in that many may pass before the last cell begins to move."""
-
 
 def cell_norm(rows: Tensor, layout: Layout) -> Tensor:
     """Euclidean norms of the cells (C,), in float32 or wider, from rows (R, D).
@@ -89,7 +86,7 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
 
 
 @lru_cache
-def _safe_range(dtype: torch.dtype) -> tuple[float, float]:
+def safe_range(dtype: torch.dtype) -> tuple[float, float]:
     """Norms between which squares neither under- nor overflow."""
     least = torch.finfo(dtype).tiny ** 0.4
     return least, 1 / least
@@ -125,7 +122,7 @@ class Books:
     n_steps: Tensor
     active: Tensor  # still being solved
     broken: Tensor  # non-finite at the last evaluation
-    waited: Tensor  # evaluations since the residual was lowest
+    best_at: Tensor  # evaluation at which the residual was lowest
     lowest: Tensor  # stop-mode residual so far
 
     @classmethod
@@ -147,25 +144,31 @@ class Books:
     def update(
         self,
         k: int,
-        kept: Tensor,
+        kept: Tensor | None,
         improved: Tensor,
         chosen: Tensor,
         absolute: Tensor,
         rel: Tensor,
-        solver: Solver,
-        layout: Layout,
     ) -> None:
-        self.residual = torch.where(kept, chosen, self.residual)
-        self.abs_residual = torch.where(kept, absolute, self.abs_residual)
-        self.rel_residual = torch.where(kept, rel, self.rel_residual)
-        self.lowest = torch.where(improved, chosen, self.lowest)
-        self.stop(self.active & (chosen <= solver.tol), Status.CONVERGED, k)
-        if solver.patience is not None:
-            self.waited = torch.where(improved, 0, self.waited + 1)
-            running = self.active & (self.waited < 3 * solver.patience)
-            # A cell that others read stays where it stopped, so it waits for those it reads.
-            hopeful = layout.worst(running.to(chosen.dtype)) > 0
-            self.stop(self.active & ~hopeful, Status.STALLED, k)
+        """Enter the residuals of evaluation k, those that are kept for the cells `kept` (C,) or
+        for all."""
+        if kept is None:
+            self.residual, self.abs_residual, self.rel_residual = chosen, absolute, rel
+        else:
+            self.residual = torch.where(kept, chosen, self.residual)
+            self.abs_residual = torch.where(kept, absolute, self.abs_residual)
+            self.rel_residual = torch.where(kept, rel, self.rel_residual)
+        self.lowest = torch.minimum(self.lowest, chosen)
+        self.best_at = self.best_at.masked_fill(improved, k)
+
+    def stop_stalled(self, k: int, patience: int, layout: Layout) -> None:
+        """Stop cells whose residual has not got better for three times the patience."""
+        if k < 3 * patience:
+            return
+        running = self.active & (k - self.best_at < 3 * patience)
+        # A cell that others read stays where it stopped, so it waits for those it reads.
+        hopeful = layout.worst(running.to(self.lowest.dtype)) > 0
+        self.stop(self.active & ~hopeful, Status.STALLED, k)
 
     def stop(self, cells: Tensor, status: Status, k: int) -> None:
         if cells.device.type == "cpu" and not bool(cells.any()):
@@ -207,7 +210,7 @@ class Loop:
         self.scale: Tensor | None = None  # (C,) halved steps of restarted cells
         self.unit: Tensor | None = None  # (C,) of what is left, where states are huge or tiny
         self.whole_unit: Tensor | None = None
-        self.least, self.most = _safe_range(like.dtype)
+        self.least, self.most = safe_range(like.dtype)
         self.tol = _rounded(float(solver.tol), like.dtype)
         self.trace: list[Tensor] | None = [] if trace else None
         self.n_evals = self.row_evals = 0
@@ -216,23 +219,23 @@ class Loop:
         self.check_every = solver.check_every or (1 if self.on_cpu else 4)
         self.autocast = torch.is_autocast_enabled(matrix.device.type)
         self.all_active = False  # known to be, at the last look
+        self.looked_at: Tensor | None = None  # what was active then,
+        self.looked = True, True  # and whether all were and any was
+        self.stays: Tensor | None = None  # what was active when too few had stopped to leave
         self.untroubled = self.on_cpu  # every cell has got better at every evaluation
-        # (C,) evaluations at which cells begin to move, of what is left and in the whole batch
-        self.joins = self.whole_joins = layout.joins(matrix.device)
-        self.last_join = 0
-        if self.joins is not None:
-            # Few steps are not spent on waiting.
-            self.joins = self.joins.clamp_max(solver.max_steps // WAITING_SHARE)
-            self.whole_joins = self.joins
-            self.books.n_steps = self.books.n_steps + self.joins
-            self.last_join = int(self.joins.max())
-            self.books.active = self.joins == 0
-            self.untroubled = self.untroubled and self.last_join == 0
 
-    def run(self, f: _Map, z: Tensor, compact: bool, callback: StepCallback | None) -> Solution:
-        last = self.solver.max_steps + self.last_join
+    def run(
+        self,
+        f: _Map,
+        z: Tensor,
+        compact: bool,
+        callback: StepCallback | None,
+        first: Tensor | None = None,
+    ) -> Solution:
+        """Solve from a start; `first` is F there if that has been evaluated."""
+        last = self.solver.max_steps
         for k in range(last + 1):
-            fz = f(z) if k >= self.last_join else self.evaluate_joined(k, f, z, compact)
+            fz = f(z) if k > 0 or first is None else first
             if k == 0 and self.on_cpu:
                 f, z, fz = self.choose_unit(f, z, fz)
             self.n_evals += 1
@@ -247,26 +250,12 @@ class Loop:
                 if broken:
                     back = self.recover(k)
                     running = bool(self.books.active.any())
-                if not running and k >= self.last_join:
+                if not running:
                     break
-                if compact and k >= max(1, self.last_join) and not broken:
+                if compact and k > 0 and not broken:
                     f, z, fz, residual = self.drop(f, z, fz, residual)
-            z = self.advance(z, fz, residual, back)
+            z = self.advance(k, z, fz, residual, back)
         return self.finish()
-
-    def evaluate_joined(self, k: int, f: _Map, z: Tensor, compact: bool) -> Tensor:
-        """F where cells have begun to move; the others stay where they are."""
-        assert self.joins is not None
-        waiting = self.joins > k
-        if not compact:
-            return torch.where(waiting.unsqueeze(1), z, f(z))
-        layout, selection = self.layout.head(waiting, z)
-        rows = selection.rows
-        found = z.index_copy(0, rows, f.select(selection, layout)(z.index_select(0, rows)))
-        self.row_evals -= z.shape[0] - rows.numel()
-        # Without padding no row of the head waits.
-        alike = rows.numel() == z.shape[0] - int(waiting.sum())
-        return found if alike else torch.where(waiting.unsqueeze(1), z, found)
 
     def measure(
         self, k: int, z: Tensor, fz: Tensor, residual: Tensor, callback: StepCallback | None
@@ -276,8 +265,10 @@ class Loop:
         own, size = cell_norm(residual, self.layout), cell_norm(fz, self.layout)
         absolute, relative, chosen = self.choose_plainly(own, size)
         # The usual case before the first cell stops, at a fraction of the operations.
-        self.untroubled = self.untroubled and self.all_better(chosen)
-        ordinary = self.untroubled or self.are_ordinary(absolute, chosen)
+        untroubled_before = self.untroubled
+        self.untroubled = untroubled_before and self.all_better(chosen)
+        low = None if self.untroubled else self.lowest_ordinary(absolute, chosen)
+        ordinary = self.untroubled or low is not None
         if ordinary:
             books.broken = self.none
         else:
@@ -294,6 +285,7 @@ class Loop:
                 size = torch.where(odd, exact_size.to(size), size)
                 absolute, chosen = self.choose(absolute, size)
                 books.broken = books.active & (chosen == math.inf)
+        everyone = self.all_active
         self.all_active = False  # until somebody looks
         if k == 0:
             return
@@ -304,21 +296,22 @@ class Loop:
             books.lowest = chosen
             self.pending = self.every
         else:
-            improved = kept = books.active & (chosen < books.lowest)
+            if untroubled_before:
+                books.best_at = books.best_at + (k - 1)
+            improved = chosen < books.lowest
             if self.layout.holds_frozen:
                 kept = books.active if ordinary else books.active & (chosen < math.inf)
+            else:
+                kept = improved = books.active & improved
             if kept is not self.pending:
                 self.save(self.pending & ~kept)
             self.pending = kept
-            books.update(k, kept, improved, chosen, absolute, relative, self.solver, self.layout)
-        if k >= self.solver.max_steps and self.joins is not None:
-            late = books.active & (k - self.joins >= self.solver.max_steps)
-            books.stop(late, Status.MAX_STEPS, k)
-            self.untroubled = False
-        if k <= self.last_join and self.joins is not None:
-            books.active = books.active | (self.joins == k)
-            if k == self.last_join:
-                self.untroubled = self.on_cpu and bool(books.active.all())
+            whole = everyone and kept is books.active
+            books.update(k, None if whole else kept, improved, chosen, absolute, relative)
+            if low is None or low <= self.tol:
+                books.stop(books.active & (chosen <= self.solver.tol), Status.CONVERGED, k)
+            if self.solver.patience is not None:
+                books.stop_stalled(k, self.solver.patience, self.layout)
         self.last = z
         if callback is not None:
             callback(k, self.in_own_units(z), chosen)
@@ -350,12 +343,13 @@ class Loop:
             return self.tol < chosen.item() < lowest.item()
         return bool(((chosen < lowest) & (chosen > self.tol)).all())
 
-    def are_ordinary(self, absolute: Tensor, chosen: Tensor) -> bool:
-        """Whether all residuals are numbers of a size that squares can have; on the CPU only."""
+    def lowest_ordinary(self, absolute: Tensor, chosen: Tensor) -> float | None:
+        """The least residual, if all are numbers of a size that squares can have; on the CPU."""
         if not self.on_cpu or not chosen.numel():
-            return False
-        low, high = chosen.aminmax()
-        return high.item() < math.inf and min(low.item(), absolute.min().item()) >= self.least
+            return None
+        low, high = (end.item() for end in chosen.aminmax())
+        ordinary = high < math.inf and min(low, absolute.min().item()) >= self.least
+        return low if ordinary else None
 
     def choose(self, absolute: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Return absolute residuals in the map's own units, and those that decide."""
@@ -411,9 +405,12 @@ class Loop:
         """Read (any cell active, any broken) from the device in one transfer."""
         books = self.books
         if self.on_cpu:
-            self.all_active = bool(books.active.all())
+            if books.active is not self.looked_at:
+                self.looked_at = books.active
+                self.looked = bool(books.active.all()), bool(books.active.any())
+            self.all_active, running = self.looked
             broken = books.broken is not self.none and bool(books.broken.any())
-            return self.all_active or bool(books.active.any()), broken
+            return running, broken
         running, broken = torch.stack((books.active.any(), books.broken.any())).tolist()
         return running, broken
 
@@ -428,12 +425,14 @@ class Loop:
         self.scale = self.scale.masked_fill(retry, 0.5)
         return retry
 
-    def advance(self, z: Tensor, fz: Tensor, residual: Tensor, back: Tensor | None) -> Tensor:
+    def advance(
+        self, k: int, z: Tensor, fz: Tensor, residual: Tensor, back: Tensor | None
+    ) -> Tensor:
         """Return the next iterate; cells in `back` return to the one they keep."""
         books, spread = self.books, self.layout.spread
-        stalled = None
-        if self.solver.patience is not None:
-            stalled = books.waited >= self.solver.patience
+        stalled, patience = None, self.solver.patience
+        if patience is not None and k >= patience and not self.untroubled:
+            stalled = k - books.best_at >= patience
         arguments = (z, fz, residual, books.active, stalled, self.scale)
         if self.autocast:
             with torch.autocast(z.device.type, enabled=False):  # the mixing keeps its precision
@@ -452,10 +451,11 @@ class Loop:
     ) -> tuple[_Map, Tensor, Tensor, Tensor]:
         """Let stopped cells leave where enough of them have stopped."""
         active = self.books.active
-        if self.all_active or bool(active.all()):
+        if self.all_active or active is self.stays or bool(active.all()):
             return f, z, fz, residual
         chosen = self.layout.select(active, self.kept() if self.layout.holds_frozen else z)
         if chosen is None:
+            self.stays = active
             return f, z, fz, residual
         layout, selection = chosen
         self.own_saved()
@@ -464,7 +464,6 @@ class Loop:
         self.cell_index = cells if self.cell_index is None else self.cell_index[cells]
         self.row_index = rows if self.row_index is None else self.row_index[rows]
         self.books = self.books.take(cells)
-        self.joins = None if self.joins is None else self.joins[cells]
         self.pending, self.every = self.pending[cells], self.every[cells]
         self.none = ~self.every
         self.scale = None if self.scale is None else self.scale[cells]
@@ -491,8 +490,6 @@ class Loop:
             self.own_saved()
             self.file()
         books, shape = self.whole_books, self.whole_layout.cell_shape()
-        joins = self.whole_joins
-        n_steps = books.n_steps if joins is None else books.n_steps - joins
         self.layout, self.unit = self.whole_layout, self.whole_unit
         trace = None
         if self.trace is not None:
@@ -502,7 +499,7 @@ class Loop:
         return Solution(
             state=self.layout.to_state(self.in_own_units(self.whole_saved)),
             status=books.status.reshape(shape),
-            n_steps=n_steps.reshape(shape),
+            n_steps=books.n_steps.reshape(shape),
             abs_residual=books.abs_residual.reshape(shape),
             rel_residual=books.rel_residual.reshape(shape),
             residual=books.residual.reshape(shape),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deqzoo.equilibrium import BatchMap, DetachableMap
+from deqzoo.equilibrium import BatchMap, DetachableMap, OnceDifferentiableMap
 from deqzoo.equilibrium.layout import IndexSelection, Selection, SuffixSelection
 
 NORM_EPS = 1e-5
@@ -351,7 +351,7 @@ def _compiled_layers() -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True)
-class CompiledMap(DetachableMap):
+class CompiledMap(DetachableMap, OnceDifferentiableMap):
     """A map under torch.compile.
 
     It is no `BatchMap`, since every length would be compiled anew, but has a detached twin: a

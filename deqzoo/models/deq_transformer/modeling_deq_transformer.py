@@ -68,8 +68,6 @@ from deqzoo.models.weights import row_norms
 FIRST_PARTS = (1,)
 """Where a text that has no past is cut: its first token sees little but itself, which makes it the
 hardest one, and all others read it."""
-FIRST_TOKENS = 10
-"""Tokens that a solve begins with; the others join by and by."""
 
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
@@ -182,7 +180,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         return super().solve(f, z0, layout, **options)
 
     def _causal(self, f: Callable[[Tensor], Tensor], z0: Tensor, valid: Tensor | None) -> Causal:
-        """How the tokens of a text come to rest, outside of training one after another.
+        """How the tokens of a text come to rest: outside of training the first before the others.
 
         Nothing here may depend on the batch or on the length of the text: what a token gets would
         depend on its neighbours, or on words to come.
@@ -190,7 +188,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         if self.training or not isinstance(f, SolvableMap):
             return Causal(valid)
         begins = f.bias.shape[-1] == z0.shape[1] > 1
-        return Causal(valid, cuts=FIRST_PARTS if begins else (), first=FIRST_TOKENS)
+        return Causal(valid, cuts=FIRST_PARTS if begins else ())
 
     def resize_token_embeddings(
         self,

@@ -38,10 +38,10 @@ def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> T
         # of autocast, could not multiply what autocast had narrowed.
         kind = x.device.type
         narrowing = torch.amp.is_autocast_available(kind)  # meta tensors have none
-        if not (narrowing and torch.is_autocast_enabled(kind)):
-            return x @ weight.T if plus is None else torch.addmm(plus, x, weight.T)
-        with torch.autocast(kind, enabled=False):
-            return times_transposed(x, weight, plus)
+        if narrowing and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return times_transposed(x, weight, plus)
+        return x @ weight.T if plus is None else torch.addmm(plus, x, weight.T)
     if plus is None:
         return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
     return _ONEDNN_LINEAR.binary(x, plus, weight, None, "add")
@@ -49,8 +49,8 @@ def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> T
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        x.numel() >= _WORTH_IT
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= _WORTH_IT
         and weight.numel() > 0
     )

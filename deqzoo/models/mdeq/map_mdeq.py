@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deqzoo.equilibrium import BatchMap, DetachableMap, Selection
+from deqzoo.equilibrium import BatchMap, DetachableMap, OnceDifferentiableMap, Selection
 from deqzoo.equilibrium.maps import PreciseMap
 from deqzoo.equilibrium.uncompiled import uncompiled
 from deqzoo.models.weights import in_compute_dtype
@@ -196,7 +196,7 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None
 
 
 @dataclasses.dataclass(frozen=True)
-class MDEQMap(BatchMap, PreciseMap):
+class MDEQMap(BatchMap, OnceDifferentiableMap, PreciseMap):
     """The map z -> F(z) of one batch: effective weights, injections and masks fixed for a solve.
 
     With a `dtype` everything inside a step is of that precision, whatever autocast would choose;
@@ -279,7 +279,7 @@ class MDEQMap(BatchMap, PreciseMap):
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledMDEQMap(DetachableMap, PreciseMap):
+class CompiledMDEQMap(DetachableMap, OnceDifferentiableMap, PreciseMap):
     """An `MDEQMap` under torch.compile.
 
     It is no `BatchMap`, since every new batch size would be compiled anew, but has a detached

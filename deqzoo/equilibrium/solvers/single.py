@@ -1,0 +1,122 @@
+"""The loop of a solve of one cell on the CPU: its books are Python's numbers.
+
+A picture, a graph or the next token of a text are often solved alone, where an operator of torch
+takes longer than what it computes. What comes out is what `Loop` finds, up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deqzoo.equilibrium.layout import Layout
+from deqzoo.equilibrium.maps import Matrices
+from deqzoo.equilibrium.solvers.loop import Loop, deciding, quotient, safe_range, scaled_norm
+from deqzoo.equilibrium.solvers.solution import Solution, Status
+
+if TYPE_CHECKING:
+    from deqzoo.equilibrium.solvers.base import Solver
+
+
+class SingleLoop:
+    """One solve of one cell that `Layout.is_one_cell` accepts; books and rules are `Loop`'s."""
+
+    def __init__(self, solver: Solver, layout: Layout, matrix: Tensor) -> None:
+        self.started = time.perf_counter()
+        self.solver = solver
+        self.layout = layout
+        self.start = matrix
+        self.rule = solver.start(matrix, layout)
+        self.least, self.most = safe_range(matrix.dtype)
+        self.kept = matrix  # the iterate that would be returned now
+        # Of that iterate: absolute and relative residual, and the one that decides.
+        self.residuals = (math.inf, math.inf, math.inf)
+        self.lowest = self.chosen = math.inf
+        self.waited = 0
+        self.scale: Tensor | None = None
+        self.active = True
+        self.status, self.n_steps = Status.MAX_STEPS, solver.max_steps
+
+    def run(self, f: Matrices) -> Solution:
+        """Solve; states whose squares would leave the dtype's range are left to `Loop`."""
+        solver, rule, z = self.solver, self.rule, self.start
+        every = torch.ones(1, dtype=torch.bool)
+        for k in range(solver.max_steps + 1):
+            fz = f(z)
+            residual = rule.residual(z, fz)
+            if not self.measure(k, z, fz, residual):
+                loop = Loop(solver, self.layout, z, trace=False)
+                return loop.run(f, z, compact=False, callback=None, first=fz)
+            broken = self.chosen == math.inf
+            if k == solver.max_steps or not (self.goes_back(k) if broken else self.active):
+                break
+            stalled = None
+            if solver.patience is not None and self.waited >= solver.patience:
+                stalled = every
+            z = rule.propose(z, fz, residual, every, stalled, self.scale)
+            if broken:
+                rule.restart(every)
+                z = self.kept
+        if self.active and broken:
+            self.stop(Status.NONFINITE, k)
+        return self.solution(k + 1)
+
+    def measure(self, k: int, z: Tensor, fz: Tensor, residual: Tensor) -> bool:
+        """Enter evaluation k, made at iterate z; False if the first one asks for other units."""
+        relatively = self.solver.stop_mode == "rel"
+        absolute = torch.linalg.vector_norm(residual).item()
+        size = torch.linalg.vector_norm(fz).item()
+        if k == 0 and not self.least < size < self.most:
+            return False
+        relative = absolute / size if size > 0 else math.nan
+        chosen = relative if relatively else absolute
+        if not (absolute >= self.least and self.least <= relative < math.inf):
+            exact, exact_size = scaled_norm(residual, self.layout), scaled_norm(fz, self.layout)
+            own, whole = exact.to(z.dtype), exact_size.to(z.dtype)
+            absolute, relative = own.item(), quotient(exact, exact_size).to(z.dtype).item()
+            chosen = deciding(own, whole, self.layout, self.solver).item()
+        self.chosen = chosen = math.inf if math.isnan(chosen) else chosen
+        if k == 0:
+            return True
+        improved = chosen < self.lowest
+        if improved or self.layout.holds_frozen and chosen < math.inf:
+            self.kept, self.residuals = z, (absolute, relative, chosen)
+        self.waited += 1
+        if improved:
+            self.lowest, self.waited = chosen, 0
+        patience = self.solver.patience
+        if chosen <= self.solver.tol:
+            self.stop(Status.CONVERGED, k)
+        elif patience is not None and self.waited >= 3 * patience:
+            self.stop(Status.STALLED, k)
+        return True
+
+    def goes_back(self, k: int) -> bool:
+        """Whether the cell, no longer finite, tries again from what it keeps, as it may once."""
+        if self.scale is not None or self.residuals[2] == math.inf:
+            self.stop(Status.NONFINITE, k)
+        else:
+            self.scale = self.start.new_full((1,), 0.5)
+        return self.active
+
+    def stop(self, status: Status, k: int) -> None:
+        self.status, self.n_steps, self.active = status, k, False
+
+    def solution(self, n_evals: int) -> Solution:
+        shape, like = self.layout.cell_shape(), self.start
+        absolute, relative, chosen = (like.new_full(shape, number) for number in self.residuals)
+        return Solution(
+            state=self.layout.to_state(self.kept.clone()),
+            status=torch.full(shape, int(self.status)),
+            n_steps=torch.full(shape, self.n_steps),
+            abs_residual=absolute,
+            rel_residual=relative,
+            residual=chosen,
+            n_evals=n_evals,
+            row_evals=n_evals * like.shape[0],
+            seconds=time.perf_counter() - self.started,
+        )
