@@ -162,6 +162,22 @@ def theorem_rows() -> Iterable[list[str]]:
         ]
 
 
+def fidelity_seeds() -> dict[str, set[str]]:
+    """Seeds that have each snapshot of the study of fidelity along training."""
+    by_step: dict[str, set[str]] = {}
+    for key in cells("fidelity_seeds"):
+        seed, _, step = key.partition(": ")
+        by_step.setdefault(step, set()).add(seed)
+    return by_step
+
+
+def fall(setting: str) -> str:
+    """How far a setting's mean cosine falls where the radius passes one, from the table."""
+    text = (HERE / "studies" / "fidelity_seeds_table.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {setting} |"))
+    return row.split(" | ")[-1].removesuffix(" |")
+
+
 def fill() -> str:
     """REPORT.md."""
     studies = cells("broyden")["mdeq-cifar-large"]["seconds"]
@@ -194,6 +210,10 @@ def fill() -> str:
         ),
         "theorem_models": str(len(cells("theorem1"))),
         "withdrawn": str(len(cells("theorem1").keys() - set(list_models()))),
+        "fall_plain": fall("k=5 λ=1"),
+        "fall_damped": fall("k=5 λ=0.5"),
+        "fall_one": fall("k=1 λ=1"),
+        "seeds": str(min(len(done) for done in fidelity_seeds().values())),
         "slowest": f"{min(broyden):.1f}",
         "fastest": f"{max(broyden):.1f}",
         "jfb": f"{max(v for n, v in studies.items() if 'Broyden' in n) / studies['JFB']:.1f}",
