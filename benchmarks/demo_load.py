@@ -62,7 +62,8 @@ class User(threading.Thread):
                 self.seconds.append((kind, time.monotonic() - began))
             else:
                 self.errors[f"{kind}: {fault[:120]}"] += 1
-            time.sleep(self.random.expovariate(1 / self.reads))
+            pause = self.random.expovariate(1 / self.reads)
+            time.sleep(max(0.0, min(pause, self.end - time.monotonic())))
 
     def ask(self, kind: str) -> str | None:
         """What went wrong with a question, or None."""
@@ -74,7 +75,7 @@ class User(threading.Thread):
             (path,) = self.http.post("/upload", files=files).raise_for_status().json()
             data["picture"] = {"path": path, "meta": {"_type": "gradio.FileData"}}
         elif kind == "graph":
-            data["number"] = self.random.randrange(10)
+            data["number"] = self.random.randrange(7)  # of the examples
         else:
             data["text"] = TEXT
         session = f"{self.name}-{self.random.random()}"
