@@ -44,7 +44,7 @@ _ABOUT = """
   a dotted line marks its step.
 - **Method**: how the next step is chosen. All methods look for the same equilibrium; Anderson and
   Broyden learn from earlier steps and usually need fewer. Plain iteration finds it only where the
-  map draws states together; with the small picture model it does not, and the residual stays up.
+  map draws states together; with the small picture model that is so for some pictures only.
 
 Everything runs on this server's processor. What you upload is used for nothing else, and is
 deleted within two hours.
