@@ -36,7 +36,7 @@ def test_what_one_migrates_from_is_torchdeq_s_own() -> None:
 
     page = (ROOT / "docs" / "site" / "migrating.md").read_text(encoding="utf-8")
     (theirs,) = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
-    (ours,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    ours, *_ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     torch.manual_seed(0)
     names: dict[str, Any] = {"get_deq": torchdeq.get_deq}
     exec(ours, names)
