@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +38,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def one_thread() -> None:
     """Small tensors gain nothing from more threads, and results stay the same everywhere."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_models() -> Iterator[None]:
+    """Commands silence the models' warnings for the rest of their process; tests share one."""
+    logger = logging.getLogger("deqzoo.models")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
