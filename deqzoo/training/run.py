@@ -26,6 +26,7 @@ from transformers import (
 from deqzoo.errors import UserError
 from deqzoo.files import mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
+from deqzoo.models.coarse import has_fast_bfloat16
 from deqzoo.recipe import Recipe, recorded_recipe, seconds_of
 from deqzoo.tasks import build_task
 from deqzoo.tasks.base import Plan, Task
@@ -366,15 +367,12 @@ def leave_process_group() -> None:
 
 
 def use_bf16(recipe: Recipe) -> bool:
-    """Whether to compute in bf16: where asked for, or ("auto") where the hardware has it."""
+    """Whether to compute in bf16: where asked for, or ("auto") where that is the faster."""
     if recipe.precision != "auto":
         return recipe.precision == "bf16"
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return has_fast_bfloat16()
 
 
 def save_result(trainer: RecipeTrainer | TimedRun, out: Path) -> Path:

@@ -136,6 +136,9 @@ def test_processors_without_bfloat16(monkeypatch):
     assert not coarse.has_fast_bfloat16() and not tiny_model().starts_coarsely()
     coarse.has_fast_bfloat16.cache_clear()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert not coarse.has_fast_bfloat16()  # without AMX float32 is faster, on Intel's at least
+    coarse.has_fast_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert coarse.has_fast_bfloat16() == torch.backends.mkldnn.is_available()
     coarse.has_fast_bfloat16.cache_clear()
 

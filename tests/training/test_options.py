@@ -13,8 +13,9 @@ from torch.optim.swa_utils import AveragedModel
 from deqzoo.recipe import Recipe, from_plain
 from deqzoo.tasks import images
 from deqzoo.tasks.base import Plan
+from deqzoo.training import run
 from deqzoo.training.callbacks import AverageCallback
-from deqzoo.training.run import run_recipe
+from deqzoo.training.run import run_recipe, use_bf16
 from deqzoo.training.trainer import moving_average
 
 STAGE = {
@@ -144,3 +145,11 @@ def test_batch_statistics_of_the_average_belong_to_the_stage():
     assert after(100, 3.0)[0] == pytest.approx(1.2)
     assert after(101, 7.0) == (7.0, pytest.approx(0.9 * 1.2 + 0.1 * 7.0))
     assert after(151, 8.0)[0] == pytest.approx(7.1)
+
+
+def test_precision_by_itself_is_the_faster_one(monkeypatch):
+    recipe = from_plain(Recipe, {**RECIPE, "precision": "auto"}, "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for fast in (True, False):
+        monkeypatch.setattr(run, "has_fast_bfloat16", lambda fast=fast: fast)
+        assert use_bf16(recipe) is fast

@@ -8,7 +8,6 @@ time there, the others a third to four fifths.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deqzoo.equilibrium.transforms import transformed
+from deqzoo.models.coarse import has_fast_bfloat16
 
 _WIDEST = 4
 """Width and height of the results; from 8 on oneDNN is as fast."""
@@ -38,11 +38,6 @@ def same_conv2d(x: Tensor, weight: Tensor, stride: int = 1, once: bool = False) 
     return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
 
 
-@lru_cache(maxsize=1)
-def _has_amx() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
 def _takes_products(x: Tensor, weight: Tensor, stride: int) -> bool:
     if weight.dtype != torch.bfloat16 or x.device.type != "cpu" or weight.shape[-1] != 3:
         return False
@@ -51,7 +46,7 @@ def _takes_products(x: Tensor, weight: Tensor, stride: int) -> bool:
         return False
     if -(-max(x.shape[2:]) // stride) > _WIDEST or max(weight.shape[:2]) < _MANY:
         return False
-    return _has_amx() and not (torch.compiler.is_compiling() or transformed())
+    return has_fast_bfloat16() and not (torch.compiler.is_compiling() or transformed())
 
 
 class _WeightTap(torch.autograd.Function):
