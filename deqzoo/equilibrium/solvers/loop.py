@@ -141,24 +141,14 @@ class Books:
             infinite,
         )
 
-    def update(
-        self,
-        k: int,
-        kept: Tensor | None,
-        improved: Tensor,
-        chosen: Tensor,
-        absolute: Tensor,
-        rel: Tensor,
-    ) -> None:
-        """Enter the residuals of evaluation k, those that are kept for the cells `kept` (C,) or
-        for all."""
-        if kept is None:
-            self.residual, self.abs_residual, self.rel_residual = chosen, absolute, rel
-        else:
-            self.residual = torch.where(kept, chosen, self.residual)
-            self.abs_residual = torch.where(kept, absolute, self.abs_residual)
-            self.rel_residual = torch.where(kept, rel, self.rel_residual)
-        self.lowest = torch.minimum(self.lowest, chosen)
+    def update(self, k: int, kept: Tensor | None, improved: Tensor, found: Residuals) -> None:
+        """Enter the residuals of evaluation k for the cells `kept` (C,), or for all."""
+        self.lowest = torch.minimum(self.lowest, found.chosen)
+        if kept is not None:
+            mine = (self.abs_residual, self.rel_residual, self.residual)
+            pairs = zip(found, mine, strict=True)
+            found = Residuals(*(torch.where(kept, new, old) for new, old in pairs))
+        self.abs_residual, self.rel_residual, self.residual = found
         self.best_at = self.best_at.masked_fill(improved, k)
 
     def stop_stalled(self, k: int, patience: int, layout: Layout) -> None:
@@ -260,71 +250,76 @@ class Loop:
     def measure(
         self, k: int, z: Tensor, fz: Tensor, residual: Tensor, callback: StepCallback | None
     ) -> None:
-        """Enter evaluation k, made at iterate z, into the books."""
-        books = self.books
+        """Enter evaluation k, made at iterate z, into the books; that of the start is not kept."""
         own, size = cell_norm(residual, self.layout), cell_norm(fz, self.layout)
-        absolute, relative, chosen = self.choose_plainly(own, size)
+        found = self.plain_residuals(own, size)
         # The usual case before the first cell stops, at a fraction of the operations.
-        untroubled_before = self.untroubled
-        self.untroubled = untroubled_before and self.all_better(chosen)
-        low = None if self.untroubled else self.lowest_ordinary(absolute, chosen)
-        ordinary = self.untroubled or low is not None
-        if ordinary:
-            books.broken = self.none
-        else:
-            relative = quotient(own, size)
-            absolute, chosen = self.choose(own, size)
-            books.broken = books.active & (chosen == math.inf)
-            small = books.active & (torch.minimum(absolute, chosen) < self.least)
-            if self.on_cpu and bool((odd := books.broken | small).any()):
-                exact = scaled_norm(residual, self.layout)
-                exact_size = scaled_norm(fz, self.layout)
-                ratio = quotient(exact, exact_size)
-                relative = torch.where(odd, ratio.to(relative), relative)
-                absolute = torch.where(odd, exact.to(absolute), own)
-                size = torch.where(odd, exact_size.to(size), size)
-                absolute, chosen = self.choose(absolute, size)
-                books.broken = books.active & (chosen == math.inf)
-        everyone = self.all_active
-        self.all_active = False  # until somebody looks
-        if k == 0:
-            return
-        if self.trace is not None:
-            self.trace.append(torch.where(books.active, chosen, books.residual))
+        smooth, self.untroubled = self.untroubled, self.untroubled and self.all_better(found.chosen)
         if self.untroubled:
-            books.residual, books.abs_residual, books.rel_residual = chosen, absolute, relative
-            books.lowest = chosen
-            self.pending = self.every
+            self.books.broken = self.none
+            if k > 0:
+                self.enter_untroubled(found)
         else:
-            if untroubled_before:
-                books.best_at = books.best_at + (k - 1)
-            improved = chosen < books.lowest
-            if self.layout.holds_frozen:
-                kept = books.active if ordinary else books.active & (chosen < math.inf)
+            if smooth and k > 0:
+                self.books.best_at = self.books.best_at + (k - 1)
+            lowest = self.lowest_ordinary(found)
+            if lowest is None:
+                found = self.careful_residuals(own, size, residual, fz)
+                self.books.broken = self.books.active & (found.chosen == math.inf)
             else:
-                kept = improved = books.active & improved
-            if kept is not self.pending:
-                self.save(self.pending & ~kept)
-            self.pending = kept
-            whole = everyone and kept is books.active
-            books.update(k, None if whole else kept, improved, chosen, absolute, relative)
-            if low is None or low <= self.tol:
-                books.stop(books.active & (chosen <= self.solver.tol), Status.CONVERGED, k)
-            if self.solver.patience is not None:
-                books.stop_stalled(k, self.solver.patience, self.layout)
-        self.last = z
-        if callback is not None:
-            callback(k, self.in_own_units(z), chosen)
+                self.books.broken = self.none
+            if k > 0:
+                self.enter(k, found, lowest)
+        self.all_active = False  # until somebody looks
+        if k > 0:
+            self.last = z
+            if callback is not None:
+                callback(k, self.in_own_units(z), found.chosen)
+
+    def enter_untroubled(self, found: Residuals) -> None:
+        """Enter residuals that are the lowest of every cell so far."""
+        books = self.books
+        if self.trace is not None:
+            self.trace.append(found.chosen)
+        books.abs_residual, books.rel_residual, books.residual = found
+        books.lowest = found.chosen
+        self.pending = self.every
+
+    def enter(self, k: int, found: Residuals, lowest: float | None) -> None:
+        """Enter the residuals of evaluation k, and stop cells for which it is the last.
+
+        Args:
+            lowest: the least of them, where all are ordinary numbers.
+        """
+        books, active, chosen = self.books, self.books.active, found.chosen
+        if self.trace is not None:
+            self.trace.append(torch.where(active, chosen, books.residual))
+        improved = chosen < books.lowest
+        if not self.layout.holds_frozen:
+            kept = improved = active & improved
+        elif lowest is None:
+            kept = active & (chosen < math.inf)
+        else:
+            kept = active
+        if kept is not self.pending:
+            self.save(self.pending & ~kept)
+        self.pending = kept
+        every = self.all_active and kept is active
+        books.update(k, None if every else kept, improved, found)
+        if lowest is None or lowest <= self.tol:
+            books.stop(books.active & (chosen <= self.solver.tol), Status.CONVERGED, k)
+        if self.solver.patience is not None:
+            books.stop_stalled(k, self.solver.patience, self.layout)
 
     def in_own_units(self, matrix: Tensor) -> Tensor:
         if self.unit is None:
             return matrix
         return matrix * self.layout.spread(self.unit).unsqueeze(1).to(matrix.dtype)
 
-    def choose_plainly(self, own: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Absolute and relative residuals, and those that decide, where they are ordinary numbers.
+    def plain_residuals(self, own: Tensor, size: Tensor) -> Residuals:
+        """Residuals from norms of the cells (C,), where they are ordinary numbers.
 
-        Where they are not, `all_better` says so.
+        Where they are not, `all_better` and `lowest_ordinary` say so.
         """
         solver = self.solver
         if self.unit is not None:
@@ -334,22 +329,25 @@ class Loop:
             chosen = deciding(own, size, self.layout, solver)
         else:
             chosen = relative if solver.stop_mode == "rel" else own
-        return own, relative, self.layout.worst(chosen)
+        return Residuals(own, relative, self.layout.worst(chosen))
 
-    def all_better(self, chosen: Tensor) -> bool:
-        """Whether every cell got better and none meets the tolerance."""
-        lowest = self.books.lowest
-        if chosen.numel() == 1:
-            return self.tol < chosen.item() < lowest.item()
-        return bool(((chosen < lowest) & (chosen > self.tol)).all())
-
-    def lowest_ordinary(self, absolute: Tensor, chosen: Tensor) -> float | None:
-        """The least residual, if all are numbers of a size that squares can have; on the CPU."""
-        if not self.on_cpu or not chosen.numel():
-            return None
-        low, high = (end.item() for end in chosen.aminmax())
-        ordinary = high < math.inf and min(low, absolute.min().item()) >= self.least
-        return low if ordinary else None
+    def careful_residuals(
+        self, own: Tensor, size: Tensor, residual: Tensor, fz: Tensor
+    ) -> Residuals:
+        """Residuals where some are not finite, or so small that their squares are not exact."""
+        active = self.books.active
+        relative = quotient(own, size)
+        absolute, chosen = self.choose(own, size)
+        small = torch.minimum(absolute, chosen) < self.least
+        odd = active & (small | (chosen == math.inf))
+        if self.on_cpu and bool(odd.any()):
+            exact = scaled_norm(residual, self.layout)
+            exact_size = scaled_norm(fz, self.layout)
+            relative = torch.where(odd, quotient(exact, exact_size).to(relative), relative)
+            own = torch.where(odd, exact.to(own), own)
+            size = torch.where(odd, exact_size.to(size), size)
+            absolute, chosen = self.choose(own, size)
+        return Residuals(absolute, relative, chosen)
 
     def choose(self, absolute: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Return absolute residuals in the map's own units, and those that decide."""
@@ -358,6 +356,22 @@ class Loop:
         chosen = deciding(absolute, size, self.layout, self.solver)
         chosen = torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf)
         return absolute, self.layout.worst(chosen)
+
+    def all_better(self, chosen: Tensor) -> bool:
+        """Whether every cell got better and none meets the tolerance."""
+        lowest = self.books.lowest
+        if chosen.numel() == 1:
+            return self.tol < chosen.item() < lowest.item()
+        return bool(((chosen < lowest) & (chosen > self.tol)).all())
+
+    def lowest_ordinary(self, found: Residuals) -> float | None:
+        """The least residual, if all are numbers of a size that squares can have; on the CPU."""
+        chosen = found.chosen
+        if not self.on_cpu or not chosen.numel():
+            return None
+        low, high = (end.item() for end in chosen.aminmax())
+        ordinary = high < math.inf and min(low, found.absolute.min().item()) >= self.least
+        return low if ordinary else None
 
     def choose_unit(self, f: _Map, z: Tensor, fz: Tensor) -> tuple[_Map, Tensor, Tensor]:
         """Where squares of a state would leave the dtype's range, go on in other units."""
