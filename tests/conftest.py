@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,12 +40,9 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def warnings_of_models() -> Iterator[None]:
+def warnings_of_models() -> None:
     """Commands silence the models' warnings for the rest of their process; tests share one."""
-    logger = logging.getLogger("deqzoo.models")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+    logging.getLogger("deqzoo.models").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
