@@ -51,13 +51,15 @@ def traced_solution(
     chosen = torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf)
     status = torch.where(chosen <= solver.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
     n_evals, shape = solver.max_steps + 1, layout.cell_shape()
+    wide = torch.promote_types(z.dtype, torch.float32)
+    relative = quotient(absolute, size).to(wide)
     return Solution(
         state=layout.to_state(z),
         status=status.reshape(shape),
         n_steps=torch.full_like(status, solver.max_steps).reshape(shape),
-        abs_residual=absolute.reshape(shape),
-        rel_residual=quotient(absolute, size).reshape(shape),
-        residual=chosen.reshape(shape),
+        abs_residual=absolute.to(wide).reshape(shape),
+        rel_residual=relative.reshape(shape),
+        residual=chosen.to(wide).reshape(shape),
         n_evals=n_evals,
         row_evals=n_evals * z.shape[0],
     )
