@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from deqzoo.equilibrium.gradients import Gradient, make_gradient
 from deqzoo.equilibrium.layer import GradientSpec, SolverSpec, fixed_point
-from deqzoo.equilibrium.layout import Layout, Rows, begin
+from deqzoo.equilibrium.layout import Causal, Layout, Rows, begin
 from deqzoo.equilibrium.maps import Matrices, recording
 from deqzoo.equilibrium.solvers import Solver, make_solver
-from deqzoo.equilibrium.solvers.loop import cell_norm
+from deqzoo.equilibrium.solvers.loop import scaled_norm
 from deqzoo.equilibrium.state import State
 
 
@@ -40,7 +40,8 @@ def spectral_radius(
             as the official implementations print it.
         v0: start, standard normal if None.
         generator: source of the random start.
-        layout: what one sample is, `Rows()` by default; the nodes of a graph need `Segments`.
+        layout: what one sample is, `Rows()` by default; the nodes of a graph need `Segments`. The
+            positions of a sequence (`Causal`) are one sample together, padding left out.
 
     Returns:
         (B,), or (graphs,) for `Segments`, in float32 or wider.
@@ -55,25 +56,39 @@ def spectral_radius(
     layout, matrix = begin(layout or Rows(), state)
     point = matrix.detach().clone().requires_grad_()
     out = Matrices(f, layout)(point)
-    if not out.requires_grad:  # a constant map
-        return cell_norm(point.detach(), layout) * 0
     if v0 is None:
         v = torch.randn(point.shape, generator=generator, dtype=point.dtype).to(point.device)
     else:
         v = layout.to_matrix(v0)
-    tiny = torch.finfo(point.dtype).tiny
+    # Positions pass v on to those before them: a factor for each would be another iteration.
+    cells = layout.adjoint() if isinstance(layout, Causal) else layout
+    wide = torch.promote_types(point.dtype, torch.float32)
+    if not out.requires_grad:  # a constant map
+        return (scaled_norm(v, cells) * 0).to(wide)
+    tiny = torch.finfo(wide).tiny
     logs = []
-    quotient = v.new_zeros(layout.cell_shape())
+    quotient = v.new_zeros(())
+    v = _unit(_unpadded(v, layout), cells)
     for _ in range(n_iter):
         (w,) = torch.autograd.grad(out, point, v, retain_graph=True, materialize_grads=True)
-        norm_v = cell_norm(v, layout).clamp_min(tiny)
-        norm_w = cell_norm(w, layout)
-        quotient = (layout.total((w * v).sum(1)) / norm_v.square()).abs()
-        logs.append((norm_w / norm_v).clamp_min(tiny).log())
-        v = w / layout.spread(norm_w.clamp_min(tiny)).unsqueeze(1).to(w.dtype)
+        w = _unpadded(w, layout)
+        norm = scaled_norm(v, cells).to(wide).clamp_min(tiny)  # 1, but for rounding
+        quotient = (cells.total((w.to(wide) * v).sum(1)) / norm.square()).abs()
+        logs.append((scaled_norm(w, cells).to(wide) / norm).clamp_min(tiny).log())
+        v = _unit(w, cells)
     if estimator == "rayleigh":
         return quotient
     return torch.stack(logs[n_iter // 3 :]).mean(0).exp()
+
+
+def _unit(v: Tensor, cells: Layout) -> Tensor:
+    """Rows (R, D) with the norm of each cell made 1, where it is not 0."""
+    norm = scaled_norm(v, cells)
+    return (v / cells.spread(torch.where(norm > 0, norm, 1)).unsqueeze(1)).to(v.dtype)
+
+
+def _unpadded(v: Tensor, layout: Layout) -> Tensor:
+    return layout.total(v) if isinstance(layout, Causal) else v
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,9 @@ def fixed_point(
         A `Solution`; its `state` carries the graph.
 
     Raises:
-        ValueError: unknown names or options, states that do not fit, or `checkpoint` with a
-            gradient that records f only once.
+        ValueError: unknown names or options, states that do not fit, inputs that are not
+            batch-first with `compact`, sample steps below 1, or `checkpoint` with a gradient that
+            records f only once.
     """
     chosen_solver, chosen_gradient = make_solver(solver), make_gradient(gradient)
     if checkpoint and not chosen_gradient.can_checkpoint:
@@ -82,6 +83,9 @@ def fixed_point(
     layout = layout or Rows()
     if compact is None:
         compact = not torch.is_grad_enabled() and isinstance(f, BatchMap)
+    if compact and inputs:
+        _check_batch_first(inputs, z0)
+    _check_steps(sample_steps)
     wrapped = inputs or (compact and not isinstance(f, BatchMap))
     bound = BoundMap(f, inputs) if wrapped else f
     if torch.is_grad_enabled() and not chosen_gradient.needs_solve:
@@ -165,7 +169,8 @@ def _attach_to_start(
             if callback is not None:
                 callback(k, z.detach(), chosen)
 
-    z = gradient.attach(_problem(recorded, checkpoint, solver.max_steps, visit), start)
+    problem = _problem(recorded, checkpoint, solver.max_steps, visit)
+    z = gradient.attach(problem, start)
     n_steps = recorded.n_calls
     if latest is None or latest() is not z:
         measure(z)
@@ -188,7 +193,31 @@ def _attach_to_start(
         seconds=time.perf_counter() - started,
         trace=torch.stack(history, dim=-1).reshape(*shape, len(history)) if trace else None,
         samples=samples if sample_steps else None,
+        backward=problem.report,
     )
+
+
+def _check_batch_first(inputs: Sequence[Any], z0: State) -> None:
+    """Rows of the batch can leave tensors only that have them."""
+    n = next((t.shape[0] for t in leaves(z0) if t.ndim), 0)
+    for item in inputs:
+        if item is None:
+            continue
+        try:
+            shapes = [tuple(t.shape) for t in leaves(item)]
+            fits, found = all(shape[:1] == (n,) for shape in shapes), f"shapes {shapes}"
+        except TypeError:  # no tensor
+            fits, found = False, type(item).__name__
+        if not fits:
+            raise ValueError(
+                f"compact=True takes rows out of every input, which must have {n} of them, got "
+                f"{found}; let the map close over what does not belong to the batch"
+            )
+
+
+def _check_steps(steps: Sequence[int]) -> None:
+    if any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in steps):
+        raise ValueError(f"sample_steps must be ints ≥ 1, got {tuple(steps)}")
 
 
 def _keeper(
@@ -196,7 +225,7 @@ def _keeper(
 ) -> StepCallback:
     def keep(k: int, matrix: Tensor, residual: Tensor) -> None:
         if k in steps:
-            kept[k] = matrix
+            kept[k] = matrix.clone()  # the map may answer in a few buffers of its own in turns
         if callback is not None:
             callback(k, matrix, residual)
 

@@ -139,6 +139,10 @@ class Layout(Protocol):
         ...
 
 
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
 def is_single(layout: Layout, matrix: Tensor) -> bool:
     """Whether a solve is of one cell on the CPU, whose books can be Python's numbers."""
     return (
@@ -157,8 +161,11 @@ def begin(layout: Layout, start: State) -> tuple[Layout, Tensor]:
     is left as the solve's own is, so that callbacks can read matrices with it.
 
     Raises:
+        TypeError: the layout is none.
         ValueError: the state does not fit the layout.
     """
+    if isinstance(layout, type) or not hasattr(layout, "to_matrix"):
+        raise TypeError(f"a layout is an object such as Rows() or Causal(), got {layout!r}")
     own = copy(layout)
     if isinstance(own, Rows):
         own.forget()
@@ -227,6 +234,8 @@ class Segments(Layout):
     holds_frozen = False
 
     def __init__(self, index: Tensor, n: int) -> None:
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"index must be an int64 tensor (N,), got {_kind(index)}")
         if index.ndim != 1:
             raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
         self.index = index
@@ -297,6 +306,11 @@ class Causal(Layout):
     def __init__(self, valid: Tensor | None = None, cuts: Sequence[int] = ()) -> None:
         if list(cuts) != sorted(set(cuts)) or (cuts and cuts[0] < 1):
             raise ValueError(f"cuts must be ascending positions from 1 on, got {tuple(cuts)}")
+        if valid is not None and (not isinstance(valid, Tensor) or valid.dtype != torch.bool):
+            raise TypeError(
+                f"valid must be a bool tensor (B, T), got {_kind(valid)}; of an attention mask of "
+                "zeros and ones, pass mask.bool()"
+            )
         self.valid = valid
         self.cuts = tuple(cuts)
         self._shape: tuple[int, int] = (0, 0)
@@ -304,6 +318,11 @@ class Causal(Layout):
     def to_matrix(self, state: State) -> Tensor:
         if not isinstance(state, Tensor) or state.ndim != 3:
             raise ValueError("a causal state is one tensor of shape (B, T, d)")
+        if self.valid is not None and self.valid.shape != state.shape[:2]:
+            raise ValueError(
+                f"valid must have the shape {tuple(state.shape[:2])} of the state's sequences and "
+                f"positions, got {tuple(self.valid.shape)}"
+            )
         self._shape = (state.shape[0], state.shape[1])
         return state.reshape(self._shape[0] * self._shape[1], state.shape[2])
 

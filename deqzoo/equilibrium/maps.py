@@ -133,6 +133,11 @@ class Matrices:
                 f"expected tensors of shapes {_shapes(state)}, got {_shapes(found)}: the map must "
                 "return a state like its input"
             )
+        if out.is_complex():
+            raise ValueError(
+                f"the map returned {out.dtype}, its state is {matrix.dtype}: solve for real and "
+                "imaginary parts as two real tensors (torch.view_as_real)"
+            )
         if self.watched:
             out = self._owned(matrix, given, version, out)
         return out if out.dtype == matrix.dtype else out.to(matrix.dtype)

@@ -17,7 +17,8 @@ def build(kind: str, registry: Mapping[str, type], spec: str | Mapping[str, Any]
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        raise TypeError(f"a {kind} is a name or a dict, not {type(spec).__name__}")
+        found = f"the class {spec.__name__}" if isinstance(spec, type) else type(spec).__name__
+        raise TypeError(f"a {kind} is a name, a dict or an object of its class, not {found}")
     settings = dict(spec)
     if "name" not in settings:
         raise ValueError(f'a {kind} needs a "name"; choose one of {", ".join(registry)}')

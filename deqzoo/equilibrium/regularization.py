@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.maps import OnceDifferentiableMap, recording
-from deqzoo.equilibrium.state import State, leaves, rebuild
+from deqzoo.equilibrium.state import State, in_order_of, leaves, rebuild
 
 
 @recording()
@@ -36,12 +36,18 @@ def jacobian_penalty(
         generator: source of the random probes.
 
     Returns:
-        Scalar.
+        Scalar, float32 or wider.
+
+    Raises:
+        ValueError: n_probes < 1.
     """
+    if probes is None and n_probes < 1:
+        raise ValueError(f"n_probes must be at least 1, got {n_probes}")
     if isinstance(f, OnceDifferentiableMap):
         f = f.twice_differentiable()
     points = [t.detach().clone().requires_grad_() for t in leaves(state)]
-    outputs = leaves(f(rebuild(state, [t.clone() for t in points])))  # f may work in place
+    found = f(rebuild(state, [t.clone() for t in points]))  # f may work in place
+    outputs = leaves(in_order_of(found, state))
     if probes is None:
         probes = [
             [torch.randn(t.shape, generator=generator).to(t) for t in points]
@@ -49,10 +55,11 @@ def jacobian_penalty(
             else [torch.randn_like(t) for t in points]
             for _ in range(n_probes)
         ]
-    size = sum(t.numel() for t in points)
+    size = max(sum(t.numel() for t in points), 1)
+    wide = torch.promote_types(points[0].dtype, torch.float32)  # half-precision sums overflow
     moving = [i for i, t in enumerate(outputs) if t.requires_grad]
     if not moving:
-        return points[0].new_zeros(())
+        return points[0].new_zeros((), dtype=wide)
     terms = []
     for probe in probes:
         directions = leaves(probe)
@@ -64,7 +71,7 @@ def jacobian_penalty(
             create_graph=True,
             materialize_grads=True,
         )
-        squares = torch.stack([p.square().sum() for p in products])
+        squares = torch.stack([p.to(wide).square().sum() for p in products])
         terms.append(squares.sum() / size)
     return torch.stack(terms).mean()
 

@@ -86,6 +86,11 @@ class StatePacker:
                     "the tensors of a state must share dtype and device, got "
                     f"{[(t.dtype, str(t.device)) for t in tensors]}"
                 )
+        if first.is_complex():
+            raise ValueError(
+                f"a state must be real, got {first.dtype}; solve for real and imaginary parts as "
+                "two real tensors (torch.view_as_real)"
+            )
         if not first.dtype.is_floating_point:
             raise ValueError(f"a state must be floating point, got {first.dtype}")
         self._structure = rebuild(state, [t.new_empty(0) for t in tensors])
@@ -106,7 +111,7 @@ class StatePacker:
         if self._plain and isinstance(state, Tensor) and state.ndim == 2:
             if state.shape[1] == self._sizes[0]:
                 return state
-        tensors = leaves(_in_order_of(state, self._structure))
+        tensors = leaves(in_order_of(state, self._structure))
         n = next((t.shape[0] for t in tensors if t.ndim), -1)
         if [tuple(t.shape) for t in tensors] != [(n, *leaf.shape) for leaf in self._shapes]:
             raise ValueError(
@@ -134,7 +139,7 @@ class StatePacker:
         return rebuild(self._structure, tensors)
 
 
-def _in_order_of(state: State, like: State) -> State:
+def in_order_of(state: State, like: State) -> State:
     """Sort the entries of dicts as in `like`: a map may build its dict in another order."""
     if isinstance(state, Tensor) or isinstance(like, Tensor):
         return state
@@ -145,10 +150,10 @@ def _in_order_of(state: State, like: State) -> State:
                 f"expected a state with the keys {sorted(like)}, got {found}: the map must return "
                 "a state like its input"
             )
-        return {key: _in_order_of(state[key], item) for key, item in like.items()}
+        return {key: in_order_of(state[key], item) for key, item in like.items()}
     if not isinstance(state, (tuple, list)) or len(state) != len(like):
         return state  # what reads the shapes will refuse it
-    return [_in_order_of(item, other) for item, other in zip(state, like, strict=True)]
+    return [in_order_of(item, other) for item, other in zip(state, like, strict=True)]
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -70,6 +70,7 @@ class DEQModel:
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        subfolder: str = "",
         **kwargs: Any,
     ) -> PreTrainedModel:
         """The model stored under a name, in evaluation mode.
@@ -81,6 +82,7 @@ class DEQModel:
             cache_dir: where downloads are kept.
             token: access token, or whether to use the stored one.
             local_files_only: look only into the download cache.
+            subfolder: where in the folder or repository the model is.
             kwargs: passed to the `from_pretrained` of the class (`dtype`, `num_labels`, ...).
 
         Raises:
@@ -92,8 +94,9 @@ class DEQModel:
             "cache_dir": cache_dir,
             "token": token,
             "local_files_only": local_files_only,
+            "subfolder": subfolder,
         }
-        folder = resolve_folder(name)
+        folder = _subfolder(name, subfolder) if subfolder else resolve_folder(name)
         if folder is not None:
             return _load(_class_of(folder / "config.json"), str(folder), kwargs)
         repository = str(name) if "/" in str(name) else f"{ORGANISATION}/{name}"
@@ -101,6 +104,19 @@ class DEQModel:
         loaded = _load(_class_of(config_file), repository, kwargs | hub)
         _check_download(repository, config_file.parent, hub)
         return loaded
+
+
+def _subfolder(name: str | os.PathLike[str], subfolder: str) -> Path | None:
+    """As `resolve_folder`, of a model that is not at the top of a folder."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        bundled = resolve_folder(name)  # None: the Hub may have it
+        if bundled is None:
+            return None
+        path = bundled
+    if not (path / subfolder).is_dir():
+        raise UserError(f"folder {path} has no subfolder {subfolder}")
+    return resolve_folder(path / subfolder)
 
 
 def _fetch_config(name: str, repository: str, hub: dict[str, Any]) -> Path:

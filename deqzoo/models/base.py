@@ -189,7 +189,8 @@ class DEQPreTrainedModel(PreTrainedModel):
         if kwargs.setdefault("use_safetensors", True) is False:
             raise UserError("weights load from safetensors only; `deqzoo convert` reads a pickle")
         source = bundled_source(pretrained_model_name_or_path, kwargs.get("revision"))
-        folder = None if source is None else Path(source)
+        inside = kwargs.get("subfolder") or ""
+        folder = None if source is None else Path(source, inside)
         if folder is not None and folder.is_dir():
             require_inside(folder)
             require_weights_as_sealed(folder)

@@ -54,6 +54,18 @@ def test_class_by_architecture(folder: Path, tmp_path: Path) -> None:
     assert type(DEQModel.from_pretrained(tmp_path / "base")) is deqzoo.MDEQModel
 
 
+def test_a_model_in_a_subfolder(tiny_mdeq: Path, tmp_path: Path) -> None:
+    inner = Path(shutil.copytree(tiny_mdeq, tmp_path / "outer" / "inner"))
+    found = DEQModel.from_pretrained(tmp_path / "outer", subfolder="inner")
+    assert type(found) is deqzoo.MDEQForImageClassification
+    with pytest.raises(UserError, match="has no subfolder other"):
+        DEQModel.from_pretrained(tmp_path / "outer", subfolder="other")
+    (inner / "SHA256SUMS").write_text("0" * 64 + "  model.safetensors\n")
+    for loader in (DEQModel, AutoModelForImageClassification):
+        with pytest.raises(UserError, match="is not as SHA256SUMS"):
+            loader.from_pretrained(tmp_path / "outer", subfolder="inner")
+
+
 def test_auto_classes_load_a_folder(folder: Path) -> None:
     assert type(AutoConfig.from_pretrained(folder)) is deqzoo.MDEQConfig
     assert type(AutoModel.from_pretrained(folder)) is deqzoo.MDEQModel

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, Trainer, TrainingArguments
 
-from deqzoo import UserError
+from deqzoo import DEQModel, UserError
 from deqzoo.models.deq_transformer.cache_deq_transformer import DEQTransformerCache
 from deqzoo.models.names import load_class
 
@@ -177,3 +177,26 @@ def test_peft_calls_a_causal_model_its_way(text: PreTrainedModel, ids: Tensor) -
     loss = tuned(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
     loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in tuned.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_stops_at_strings(beams: int) -> None:
+    """Of a tokenizer of words, in a padded batch; a string may begin inside of a word."""
+    name = "deq-transformer-ptb-upg"
+    model, tokenizer = DEQModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    prompts = tokenizer(["the company said that", "it"], return_tensors="pt", padding=True)
+    settings = {**prompts, "max_new_tokens": 12, "num_beams": beams, "do_sample": False}
+    free = tokenizer.batch_decode(model.generate(**settings, tokenizer=tokenizer))
+    words = free[1].split()
+    for string in (words[2], f"{words[1][-1]} {words[2]}"):
+        ended = model.generate(**settings, stop_strings=[string, "zzz"], tokenizer=tokenizer)
+        text = tokenizer.batch_decode(ended)[1].rstrip()
+        assert text.endswith(string) and string not in text[: -len(string)]
+    with pytest.raises(ValueError, match="not empty"):
+        model.generate(**settings, stop_strings=[""], tokenizer=tokenizer)
+
+
+def test_labels_of_another_kind(text: PreTrainedModel, ids: Tensor) -> None:
+    for labels in (ids.float(), ids > 3):
+        with pytest.raises(UserError, match="whole numbers"):
+            text(input_ids=ids, labels=labels)

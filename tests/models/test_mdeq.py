@@ -221,6 +221,25 @@ def test_sharded_round_trip(tmp_path):
         assert torch.equal(loaded(pictures()).logits, model(pictures()).logits)
 
 
+@pytest.mark.parametrize(
+    "kind, labels, message",
+    [
+        (None, torch.tensor([0, 1, 10]), "labels hold 10"),
+        (None, torch.tensor([0, -1, 1]), "labels hold -1"),
+        (None, torch.tensor([0, 1]), "2 labels for 3 pictures"),
+        (None, torch.eye(10)[:3].long(), "30 labels for 3 pictures"),
+        ("multi_label_classification", torch.tensor([0, 1, 2]), r"needs \(3, 5\)"),
+        ("regression", torch.rand(3, 1), r"needs \(3, 5\)"),
+    ],
+)
+def test_labels_are_checked_before_the_solve(kind, labels, message, monkeypatch):
+    model = tiny_model()
+    model.config.problem_type = kind
+    monkeypatch.setattr(model.mdeq, "forward", lambda *_, **__: pytest.fail("solved"))
+    with pytest.raises(UserError, match=message):
+        model(pictures(), labels=labels)
+
+
 def test_base_model_head_and_labels(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)

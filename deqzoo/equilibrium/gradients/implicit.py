@@ -71,18 +71,21 @@ class Implicit(Gradient):
             layout = problem.layout.adjoint()
             # The system is linear: solved at scale one, so that an absolute tolerance is relative
             # to g and the result does not depend on the scale of the loss.
-            size = layout.total(row_peaks(cotangent))
+            # Sums of a scaled loss's half-precision cotangents would overflow in their own dtype.
+            wide = torch.promote_types(cotangent.dtype, torch.float32)
+            size = layout.total(row_peaks(cotangent).to(wide))
             size = layout.spread(torch.where(size > 0, size, 1)).unsqueeze(1)
-            unit = cotangent / size
+            unit = (cotangent / size).to(cotangent.dtype)
             solution = solver.solve(lambda w: product(w) + unit, unit, layout=layout)
+            adjoint = (solution.state * size).to(cotangent.dtype)
             if batched():  # nobody can look
-                return solution.state * size
+                return adjoint
             problem.report.residual = solution.rel_residual
             problem.report.status = solution.status
             problem.report.n_evals = solution.n_evals
             if self.unsolved != "ignore" and solver.tol > 0:
                 self._complain(solution)
-            return solution.state * size
+            return adjoint
 
         return attach_cotangent(problem, state, solve)
 

@@ -32,7 +32,9 @@ class SingleLoop:
         self.start = matrix
         self.rule = solver.start(matrix, layout)
         self.least, self.most = safe_range(matrix.dtype)
-        self.kept = matrix  # the iterate that would be returned now
+        # The iterate that would be returned now; a copy as soon as others have followed it, since
+        # a map may answer in a few buffers of its own in turns.
+        self.kept, self.owned = matrix, False
         # Of that iterate: absolute and relative residual, and the one that decides.
         self.residuals = (math.inf, math.inf, math.inf)
         self.lowest = self.chosen = math.inf
@@ -84,7 +86,10 @@ class SingleLoop:
             return True
         improved = chosen < self.lowest
         if improved or self.layout.holds_frozen and chosen < math.inf:
-            self.kept, self.residuals = z, (absolute, relative, chosen)
+            self.kept, self.owned = z, False
+            self.residuals = (absolute, relative, chosen)
+        elif not self.owned:
+            self.kept, self.owned = self.kept.clone(), True
         self.waited += 1
         if improved:
             self.lowest, self.waited = chosen, 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout, begin
 from deqzoo.equilibrium.maps import Matrices
-from deqzoo.equilibrium.solvers.loop import cell_norm, deciding, quotient
+from deqzoo.equilibrium.solvers.loop import cell_norm, deciding, quotient, scaled_norm
 from deqzoo.equilibrium.solvers.solution import Solution, Status
 from deqzoo.equilibrium.state import State
 
@@ -45,18 +45,21 @@ def traced_solution(
     step = Matrices(f, layout, watched=False)
     z = _steps(step, z, solver, layout)
     fz = step(z)
-    absolute, size = cell_norm(fz - z, layout), cell_norm(fz, layout)
+    norm = _norm()
+    absolute, size = norm(fz - z, layout), norm(fz, layout)
     chosen = layout.worst(deciding(absolute, size, layout, solver))
     chosen = torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf)
     status = torch.where(chosen <= solver.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
     n_evals, shape = solver.max_steps + 1, layout.cell_shape()
+    wide = torch.promote_types(z.dtype, torch.float32)
+    relative = quotient(absolute, size).to(wide)
     return Solution(
         state=layout.to_state(z),
         status=status.reshape(shape),
         n_steps=torch.full_like(status, solver.max_steps).reshape(shape),
-        abs_residual=absolute.reshape(shape),
-        rel_residual=quotient(absolute, size).reshape(shape),
-        residual=chosen.reshape(shape),
+        abs_residual=absolute.to(wide).reshape(shape),
+        rel_residual=relative.reshape(shape),
+        residual=chosen.to(wide).reshape(shape),
         n_evals=n_evals,
         row_evals=n_evals * z.shape[0],
     )
@@ -70,6 +73,7 @@ def _steps(f: Callable[[Tensor], Tensor], z: Tensor, solver: Solver, layout: Lay
     assert solver.mixing is not None
     window, ridge = solver.mixing
     window = min(window, solver.max_steps)
+    norm = _norm()
     for _ in range(solver.max_steps):
         fz = f(z)
         residual = fz - z
@@ -92,11 +96,16 @@ def _steps(f: Callable[[Tensor], Tensor], z: Tensor, solver: Solver, layout: Lay
                 back = torch.matmul(weights, history).squeeze(1)
                 moved = moved - (1 - solver.damping) * back
         if solver.tol > 0:
-            own, size = cell_norm(residual, layout), cell_norm(fz, layout)
+            own, size = norm(residual, layout), norm(fz, layout)
             met = layout.worst(deciding(own, size, layout, solver)) <= solver.tol
             moved = torch.where(layout.spread(met).unsqueeze(1), z, moved)
         z = moved
     return z
+
+
+def _norm() -> Callable[[Tensor, Layout], Tensor]:
+    """Of any scale; programs for others' runtimes, which know states of scale one, stay simple."""
+    return cell_norm if torch.compiler.is_exporting() else scaled_norm
 
 
 def solved_weights(gram: Tensor, ridge: float | None) -> Tensor:

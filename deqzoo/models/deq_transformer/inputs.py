@@ -109,6 +109,8 @@ def check_labels(
         UserError: another shape than that of input_ids (B, T), or a label outside the vocabulary.
     """
     require_dense(labels=labels)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise UserError(f"labels must be whole numbers, got {labels.dtype}; convert by .long()")
     if labels.shape != input_ids.shape:
         raise UserError(
             f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; pass one "

@@ -63,6 +63,7 @@ from deqzoo.models.deq_transformer.outputs import (
     SolveReport,
     token_residual,
 )
+from deqzoo.models.deq_transformer.stopping import StopWords
 from deqzoo.models.weights import row_norms
 
 FIRST_PARTS = (1,)
@@ -553,6 +554,31 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and self.config.has_equilibrium:
             if model_kwargs.get(name) is None:
                 model_kwargs[name] = DEQTransformerCache(self.config.window)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers' own, without the tokenizers of `generate`, which it hands on."""
+        parent: Any = super()
+        inputs: dict[str, Any] = parent.prepare_inputs_for_generation(*args, **kwargs)
+        return {k: v for k, v in inputs.items() if not k.endswith("tokenizer")}
+
+    def _get_stopping_criteria(
+        self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> Any:
+        """transformers' own `stop_strings` want a tokenizer of pieces; the zoo's are of words."""
+        strings = generation_config.stop_strings
+        own = strings is not None and tokenizer is not None  # without one, transformers asks for it
+        if own:
+            generation_config.stop_strings = None
+        try:
+            parent: Any = super()
+            criteria = parent._get_stopping_criteria(
+                generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs
+            )
+        finally:
+            generation_config.stop_strings = strings
+        if own:
+            criteria.append(StopWords(strings, tokenizer))
+        return criteria
 
     @can_return_tuple
     def forward(

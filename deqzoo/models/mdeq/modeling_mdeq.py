@@ -44,6 +44,8 @@ from .native_norm import (
     plain_group_norm,
 )
 
+IGNORED = -100  # label of a picture that is not scored, as everywhere in transformers
+
 
 @dataclass
 class MDEQModelOutput(ModelOutput):
@@ -430,15 +432,36 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
         self.classifier = nn.Linear(config.final_channels, self.num_labels)
         self.post_init()
 
-    def _check_labels(self, labels: Tensor | None) -> None:
-        """Refuse labels that are no class indices, where those are what the model learns."""
+    def _check_labels(self, labels: Tensor | None, pictures: Any) -> None:
+        """Refuse labels that are not what the model learns: before a solve, and in one line."""
         require_dense(labels=labels)
-        several = self.config.problem_type in ("regression", "multi_label_classification")
-        if labels is not None and labels.dtype != torch.int64 and not several:
+        if labels is None or not isinstance(pictures, Tensor) or pictures.ndim == 0:
+            return
+        n_pictures = len(pictures)
+        shape, kind = (n_pictures, self.num_labels), self.config.problem_type
+        if kind == "multi_label_classification" or kind == "regression" and self.num_labels > 1:
+            if tuple(labels.shape) != shape:
+                raise UserError(
+                    f"labels have shape {tuple(labels.shape)}, but this model of problem_type "
+                    f"{kind!r} needs {shape}"
+                )
+            return
+        if labels.numel() != n_pictures:
+            raise UserError(f"{labels.numel()} labels for {n_pictures} pictures; pass one for each")
+        if kind == "regression":
+            return
+        if labels.dtype != torch.int64:
             raise UserError(
                 f"labels must be class indices of dtype int64, got {labels.dtype}; convert by "
                 '.long(), or set problem_type="multi_label_classification" for several per picture'
             )
+        if labels.device.type == "cpu":  # elsewhere every step would wait for the device
+            foreign = labels[((labels < 0) | (labels >= self.num_labels)) & (labels != IGNORED)]
+            if foreign.numel():
+                raise UserError(
+                    f"labels hold {foreign.flatten()[0]}, but this model's classes are numbered "
+                    f"from 0 to {self.num_labels - 1}"
+                )
 
     @can_return_tuple
     def forward(
@@ -463,7 +486,7 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
             num_items_in_batch: divide the summed loss by this number instead of the batch size.
         """
         check_keywords(self, keywords)
-        self._check_labels(labels)
+        self._check_labels(labels, pixel_values)
         base = self.mdeq(
             pixel_values,
             solver=solver,
