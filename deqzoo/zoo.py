@@ -7,6 +7,7 @@ import fnmatch
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,73 @@ def checkpoints_root() -> Path:
     return (checkout if (checkout / "hatch_build.py").is_file() else _PACKAGE) / "hub_configs"
 
 
-#: End of a class's name -> what its models do.
+@dataclass(frozen=True)
+class TaskInfo:
+    """What models do, and where that task is found.
+
+    Attributes:
+        suffix: how the names of its model classes end.
+        words: what people call it.
+        unit: what a sample is, in the plural.
+        training: "module:name" of the class (or function) that makes its `Task` of a recipe.
+        evaluator: "module:name" of its `Evaluator`.
+        finetuning: "module:name" of the function that makes a `Job` of a model and data of one's
+            own; none where a task has no such data.
+    """
+
+    suffix: str
+    words: str
+    unit: str
+    training: str
+    evaluator: str
+    finetuning: str | None = None
+
+
 TASKS = {
-    "ForImageClassification": "image classification",
-    "ForCausalLM": "language modelling",
-    "ForGraphClassification": "graph classification",
-    "ForNodeClassification": "node classification",
+    "image-classification": TaskInfo(
+        "ForImageClassification",
+        "image classification",
+        "pictures",
+        "deqzoo.tasks.lazy_images:image_task",
+        "deqzoo.evaluation.images:ImageEvaluator",
+        "deqzoo.tasks.images:finetuning",
+    ),
+    "language-modeling": TaskInfo(
+        "ForCausalLM",
+        "language modelling",
+        "tokens",
+        "deqzoo.tasks.text:LanguageModelingTask",
+        "deqzoo.evaluation.text:TextEvaluator",
+        "deqzoo.tasks.text:finetuning",
+    ),
+    "graph-classification": TaskInfo(
+        "ForGraphClassification",
+        "graph classification",
+        "graphs",
+        "deqzoo.tasks.graphs:GraphClassificationTask",
+        "deqzoo.evaluation.graphs:GraphEvaluator",
+        "deqzoo.tasks.graphs:finetuning",
+    ),
+    "node-classification": TaskInfo(
+        "ForNodeClassification",
+        "node classification",
+        "nodes",
+        "deqzoo.tasks.nodes:NodeClassificationTask",
+        "deqzoo.evaluation.graphs:NodeEvaluator",
+    ),
 }
+"""Tasks by the names that recipes and evaluation files use; a task of your own is one entry."""
 
 
-def task_of(architecture: str) -> str:
+def task_of(architecture: str) -> str | None:
+    """The task of a model class by its name; None for models without a head."""
+    return next((name for name, t in TASKS.items() if architecture.endswith(t.suffix)), None)
+
+
+def task_words(architecture: str) -> str:
     """What the models of a class do, in words."""
-    found = (task for suffix, task in TASKS.items() if architecture.endswith(suffix))
-    return next(found, "features")
+    task = task_of(architecture)
+    return "features" if task is None else TASKS[task].words
 
 
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
@@ -53,13 +108,14 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
 
     Args:
         pattern: with wildcards, as "mdeq*" or "*cifar*".
-        task: one of `TASKS`' values, or a part of it ("image").
+        task: in words, or a part of them ("image").
 
     Raises:
         UserError: no model of the zoo could do such a task.
     """
-    if task is not None and not any(task in known for known in TASKS.values()):
-        raise UserError(f"unknown task {task!r}; the tasks are {', '.join(TASKS.values())}")
+    known = [info.words for info in TASKS.values()]
+    if task is not None and not any(task in words for words in known):
+        raise UserError(f"unknown task {task!r}; the tasks are {', '.join(known)}")
     root = checkpoints_root()
     if not root.is_dir():
         return []
@@ -71,7 +127,7 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
     names = fnmatch.filter(names, pattern)
     if task is None:
         return names
-    return [name for name in names if task in task_of(_architecture(root / name))]
+    return [name for name in names if task in task_words(_architecture(root / name))]
 
 
 def _architecture(folder: Path) -> str:
