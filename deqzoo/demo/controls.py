@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from deqzoo.errors import UserError
-from deqzoo.hub.card_texts import DATA_TEXTS
+from deqzoo.hub.card_texts import data_title
 from deqzoo.hub.catalogue import Entry, below_baseline, main_value
 
 from .guard import MAX_STEPS, guarded
@@ -72,8 +72,7 @@ def menu_label(entry: Entry) -> str:
     """A checkpoint's name with its figure, its size, its data and how it was trained."""
     facts = []
     for evaluation in entry.tests()[:1]:
-        name = evaluation.get("data", {}).get("name", "")
-        title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
+        title = data_title(evaluation.get("data", {}).get("name", ""))
         value = main_value(evaluation)
         facts.append(f"{value} on {title}" if value else title)
         if below_baseline(evaluation):

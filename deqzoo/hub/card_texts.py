@@ -72,3 +72,8 @@ TASK_USES: dict[str, str] = {name: text["uses"] for name, text in _CONTENT["task
 DATA_TEXTS = {name: DataText(**text) for name, text in _CONTENT["data"].items()}
 CONVERTED = {name: ConvertedText(**text) for name, text in _CONTENT["converted"].items()}
 PAPERS: dict[str, str] = _CONTENT["papers"]
+
+
+def data_title(name: str) -> str:
+    """What a data set is called; its own name where the cards know none."""
+    return DATA_TEXTS[name].title if name in DATA_TEXTS else name

@@ -46,7 +46,7 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     ]
     flops = sum(stage.pop("flops") for stage in stages)
     parameters = sum(p.numel() for p in model.parameters())
-    moments = {"sgd": 1, "muon": 2}.get(recipe.optimizer.name, 2)
+    moments = 1 if recipe.optimizer.name == "sgd" else 2
     copies = 2 + moments + (recipe.average > 0)  # weights, gradients, moments, average
     state = round(copies * 4 * parameters / 2**20)
     return {

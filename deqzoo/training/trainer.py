@@ -160,8 +160,7 @@ class DEQTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Any]:
         """The loss without penalties, and the model's output."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return loss, outputs
+        return super().compute_loss(model, inputs, True, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
