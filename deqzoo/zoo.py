@@ -6,7 +6,6 @@ import difflib
 import fnmatch
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,18 +176,11 @@ def bare_name(name: str) -> str:
     return name.removeprefix(f"{ORGANISATION}/")
 
 
-def nearest_names(name: str, names: Iterable[str] | None = None) -> list[str]:
-    """Up to three known names that look like `name`, best first."""
-    known = list(list_models() if names is None else names)
-    return difflib.get_close_matches(bare_name(name), known, n=3, cutoff=0.5)
-
-
 def suggestion(name: str) -> str:
     """A clause for error messages that lists the nearest names, or the known ones."""
-    near = nearest_names(name)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
     known = list_models()
+    if near := difflib.get_close_matches(bare_name(name), known, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(near)}?"
     return f"the zoo's models are {', '.join(known)}" if known else "no checkpoint is bundled"
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from deqzoo.data.lines import parquet_rows
 from deqzoo.data.shards import data_folder, parquet_shards
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import file_digest
 
 END = "<eos>"
@@ -284,11 +284,9 @@ def _rows(source: TextSource, files: Sequence[Path]) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    try:
+    with as_user_error(f"cannot read {path}", OSError, UnicodeDecodeError):
         with path.open(encoding="utf-8-sig", newline="\n") as stream:
             yield from stream
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def _encode_corpus(source: TextSource, files: Mapping[str, Sequence[Path]]) -> Corpus:
@@ -307,10 +305,8 @@ def _digest(source: TextSource, files: Mapping[str, Sequence[Path]]) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {source.lowercase} {source.counted}".encode())
     for split in SPLITS:
         for path in files[split]:
-            try:
+            with as_user_error(f"cannot read {path}", OSError):
                 content = file_digest(path)
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}") from error
             digest.update(f"\0{split}\0{path.suffix}\0{content}".encode())
     return digest.hexdigest()
 

@@ -211,6 +211,12 @@ def solver_controls(shelf: Shelf, task: str, prefix: str) -> SolverControls:
     return SolverControls(shelf, task, checkpoint, solver, budget, exponent)
 
 
+def hidden(value: Any, label: str) -> Any:
+    """An input of the API alone, a text or a number."""
+    kind = gr.Textbox if isinstance(value, str) else gr.Number
+    return kind(value, label=label, visible=False)
+
+
 def missing_checkpoint(task: str) -> None:
     """What a tab shows where its family has no checkpoint."""
     gr.Markdown(

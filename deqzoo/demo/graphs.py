@@ -270,9 +270,11 @@ def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = Non
 
 
 def class_name(loaded: Loaded, index: int) -> str:
-    """A class's name, "class 0" where the checkpoint has none."""
-    name = loaded.model.config.id2label.get(index, "")
-    return f"class {index}" if not name or name.startswith("LABEL_") else name
+    """A class's name; "class 0", or "label 0" of several, where the checkpoint has none."""
+    config = loaded.model.config
+    name = config.id2label.get(index, "")
+    kind = "label" if config.problem_type == "multi_label_classification" else "class"
+    return f"{kind} {index}" if not name or name.startswith("LABEL_") else name
 
 
 def _hops(n: int, edges: np.ndarray, pivots: np.ndarray) -> np.ndarray:

@@ -69,9 +69,10 @@ def fixed_point_of_steps(
     if window == 1 and solver.damping == 1 and precision is not None:
         # Plain iterates are values of F: kept in its precision they lose nothing.
         first = _map(lambda t: t.to(precision), start)
+    alone = f.detached() if isinstance(f, DetachableMap) else f  # compiled code records no graph
     with torch.no_grad():
         z = fixed_steps(
-            _detached(f), first, solver.max_steps,
+            alone, first, solver.max_steps,
             window=window, damping=solver.damping, ridge=ridge, layout=layout,
         )  # fmt: skip
     z = rebuild(z, [t.detach().to(s.dtype) for t, s in zip(leaves(z), leaves(start), strict=True)])
@@ -225,11 +226,6 @@ def difference_penalty(f: Map, state: State, size: float) -> Tensor:
         (a.to(_wide(a)) - b.to(_wide(b))).square().sum() for a, b in zip(moved, value, strict=True)
     ]
     return torch.stack(change).sum() / (size * size * sum(z.numel() for z in points))
-
-
-def _detached(f: Map) -> Map:
-    """The map without its graph where it offers that, so that compiled code records none."""
-    return f.detached() if isinstance(f, DetachableMap) else f
 
 
 def _step(z: State, fz: State, damping: float) -> State:

@@ -27,12 +27,6 @@ from deqzoo.evaluation.options import (
 PICTURES_AT_ONCE = 32
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add this room's commands to the command line."""
-    app.command(rich_help_panel="Use models")(classify)
-    app.command(rich_help_panel="Use models")(perplexity)
-
-
 def classify(
     images: Annotated[
         list[str],

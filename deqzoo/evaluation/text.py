@@ -55,13 +55,9 @@ class TextEvaluator(Evaluator):
     def load(self, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> None:
         tokenizer = load_tokenizer(self.model)
         self.stream, self.description = _stream_of(self.model, tokenizer, split, data)
-        if limit is not None and limit < len(self.stream):
-            self.stream = self.stream[:limit]
-            self.description |= {"complete": False, "limit": limit}
-
-    def describe(self) -> dict[str, Any]:
-        known = {k: v for k, v in self.description.items() if k not in ("split", "tokens")}
-        return {"name": known.pop("name"), "samples": len(self.stream), "unit": self.unit} | known
+        self.count = len(self.stream)
+        self.limit_to(limit)
+        self.stream = self.stream[: self.count]
 
     def environment(self) -> dict[str, Any]:
         return {"segment_length": self.model.config.tgt_len}

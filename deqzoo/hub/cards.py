@@ -521,12 +521,9 @@ def _record_rows(content: dict[str, Any]) -> list[tuple[str, Any]]:
             rows.append((f"PFLOP{part}", value - inherited))
             rows += [("PFLOP in all parts", value)] if inherited else []
         elif name != "pflop_inherited":
-            rows.append((_label(name) + (part if name in _OF_A_PART else ""), value))
+            label = _LABELS.get(name) or words(name)
+            rows.append((label + (part if name in _OF_A_PART else ""), value))
     return rows
-
-
-def _label(name: str) -> str:
-    return _LABELS.get(name) or words(name)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.models.names import FAMILIES
 from deqzoo.records import read_evaluation, training_record
@@ -198,7 +198,8 @@ def count_parameters(path: Path) -> int:
     Raises:
         UserError: the file is no safetensors file.
     """
-    try:
+    faults = (OSError, ValueError, KeyError, TypeError, struct.error)
+    with as_user_error(f"{path} is no sound safetensors file", *faults):
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > path.stat().st_size:
@@ -209,5 +210,3 @@ def count_parameters(path: Path) -> int:
             for name, tensor in header.items()
             if name != "__metadata__" and name.rpartition(".")[2] not in BUFFERS
         )
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise UserError(f"{path} is no sound safetensors file: {error}") from error

@@ -11,11 +11,6 @@ import typer
 from deqzoo.evaluation.options import ModelName
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add the command of this module to the command line."""
-    app.command(rich_help_panel="Train")(finetune)
-
-
 def finetune(
     model: ModelName,
     data: Annotated[

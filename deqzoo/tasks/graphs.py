@@ -318,7 +318,7 @@ class GraphClassificationTask(GraphTask):
         self.validation = self._parts(held_out, symmetrize=not fold.validation)
         digests = graph_digests(self.graphs.graphs)
         self.fingerprints = {
-            split: _digest(digests[i] for i in index)
+            split: hashlib.sha256("".join(digests[i] for i in index).encode()).hexdigest()
             for split, index in (("train", fold.train), ("validation", held_out))
         }
         self.counts = {"train": len(fold.train), "validation": len(held_out)}
@@ -482,10 +482,6 @@ def _filled(tensor: Tensor, n: int, value: float = 0) -> Tensor:
     longer = tensor.new_full((n, *tensor.shape[1:]), value)
     longer[: len(tensor)] = tensor
     return longer
-
-
-def _digest(texts: Any) -> str:
-    return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
 def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job:

@@ -65,13 +65,11 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     }
 
 
-def commands(path: str, alone: bool, processes: int = 8) -> dict[str, str]:
+def commands(path: str, alone: bool) -> dict[str, str]:
     """Command lines that train a recipe on one device and, unless `alone`, on several GPUs."""
-    found = {"one": f"deqzoo train {path} --resume"}
-    if not alone:
-        launch = f"torchrun --nproc_per_node {processes}"
-        found["several"] = f"{launch} -m deqzoo train {path} --resume"
-    return found
+    train = f"deqzoo train {path} --resume"
+    several = {} if alone else {"several": f"torchrun --nproc_per_node 8 -m {train}"}
+    return {"one": train, **several}
 
 
 @dataclass(frozen=True)

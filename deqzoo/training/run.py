@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
 from deqzoo.models.coarse import has_fast_bfloat16
@@ -256,10 +256,8 @@ def make_folder(path: Path) -> None:
     Raises:
         UserError: it cannot be made.
     """
-    try:
+    with as_user_error(f"cannot make the folder {path}", OSError):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

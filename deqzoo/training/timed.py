@@ -227,7 +227,7 @@ class TimedRun:
                     told, done = time.monotonic(), 0
                 reached = self.max_steps is not None and self.count >= self.max_steps
                 self.stopped = reached or (self.out / "stop").exists()
-                if self._snapshot_due() or self._checkpoint_due():
+                if self._snapshots_due() > self.snapshots or self._checkpoint_due():
                     with self.budget.paused():
                         self._take_snapshot()
                         if self._checkpoint_due():
@@ -239,16 +239,15 @@ class TimedRun:
     def _checkpoint_due(self) -> bool:
         return time.monotonic() - self.last_save > 60 * self.recipe.checkpoint_minutes
 
-    def _snapshot_due(self) -> bool:
-        parts = max(self.recipe.evaluation.snapshots - 1, 1)
-        return self.budget.progress * parts >= self.snapshots
+    def _snapshots_due(self) -> int:
+        """How many snapshots there should be by now."""
+        return int(self.budget.progress * max(self.recipe.evaluation.snapshots - 1, 1)) + 1
 
     def _take_snapshot(self) -> None:
-        if self.recipe.evaluation.snapshots and self._snapshot_due():
+        due = self._snapshots_due()
+        if self.recipe.evaluation.snapshots and due > self.snapshots:
             save_snapshot(self.model, self.out / "snapshots", self.count)
-        self.snapshots = (
-            int(self.budget.progress * max(self.recipe.evaluation.snapshots - 1, 1)) + 1
-        )
+        self.snapshots = due
 
     def _rows(self, stage: Stage) -> Tensor:
         """What each step of the present epoch takes."""

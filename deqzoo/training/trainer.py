@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from deqzoo.equilibrium import jacobian_penalty
 from deqzoo.equilibrium.fixed import difference_penalty
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import mark_complete
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.models.deq_transformer import DEQTransformerForCausalLM
@@ -95,10 +95,8 @@ class DEQTrainer(Trainer):
         for name in ("solver", "gradient"):
             change = getattr(self.args, name, None)
             if change and isinstance(self.model, DEQPreTrainedModel):
-                try:
+                with as_user_error(name, ValueError):
                     getattr(self.model, f"resolve_{name}")(change)
-                except ValueError as error:
-                    raise UserError(f"{name}: {error}") from error
 
     def stage_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model that the training step adds to the batch."""
@@ -160,7 +158,8 @@ class DEQTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Any]:
         """The loss without penalties, and the model's output."""
-        return super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return loss, outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -177,10 +177,10 @@ class Books:
         self.n_steps = self.n_steps.masked_fill(cells, k)
         self.active = self.active & ~cells
 
-    def take(self, cells: Tensor) -> Books:
+    def select(self, cells: Tensor) -> Books:
         return Books(*(getattr(self, f.name)[cells] for f in fields(self)))
 
-    def put(self, cells: Tensor, other: Books) -> None:
+    def scatter(self, cells: Tensor, other: Books) -> None:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             setattr(self, f.name, mine.index_copy(0, cells, theirs))
@@ -222,7 +222,7 @@ class Loop:
         self.looked_at: Tensor | None = None  # what was active then,
         self.looked = True, True  # and whether all were and any was
         self.stays: Tensor | None = None  # what was active when too few had stopped to leave
-        self.untroubled = self.on_cpu  # every cell has got better at every evaluation
+        self.all_improved = self.on_cpu  # every cell has got better at every evaluation
 
     def run(
         self,
@@ -245,7 +245,7 @@ class Loop:
             if k == last:
                 break
             back = None
-            if not self.untroubled and k % self.check_every == 0:
+            if not self.all_improved and k % self.check_every == 0:
                 running, broken = self.look()
                 if broken:
                     back = self.recover(k)
@@ -265,10 +265,10 @@ class Loop:
         own, size = cell_norm(residual, self.layout), cell_norm(fz, self.layout)
         absolute, relative, chosen = self.choose_plainly(own, size)
         # The usual case before the first cell stops, at a fraction of the operations.
-        untroubled_before = self.untroubled
-        self.untroubled = untroubled_before and self.all_better(chosen)
-        low = None if self.untroubled else self.lowest_ordinary(absolute, chosen)
-        ordinary = self.untroubled or low is not None
+        improved_before = self.all_improved
+        self.all_improved = improved_before and self.all_better(chosen)
+        low = None if self.all_improved else self.lowest_ordinary(absolute, chosen)
+        ordinary = self.all_improved or low is not None
         if ordinary:
             books.broken = self.none
         else:
@@ -291,12 +291,12 @@ class Loop:
             return
         if self.trace is not None:
             self.trace.append(torch.where(books.active, chosen, books.residual))
-        if self.untroubled:
+        if self.all_improved:
             books.residual, books.abs_residual, books.rel_residual = chosen, absolute, relative
             books.lowest = chosen
             self.pending = self.every
         else:
-            if untroubled_before:
+            if improved_before:
                 books.best_at = books.best_at + (k - 1)
             improved = chosen < books.lowest
             if self.layout.holds_frozen:
@@ -431,7 +431,7 @@ class Loop:
         """Return the next iterate; cells in `back` return to the one they keep."""
         books, spread = self.books, self.layout.spread
         stalled, patience = None, self.solver.patience
-        if patience is not None and k >= patience and not self.untroubled:
+        if patience is not None and k >= patience and not self.all_improved:
             stalled = k - books.best_at >= patience
         arguments = (z, fz, residual, books.active, stalled, self.scale)
         if self.autocast:
@@ -442,7 +442,7 @@ class Loop:
         if back is not None:
             self.rule.restart(books.broken)
             proposed = torch.where(spread(books.broken).unsqueeze(1), self.kept(), proposed)
-        if self.layout.holds_frozen and not (self.untroubled or self.all_active):
+        if self.layout.holds_frozen and not (self.all_improved or self.all_active):
             proposed = torch.where(spread(books.active).unsqueeze(1), proposed, self.kept())
         return proposed
 
@@ -459,11 +459,11 @@ class Loop:
             return f, z, fz, residual
         layout, selection = chosen
         self.own_saved()
-        self.file()
+        self.write_back()
         cells, rows = selection.cell_index, selection.rows
         self.cell_index = cells if self.cell_index is None else self.cell_index[cells]
         self.row_index = rows if self.row_index is None else self.row_index[rows]
-        self.books = self.books.take(cells)
+        self.books = self.books.select(cells)
         self.pending, self.every = self.pending[cells], self.every[cells]
         self.none = ~self.every
         self.scale = None if self.scale is None else self.scale[cells]
@@ -475,11 +475,11 @@ class Loop:
         self.last = z
         return f.select(selection, layout), z, fz, residual
 
-    def file(self) -> None:
+    def write_back(self) -> None:
         """Enter what is left of the batch into the books and iterates of the whole batch."""
         self.save(self.pending)
         if self.cell_index is not None and self.row_index is not None:
-            self.whole_books.put(self.cell_index, self.books)
+            self.whole_books.scatter(self.cell_index, self.books)
             self.whole_saved.index_copy_(0, self.row_index, self.saved)
 
     def finish(self) -> Solution:
@@ -488,7 +488,7 @@ class Loop:
             self.whole_saved = self.last.clone()
         else:
             self.own_saved()
-            self.file()
+            self.write_back()
         books, shape = self.whole_books, self.whole_layout.cell_shape()
         self.layout, self.unit = self.whole_layout, self.whole_unit
         trace = None
