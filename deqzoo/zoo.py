@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 
 ORGANISATION = "deqzoo"
 _PACKAGE = Path(__file__).resolve().parent
@@ -218,12 +218,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: unreadable file, broken JSON, or JSON that is no object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    with as_user_error(f"cannot read {path}", OSError):
+        data = path.read_bytes()
+    with as_user_error(f"{path} is not valid JSON", ValueError):
+        content = json.loads(data.decode("utf-8"))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
 from deqzoo.errors import UserError, as_user_error
+from deqzoo.files import visible_files
 
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 16  # characters; longer lines are read in fragments
@@ -51,13 +52,7 @@ def text_files(source: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"no file {path}")
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and _suffix(file) in SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    files = [file for file in visible_files(path) if _suffix(file) in SUFFIXES]
     if not files:
         raise UserError(f"folder {path} holds no text ({', '.join(SUFFIXES)})")
     return files

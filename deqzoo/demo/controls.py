@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,30 +41,13 @@ def in_place(
         outputs: components.
         message: the one of them, a `gr.HTML`, that shows what went wrong.
     """
-    safe = guarded(function)
 
     def failed(error: gr.Error) -> Any:
         said = f'<div class="dz-error" role="alert"><b>{error.title}.</b> {error.message}</div>'
         values = [said if output is message else None for output in outputs]
         return values[0] if len(values) == 1 else tuple(values)
 
-    if inspect.isgeneratorfunction(function):
-
-        def stream(*arguments: Any) -> Iterator[Any]:
-            try:
-                yield from safe(*arguments)
-            except gr.Error as error:
-                yield failed(error)
-
-        return stream
-
-    def call(*arguments: Any) -> Any:
-        try:
-            return safe(*arguments)
-        except gr.Error as error:
-            return failed(error)
-
-    return call
+    return guarded(function, failed)
 
 
 def menu_label(entry: Entry) -> str:

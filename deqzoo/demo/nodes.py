@@ -17,7 +17,7 @@ from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.watch import watched_solver
 from deqzoo.tasks.nodes import NODE_SETS
 
-from .graphs import class_name, drawing
+from .graphs import class_name, drawing, verdict
 from .guard import Deadline, whole_number
 from .shelf import Loaded
 
@@ -166,7 +166,6 @@ def _distances(edge_index: Tensor, n: int, start: int) -> Tensor:
 
 def verdict_html(network: Network, found: Reach, node: int) -> str:
     """The node's answer where its features are real, and how far a change there is felt."""
-    mood, badge = ("good", "Equilibrium found") if found.converged else ("late", "Stopped early")
     felt = (found.change > UNMOVED) & (found.distance > 0)
     far = int(found.distance[felt].max()) if felt.any() else 0
     others = int((found.distance > 0).sum())
@@ -190,11 +189,8 @@ def verdict_html(network: Network, found: Reach, node: int) -> str:
             f"The model says of node {node}: <b>{said}</b>; the data set: {kind} "
             f"{', '.join(map(str, true)) or 'none'}."
         )
-    return (
-        f'<div class="dz-verdict dz-{mood}"><div><span class="dz-badge">{badge}</span> after '
-        f"<b>{found.n_steps}</b> steps, residual {found.residual:.2g}. {text}"
-        f'<div class="dz-note">{answer}</div></div></div>'
-    )
+    solve = f"after <b>{found.n_steps}</b> steps, residual {found.residual:.2g}."
+    return verdict(found.converged, f"{solve} {text}", answer)
 
 
 def network_html(network: Network, found: Reach, node: int) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,6 +110,17 @@ class Inputs:
         except UserError as error:
             self.bad += 1
             print(f"deqzoo: {one_line(error)}", file=sys.stderr)
+
+    def files(
+        self, sources: Sequence[str], files_of: Callable[[str], Sequence[Path]]
+    ) -> list[str | Path]:
+        """The files that sources name, "-" for standard input; bad sources count as bad inputs."""
+        found: list[str | Path] = []
+        for source in sources:
+            with self.one():
+                found += [source] if source == "-" else files_of(source)
+        self.good = 0
+        return found
 
     def end(self) -> None:
         """Write the trace; leave with exit code 1 if some inputs were bad, 2 if all were."""

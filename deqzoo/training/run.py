@@ -94,14 +94,11 @@ def run_recipe(
         if _is_first_process():
             _claim(out, recipe, resume, accept_changes)
         last = latest_checkpoint(out / "checkpoints") if resume else None
-        if last is not None and max_steps is not None:
-            done = int(_recorded(out, "steps"))
-            if done >= max_steps:
-                if _is_first_process():
-                    print(
-                        f"{out} has made {done} steps already; nothing to do up to step {max_steps}"
-                    )
-                return out / "model"
+        done = int(_recorded(out, "steps"))
+        if last is not None and max_steps is not None and done >= max_steps:
+            if _is_first_process():
+                print(f"{out} has made {done} steps already; nothing to do up to step {max_steps}")
+            return out / "model"
         task, model, earlier = _begin(recipe, data, out, last)
         if recipe.time_budget:
             seconds = seconds_of(recipe.time_budget, "time_budget")

@@ -193,9 +193,12 @@ class TimedRun:
             self._stage(number, self.recipe.stages[number], bar, keep)
             if not self.stopped:
                 self.evaluate(self.recipe.stages[number])
-            keep()
-            self.last_save = time.monotonic()
+            self._save(keep)
         bar.close()
+
+    def _save(self, keep: Any) -> None:
+        keep()
+        self.last_save = time.monotonic()
 
     def _stage(self, number: int, stage: Stage, bar: tqdm, keep: Any) -> None:
         rows = self._rows(stage)
@@ -231,8 +234,7 @@ class TimedRun:
                     with self.budget.paused():
                         self._take_snapshot()
                         if self._checkpoint_due():
-                            keep()
-                            self.last_save = time.monotonic()
+                            self._save(keep)
             if done:
                 self._tell(steps, done, told, stage)
 
