@@ -15,10 +15,11 @@ from typer.core import TyperGroup
 
 import deqzoo
 import deqzoo.zoo
-from deqzoo.errors import UserError, one_line
-from deqzoo.evaluation.options import ModelName, SolverName
+from deqzoo.errors import UserError, as_user_error, one_line
+from deqzoo.evaluation.options import DataFolder, ModelName, SolverName
 from deqzoo.models.names import FAMILIES
 from deqzoo.models.registration import after_import
+from deqzoo.tasks import load
 
 #: Order of the groups in the help; a command names its own by `rich_help_panel`.
 GROUPS = ("Use models", "Measure", "Train", "Publish", "Maintain the zoo")
@@ -60,9 +61,6 @@ _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 _INTERRUPTED = 130
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DataFolder = Annotated[
-    Path | None, typer.Option("--data", help="Local copy of the data set; else it is fetched.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -250,31 +248,44 @@ def export(
     typer.echo(f"{shapes} -> {', '.join(facts['outputs'])}; written to {output}")
 
 
-#: Modules with `add_commands(app)`, which adds the commands of their room.
-_COMMAND_MODULES = (
-    "deqzoo.training.cli",
-    "deqzoo.evaluation.cli",
-    "deqzoo.evaluation.graphs_cli",
-    "deqzoo.fidelity.cli",
-    "deqzoo.hub.cli",
-    "deqzoo.hub.finetune_cli",
-    "deqzoo.demo.cli",
-)
+#: Commands of other modules by their group.
+_COMMANDS = {
+    "Use models": (
+        "deqzoo.evaluation.cli:classify",
+        "deqzoo.evaluation.cli:perplexity",
+        "deqzoo.evaluation.graphs_cli:predict_graphs",
+    ),
+    "Measure": ("deqzoo.fidelity.cli:gradients",),
+    "Train": ("deqzoo.training.cli:train", "deqzoo.hub.finetune_cli:finetune"),
+    "Publish": ("deqzoo.hub.cli:store", "deqzoo.hub.cli:publish", "deqzoo.demo.cli:publish_space"),
+    "Maintain the zoo": (
+        "deqzoo.hub.cli:verify",
+        "deqzoo.hub.cli:cards",
+        "deqzoo.hub.cli:seal",
+    ),
+}
 
 
 def _on_device(model: Any, device: str) -> Any:
     import torch
 
-    try:
+    with as_user_error(f"cannot use device {device!r}", RuntimeError, AssertionError, most=120):
         if torch.device(device).type == "meta":
             raise UserError("device 'meta' holds no numbers; choose cpu, cuda, ...")
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"cannot use device {device!r}: {one_line(error, 120)}") from error
 
 
-for _module in _COMMAND_MODULES:
-    importlib.import_module(_module).add_commands(app)
+for _group, _places in _COMMANDS.items():
+    for _place in _places:
+        app.command(rich_help_panel=_group)(load(_place))
+
+
+@app.command(
+    hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def ignn_table() -> None:
+    """Say where the graph table has gone."""
+    raise UserError("the graph table is made by a script: python benchmarks/ignn/table.py --help")
 
 
 def run(arguments: list[str] | None = None) -> int:

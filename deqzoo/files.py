@@ -71,6 +71,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Files below a folder in the order of their names, without hidden ones."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            yield path
+
+
 def mark_complete(folder: Path) -> None:
     """Put a folder on the disk and say in it what it holds; whatever comes later is not covered."""
     (folder / COMPLETE).unlink(missing_ok=True)

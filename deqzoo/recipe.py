@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from deqzoo.equilibrium import make_gradient, make_solver
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -240,12 +240,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, no YAML, or no mapping.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"recipe {path} is not YAML: {one_line(error)}") from error
+    with as_user_error(f"cannot read recipe {path}", OSError):
+        data = path.read_bytes()
+    with as_user_error(f"recipe {path} is not YAML", yaml.YAMLError, ValueError, RecursionError):
+        content = yaml.load(data.decode("utf-8"), _UniqueKeys)
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
     return content

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from deqzoo.errors import UserError
-from deqzoo.zoo import read_json
+from deqzoo.zoo import TASKS, read_json, task_of
 
 FORMAT = 2
 
@@ -39,16 +39,6 @@ _RENAMED = {
 }
 #: What a file was known by before it said so itself, the first that it has.
 _KNOWN_BY = ("auc", "accuracy", "perplexity", "micro_f1")
-_UNITS = {
-    "image-classification": "pictures",
-    "language-modeling": "tokens",
-    "graph-classification": "graphs",
-    "node-classification": "nodes",
-}
-_TASK_OF_SUFFIX = {
-    "ForGraphClassification": "graph-classification",
-    "ForNodeClassification": "node-classification",
-}
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -84,9 +74,7 @@ def upgraded(content: Mapping[str, Any], place: str = "the evaluation") -> dict[
         raise UserError(f"{place} has format {version!r}; this version reads up to {FORMAT}")
     model, data = dict(content.get("model", {})), dict(content.get("data", {}))
     results = _renamed(content.get("results", {}))
-    suffixes = _TASK_OF_SUFFIX.items()
-    architecture = model.get("architecture", "")
-    task = content.get("task") or next((t for s, t in suffixes if architecture.endswith(s)), None)
+    task = content.get("task") or task_of(model.get("architecture", ""))
     metric = next((name for name in _KNOWN_BY if name in results), None)
     samples = _first_of(data, results)
     if samples is not None:
@@ -96,7 +84,7 @@ def upgraded(content: Mapping[str, Any], place: str = "the evaluation") -> dict[
         data = {
             **{key: data.pop(key) for key in ("name", "split") if key in data},
             "samples": samples,
-            "unit": _UNITS.get(task or "", "samples"),
+            "unit": TASKS[task].unit if task in TASKS else "samples",
             **data,
         }
         data.setdefault("complete", True)

@@ -6,11 +6,11 @@ import difflib
 import fnmatch
 import json
 import os
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 
 ORGANISATION = "deqzoo"
 _PACKAGE = Path(__file__).resolve().parent
@@ -33,19 +33,73 @@ def checkpoints_root() -> Path:
     return (checkout if (checkout / "hatch_build.py").is_file() else _PACKAGE) / "hub_configs"
 
 
-#: End of a class's name -> what its models do.
+@dataclass(frozen=True)
+class TaskInfo:
+    """What models do, and where that task is found.
+
+    Attributes:
+        suffix: how the names of its model classes end.
+        words: what people call it.
+        unit: what a sample is, in the plural.
+        training: "module:name" of the class (or function) that makes its `Task` of a recipe.
+        evaluator: "module:name" of its `Evaluator`.
+        finetuning: "module:name" of the function that makes a `Job` of a model and data of one's
+            own; none where a task has no such data.
+    """
+
+    suffix: str
+    words: str
+    unit: str
+    training: str
+    evaluator: str
+    finetuning: str | None = None
+
+
 TASKS = {
-    "ForImageClassification": "image classification",
-    "ForCausalLM": "language modelling",
-    "ForGraphClassification": "graph classification",
-    "ForNodeClassification": "node classification",
+    "image-classification": TaskInfo(
+        "ForImageClassification",
+        "image classification",
+        "pictures",
+        "deqzoo.tasks.lazy_images:image_task",
+        "deqzoo.evaluation.images:ImageEvaluator",
+        "deqzoo.tasks.images:finetuning",
+    ),
+    "language-modeling": TaskInfo(
+        "ForCausalLM",
+        "language modelling",
+        "tokens",
+        "deqzoo.tasks.text:LanguageModelingTask",
+        "deqzoo.evaluation.text:TextEvaluator",
+        "deqzoo.tasks.text:finetuning",
+    ),
+    "graph-classification": TaskInfo(
+        "ForGraphClassification",
+        "graph classification",
+        "graphs",
+        "deqzoo.tasks.graphs:GraphClassificationTask",
+        "deqzoo.evaluation.graphs:GraphEvaluator",
+        "deqzoo.tasks.graphs:finetuning",
+    ),
+    "node-classification": TaskInfo(
+        "ForNodeClassification",
+        "node classification",
+        "nodes",
+        "deqzoo.tasks.nodes:NodeClassificationTask",
+        "deqzoo.evaluation.graphs:NodeEvaluator",
+    ),
 }
+"""Tasks by the names that recipes and evaluation files use; a task of your own is one entry."""
 
 
-def task_of(architecture: str) -> str:
+def task_of(architecture: str) -> str | None:
+    """The task of a model class by its name; None for models without a head."""
+    return next((name for name, t in TASKS.items() if architecture.endswith(t.suffix)), None)
+
+
+def task_words(architecture: str) -> str:
     """What the models of a class do, in words."""
-    found = (task for suffix, task in TASKS.items() if architecture.endswith(suffix))
-    return next(found, "features")
+    task = task_of(architecture)
+    return "features" if task is None else TASKS[task].words
 
 
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
@@ -53,13 +107,14 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
 
     Args:
         pattern: with wildcards, as "mdeq*" or "*cifar*".
-        task: one of `TASKS`' values, or a part of it ("image").
+        task: in words, or a part of them ("image").
 
     Raises:
         UserError: no model of the zoo could do such a task.
     """
-    if task is not None and not any(task in known for known in TASKS.values()):
-        raise UserError(f"unknown task {task!r}; the tasks are {', '.join(TASKS.values())}")
+    known = [info.words for info in TASKS.values()]
+    if task is not None and not any(task in words for words in known):
+        raise UserError(f"unknown task {task!r}; the tasks are {', '.join(known)}")
     root = checkpoints_root()
     if not root.is_dir():
         return []
@@ -71,7 +126,7 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
     names = fnmatch.filter(names, pattern)
     if task is None:
         return names
-    return [name for name in names if task in task_of(_architecture(root / name))]
+    return [name for name in names if task in task_words(_architecture(root / name))]
 
 
 def _architecture(folder: Path) -> str:
@@ -121,18 +176,11 @@ def bare_name(name: str) -> str:
     return name.removeprefix(f"{ORGANISATION}/")
 
 
-def nearest_names(name: str, names: Iterable[str] | None = None) -> list[str]:
-    """Up to three known names that look like `name`, best first."""
-    known = list(list_models() if names is None else names)
-    return difflib.get_close_matches(bare_name(name), known, n=3, cutoff=0.5)
-
-
 def suggestion(name: str) -> str:
     """A clause for error messages that lists the nearest names, or the known ones."""
-    near = nearest_names(name)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
     known = list_models()
+    if near := difflib.get_close_matches(bare_name(name), known, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(near)}?"
     return f"the zoo's models are {', '.join(known)}" if known else "no checkpoint is bundled"
 
 
@@ -170,12 +218,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: unreadable file, broken JSON, or JSON that is no object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    with as_user_error(f"cannot read {path}", OSError):
+        data = path.read_bytes()
+    with as_user_error(f"{path} is not valid JSON", ValueError):
+        content = json.loads(data.decode("utf-8"))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content

@@ -29,12 +29,12 @@ from torch import Tensor
 
 import deqzoo
 from deqzoo.equilibrium import fixed_point, spectral_radius
+from deqzoo.equilibrium.diagnostics import gradients_by_name
 from deqzoo.equilibrium.state import StatePacker
 from deqzoo.evaluation.files import weights_digest
 from deqzoo.fidelity.adjoints import (
     Held,
     RecordedModel,
-    named,
     neumann_rule,
     no_rule,
     solver_rule,
@@ -120,7 +120,7 @@ def agreements(model: Any, data: Path) -> dict[str, Any]:
         neumann = joined(own.gradients(neumann_rule(steps, damping)), behind)
         loss = own.replayed({"name": "upg", "steps": steps, "damping": damping})
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        unrolled = joined(named(own.parameters, found), behind)
+        unrolled = joined(gradients_by_name(own.parameters, found), behind)
         rows[label(steps, damping)] = {
             name: {
                 "cosine": float(torch.cosine_similarity(g, truth, dim=0)),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ import torch
 from PIL import Image
 
 from deqzoo.data.images import SPLIT_SEED, ImageSource, split_files
-from deqzoo.errors import UserError, one_line
+from deqzoo.data.shards import local_folder, open_dataset
+from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
 IMAGENET = ImageSource(
@@ -127,27 +127,17 @@ def load_imagenet(
 
 
 def _open(stored: str, data: str | os.PathLike[str] | None, cache_dir: str | None) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError("ImageNet needs datasets: pip install 'deqzoo[train]'") from error
-    folder = None if data is None else Path(data).expanduser()
-    try:
-        if folder is not None and folder.is_dir():
-            files = [str(path) for path in split_files(IMAGENET, folder, stored)]
-            return load_dataset("parquet", data_files=files, split="train", cache_dir=cache_dir)
-        if folder is not None and str(data).startswith((".", "/", "~")):
-            raise UserError(f"data folder {data} does not exist or is no folder")
-        name = IMAGENET.repository if data is None else str(data)
-        return load_dataset(name, split=stored, cache_dir=cache_dir)
-    except UserError:
-        raise
-    except Exception as error:  # `datasets` wraps whatever goes wrong in classes of its own
-        reason = one_line(error, 160)
-        raise UserError(
-            f"{IMAGENET.title} cannot be opened; accept its terms on the Hub and log in, or pass "
-            f"the folder of a copy with --data ({reason})"
-        ) from error
+    folder = local_folder(data)
+    if folder is None:
+        options: dict[str, Any] = {"path": str(data or IMAGENET.repository), "split": stored}
+    else:
+        files = [str(path) for path in split_files(IMAGENET, folder, stored)]
+        options = {"path": "parquet", "data_files": files, "split": "train"}
+    fault = (
+        f"{IMAGENET.title} cannot be opened; accept its terms on the Hub and log in, or pass the "
+        "folder of a copy with --data"
+    )
+    return open_dataset("ImageNet needs", fault, cache_dir=cache_dir, **options)
 
 
 def _class_names(dataset: Any, labels: np.ndarray) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from deqzoo.data.pictures import decode_picture
 from deqzoo.data.shards import data_folder, parquet_shards
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
 logger = logging.getLogger(__name__)
@@ -219,14 +219,12 @@ def _decode(
 
     arrays: list[np.ndarray] = []
     labels: list[int] = []
-    try:
+    fault = f"cannot read {source.title} from {folder}"
+    with as_user_error(fault, ArrowException, OSError, most=160):
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for encoded, marks in groups:
                 arrays.extend(pool.map(to_array, encoded, chunksize=64))
                 labels.extend(index.get(mark, mark) for mark in marks)  # type: ignore[misc]
-    except (ArrowException, OSError) as error:
-        reason = one_line(error, 160)
-        raise UserError(f"cannot read {source.title} from {folder}: {reason}") from error
     if not arrays:
         raise UserError(f"folder {folder} holds no picture of {source.title}")
     sizes = {array.shape[:2] for array in arrays}

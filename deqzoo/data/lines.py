@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error
+from deqzoo.files import visible_files
 
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 16  # characters; longer lines are read in fragments
@@ -51,13 +52,7 @@ def text_files(source: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"no file {path}")
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and _suffix(file) in SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    files = [file for file in visible_files(path) if _suffix(file) in SUFFIXES]
     if not files:
         raise UserError(f"folder {path} holds no text ({', '.join(SUFFIXES)})")
     return files
@@ -86,14 +81,10 @@ def read_lines(source: str | Path, column: str | None = None) -> Iterator[str]:
         for row in parquet_rows(path, text_column(path, column)):
             yield from _row_lines(row)
         return
-    try:
+    with as_user_error(f"cannot read {path}", OSError, EOFError, lzma.LZMAError):
         with _COMPRESSED.get(path.suffix, open)(path, "rb") as stream:
             lines = _decoded_lines(stream, str(path))
             yield from _records(lines, path, column) if _suffix(path) in RECORDS else lines
-    except (EOFError, lzma.LZMAError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[str]:
@@ -102,14 +93,12 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
     Raises:
         UserError: the file is no parquet file or has no such column.
     """
-    try:
+    with as_user_error(f"cannot read {path}", ArrowException, OSError, most=160):
         parquet = pq.ParquetFile(path)
         if column not in _string_columns(parquet):
             raise UserError(f"{path} has no column of text {column!r}")
         for batch in parquet.iter_batches(columns=[column]):
             yield from (row or "" for row in batch.column(0).to_pylist())
-    except (ArrowException, OSError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error, 160)}") from error
 
 
 def text_column(path: Path, column: str | None = None) -> str:
@@ -124,10 +113,8 @@ def text_column(path: Path, column: str | None = None) -> str:
         UserError: the file cannot be read, or it is not clear which column is meant.
     """
     if path.suffix == ".parquet":
-        try:
+        with as_user_error(f"cannot read {path}", ArrowException, OSError, most=160):
             names = _string_columns(pq.ParquetFile(path))
-        except (ArrowException, OSError) as error:
-            raise UserError(f"cannot read {path}: {one_line(error, 160)}") from error
     else:
         record = next(_first_records(path), {})
         names = [name for name, value in record.items() if isinstance(value, str)]

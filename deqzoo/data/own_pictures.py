@@ -24,8 +24,8 @@ from torch import Tensor
 from deqzoo.data.images import Pictures
 from deqzoo.data.own import FEWEST, HELD_OUT, SPLITS, rows_of_split, stratified, three_parts, unseen
 from deqzoo.data.pictures import HEIC, decode_picture, register_heic
-from deqzoo.data.shards import parquet_shards
-from deqzoo.errors import UserError, one_line
+from deqzoo.data.shards import open_dataset, parquet_shards
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
 _PICTURES = ("image", "img", "picture", "photo", "file_name", "file", "path", "filename")
@@ -62,10 +62,8 @@ class OwnPictures:
         cell = self.encoded[row]
         if isinstance(cell, bytes):
             return cell
-        try:
+        with as_user_error(f"cannot read {cell}", OSError):
             return cell.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {cell}: {error.strerror or error}") from error
 
     def picture(self, row: int) -> Image.Image:
         """One picture, RGB and upright.
@@ -191,37 +189,30 @@ def _know_heic(files: Iterable[PurePath]) -> None:
 
 def _open(path: Path) -> dict[str, Any]:
     """Splits as `datasets` opens them."""
-    try:
-        from datasets import disable_progress_bars, load_dataset
-    except ImportError as error:
-        raise UserError("pictures of one's own need datasets: pip install 'deqzoo[train]'") from (
-            error
-        )
-    disable_progress_bars()
-    try:
-        inside = sorted(path.rglob("*.parquet")) if path.is_dir() else []
-        parquet = [path] if path.suffix == ".parquet" else inside
-        if parquet:
-            parted = {split: parquet_shards(path, split) if inside else [] for split in SPLITS}
-            chosen = {split: files for split, files in parted.items() if files}
-            chosen = chosen or {"train": parquet}
-            named = {split: [str(file) for file in files] for split, files in chosen.items()}
-            return dict(load_dataset("parquet", data_files=named))
-        if path.is_file():
-            raise UserError(
-                f"{path} is no table of pictures: give a folder, a .zip, .parquet, .csv or .tsv"
-            )
-        described = any(path.rglob("metadata.*"))  # else folders of a single class get no label
-        options = {} if described else {"drop_labels": False}
-        return dict(load_dataset("imagefolder", data_dir=str(path), **options))
-    except UserError:
-        raise
-    except Exception as error:  # `datasets` wraps whatever goes wrong in classes of its own
-        reason = one_line(error, 160)
+    with contextlib.suppress(ImportError):
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
+    inside = sorted(path.rglob("*.parquet")) if path.is_dir() else []
+    parquet = [path] if path.suffix == ".parquet" else inside
+    if path.is_file() and not parquet:
         raise UserError(
-            f"cannot read {path} as labelled pictures (a folder of pictures per class, a zip of "
-            f"it, parquet, or a .csv of paths and labels): {reason}"
-        ) from error
+            f"{path} is no table of pictures: give a folder, a .zip, .parquet, .csv or .tsv"
+        )
+    options: dict[str, Any] = {"path": "imagefolder", "data_dir": str(path)}
+    if parquet:
+        parted = {split: parquet_shards(path, split) if inside else [] for split in SPLITS}
+        chosen = {split: files for split, files in parted.items() if files}
+        chosen = chosen or {"train": parquet}
+        named = {split: [str(file) for file in files] for split, files in chosen.items()}
+        options = {"path": "parquet", "data_files": named}
+    elif not any(path.rglob("metadata.*")):  # folders of a single class would get no label
+        options["drop_labels"] = False
+    fault = (
+        f"cannot read {path} as labelled pictures (a folder of pictures per class, a zip of it, "
+        "parquet, or a .csv of paths and labels)"
+    )
+    return dict(open_dataset("pictures of one's own need", fault, **options))
 
 
 def _columns(names: Sequence[str], path: Path, label_column: str | None) -> tuple[str, str]:
@@ -264,7 +255,8 @@ def _pictures_of_zip(path: Path) -> dict[str, _Table]:
     """Pictures of a zip by split; the folder that a picture lies in is its class."""
     known = {*Image.registered_extensions(), *HEIC}
     tables: dict[str, _Table] = {}
-    try:
+    faults = (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error)
+    with as_user_error(f"cannot read {path}", *faults):
         with zipfile.ZipFile(path) as archive:
             _know_heic(PurePosixPath(name) for name in archive.namelist())
             for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
@@ -279,20 +271,16 @@ def _pictures_of_zip(path: Path) -> dict[str, _Table]:
                 cells, labels, _ = tables.setdefault(split, ([], [], None))
                 cells.append(archive.read(entry))
                 labels.append(file.parts[-2])
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
     return tables
 
 
 def _paths_of_table(path: Path, label_column: str | None) -> _Table:
     """Pictures and labels of a CSV file; paths are relative to it."""
-    try:
+    with as_user_error(f"cannot read {path}", OSError, UnicodeDecodeError, csv.Error):
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, delimiter=_TABLES[path.suffix])
             rows = list(reader)
             names = list(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
     image, label = _columns(names, path, label_column)
     cells: list[bytes | Path] = []
     labels: list[str] = []
@@ -325,9 +313,7 @@ def _to_train_on(found: dict[str, OwnPictures]) -> OwnPictures:
     return training
 
 
-def divide_own(
-    found: dict[str, OwnPictures], share: float = HELD_OUT, seed: int = 0
-) -> tuple[OwnPictures, OwnPictures]:
+def divide_own(found: dict[str, OwnPictures], seed: int = 0) -> tuple[OwnPictures, OwnPictures]:
     """Pictures to train on and hold-out: stored splits where there are two, else stratified.
 
     Raises:
@@ -337,7 +323,7 @@ def divide_own(
     other = next((found[split] for split in ("validation", "test") if split in found), None)
     if other is not None and len(other):
         return training, other
-    rows, held_out = stratified(training.labels, share, seed, training.digests())
+    rows, held_out = stratified(training.labels, HELD_OUT, seed, training.digests())
     if not held_out:
         raise UserError(f"{training.name} has one picture of each class; give at least two")
     return training.part(rows, "train"), training.part(held_out, "test")

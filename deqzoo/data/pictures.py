@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from deqzoo.errors import UserError, one_line
+from deqzoo.files import visible_files
 
 HEIC = (".heic", ".heif")
 
@@ -41,13 +42,7 @@ def picture_files(source: str | os.PathLike[str]) -> list[Path]:
     if not path.is_dir():
         return [path]
     known = {*Image.registered_extensions(), *HEIC} - {".pdf", ".mpg", ".mpeg"}
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and file.suffix.lower() in known
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    files = [file for file in visible_files(path) if file.suffix.lower() in known]
     if not files:
         raise UserError(f"folder {path} holds no pictures")
     return files

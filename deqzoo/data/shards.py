@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error, one_line
 
 
 def parquet_shards(folder: Path, split: str) -> list[Path]:
@@ -40,6 +41,37 @@ def parquet_shards(folder: Path, split: str) -> list[Path]:
     return files
 
 
+def local_folder(data: str | os.PathLike[str] | None) -> Path | None:
+    """The local folder that data name; None where they name a repository, or nothing.
+
+    Raises:
+        UserError: a path at which there is no folder.
+    """
+    if data is None:
+        return None
+    folder = Path(data).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(data).startswith((".", "/", "~")) or folder.is_file():
+        raise UserError(f"data folder {data} does not exist or is no folder")
+    return None
+
+
+def open_dataset(user: str, fault: str, **options: Any) -> Any:
+    """What `datasets.load_dataset` opens with these options; its failures in one line.
+
+    Raises:
+        UserError: `datasets` is missing, which `user` "needs", or it fails: the `fault`, and why.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(f"{user} datasets: pip install 'deqzoo[train]'") from error
+    # `datasets` wraps whatever goes wrong in classes of its own.
+    with as_user_error(fault, Exception, most=160):
+        return load_dataset(**options)
+
+
 def data_folder(
     title: str, repository: str, data: str | os.PathLike[str] | None, inside: str
 ) -> Path:
@@ -54,10 +86,8 @@ def data_folder(
     Raises:
         UserError: no such folder, and no such repository or no connection.
     """
-    if data is not None and Path(data).expanduser().is_dir():
-        return Path(data).expanduser()
-    if data is not None and (str(data).startswith((".", "/", "~")) or Path(data).is_file()):
-        raise UserError(f"data folder {data} does not exist or is no folder")
+    if (local := local_folder(data)) is not None:
+        return local
     repository = repository if data is None else str(data)
 
     def fetched(revision: str | None) -> Path:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from deqzoo.data.lines import parquet_rows
 from deqzoo.data.shards import data_folder, parquet_shards
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
+from deqzoo.files import file_digest
 
 END = "<eos>"
 UNKNOWN = "<unk>"
@@ -109,10 +110,7 @@ class Corpus:
         Raises:
             UserError: unknown split.
         """
-        if split not in self.streams:
-            raise UserError(
-                f"{self.source.title} has no split {split!r}; its splits are {', '.join(SPLITS)}"
-            )
+        _require_split(self.source, split)
         return self.streams[split].long()
 
     def describe(self, split: str) -> dict[str, Any]:
@@ -179,11 +177,15 @@ def load_rows(
     Raises:
         UserError: unknown split, or data that cannot be had or are not this corpus.
     """
+    _require_split(source, split)
+    return _rows(source, corpus_files(source, data)[split])
+
+
+def _require_split(source: TextSource, split: str) -> None:
     if split not in SPLITS:
         raise UserError(
             f"{source.title} has no split {split!r}; its splits are {', '.join(SPLITS)}"
         )
-    return _rows(source, corpus_files(source, data)[split])
 
 
 def row_words(row: str) -> list[str]:
@@ -282,11 +284,9 @@ def _rows(source: TextSource, files: Sequence[Path]) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    try:
+    with as_user_error(f"cannot read {path}", OSError, UnicodeDecodeError):
         with path.open(encoding="utf-8-sig", newline="\n") as stream:
             yield from stream
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def _encode_corpus(source: TextSource, files: Mapping[str, Sequence[Path]]) -> Corpus:
@@ -305,11 +305,8 @@ def _digest(source: TextSource, files: Mapping[str, Sequence[Path]]) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {source.lowercase} {source.counted}".encode())
     for split in SPLITS:
         for path in files[split]:
-            try:
-                with path.open("rb") as stream:
-                    content = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}") from error
+            with as_user_error(f"cannot read {path}", OSError):
+                content = file_digest(path)
             digest.update(f"\0{split}\0{path.suffix}\0{content}".encode())
     return digest.hexdigest()
 

@@ -9,11 +9,6 @@ from typing import Annotated
 import typer
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add this room's command."""
-    app.command("publish-space", rich_help_panel="Publish")(publish_space)
-
-
 def publish_space(
     repo_id: Annotated[str, typer.Option(help="Space on the Hub, ORG/NAME.")],
     dry_run: Annotated[

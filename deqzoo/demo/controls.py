@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from deqzoo.errors import UserError
-from deqzoo.hub.card_texts import DATA_TEXTS
+from deqzoo.hub.card_texts import data_title
 from deqzoo.hub.catalogue import Entry, below_baseline, main_value
 
 from .guard import MAX_STEPS, guarded
@@ -42,38 +41,20 @@ def in_place(
         outputs: components.
         message: the one of them, a `gr.HTML`, that shows what went wrong.
     """
-    safe = guarded(function)
 
     def failed(error: gr.Error) -> Any:
         said = f'<div class="dz-error" role="alert"><b>{error.title}.</b> {error.message}</div>'
         values = [said if output is message else None for output in outputs]
         return values[0] if len(values) == 1 else tuple(values)
 
-    if inspect.isgeneratorfunction(function):
-
-        def stream(*arguments: Any) -> Iterator[Any]:
-            try:
-                yield from safe(*arguments)
-            except gr.Error as error:
-                yield failed(error)
-
-        return stream
-
-    def call(*arguments: Any) -> Any:
-        try:
-            return safe(*arguments)
-        except gr.Error as error:
-            return failed(error)
-
-    return call
+    return guarded(function, failed)
 
 
 def menu_label(entry: Entry) -> str:
     """A checkpoint's name with its figure, its size, its data and how it was trained."""
     facts = []
     for evaluation in entry.tests()[:1]:
-        name = evaluation.get("data", {}).get("name", "")
-        title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
+        title = data_title(evaluation.get("data", {}).get("name", ""))
         value = main_value(evaluation)
         facts.append(f"{value} on {title}" if value else title)
         if below_baseline(evaluation):
@@ -210,6 +191,12 @@ def solver_controls(shelf: Shelf, task: str, prefix: str) -> SolverControls:
             SOLVER_NAMES, value=own.solver, label="Method", elem_id=f"{prefix}-solver"
         )
     return SolverControls(shelf, task, checkpoint, solver, budget, exponent)
+
+
+def hidden(value: Any, label: str) -> Any:
+    """An input of the API alone, a text or a number."""
+    kind = gr.Textbox if isinstance(value, str) else gr.Number
+    return kind(value, label=label, visible=False)
 
 
 def missing_checkpoint(task: str) -> None:

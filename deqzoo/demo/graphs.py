@@ -270,9 +270,11 @@ def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = Non
 
 
 def class_name(loaded: Loaded, index: int) -> str:
-    """A class's name, "class 0" where the checkpoint has none."""
-    name = loaded.model.config.id2label.get(index, "")
-    return f"class {index}" if not name or name.startswith("LABEL_") else name
+    """A class's name; "class 0", or "label 0" of several, where the checkpoint has none."""
+    config = loaded.model.config
+    name = config.id2label.get(index, "")
+    kind = "label" if config.problem_type == "multi_label_classification" else "class"
+    return f"{kind} {index}" if not name or name.startswith("LABEL_") else name
 
 
 def _hops(n: int, edges: np.ndarray, pivots: np.ndarray) -> np.ndarray:
@@ -439,16 +441,20 @@ def residuals_html(reading: Reading) -> str:
 
 def verdict_html(graph: Graph, reading: Reading, stored: str | None) -> str:
     """Steps, convergence, and the stored class."""
-    mood, badge = ("good", "Equilibrium found") if reading.converged else ("late", "Stopped early")
     truth = "" if stored is None else f" The data set says: <b>{escape(stored)}</b>."
     title = f"<b>{escape(graph.title)}</b>: " if graph.title else ""
     things = ("atoms", "bonds") if graph.title else ("nodes", "edges")
     count = len(reading.residuals)
     layers = f" in {count} layers" if count > 1 else ""
+    text = f"after <b>{reading.n_steps}</b> steps{layers}, residual {reading.residual:.2g}."
+    edges = f"{graph.edge_index.shape[1] // 2} {things[1]}"
+    return verdict(reading.converged, text, f"{title}{len(graph.x)} {things[0]}, {edges}.{truth}")
+
+
+def verdict(converged: bool, text: str, note: str) -> str:
+    """How a solve ended, as a badge, and what there is to say of it; HTML."""
+    mood, badge = ("good", "Equilibrium found") if converged else ("late", "Stopped early")
     return (
-        f'<div class="dz-verdict dz-{mood}"><div><span class="dz-badge">{badge}</span> after '
-        f"<b>{reading.n_steps}</b> steps{layers}, residual {reading.residual:.2g}."
-        f'<div class="dz-note">{title}{len(graph.x)} {things[0]}, '
-        f"{graph.edge_index.shape[1] // 2} {things[1]}."
-        f"{truth}</div></div></div>"
+        f'<div class="dz-verdict dz-{mood}"><div><span class="dz-badge">{badge}</span> {text}'
+        f'<div class="dz-note">{note}</div></div></div>'
     )

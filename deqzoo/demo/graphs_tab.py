@@ -12,6 +12,7 @@ from . import graphs, nodes
 from .controls import (
     TO_THE_ANSWER,
     checkpoint_menu,
+    hidden,
     in_place,
     missing_checkpoint,
     solver_controls,
@@ -190,9 +191,9 @@ def endpoint(shelf: Shelf, root: Path | None) -> None:
     gr.Button(visible=False).click(
         graph,
         [
-            gr.Number(0, label="number", visible=False),
-            gr.Textbox(graphs.MADE_UP, label="graphs_of", visible=False),
-            gr.Textbox(names[0] if names else "", label="checkpoint", visible=False),
+            hidden(0, "number"),
+            hidden(graphs.MADE_UP, "graphs_of"),
+            hidden(names[0] if names else "", "checkpoint"),
         ],
         gr.JSON(visible=False),
         api_name="graph",

@@ -173,11 +173,17 @@ def _request(endpoint: str) -> Iterator[None]:
             _REQUEST.reset(token)
 
 
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+def guarded(
+    function: Callable[..., Any], failed: Callable[[gr.Error], Any] | None = None
+) -> Callable[..., Any]:
     """The function with its errors as messages of the page and of API clients.
 
     It waits for its turn among the requests of all clients; the waiting counts as its time.
     Works on generator functions, too. What is not the user's to mend goes to the log.
+
+    Args:
+        function: of an event.
+        failed: makes the function's answer of an error; None raises it, as Gradio wants it.
     """
     endpoint = f"{function.__module__}.{function.__qualname__}"
     if inspect.isgeneratorfunction(function):
@@ -188,7 +194,9 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
                 with _request(endpoint):
                     yield from function(*arguments)
             except Exception as error:
-                raise _message(error) from None
+                if failed is None:
+                    raise _message(error) from None
+                yield failed(_message(error))
 
         return stream
 
@@ -198,7 +206,9 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             with _request(endpoint):
                 return function(*arguments)
         except Exception as error:
-            raise _message(error) from None
+            if failed is None:
+                raise _message(error) from None
+            return failed(_message(error))
 
     return call
 

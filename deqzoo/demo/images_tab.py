@@ -11,6 +11,7 @@ from . import examples, images
 from .controls import (
     TO_THE_ANSWER,
     defaults,
+    hidden,
     in_place,
     missing_checkpoint,
     picture_input,
@@ -196,10 +197,10 @@ def endpoint(shelf: Shelf) -> None:
         classify,
         [
             gr.File(label="picture", visible=False),
-            gr.Textbox(names[0] if names else "", label="checkpoint", visible=False),
-            gr.Textbox(own.solver, label="solver", visible=False),
-            gr.Number(own.max_steps, label=f"max_steps, 1 to {MAX_STEPS}", visible=False),
-            gr.Number(own.tolerance, label="tolerance", visible=False),
+            hidden(names[0] if names else "", "checkpoint"),
+            hidden(own.solver, "solver"),
+            hidden(own.max_steps, f"max_steps, 1 to {MAX_STEPS}"),
+            hidden(own.tolerance, "tolerance"),
         ],
         [gr.Label(visible=False), gr.JSON(visible=False)],
         api_name="classify",

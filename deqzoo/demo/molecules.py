@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 #: Atoms that the SMILES below use: atomic number and usual valences.
 ELEMENTS = {
     "H": (1, (1,)), "C": (6, (4,)), "N": (7, (3, 5)), "O": (8, (2,)), "F": (9, (1,)),
@@ -24,16 +26,14 @@ def read_smiles(smiles: str) -> tuple[list[str], list[tuple[int, int]]]:
     used: list[int] = []  # bond orders spent at every atom
     last: int | None = None
     rings: dict[str, tuple[int, int]] = {}
-    order, branches, i = 1, list[int | None](), 0
+    order, branches = 1, list[int | None]()
 
     def bind(a: int, b: int, order: int) -> None:
         bonds.append((a, b))
         used[a] += order
         used[b] += order
 
-    while i < len(smiles):
-        symbol = smiles[i : i + 2] if smiles[i : i + 2] in ELEMENTS else smiles[i]
-        i += len(symbol)
+    for symbol in re.findall("Cl|Br|.", smiles):
         if symbol in ELEMENTS:
             atoms.append(symbol)
             used.append(0)

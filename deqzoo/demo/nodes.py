@@ -17,7 +17,7 @@ from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.watch import watched_solver
 from deqzoo.tasks.nodes import NODE_SETS
 
-from .graphs import drawing
+from .graphs import class_name, drawing, verdict
 from .guard import Deadline, whole_number
 from .shelf import Loaded
 
@@ -71,12 +71,10 @@ class Reach:
 
 def available_networks(root: Path | None) -> list[str]:
     """Small networks that always work, then the data sets on this machine."""
-    found = [] if root is None else [n for n in ("HumLoc", "EukLoc", "Twitch") if _has(root, n)]
-    return [CHAIN, CLUB, *found]
-
-
-def _has(root: Path, name: str) -> bool:
-    return any((root / name).glob("**/*.npz"))
+    if root is None:
+        return [CHAIN, CLUB]
+    stored = (n for n in ("HumLoc", "EukLoc", "Twitch") if any((root / n).glob("**/*.npz")))
+    return [CHAIN, CLUB, *stored]
 
 
 @lru_cache(maxsize=2)
@@ -144,20 +142,13 @@ def reach(
     found = logits.sigmoid() if many else logits.softmax(-1)
     order = found.argsort(descending=True).tolist()
     return Reach(
-        answer={_label(loaded, i): float(found[i]) for i in order},
+        answer={class_name(loaded, i): float(found[i]) for i in order},
         distance=_distances(network.edge_index, len(x), chosen),
         change=moved,
         n_steps=int(before.n_steps[0]),
         residual=float(before.residual[0]),
         converged=bool(before.converged[0]),
     )
-
-
-def _label(loaded: Loaded, index: int) -> str:
-    name = loaded.model.config.id2label.get(index, "")
-    many = loaded.model.config.problem_type == "multi_label_classification"
-    kind = "label" if many else "class"
-    return f"{kind} {index}" if not name or name.startswith("LABEL_") else name
 
 
 def _distances(edge_index: Tensor, n: int, start: int) -> Tensor:
@@ -175,7 +166,6 @@ def _distances(edge_index: Tensor, n: int, start: int) -> Tensor:
 
 def verdict_html(network: Network, found: Reach, node: int) -> str:
     """The node's answer where its features are real, and how far a change there is felt."""
-    mood, badge = ("good", "Equilibrium found") if found.converged else ("late", "Stopped early")
     felt = (found.change > UNMOVED) & (found.distance > 0)
     far = int(found.distance[felt].max()) if felt.any() else 0
     others = int((found.distance > 0).sum())
@@ -199,11 +189,8 @@ def verdict_html(network: Network, found: Reach, node: int) -> str:
             f"The model says of node {node}: <b>{said}</b>; the data set: {kind} "
             f"{', '.join(map(str, true)) or 'none'}."
         )
-    return (
-        f'<div class="dz-verdict dz-{mood}"><div><span class="dz-badge">{badge}</span> after '
-        f"<b>{found.n_steps}</b> steps, residual {found.residual:.2g}. {text}"
-        f'<div class="dz-note">{answer}</div></div></div>'
-    )
+    solve = f"after <b>{found.n_steps}</b> steps, residual {found.residual:.2g}."
+    return verdict(found.converged, f"{solve} {text}", answer)
 
 
 def network_html(network: Network, found: Reach, node: int) -> str:

@@ -20,6 +20,7 @@ from deqzoo.evaluation.perplexity import PerplexityReport, perplexity
 from deqzoo.hub.catalogue import Entry
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
     detokenize,
+    in_corpus_case,
     prepare_text,
     text_style,
 )
@@ -162,7 +163,7 @@ def _words(loaded: Loaded, text: str) -> list[str]:
     """Words of a raw text in the form of the model's corpus."""
     style = text_style(loaded.reader)
     prepared = prepare_text(text, loaded.reader.get_vocab(), style).text
-    return (prepared.lower() if style == "ptb" else prepared).split()
+    return in_corpus_case(prepared, style).split()
 
 
 def _prompt(loaded: Loaded, text: str) -> Tensor:

@@ -13,6 +13,7 @@ from deqzoo.evaluation.files import finite
 from . import text as texts
 from .controls import (
     TO_THE_ANSWER,
+    hidden,
     in_place,
     missing_checkpoint,
     solver_controls,
@@ -185,10 +186,6 @@ def endpoints(shelf: Shelf) -> None:
         loaded = shelf.get(checkpoint, TEXT)
         *_, state = texts.write(loaded, checked, words, heat, number)
         return state.text, {"n_steps": state.steps, "unconverged": state.unconverged}
-
-    def hidden(value: Any, label: str) -> Any:
-        kind = gr.Textbox if isinstance(value, str) else gr.Number
-        return kind(value, label=label, visible=False)
 
     options: dict[str, Any] = {"concurrency_id": "text"}
     gr.Button(visible=False).click(

@@ -13,7 +13,7 @@ import torch
 from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.watch import Watched, training_memory, watch
-from deqzoo.hub.card_texts import DATA_TEXTS
+from deqzoo.hub.card_texts import data_title
 from deqzoo.models.readers import to_batch
 
 from . import examples
@@ -92,8 +92,7 @@ def _budget(loaded: Loaded) -> tuple[str, list[tuple[float, float]]] | None:
         budget: dict[str, Any] = evaluation.get("budget") or {}
         rows = budget.get("steps") or []
         if rows and "accuracy" in rows[0]:
-            name = evaluation["data"]["name"]
-            title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
+            title = data_title(evaluation["data"]["name"])
             title = f"{budget['samples']:,} test pictures of {title}"
             return title, [(row["max_steps"], row["accuracy"]) for row in rows]
     return None

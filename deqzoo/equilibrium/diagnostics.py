@@ -235,11 +235,17 @@ def _gradients(
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
-    named = {
+    return gradients_by_name(parameters, found), seconds, saved.bytes
+
+
+def gradients_by_name(
+    parameters: Mapping[str, Tensor], found: Sequence[Tensor | None]
+) -> dict[str, Tensor]:
+    """Gradients by parameter name; zero where a parameter plays no part."""
+    return {
         name: torch.zeros_like(p) if g is None else g.detach()
         for (name, p), g in zip(parameters.items(), found, strict=True)
     }
-    return named, seconds, saved.bytes
 
 
 class SavedTensors:

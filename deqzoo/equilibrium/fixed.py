@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.gradients import JFB, NPG, UPG, Gradient
+from deqzoo.equilibrium.gradients.base import forget_grad
 from deqzoo.equilibrium.layout import Causal, Layout, Segments
 from deqzoo.equilibrium.maps import DetachableMap, PreciseMap
 from deqzoo.equilibrium.solvers import Anderson, FixedPointIteration, Solution, Solver, Status
@@ -68,17 +69,19 @@ def fixed_point_of_steps(
     if window == 1 and solver.damping == 1 and precision is not None:
         # Plain iterates are values of F: kept in its precision they lose nothing.
         first = _map(lambda t: t.to(precision), start)
+    alone = f.detached() if isinstance(f, DetachableMap) else f  # compiled code records no graph
     with torch.no_grad():
         z = fixed_steps(
-            _detached(f), first, solver.max_steps,
+            alone, first, solver.max_steps,
             window=window, damping=solver.damping, ridge=ridge, layout=layout,
         )  # fmt: skip
     z = rebuild(z, [t.detach().to(s.dtype) for t, s in zip(leaves(z), leaves(start), strict=True)])
     if isinstance(gradient, NPG):
         state, first = attach_series(f, z, gradient.steps, gradient.damping)
+    elif isinstance(gradient, UPG):
+        state, first = recorded_fixed_steps(f, z, gradient.steps, gradient.damping)
     else:
-        steps, damping = (1, 1.0) if isinstance(gradient, JFB) else _phantom(gradient)
-        state, first = recorded_fixed_steps(f, z, steps, damping)
+        state, first = recorded_fixed_steps(f, z, 1, 1.0)
     absolute, relative = _residuals(z, first, layout)
     n_steps = torch.full_like(absolute, solver.max_steps, dtype=torch.int64)
     recorded = gradient.steps if isinstance(gradient, UPG) else 1
@@ -164,7 +167,7 @@ def attach_series(f: Map, z: State, steps: int, damping: float) -> tuple[State, 
     with torch.enable_grad():
         value = leaves(f(rebuild(z, points)))
     for point in points:  # the last backward pass reaches them too, for nobody
-        point.register_post_accumulate_grad_hook(_forget)
+        point.register_post_accumulate_grad_hook(forget_grad)
     state = _Series.apply(steps, damping, len(points), *value, *points)
     return rebuild(z, state), rebuild(z, [t.detach() for t in value])
 
@@ -196,12 +199,7 @@ class _Series(torch.autograd.Function):
 
 
 def mixing_weights(gram: Sequence[Sequence[Tensor]], ridge: float | None) -> list[Tensor]:
-    """Weights (B,) of n evaluations from the lower triangle of their Gram matrices, each (B,).
-
-    Elimination without pivots, written out: the systems are positive definite by their ridge, and
-    a library's batched LU may wait for the device. Where a system has no solution the newest
-    evaluation is taken alone.
-    """
+    """`solved_weights` (B,) each, from the lower triangle of the Gram matrices, entries (B,)."""
     n = len(gram)
     rows = [torch.stack([gram[max(i, j)][min(i, j)] for j in range(n)], -1) for i in range(n)]
     return list(solved_weights(torch.stack(rows, -2), ridge).unbind(-1))
@@ -228,15 +226,6 @@ def difference_penalty(f: Map, state: State, size: float) -> Tensor:
         (a.to(_wide(a)) - b.to(_wide(b))).square().sum() for a, b in zip(moved, value, strict=True)
     ]
     return torch.stack(change).sum() / (size * size * sum(z.numel() for z in points))
-
-
-def _phantom(gradient: Any) -> tuple[int, float]:
-    return gradient.steps, gradient.damping
-
-
-def _detached(f: Map) -> Map:
-    """The map without its graph where it offers that, so that compiled code records none."""
-    return f.detached() if isinstance(f, DetachableMap) else f
 
 
 def _step(z: State, fz: State, damping: float) -> State:
@@ -291,7 +280,3 @@ def _map(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _forget(tensor: Tensor) -> None:
-    tensor.grad = None

@@ -90,16 +90,9 @@ def fixed_point(
     bound = BoundMap(f, inputs) if wrapped else f
     if torch.is_grad_enabled() and not chosen_gradient.needs_solve:
         return _attach_to_start(
-            bound,
-            z0,
-            chosen_solver,
-            chosen_gradient,
-            layout,
-            checkpoint,
-            trace,
-            callback,
+            bound, z0, chosen_solver, chosen_gradient, layout, checkpoint, trace, callback,
             sample_steps,
-        )
+        )  # fmt: skip
     if torch.compiler.is_exporting():  # programs are for inference
         return chosen_solver.solve(bound, z0, layout)
     kept: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Settings by name: one way from JSON to the dataclasses of solvers and gradients."""
+"""Settings of solvers and gradients: built by name, checked by rule."""
 
 from __future__ import annotations
 
@@ -34,3 +34,23 @@ def build(kind: str, registry: Mapping[str, type], spec: str | Mapping[str, Any]
             f"its options are {', '.join(valid) or 'none'}"
         )
     return cls(**settings)
+
+
+def require(ok: bool, owner: Any, field: str, wanted: str) -> None:
+    """Refuse a setting that is not what is wanted.
+
+    Raises:
+        ValueError: the owner's name, the field and its value.
+    """
+    if not ok:
+        raise ValueError(f"{owner.name}: {field} must be {wanted}, got {getattr(owner, field)!r}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_damping(value: Any) -> bool:
+    """Whether a value is a number in (0, 1]."""
+    return isinstance(value, (int, float)) and 0 < value <= 1

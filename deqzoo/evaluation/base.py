@@ -23,6 +23,8 @@ class Evaluator(ABC):
         task: the name of the task, as on the Hub.
         metric: the figure that the evaluation is known by.
         unit: what a sample is, in the plural.
+        description: `name` of the data, and what identifies them; set by `load`.
+        count: how many samples are measured; set by `load`.
         budget_samples: samples of the budget curve; None for all.
         interrupted: how many samples were measured until Ctrl-C ended it; 0 for all.
     """
@@ -30,6 +32,8 @@ class Evaluator(ABC):
     task: str
     metric: str
     unit: str
+    description: dict[str, Any]
+    count: int
     budget_samples: int | None = None
     interrupted: int = 0
 
@@ -54,9 +58,18 @@ class Evaluator(ABC):
             UserError: there is none, or it does not fit the model.
         """
 
-    @abstractmethod
+    def limit_to(self, limit: int | None) -> None:
+        """Measure the first so many samples only, and say so; None for all."""
+        if limit is not None and limit < self.count:
+            self.count = limit
+            self.description |= {"complete": False, "limit": limit}
+
     def describe(self) -> dict[str, Any]:
         """`name` of the data set, number of `samples`, and what identifies them."""
+        counted = ("name", "split", "pictures", "tokens")  # said elsewhere, or by `samples`
+        known = {k: v for k, v in self.description.items() if k not in counted}
+        samples = {"samples": self.count, "unit": self.unit}
+        return {"name": self.description["name"], **samples, **known}
 
     def environment(self) -> dict[str, Any]:
         """What else the figures depend on."""

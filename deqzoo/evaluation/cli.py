@@ -27,12 +27,6 @@ from deqzoo.evaluation.options import (
 PICTURES_AT_ONCE = 32
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add this room's commands to the command line."""
-    app.command(rich_help_panel="Use models")(classify)
-    app.command(rich_help_panel="Use models")(perplexity)
-
-
 def classify(
     images: Annotated[
         list[str],
@@ -56,11 +50,8 @@ def classify(
         from deqzoo.evaluation.classify import classify as classify_pictures
         from deqzoo.models.readers import load_processor
 
-    inputs, files = Inputs(trace), list[Any]()
-    for source in images:
-        with inputs.one():
-            files += [source] if source == "-" else picture_files(source)
-    inputs.good = 0
+    inputs = Inputs(trace)
+    files = inputs.files(images, picture_files)
     loaded = None
     for start in range(0, len(files), PICTURES_AT_ONCE):
         pictures = {}
@@ -127,11 +118,8 @@ def perplexity(
     with Waiting("loading PyTorch and transformers ..."):
         from deqzoo.data.lines import text_files
 
-    inputs, texts = Inputs(trace), list[Any]()
-    for source in files:
-        with inputs.one():
-            texts += [source] if source == "-" else text_files(source)
-    inputs.good = 0
+    inputs = Inputs(trace)
+    texts = inputs.files(files, text_files)
     if not texts:
         inputs.end()
     name = model or default_text_model()

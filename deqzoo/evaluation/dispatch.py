@@ -12,7 +12,8 @@ from deqzoo.errors import UserError
 from deqzoo.evaluation.base import Evaluator
 from deqzoo.evaluation.files import describe_environment, describe_model
 from deqzoo.records import FORMAT
-from deqzoo.tasks import load, task_of
+from deqzoo.tasks import load
+from deqzoo.zoo import TASKS, task_of
 
 BUDGETS = (2, 4, 8, 16, 30)
 """Solver steps of the budget curve; the model's own most steps come last if they are more."""
@@ -35,7 +36,7 @@ def evaluator_of(
     Raises:
         UserError: no evaluation for this model, or no data.
     """
-    info = task_of(type(model).__name__)
+    info = TASKS.get(task_of(type(model).__name__) or "")
     if info is None:
         raise UserError(f"{type(model).__name__} has no evaluation here")
     make = load(info.evaluator)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import file_digest, replace_text
 from deqzoo.records import read_evaluation
 from deqzoo.sealed import record
@@ -94,13 +94,11 @@ def write_evaluation(path: Path, content: Mapping[str, Any], before: Path | None
         UserError: the file cannot be written.
     """
     content = _with_looks(content, before or path)
-    try:
+    with as_user_error(f"cannot write {path}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
         replace_text(path, text + "\n")
         record(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 

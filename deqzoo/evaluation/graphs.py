@@ -14,7 +14,7 @@ import torch
 from deqzoo.data.graphs import GraphSet, load_graph_set, load_own_graphs
 from deqzoo.data.own import chose_weights, graph_digests, read_record, unseen
 from deqzoo.data.tu import GraphEncoding
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.evaluation.base import Batches, ClassifierEvaluator
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification, IGNNPreTrainedModel
 from deqzoo.tasks.graphs import FOLD, read_fold
@@ -90,10 +90,8 @@ def encoding_of(model: IGNNPreTrainedModel) -> GraphEncoding | None:
         UserError: the configuration's description is damaged.
     """
     content = model.config.graph_encoding
-    try:
+    with as_user_error("graph_encoding of the configuration is damaged", KeyError, TypeError):
         return None if content is None else GraphEncoding.from_dict(content)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"graph_encoding of the configuration is damaged: {error}") from error
 
 
 def split_indices(model: IGNNPreTrainedModel, name: str, split: str) -> list[int]:
@@ -139,36 +137,28 @@ class GraphEvaluator(_GraphData):
     unit = "graphs"
 
     def _load(self, root: Path, split: str, limit: int | None) -> None:
-        self.chose: dict[str, bool] = {}
+        chose: dict[str, bool] = {}
         folder = Path(self.model.config._name_or_path)
         record = read_record(folder)
         if record is None and (folder / FOLD).is_file():
-            self.fold = read_fold(folder)
-            if not self.fold.get(split):
+            fold = read_fold(folder)
+            if not fold.get(split):
                 raise UserError(f"the {split} split of this checkpoint's fold is empty")
-            self.graphs = load_graph_set(self.fold["data"], root, encoding_of(self.model))
+            self.graphs = load_graph_set(fold["data"], root, encoding_of(self.model))
         else:
             self.graphs = load_own_graphs(root, encoding_of(self.model))
             if bool((self.graphs.labels < 0).any()):
                 raise UserError(f"{root} has graphs without labels: nothing to measure against")
             digests = graph_digests(self.graphs.graphs)
             rows = unseen(digests, record or {}, split)
-            self.fold = {"data": self.graphs.name, split: rows}
-            self.chose = chose_weights(record, [digests[row] for row in rows])
-        self.index = self.fold[split][:limit]
-        self.limit = limit if limit is not None and limit < len(self.fold[split]) else None
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "name": self.fold["data"].lower(),
-            "samples": len(self.index),
-            "unit": self.unit,
-            **{key: self.fold[key] for key in ("protocol", "fold") if key in self.fold},
-            "complete": self.limit is None,
-            **({} if self.limit is None else {"limit": self.limit}),
-            "local": True,
-            **self.chose,
-        }
+            fold = {"data": self.graphs.name, split: rows}
+            chose = chose_weights(record, [digests[row] for row in rows])
+        part: dict[str, Any] = {key: fold[key] for key in ("protocol", "fold") if key in fold}
+        known = {"complete": True, "local": True, **chose}
+        self.description = {"name": fold["data"].lower(), **part, **known}
+        self.count = len(fold[split])
+        self.limit_to(limit)
+        self.index = fold[split][: self.count]
 
     def batches(self, samples: int | None) -> Batches:
         index = self.index[:samples]
@@ -192,21 +182,13 @@ class NodeEvaluator(_GraphData):
     def _load(self, root: Path, split: str, limit: int | None) -> None:
         if limit is not None:
             raise UserError("a node classifier reads whole graphs; leave --limit out")
-        self.name = read_fold(self.model.config._name_or_path)["data"]
-        self.metric = NODE_SETS[self.name].figure
-        graphs = NODE_SETS[self.name].load(root, split)
+        name = read_fold(self.model.config._name_or_path)["data"]
+        self.metric = NODE_SETS[name].figure
+        graphs = NODE_SETS[name].load(root, split)
         self.parts = node_parts(self.model.config, graphs, split)
         self.labels = torch.cat([part.labels[part.rows] for part in self.parts])
-
-    def describe(self) -> dict[str, Any]:
-        count = len(self.labels)
-        return {
-            "name": self.name.lower(),
-            "samples": count,
-            "unit": self.unit,
-            "complete": True,
-            "local": True,
-        }
+        self.description = {"name": name.lower(), "complete": True, "local": True}
+        self.count = len(self.labels)
 
     def batches(self, samples: int | None) -> Batches:
         inputs = (({"x": part.graphs}, part.rows) for part in self.parts)

@@ -24,11 +24,6 @@ from deqzoo.evaluation.options import (
 )
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add the commands of this module to the command line."""
-    app.command("predict-graphs", rich_help_panel="Use models")(predict_graphs)
-
-
 def predict_graphs(
     name: ModelName,
     graphs: Annotated[

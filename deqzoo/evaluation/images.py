@@ -57,14 +57,8 @@ class ImageEvaluator(ClassifierEvaluator):
             record = read_record(self.model.config._name_or_path)
             self.description |= chose_weights(record, self.pictures.digests())
         self.count = len(self.pictures)
-        if limit is not None and limit < self.count:
-            self.count = limit
-            self.description |= {"complete": False, "limit": limit}
+        self.limit_to(limit)
         _speed_up(self.model, self.count)
-
-    def describe(self) -> dict[str, Any]:
-        known = {k: v for k, v in self.description.items() if k not in ("split", "pictures")}
-        return {"name": known.pop("name"), "samples": self.count, "unit": self.unit} | known
 
     def environment(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "inference": _path(self.model)}

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import deqzoo.zoo
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error, one_line
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -27,6 +27,9 @@ ModelName = Annotated[
     typer.Argument(
         help="Zoo name, local folder, or repository on the Hub.", autocompletion=complete_model
     ),
+]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="Local copy of the data set; else it is fetched.")
 ]
 SolverName = Annotated[
     str | None, typer.Option("--solver", help="Solver instead of the model's: anderson, ...")
@@ -59,10 +62,8 @@ def solver_settings(
     """
     given = {"name": name, "max_steps": max_steps, "tol": tol}
     settings = {key: value for key, value in given.items() if value is not None}
-    try:
+    with as_user_error("--solver, --max-steps, --tol", ValueError, TypeError):
         model.resolve_solver(settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--solver, --max-steps, --tol: {error}") from error
     return settings or None
 
 
@@ -109,6 +110,17 @@ class Inputs:
         except UserError as error:
             self.bad += 1
             print(f"deqzoo: {one_line(error)}", file=sys.stderr)
+
+    def files(
+        self, sources: Sequence[str], files_of: Callable[[str], Sequence[Path]]
+    ) -> list[str | Path]:
+        """The files that sources name, "-" for standard input; bad sources count as bad inputs."""
+        found: list[str | Path] = []
+        for source in sources:
+            with self.one():
+                found += [source] if source == "-" else files_of(source)
+        self.good = 0
+        return found
 
     def end(self) -> None:
         """Write the trace; leave with exit code 1 if some inputs were bad, 2 if all were."""

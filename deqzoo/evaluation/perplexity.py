@@ -19,7 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from deqzoo.data.lines import Fragment
 from deqzoo.data.text import END, UNKNOWN
 from deqzoo.errors import UserError
-from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text, text_style
+from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
+    in_corpus_case,
+    prepare_text,
+    text_style,
+)
 
 
 @dataclass
@@ -203,7 +207,7 @@ def perplexity(
     characters = n_unknown = n_words = 0
     for line in lines:
         text = line if pretokenized else prepare_text(line.rstrip("\r\n"), vocabulary, style).text
-        words = (text.lower() if style == "ptb" else text).split()
+        words = in_corpus_case(text, style).split()
         indices = [vocabulary.get(word, unknown) for word in words]
         whole = not isinstance(line, Fragment)
         characters += len(line.rstrip("\r\n")) + whole

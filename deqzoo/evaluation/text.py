@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ from deqzoo.data.text import (
 from deqzoo.errors import UserError
 from deqzoo.evaluation.base import Evaluator
 from deqzoo.evaluation.perplexity import Scorer
-from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text, text_style
+from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
+    in_corpus_case,
+    prepare_text,
+    text_style,
+)
 from deqzoo.models.readers import load_tokenizer
 from deqzoo.tasks.metrics import equilibrium_summary
 
@@ -51,13 +55,9 @@ class TextEvaluator(Evaluator):
     def load(self, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> None:
         tokenizer = load_tokenizer(self.model)
         self.stream, self.description = _stream_of(self.model, tokenizer, split, data)
-        if limit is not None and limit < len(self.stream):
-            self.stream = self.stream[:limit]
-            self.description |= {"complete": False, "limit": limit}
-
-    def describe(self) -> dict[str, Any]:
-        known = {k: v for k, v in self.description.items() if k not in ("split", "tokens")}
-        return {"name": known.pop("name"), "samples": len(self.stream), "unit": self.unit} | known
+        self.count = len(self.stream)
+        self.limit_to(limit)
+        self.stream = self.stream[: self.count]
 
     def environment(self) -> dict[str, Any]:
         return {"segment_length": self.model.config.tgt_len}
@@ -93,9 +93,7 @@ def _stream_of(
     prepared = prepare_text("\n".join(lines), vocabulary, style)
     if prepared.n_words == 0:
         raise UserError(f"{text.name} holds no word to score")
-    known = prepared.text.lower() if style == "ptb" else prepared.text
-    rows = encode_rows(known.split("\n"), vocabulary, vocabulary[UNKNOWN])
-    stream = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
+    stream = _encoded(in_corpus_case(prepared.text, style).split("\n"), vocabulary)
     return stream, {
         "name": text.name,
         "split": split,
@@ -149,11 +147,12 @@ def corpus_stream(
     tokenizer: PreTrainedTokenizerFast,
 ) -> Tensor:
     """Word indices (n,) int64 of a split of a corpus, in a tokenizer's numbering."""
-    vocabulary = tokenizer.get_vocab()
-    rows: Iterator[list[int]] = encode_rows(
-        load_rows(source, split, data), vocabulary, vocabulary[UNKNOWN]
-    )
-    return torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
+    return _encoded(load_rows(source, split, data), tokenizer.get_vocab())
+
+
+def _encoded(rows: Iterable[str], vocabulary: dict[str, int]) -> Tensor:
+    encoded = encode_rows(rows, vocabulary, vocabulary[UNKNOWN])
+    return torch.tensor(list(itertools.chain.from_iterable(encoded)), dtype=torch.int64)
 
 
 def score(

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from deqzoo.equilibrium import Gradient, Layout, Solution, Solver, fixed_point, make_solver
+from deqzoo.equilibrium.diagnostics import gradients_by_name
 from deqzoo.equilibrium.gradients.base import Map, Problem, attach_cotangent
+from deqzoo.equilibrium.gradients.phantom import neumann_series
 from deqzoo.equilibrium.solvers.base import StepRule
 from deqzoo.models.base import DEQPreTrainedModel
 
@@ -56,7 +58,8 @@ class AdjointSystem:
         """λ Σ_{t<k} (λJᵀ + (1−λ)I)ᵗ g, as a combination of powers where that is accurate."""
         last = self.power(steps - 1)
         if last.norm() > _GROWTH_LIMIT * self.powers[0].norm():
-            return self._recursion(steps, damping)
+            assert self.product is not None
+            return neumann_series(self.product, self.powers[0], steps, damping)
         total = torch.zeros_like(last)
         for j in range(steps):
             weight = damping * sum(
@@ -64,13 +67,6 @@ class AdjointSystem:
             )
             total.add_(self.powers[j], alpha=weight)
         return total
-
-    def _recursion(self, steps: int, damping: float) -> Tensor:
-        assert self.product is not None
-        total = cotangent = self.powers[0]
-        for _ in range(steps - 1):
-            total = cotangent + damping * self.product(total) + (1 - damping) * total
-        return damping * total
 
     def solve(self, solver: Solver) -> Tensor:
         """w = Jᵀw + g by a solver."""
@@ -215,7 +211,7 @@ class RecordedModel:
         found = torch.autograd.grad(
             self.loss, list(self.parameters.values()), retain_graph=True, allow_unused=True
         )
-        return named(self.parameters, found)
+        return gradients_by_name(self.parameters, found)
 
     def residuals(self) -> tuple[float, float]:
         """Largest relative residual of the forward solves, and of the last adjoint solves."""
@@ -255,16 +251,8 @@ def watched(f: Callable[[Any], Any], on_evaluation: Callable[[], None] | None) -
 
 
 @contextlib.contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
+def seeded() -> Iterator[None]:
     """Draw random masks alike in every pass, with gradients on."""
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         yield
-
-
-def named(parameters: Mapping[str, Tensor], found: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-    """Gradients by parameter name; zero where a parameter plays no part."""
-    return {
-        name: torch.zeros_like(p) if g is None else g.detach()
-        for (name, p), g in zip(parameters.items(), found, strict=True)
-    }

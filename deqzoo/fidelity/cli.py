@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deqzoo.errors import UserError
+from deqzoo.errors import as_user_error
+from deqzoo.evaluation.options import ModelName
 from deqzoo.files import replace_text
 
 if TYPE_CHECKING:
@@ -20,13 +21,8 @@ _SHOWN_STEPS = (1, 2, 3, 5, 10, 20)
 _SHOWN_DAMPINGS = (0.5, 0.8, 1.0)
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add this module's command to the command line."""
-    app.command(rich_help_panel="Measure")(gradients)
-
-
 def gradients(
-    name: Annotated[str, typer.Argument(help="Zoo name, local folder, or repository on the Hub.")],
+    name: ModelName,
     data: Annotated[
         Path | None,
         typer.Option("--data", help="Local copy of its data set; else a stand-in batch."),
@@ -83,13 +79,11 @@ def gradients(
 
 
 def _write(folder: Path, content: dict[str, Any], drawing: str) -> None:
-    try:
+    with as_user_error(f"cannot write to {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1, ensure_ascii=False)
         replace_text(folder / "gradients.json", text + "\n")
         replace_text(folder / "gradients.svg", drawing)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def report(found: Study, content: dict[str, Any], threshold: float) -> str:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium import Segments, make_gradient, spectral_radius
-from deqzoo.equilibrium.diagnostics import SavedTensors, compare_gradients
+from deqzoo.equilibrium.diagnostics import SavedTensors, compare_gradients, gradients_by_name
 from deqzoo.errors import UserError
 from deqzoo.fidelity.adjoints import (
     RecordedModel,
-    named,
     neumann_rule,
     no_rule,
     seeded,
@@ -60,10 +59,6 @@ class Row:
         """Cosine over the parameters behind the equilibrium."""
         return self.cosine.get(EQUILIBRIUM, self.cosine["all"])
 
-    def rank(self) -> float:
-        """Key to order rows by agreement."""
-        return self.agreement
-
 
 @dataclass
 class Study:
@@ -94,7 +89,8 @@ class Study:
         timed = [(r.seconds, r) for r in self.rows if r.seconds is not None]
         good = [(seconds, r) for seconds, r in timed if r.agreement >= threshold]
         limit = 1.1 * min((seconds for seconds, _ in good), default=0.0)
-        return max((r for seconds, r in good if seconds <= limit), key=Row.rank, default=None)
+        near = (r for seconds, r in good if seconds <= limit)
+        return max(near, key=lambda row: row.agreement, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -163,7 +159,7 @@ class Comparison:
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started
         del loss
-        row = Row(settings, *self.compare(named(parameters, found)))
+        row = Row(settings, *self.compare(gradients_by_name(parameters, found)))
         row.seconds, row.saved_bytes, row.peak_bytes = seconds, saved.bytes, peak.bytes
         return row
 

@@ -66,9 +66,14 @@ _CONTENT: dict[str, Any] = yaml.load(_TEXT, getattr(yaml, "CSafeLoader", yaml.Sa
 EQUILIBRIUM: str = _CONTENT["equilibrium"]
 PICTURE_LIMITS: str = _CONTENT["picture_limits"]
 FAMILY_TEXTS = {name: FamilyText(**text) for name, text in _CONTENT["families"].items()}
-#: By task, as `zoo.TASKS` and `Entry.task` call them: what a model cannot do, and what it is for.
+#: By task, in the words of `zoo.TASKS`: what a model cannot do, and what it is for.
 TASK_LIMITS: dict[str, str] = {name: text["limits"] for name, text in _CONTENT["tasks"].items()}
 TASK_USES: dict[str, str] = {name: text["uses"] for name, text in _CONTENT["tasks"].items()}
 DATA_TEXTS = {name: DataText(**text) for name, text in _CONTENT["data"].items()}
 CONVERTED = {name: ConvertedText(**text) for name, text in _CONTENT["converted"].items()}
 PAPERS: dict[str, str] = _CONTENT["papers"]
+
+
+def data_title(name: str) -> str:
+    """What a data set is called; its own name where the cards know none."""
+    return DATA_TEXTS[name].title if name in DATA_TEXTS else name

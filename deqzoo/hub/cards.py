@@ -23,6 +23,7 @@ from deqzoo.hub.card_texts import (
     PICTURE_LIMITS,
     TASK_LIMITS,
     TASK_USES,
+    data_title,
 )
 from deqzoo.hub.catalogue import (
     Entry,
@@ -143,11 +144,11 @@ def _summary(entry: Entry) -> str:
         return f"Not evaluated yet; {size}."
     evaluation = tested[0]
     data, results = evaluation.get("data", {}), evaluation.get("results", {})
-    title = DATA_TEXTS[data["name"]].title if data.get("name") in DATA_TEXTS else data.get("name")
     fold = f", fold {data['fold']}" if "fold" in data else ""
     measured = f"{data['samples']:,} {data['unit']}" if "samples" in data else "samples"
     lines = [
-        f"**{main_value(evaluation)}** on {title} ({data.get('split', '?')} split{fold}, "
+        f"**{main_value(evaluation)}** on {data_title(data.get('name'))} "
+        f"({data.get('split', '?')} split{fold}, "
         f"{measured}); {size}."
     ]
     beside = _beside(entry) if entry.tests() else ""
@@ -288,10 +289,9 @@ def _headline(entry: Entry) -> str:
     """The main figure, what it was measured on, and the compute it took."""
     evaluation, name = entry.tests()[0], _data_name(entry)
     fold = f", fold {evaluation['data']['fold']}" if "fold" in evaluation["data"] else ""
-    title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
     pflop = entry.record.get("pflop")
     spent = f"; {pflop:.2g} PFLOP" if pflop else ""
-    return f"**{main_value(evaluation)}** on {title}{fold}{spent}"
+    return f"**{main_value(evaluation)}** on {data_title(name)}{fold}{spent}"
 
 
 def _beside(entry: Entry) -> str:
@@ -419,9 +419,7 @@ def _results(entry: Entry, repository: str | None) -> list[str]:
 
 def _column(evaluation: dict[str, Any]) -> str:
     data = evaluation.get("data", {})
-    name = data.get("name", "?")
-    title = DATA_TEXTS[name].title if name in DATA_TEXTS else name
-    return f"{title}, {data.get('split', '?')}"
+    return f"{data_title(data.get('name', '?'))}, {data.get('split', '?')}"
 
 
 def _data(entry: Entry) -> list[str]:
@@ -523,12 +521,9 @@ def _record_rows(content: dict[str, Any]) -> list[tuple[str, Any]]:
             rows.append((f"PFLOP{part}", value - inherited))
             rows += [("PFLOP in all parts", value)] if inherited else []
         elif name != "pflop_inherited":
-            rows.append((_label(name) + (part if name in _OF_A_PART else ""), value))
+            label = _LABELS.get(name) or words(name)
+            rows.append((label + (part if name in _OF_A_PART else ""), value))
     return rows
-
-
-def _label(name: str) -> str:
-    return _LABELS.get(name) or words(name)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.models.names import FAMILIES
 from deqzoo.records import read_evaluation, training_record
 from deqzoo.tasks.metrics import METRICS
-from deqzoo.zoo import TASKS, list_models, read_json, resolve_bundled, task_of
+from deqzoo.zoo import TASKS, list_models, read_json, resolve_bundled, task_words
 
 #: Last parts of names in weight files that are no parameters: batch norms', and spectral norms'.
 BUFFERS = {"running_mean", "running_var", "num_batches_tracked", "left", "right"}
@@ -47,7 +47,7 @@ class Entry:
     @property
     def task(self) -> str:
         """What the model does, in words."""
-        return task_of(self.architecture)
+        return task_words(self.architecture)
 
     @property
     def parameters(self) -> int:
@@ -99,7 +99,7 @@ def best_first(found: Iterable[Entry], metric: str) -> list[Entry]:
 
 def rank(one: Entry) -> tuple[Any, ...]:
     """Where a checkpoint stands by result: task, data set, then the best test figure."""
-    tasks, data = list(TASKS.values()), list(DATA_TEXTS)
+    tasks, data = [info.words for info in TASKS.values()], list(DATA_TEXTS)
     task = tasks.index(one.task) if one.task in tasks else len(tasks)
     if not one.tests():
         return task, len(data) + 1, 0.0, one.name
@@ -198,7 +198,8 @@ def count_parameters(path: Path) -> int:
     Raises:
         UserError: the file is no safetensors file.
     """
-    try:
+    faults = (OSError, ValueError, KeyError, TypeError, struct.error)
+    with as_user_error(f"{path} is no sound safetensors file", *faults):
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > path.stat().st_size:
@@ -209,5 +210,3 @@ def count_parameters(path: Path) -> int:
             for name, tensor in header.items()
             if name != "__metadata__" and name.rpartition(".")[2] not in BUFFERS
         )
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise UserError(f"{path} is no sound safetensors file: {error}") from error

@@ -1,4 +1,4 @@
-"""Commands of the hub room: store, seal, cards, verify and publish."""
+"""Commands of the hub: store, seal, cards, verify and publish."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ from typing import Annotated
 import typer
 
 from deqzoo.errors import UserError
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add this room's commands."""
-    for command in (store, publish):
-        app.command(rich_help_panel="Publish")(command)
-    for other in (verify, cards, seal):
-        app.command(rich_help_panel="Maintain the zoo")(other)
 
 
 def store(

@@ -11,11 +11,6 @@ import typer
 from deqzoo.evaluation.options import ModelName
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add the command of this module to the command line."""
-    app.command(rich_help_panel="Train")(finetune)
-
-
 def finetune(
     model: ModelName,
     data: Annotated[
@@ -67,18 +62,17 @@ def finetune(
     unmeasured = (output / "run.json").is_file() and not (output / "README.md").is_file()
     if resume and unmeasured:  # cut off when it was trained already
         clear(output)
-        typer.echo(f"{finish(output, data)}; model, card and evaluation in {output}")
-        return
-    require_free(output, resume)
-    settings = Settings(
-        epochs=epochs, batch_size=batch_size, lr=lr, solver=solver, gradient=gradient,
-        freeze=freeze, seed=seed, report_to=tuple(report_to.split(",")), held_out=held_out,
-        max_steps=max_steps, augment=augment, tokenizer=tokenizer, label_column=label_column,
-    )  # fmt: skip
-    job = prepare(model, data, settings)
-    for line in warnings_of(job):
-        print(line, file=sys.stderr)
-    train(job, output, settings, resume=resume, progress=not quiet)
+    else:
+        require_free(output, resume)
+        settings = Settings(
+            epochs=epochs, batch_size=batch_size, lr=lr, solver=solver, gradient=gradient,
+            freeze=freeze, seed=seed, report_to=tuple(report_to.split(",")), held_out=held_out,
+            max_steps=max_steps, augment=augment, tokenizer=tokenizer, label_column=label_column,
+        )  # fmt: skip
+        job = prepare(model, data, settings)
+        for line in warnings_of(job):
+            print(line, file=sys.stderr)
+        train(job, output, settings, resume=resume, progress=not quiet)
     typer.echo(f"{finish(output, data)}; model, card and evaluation in {output}")
 
 

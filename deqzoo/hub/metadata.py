@@ -31,7 +31,7 @@ def metadata(entry: Entry) -> str:
     """The YAML at the head of a checkpoint's card."""
     family = FAMILY_TEXTS[entry.config["model_type"]]
     figures = _test_figures(entry)
-    known = {data["name"] for _, data, _, _ in figures if data["name"] in DATA_TEXTS}
+    known = {data["name"] for data, _, _ in figures if data["name"] in DATA_TEXTS}
     results = [
         EvalResult(
             task_type=family.pipeline_tag,
@@ -43,7 +43,7 @@ def metadata(entry: Entry) -> str:
             metric_name=name,
             metric_value=value,
         )
-        for _, data, (kind, name), value in figures
+        for data, (kind, name), value in figures
         if data["name"] in DATA_TEXTS
     ]
     card = ModelCardData(
@@ -82,15 +82,13 @@ def eval_results_yaml(entry: Entry, repository: str | None = None) -> str | None
     return yaml.safe_dump(rows, sort_keys=False) if rows else None
 
 
-def _test_figures(
-    entry: Entry,
-) -> list[tuple[dict[str, Any], dict[str, Any], tuple[str, str], float]]:
-    """(evaluation, data, (type, name), value) of every figure of a test split that the card tells
-    first, and what its equilibria took."""
+def _test_figures(entry: Entry) -> list[tuple[dict[str, Any], tuple[str, str], float]]:
+    """(data, (type, name), value) of every figure of a test split that the card tells first, and
+    what its equilibria took."""
     named = {key: metric.hub for key, metric in METRICS.items() if metric.hub}
     named |= {key: (key, words(key).capitalize()) for key in ("n_steps_mean", "converged_share")}
     return [
-        (evaluation, evaluation["data"], name, evaluation["results"][key])
+        (evaluation["data"], name, evaluation["results"][key])
         for evaluation in entry.tests()
         for key, name in named.items()
         if key in evaluation["results"]

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from deqzoo.errors import UserError, one_line
 from deqzoo.models.names import CLASSES, FAMILIES, FAMILY_CLASSES, family_class, load_class
-from deqzoo.models.registration import AUTO_CLASSES
+from deqzoo.models.registration import register_heads
 from deqzoo.sealed import CHECKSUMS, require_weights_as_sealed
 from deqzoo.zoo import ORGANISATION, read_json, resolve_folder, suggestion
 
@@ -44,11 +44,8 @@ def add_family(name: str, classes: Mapping[str, str]) -> None:
     """
     FAMILY_CLASSES[name] = dict(classes)
     CLASSES.update(classes)
-    config = family_class(name, "Config")
-    transformers.AutoConfig.register(name, config, exist_ok=True)
-    for suffix, (auto, _) in AUTO_CLASSES.items():
-        if (kind := family_class(name, suffix)) is not None:
-            getattr(transformers, auto).register(config, kind, exist_ok=True)
+    transformers.AutoConfig.register(name, family_class(name, "Config"), exist_ok=True)
+    register_heads(transformers, name)
 
 
 class DEQModel:

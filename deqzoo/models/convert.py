@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Where training scripts put the state dict beside their own counters."""
@@ -37,7 +37,8 @@ def read_state_dict(path: Path, weights: str | None = None) -> dict[str, Tensor]
         candidates = [
             str(key)
             for key, value in content.items()
-            if isinstance(value, Mapping) and (key in _WRAPPERS or _holds_weights(value))
+            if isinstance(value, Mapping)
+            and (key in _WRAPPERS or (_is_state_dict(value) and all(type(k) is str for k in value)))
         ]
         if weights is not None:
             if weights not in content or not isinstance(content[weights], Mapping):
@@ -84,10 +85,6 @@ _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
 def _is_state_dict(content: Mapping[Any, Any]) -> bool:
     return bool(content) and all(isinstance(value, Tensor) for value in content.values())
-
-
-def _holds_weights(content: Mapping[Any, Any]) -> bool:
-    return _is_state_dict(content) and all(isinstance(key, str) for key in content)
 
 
 def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:
@@ -147,10 +144,8 @@ def read_settings(path: Path, presets: Iterable[str]) -> dict[str, Any]:
         raise UserError(
             f"{path} is neither a JSON file nor a preset; the presets are {', '.join(presets)}"
         )
-    try:
+    with as_user_error(f"{path} is not a JSON object of settings", OSError, ValueError):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a JSON object of settings: {one_line(error)}") from error
     if not isinstance(values, dict) or not isinstance(values.get("config", {}), dict):
         where = " under 'config'" if isinstance(values, dict) else ""
         raise UserError(f"{path} holds no JSON object with settings{where}")

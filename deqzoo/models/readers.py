@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error
 
 
 def require_image_classifier(model: Any) -> None:
@@ -35,13 +35,11 @@ def load_processor(model: Any) -> Any:
     """
     require_image_classifier(model)
     source = model.config._name_or_path
-    try:
+    # Damaged settings fail in arbitrary ways, some only when used.
+    with as_user_error(f"no usable preprocessor_config.json in {source}", Exception, most=160):
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         processor(images=Image.new("RGB", (4, 4)), return_tensors="pt")
         return processor
-    except Exception as error:  # damaged settings fail in arbitrary ways, some only when used
-        reason = one_line(error, 160)
-        raise UserError(f"no usable preprocessor_config.json in {source}: {reason}") from error
 
 
 def to_batch(processor: Any, pictures: Sequence[Image.Image], model: Any) -> Tensor:

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from deqzoo.models.names import FAMILIES, FAMILY_CLASSES, load_class
+from deqzoo.models.names import FAMILIES, family_class, load_class
 from deqzoo.zoo import bundled_source, read_json, resolve_folder
 
 Action = Callable[[ModuleType], None]
@@ -116,14 +116,18 @@ def install() -> None:
     )
 
 
-def _config_class(family: str) -> Any:
-    return load_class(next(name for name in FAMILY_CLASSES[family] if name.endswith("Config")))
+def register_heads(module: Any, family: str) -> None:
+    """Make the Auto classes of a module of transformers know the models of a family."""
+    config = family_class(family, "Config")
+    for suffix, (auto, _) in AUTO_CLASSES.items():
+        if (kind := family_class(family, suffix)) is not None:
+            getattr(module, auto).register(config, kind, exist_ok=True)
 
 
 def _configurations(module: ModuleType) -> None:
     def register() -> None:
         for family in FAMILIES:
-            module.AutoConfig.register(family, _config_class(family), exist_ok=True)
+            module.AutoConfig.register(family, family_class(family, "Config"), exist_ok=True)
 
     _know_names(module.AutoConfig)
     _register(register)
@@ -131,13 +135,8 @@ def _configurations(module: ModuleType) -> None:
 
 def _models(module: ModuleType) -> None:
     def register() -> None:
-        for family, classes in FAMILY_CLASSES.items():
-            for name in classes:
-                for suffix, (auto, _) in AUTO_CLASSES.items():
-                    if name.endswith(suffix):
-                        getattr(module, auto).register(
-                            _config_class(family), load_class(name), exist_ok=True
-                        )
+        for family in FAMILIES:
+            register_heads(module, family)
 
     for auto, _ in AUTO_CLASSES.values():
         _know_names(getattr(module, auto))
@@ -148,7 +147,7 @@ def _models(module: ModuleType) -> None:
 def _image_processors(module: ModuleType) -> None:
     def register() -> None:
         module.AutoImageProcessor.register(
-            _config_class("mdeq"),
+            family_class("mdeq", "Config"),
             slow_image_processor_class=load_class("MDEQImageProcessor"),
             exist_ok=True,
         )

@@ -174,6 +174,32 @@ def in_compute_dtype(weight: Tensor) -> Tensor:
     return weight
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], nested: Any) -> Any:
+    """Apply a function to every tensor of nested tuples; None stays None."""
+    if nested is None:
+        return None
+    if isinstance(nested, Tensor):
+        return function(nested)
+    values = [map_tensors(function, value) for value in nested]
+    return type(nested)(*values) if hasattr(nested, "_fields") else tuple(values)
+
+
+def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A map under torch.compile: one graph per shape and per set of tracked tensors.
+
+    Several backward passes use one graph, which donated buffers forbid, and a training run meets
+    more variants (shape, gradient mode, dropout) than torch's default limit, hence the two global
+    settings.
+    """
+    import torch._dynamo.config  # a second of work, needed by this function only
+    import torch._functorch.config
+
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(step, dynamic=False, fullgraph=True)
+
+
 def _plain_weight(module: Any, kind: type[nn.Module]) -> Tensor | None:
     """The weight of a layer that a call would do nothing else with than torch does, or None."""
     plain = type(module).forward is kind.forward and "forward" not in vars(module)

@@ -7,62 +7,11 @@ and know no modality themselves.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from typing import Any
 
 from deqzoo.errors import UserError
 from deqzoo.models.names import FAMILIES, FAMILY_CLASSES
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """Where a task is found.
-
-    Attributes:
-        suffix: how the names of its model classes end.
-        training: "module:name" of the class (or function) that makes its `Task` of a recipe.
-        evaluator: "module:name" of its `Evaluator`.
-        finetuning: "module:name" of the function that makes a `Job` of a model and data of one's
-            own; none where a task has no such data.
-    """
-
-    suffix: str
-    training: str
-    evaluator: str
-    finetuning: str | None = None
-
-
-TASKS = {
-    "image-classification": TaskInfo(
-        "ForImageClassification",
-        "deqzoo.tasks.lazy_images:image_task",
-        "deqzoo.evaluation.images:ImageEvaluator",
-        "deqzoo.tasks.images:finetuning",
-    ),
-    "language-modeling": TaskInfo(
-        "ForCausalLM",
-        "deqzoo.tasks.text:LanguageModelingTask",
-        "deqzoo.evaluation.text:TextEvaluator",
-        "deqzoo.tasks.text:finetuning",
-    ),
-    "graph-classification": TaskInfo(
-        "ForGraphClassification",
-        "deqzoo.tasks.graphs:GraphClassificationTask",
-        "deqzoo.evaluation.graphs:GraphEvaluator",
-        "deqzoo.tasks.graphs:finetuning",
-    ),
-    "node-classification": TaskInfo(
-        "ForNodeClassification",
-        "deqzoo.tasks.nodes:NodeClassificationTask",
-        "deqzoo.evaluation.graphs:NodeEvaluator",
-    ),
-}
-"""Tasks by the names that recipes and evaluation files use; a task of your own is one entry."""
-
-
-def task_of(architecture: str) -> TaskInfo | None:
-    """The task of a model class by its name; None for models without a head."""
-    return next((info for info in TASKS.values() if architecture.endswith(info.suffix)), None)
+from deqzoo.zoo import TASKS
 
 
 def load(place: str) -> Any:

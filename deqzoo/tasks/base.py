@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.recipe import Model, Recipe, Stage
 
 _Config = TypeVar("_Config", bound=PreTrainedConfig)
@@ -210,10 +210,8 @@ def settings_checked(
     for name in settings:
         if name not in known | {"num_labels"}:
             raise UserError(f"unknown key {place}.{name}; it is no setting of {kind.__name__}")
-    try:
+    with as_user_error("model settings", ValueError, TypeError, StrictDataclassError):
         yield
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model settings: {one_line(error)}") from error
 
 
 def check_options(load: Callable[..., Any], options: Mapping[str, Any]) -> None:

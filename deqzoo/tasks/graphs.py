@@ -280,14 +280,19 @@ def own_fold(
     """
     if not isinstance(held_out, (int, float)) or not 0 < held_out < 1:
         raise UserError(f"data.options.held_out must be a share in (0, 1), got {held_out!r}")
-    graphs = load_own_graphs(path)
-    if len(graphs.labels.unique()) < 2:
-        raise UserError(f"{graphs.name} holds graphs of one class; at least two are needed")
+    graphs = _learnable_graphs(path)
     rows, others = stratified(graphs.labels, held_out, seed, graph_digests(graphs.graphs))
     if not others:
         raise UserError(f"{graphs.name} has one graph of each class; give at least two")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return graphs, Fold([rows[i] for i in order], others, [])
+
+
+def _learnable_graphs(path: str | Path) -> GraphSet:
+    graphs = load_own_graphs(path)
+    if len(graphs.labels.unique()) < 2:
+        raise UserError(f"{graphs.name} holds graphs of one class; at least two are needed")
+    return graphs
 
 
 class GraphClassificationTask(GraphTask):
@@ -313,7 +318,7 @@ class GraphClassificationTask(GraphTask):
         self.validation = self._parts(held_out, symmetrize=not fold.validation)
         digests = graph_digests(self.graphs.graphs)
         self.fingerprints = {
-            split: _digest(digests[i] for i in index)
+            split: hashlib.sha256("".join(digests[i] for i in index).encode()).hexdigest()
             for split, index in (("train", fold.train), ("validation", held_out))
         }
         self.counts = {"train": len(fold.train), "validation": len(held_out)}
@@ -479,22 +484,16 @@ def _filled(tensor: Tensor, n: int, value: float = 0) -> Tensor:
     return longer
 
 
-def _digest(texts: Any) -> str:
-    return hashlib.sha256("".join(texts).encode()).hexdigest()
-
-
 def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job:
     """A graph classifier and graphs of one's own for it, divided class by class.
 
     Raises:
         UserError: fewer than two classes, or no class with two graphs.
     """
-    graphs = load_own_graphs(data)
+    graphs = _learnable_graphs(data)
     model = load(
         num_features=graphs.num_features, **class_settings(graphs), ignore_mismatched_sizes=True
     )
-    if len(graphs.labels.unique()) < 2:
-        raise UserError(f"{graphs.name} holds graphs of one class; at least two are needed")
     share, digests = settings.held_out, graph_digests(graphs.graphs)
     rows, choosing, test = three_parts(graphs.labels, share, share / 2, settings.seed, digests)
     if not test:

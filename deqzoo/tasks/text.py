@@ -30,6 +30,7 @@ from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTrans
 from deqzoo.models.deq_transformer.modeling_deq_transformer import DEQTransformerForCausalLM
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
     build_tokenizer,
+    in_corpus_case,
     prepare_text,
     text_style,
 )
@@ -377,7 +378,7 @@ def with_words(model: Any, tokenizer: Any, lines: Sequence[str], how: str) -> tu
     """
     old, style = tokenizer.get_vocab(), text_style(tokenizer)
     prepared = prepare_text("\n".join(lines), old, style).text
-    counted = count_vocabulary((prepared.lower() if style == "ptb" else prepared).split("\n"))
+    counted = count_vocabulary(in_corpus_case(prepared, style).split("\n"))
     if how == "build":
         if model.config.cutoffs:
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from deqzoo.equilibrium import make_gradient, make_solver
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.recipe import Jacobian
 
 
@@ -77,10 +77,8 @@ class DEQTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is None or (isinstance(value, dict) and "name" not in value):
                 continue  # single settings are checked over those of the model, by DEQTrainer
-            try:
+            with as_user_error(name, ValueError, TypeError):
                 make(value)
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{name}: {error}") from error
         weight = self.jacobian_weight
         if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise UserError(f"jacobian_weight must not be negative, got {weight!r}")

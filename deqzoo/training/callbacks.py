@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from deqzoo.files import replacing
 from deqzoo.training.trainer import RecipeTrainer, _flat
+
+SETTLING = 50
+"""Steps of a stage in which the average takes over the model's batch statistics: with batch norm's
+momentum of 0.1, half a percent is left of the stage before."""
 
 
 def agreed(decision: bool, args: TrainingArguments) -> bool:
@@ -30,11 +36,9 @@ def agreed(decision: bool, args: TrainingArguments) -> bool:
 class AverageCallback(TrainerCallback):
     """Feeds the moving average of the weights after every optimiser step.
 
-    Batch statistics belong to one resolution: for the first `settling` steps of a stage the
+    Batch statistics belong to one resolution: for the first `SETTLING` steps of a stage the
     average takes over the model's own, and averages them from then on.
     """
-
-    settling = 50  # with batch norm's momentum of 0.1, half a percent is left of the stage before
 
     def __init__(self, trainer: RecipeTrainer) -> None:
         self.trainer = trainer
@@ -45,10 +49,14 @@ class AverageCallback(TrainerCallback):
             return
         average.update_parameters(self.trainer.model)
         step = state.global_step - 1  # the one that has just ended
-        if step - plan.starts[plan.index(step)] < self.settling:
-            own = self.trainer.model.buffers()
-            for mine, theirs in zip(average.module.buffers(), own, strict=True):
-                mine.copy_(theirs)
+        if step - plan.starts[plan.index(step)] < SETTLING:
+            copy_buffers(average.module, self.trainer.model)
+
+
+def copy_buffers(average: nn.Module, model: nn.Module) -> None:
+    """Let an average take over the batch statistics of the model."""
+    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
 
 
 class CheckpointClock(TrainerCallback):
@@ -122,9 +130,15 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
-            entry = {"step": state.global_step, "time": round(time.time(), 1), **logs}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_metrics(self.path, state.global_step, logs)
+
+
+def append_metrics(path: Path, step: int, entry: Mapping[str, Any]) -> str:
+    """Append a line to metrics.jsonl, with step and wall time; the line."""
+    line = json.dumps({"step": step, "time": round(time.time(), 1), **entry})
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    return line
 
 
 class StopFile(TrainerCallback):

@@ -90,16 +90,3 @@ def differences(then: Any, now: Any, place: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:60]}..."
-
-
-def refuse_changes(checkpoint: str | os.PathLike[str], changed: list[str], accepted: bool) -> None:
-    """Stop a run that would go on under other conditions, unless its user accepts that.
-
-    Raises:
-        UserError: they are not accepted.
-    """
-    if changed and not accepted:
-        raise UserError(
-            f"{checkpoint} was made under other conditions: {'; '.join(changed)}. Go on under the "
-            "same ones, or add --accept-changes, and the record will say so"
-        )

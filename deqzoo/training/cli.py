@@ -10,28 +10,14 @@ from typing import Annotated
 import typer
 
 from deqzoo.errors import UserError
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add the commands of this module to the command line."""
-    app.command("train", rich_help_panel="Train")(train)
-    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-    app.command("ignn-table", hidden=True, context_settings=anything)(ignn_table)
-
-
-def ignn_table() -> None:
-    """Say where the graph table has gone."""
-    raise UserError("the graph table is made by a script: python benchmarks/ignn/table.py --help")
+from deqzoo.evaluation.options import DataFolder
 
 
 def train(
     recipe: Annotated[
         Path | None, typer.Argument(help="Recipe (YAML).", show_default=False)
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="Local copy of the data set; else it is fetched."),
-    ] = None,
+    data: DataFolder = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")
     ] = None,

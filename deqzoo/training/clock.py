@@ -15,7 +15,6 @@ class TimeBudget:
     Args:
         seconds: of training.
         shares: of the stages, in any unit.
-        spent: what an earlier part of the run had used.
         clock: for tests.
     """
 
@@ -23,10 +22,11 @@ class TimeBudget:
         self,
         seconds: float,
         shares: Sequence[float],
-        spent: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.seconds, self.clock, self.spent = seconds, clock, spent
+        self.seconds, self.clock = seconds, clock
+        self.spent = 0.0
+        """Seconds until the last pause or end."""
         total = sum(shares)
         self.ends = [sum(shares[: i + 1]) / total for i in range(len(shares))]
         self.ends[-1] = 1.0

@@ -46,7 +46,7 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     ]
     flops = sum(stage.pop("flops") for stage in stages)
     parameters = sum(p.numel() for p in model.parameters())
-    moments = {"sgd": 1, "muon": 2}.get(recipe.optimizer.name, 2)
+    moments = 1 if recipe.optimizer.name == "sgd" else 2
     copies = 2 + moments + (recipe.average > 0)  # weights, gradients, moments, average
     state = round(copies * 4 * parameters / 2**20)
     return {
@@ -65,13 +65,11 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     }
 
 
-def commands(path: str, alone: bool, processes: int = 8) -> dict[str, str]:
+def commands(path: str, alone: bool) -> dict[str, str]:
     """Command lines that train a recipe on one device and, unless `alone`, on several GPUs."""
-    found = {"one": f"deqzoo train {path} --resume"}
-    if not alone:
-        launch = f"torchrun --nproc_per_node {processes}"
-        found["several"] = f"{launch} -m deqzoo train {path} --resume"
-    return found
+    train = f"deqzoo train {path} --resume"
+    several = {} if alone else {"several": f"torchrun --nproc_per_node 8 -m {train}"}
+    return {"one": train, **several}
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,13 @@ from deqzoo.data import own
 from deqzoo.errors import UserError
 from deqzoo.files import mark_complete, replace_text
 from deqzoo.models.auto import DEQModel
-from deqzoo.tasks import load, task_of
+from deqzoo.tasks import load
 from deqzoo.tasks.finetuning import FEW, Job, Settings
 from deqzoo.training.arguments import DEQTrainingArguments, check_report_to
 from deqzoo.training.checkpoints import differences, latest_checkpoint
 from deqzoo.training.norms import freeze_batch_norm
 from deqzoo.training.trainer import DEQTrainer
-from deqzoo.zoo import read_json
+from deqzoo.zoo import TASKS, read_json, task_of
 
 _EVALUATIONS = 12
 _PATIENCE = 5
@@ -54,7 +54,7 @@ def prepare(name: str | Path, data: str | Path, settings: Settings) -> Job:
         UserError: no such model, one of another task, or data that it cannot learn.
     """
     kind = type(DEQModel.from_pretrained(name)).__name__
-    info = task_of(kind)
+    info = TASKS.get(task_of(kind) or "")
     if info is None or info.finetuning is None:
         raise UserError(f"{name} is of class {kind}, which learns no data of one's own")
     make = load(info.finetuning)

@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
 from deqzoo.models.coarse import has_fast_bfloat16
@@ -44,7 +44,6 @@ from deqzoo.training.checkpoints import (
     differences,
     keep_newest,
     latest_checkpoint,
-    refuse_changes,
 )
 from deqzoo.training.optimizers import build_optimizer, build_schedule
 from deqzoo.training.timed import TimedRun
@@ -95,33 +94,24 @@ def run_recipe(
         if _is_first_process():
             _claim(out, recipe, resume, accept_changes)
         last = latest_checkpoint(out / "checkpoints") if resume else None
-        if last is not None and max_steps is not None:
-            done = int(_recorded(out, "steps"))
-            if done >= max_steps:
-                if _is_first_process():
-                    print(
-                        f"{out} has made {done} steps already; nothing to do up to step {max_steps}"
-                    )
-                return out / "model"
+        done = int(_recorded(out, "steps"))
+        if last is not None and max_steps is not None and done >= max_steps:
+            if _is_first_process():
+                print(f"{out} has made {done} steps already; nothing to do up to step {max_steps}")
+            return out / "model"
         task, model, earlier = _begin(recipe, data, out, last)
         if recipe.time_budget:
             seconds = seconds_of(recipe.time_budget, "time_budget")
             left = None if until is None else until - time.monotonic()
             bf16 = use_bf16(recipe)
             run = TimedRun(recipe, task, model, out, seconds, left, bf16, progress, max_steps)
-            _inherit(run, earlier)
+            run.history.inherit(earlier)
             _train_timed(run, out, last, accept_changes)
         else:
             trainer = _trainer(recipe, task, model, out, progress, max_steps)
-            _inherit(trainer, earlier)
+            trainer.history.inherit(earlier)
             _train(trainer, out, last, accept_changes)
         return out / "model"
-
-
-def _inherit(run: RecipeTrainer | TimedRun, earlier: dict[str, Any]) -> None:
-    """Count what the weights that a run begins with had cost."""
-    run.earlier = earlier.get("validation", [])
-    run.spent = run.inherited = 1e15 * earlier.get("pflop", 0.0)
 
 
 def _begin(
@@ -163,22 +153,17 @@ def _train_timed(run: TimedRun, out: Path, last: str | None, accept_changes: boo
     if last is not None:
         state = torch.load(Path(last) / "run.pt", weights_only=True)
         run.load_state_dict(state)
-        run.changes = state.get("changes", [])
-        changed = differences(state.get("conditions", {}), now)
-        refuse_changes(last, changed, accept_changes)
-        run.changes += [{"step": run.count, "changed": changed}] if changed else []
+        run.history.resume(last, state, now, accept_changes)
     _cut_metrics(out / "metrics.jsonl", run.count)
-    past, started = _recorded(out, "seconds"), time.monotonic()
+    keeper = Keeper(run, out)
 
     def keep() -> None:
         folder = out / "checkpoints" / f"checkpoint-{run.count}"
         folder.mkdir(parents=True, exist_ok=True)
-        state = {**run.state_dict(), "conditions": now, "changes": run.changes}
-        torch.save(state, folder / "run.pt")
+        torch.save({**run.state_dict(), **run.history.state_dict(now)}, folder / "run.pt")
         mark_complete(folder)
         keep_newest(folder.parent)
-        save_result(run, out)
-        _record(out, run, run.figures(), past + time.monotonic() - started)
+        keeper.keep()
 
     run.train(keep)
 
@@ -230,8 +215,8 @@ def start_from(model: PreTrainedModel, name: str, runs: Path) -> dict[str, Any]:
 class Keeper(TrainerCallback):
     """Leaves usable weights and an up-to-date record whenever a checkpoint is written."""
 
-    def __init__(self, trainer: RecipeTrainer, out: Path) -> None:
-        self.trainer = trainer
+    def __init__(self, run: RecipeTrainer | TimedRun, out: Path) -> None:
+        self.run = run
         self.out = out
         self.past = _recorded(out, "seconds")
         self.started = time.monotonic()  # a clock that nobody sets
@@ -240,25 +225,9 @@ class Keeper(TrainerCallback):
         self.keep()
 
     def keep(self) -> None:
-        if self.trainer.is_world_process_zero():
-            save_result(self.trainer, self.out)
-            seconds = self.past + time.monotonic() - self.started
-            _record(self.out, self.trainer, self.figures(), seconds)
-
-    def figures(self) -> dict[str, Any]:
-        """What the record says of the Trainer's run."""
-        trainer, plan = self.trainer, self.trainer.plan
-        steps = trainer.state.global_step
-        return {
-            "finished": steps >= plan.total,
-            "steps": steps,
-            "total_steps": plan.total,
-            "epochs": round(plan.epoch(steps), 4),
-            "pflop": round(trainer.spent / 1e15, 6),
-            "pflop_inherited": round(trainer.inherited / 1e15, 6),
-            "precision": "bf16" if trainer.args.bf16 else "float32",
-            "processes": trainer.args.world_size,
-        }
+        if _is_first_process():
+            save_result(self.run, self.out)
+            _record(self.out, self.run, self.past + time.monotonic() - self.started)
 
 
 def _is_first_process() -> bool:
@@ -284,10 +253,8 @@ def make_folder(path: Path) -> None:
     Raises:
         UserError: it cannot be made.
     """
-    try:
+    with as_user_error(f"cannot make the folder {path}", OSError):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -375,13 +342,11 @@ def use_bf16(recipe: Recipe) -> bool:
     return has_fast_bfloat16()
 
 
-def save_result(trainer: RecipeTrainer | TimedRun, out: Path) -> Path:
+def save_result(run: RecipeTrainer | TimedRun, out: Path) -> None:
     """Write the weights of a run so far as a `from_pretrained` folder."""
-    folder = out / "model"
-    with replacing(folder) as fresh:
-        export(trainer.result(), fresh)
-        trainer.task.save_processor(str(fresh))
-    return folder
+    with replacing(out / "model") as fresh:
+        export(run.history.result(run.averaged()), fresh)
+        run.task.save_processor(str(fresh))
 
 
 def export(model: PreTrainedModel, folder: Path) -> None:
@@ -435,23 +400,22 @@ def _recorded(out: Path, key: str) -> float:
         return 0.0
 
 
-def _record(
-    out: Path, run: RecipeTrainer | TimedRun, figures: dict[str, Any], seconds: float
-) -> None:
+def _record(out: Path, run: RecipeTrainer | TimedRun, seconds: float) -> None:
     """What a reader needs to judge or repeat the run."""
+    history = run.history
     record = {
         "recipe": run.recipe.to_dict(),
         "data": run.task.describe(),
-        **figures,
+        **run.figures(),
         "seconds": round(seconds, 1),
         **peak_memory(),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "threads": torch.get_num_threads(),
         "device": device_name(),
-        **({"changes": run.changes} if run.changes else {}),
-        **({} if run.best is None else {"best": run.best.describe()}),
+        **({"changes": history.changes} if history.changes else {}),
+        **({} if history.best is None else {"best": history.best.describe()}),
         "versions": versions(),
-        "validation": run.earlier + _validation_curve(out / "metrics.jsonl"),
+        "validation": history.earlier + _validation_curve(out / "metrics.jsonl"),
     }
     replace_text(out / "record.json", json.dumps(record, indent=2, default=str) + "\n")
 

@@ -7,7 +7,6 @@ fails: the compiled map, then the CUDA graph of the whole step. `metrics.jsonl` 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 import traceback
@@ -23,18 +22,17 @@ from transformers import PreTrainedModel
 from deqzoo.errors import UserError
 from deqzoo.recipe import Recipe, Stage
 from deqzoo.tasks.base import Task
-from deqzoo.training.best import BestWeights
-from deqzoo.training.callbacks import save_snapshot
+from deqzoo.training.callbacks import SETTLING, append_metrics, copy_buffers, save_snapshot
 from deqzoo.training.clock import TimeBudget
 from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops, step_evaluations
 from deqzoo.training.floor import bare_rate
+from deqzoo.training.history import RunHistory
 from deqzoo.training.optimizers import build_optimizer, rate_factor
 from deqzoo.training.step import TrainingStep
+from deqzoo.training.trainer import average_decay
 
 AHEAD = 4
 """Steps that the host may be ahead of the device: its clock is the device's to within them."""
-SETTLING = 50
-"""Steps of a stage after which the average takes over the model's batch statistics."""
 LOG_SECONDS = 10.0
 EVALUATION_SHARE = {False: 0.05, True: 0.25}
 """Validation after a stage, and after the last, takes at most about this share of the time."""
@@ -80,7 +78,7 @@ class TimedRun:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
-        self.best = BestWeights(task.metric) if recipe.evaluation.keep == "best" else None
+        self.history = RunHistory.of(recipe, task)
         self.flop_table = [sample_flops(task.probe, model, stage) for stage in recipe.stages]
         family: Any = model.to(self.device)  # type: ignore[arg-type]
         self.model = family.train()
@@ -94,9 +92,6 @@ class TimedRun:
         self.compiled = recipe.compile
         self.count = self.epoch = self.position = 0
         self.stage_start = self.stage_number = 0
-        self.spent = self.inherited = 0.0
-        self.earlier: list[dict[str, float]] = []
-        self.changes: list[dict[str, Any]] = []
         self.rows: Tensor | None = None
         self.reserve = 0.0
         self.stopped = False
@@ -113,10 +108,6 @@ class TimedRun:
         """The weights that are evaluated."""
         return self.model if self.average is None else self.average
 
-    def result(self) -> PreTrainedModel:
-        """The weights that are kept."""
-        return self.averaged() if self.best is None else self.best.applied(self.averaged())
-
     @property
     def finished(self) -> bool:
         """Whether the time is over."""
@@ -125,7 +116,7 @@ class TimedRun:
     def figures(self) -> dict[str, Any]:
         """What the record of the run says of this engine."""
         seconds = max(self.budget.spent, 1e-9)
-        rate = (self.spent - self.inherited) / seconds
+        rate = (self.history.spent - self.history.inherited) / seconds
         return {
             "finished": self.finished,
             "steps": self.count,
@@ -137,8 +128,8 @@ class TimedRun:
             "tflops": round(rate / 1e12, 4),
             "floor_tflops": round(self.bare_rate / 1e12, 4),
             "floor_share": round(rate / self.bare_rate, 4),
-            "pflop": round(self.spent / 1e15, 6),
-            "pflop_inherited": round(self.inherited / 1e15, 6),
+            "pflop": self.history.pflop,
+            "pflop_inherited": round(self.history.inherited / 1e15, 6),
             "precision": "bf16" if self.bf16 else "float32",
             "processes": 1,
         }
@@ -165,10 +156,6 @@ class TimedRun:
             "asked": self.asked,
             "used": self.budget.spent,
             "numbers": [self.count, self.epoch, self.position, self.stage_number, self.stage_start],
-            "spent": self.spent,
-            "inherited": self.inherited,
-            "earlier": self.earlier,
-            "best": None if self.best is None else self.best.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -189,10 +176,6 @@ class TimedRun:
         (self.count, self.epoch, self.position, self.stage_number, self.stage_start) = state[
             "numbers"
         ]
-        self.spent, self.inherited = state["spent"], state["inherited"]
-        self.earlier = state["earlier"]
-        if self.best is not None and state.get("best"):
-            self.best.load_state_dict(state["best"])
 
     # Training.
 
@@ -210,9 +193,12 @@ class TimedRun:
             self._stage(number, self.recipe.stages[number], bar, keep)
             if not self.stopped:
                 self.evaluate(self.recipe.stages[number])
-            keep()
-            self.last_save = time.monotonic()
+            self._save(keep)
         bar.close()
+
+    def _save(self, keep: Any) -> None:
+        keep()
+        self.last_save = time.monotonic()
 
     def _stage(self, number: int, stage: Stage, bar: tqdm, keep: Any) -> None:
         rows = self._rows(stage)
@@ -233,10 +219,7 @@ class TimedRun:
                 self._hold_back()
                 self.count, self.position, done = self.count + 1, self.position + 1, done + 1
                 if self.count - self.stage_start == SETTLING and self.average is not None:
-                    for mine, theirs in zip(
-                        self.average.buffers(), self.model.buffers(), strict=True
-                    ):
-                        mine.copy_(theirs)
+                    copy_buffers(self.average, self.model)
                 if self.position == len(rows):
                     self.epoch, self.position, self.rows = self.epoch + 1, 0, None
                     rows = self._rows(stage)
@@ -247,28 +230,26 @@ class TimedRun:
                     told, done = time.monotonic(), 0
                 reached = self.max_steps is not None and self.count >= self.max_steps
                 self.stopped = reached or (self.out / "stop").exists()
-                if self._snapshot_due() or self._checkpoint_due():
+                if self._snapshots_due() > self.snapshots or self._checkpoint_due():
                     with self.budget.paused():
                         self._take_snapshot()
                         if self._checkpoint_due():
-                            keep()
-                            self.last_save = time.monotonic()
+                            self._save(keep)
             if done:
                 self._tell(steps, done, told, stage)
 
     def _checkpoint_due(self) -> bool:
         return time.monotonic() - self.last_save > 60 * self.recipe.checkpoint_minutes
 
-    def _snapshot_due(self) -> bool:
-        parts = max(self.recipe.evaluation.snapshots - 1, 1)
-        return self.budget.progress * parts >= self.snapshots
+    def _snapshots_due(self) -> int:
+        """How many snapshots there should be by now."""
+        return int(self.budget.progress * max(self.recipe.evaluation.snapshots - 1, 1)) + 1
 
     def _take_snapshot(self) -> None:
-        if self.recipe.evaluation.snapshots and self._snapshot_due():
+        due = self._snapshots_due()
+        if self.recipe.evaluation.snapshots and due > self.snapshots:
             save_snapshot(self.model, self.out / "snapshots", self.count)
-        self.snapshots = (
-            int(self.budget.progress * max(self.recipe.evaluation.snapshots - 1, 1)) + 1
-        )
+        self.snapshots = due
 
     def _rows(self, stage: Stage) -> Tensor:
         """What each step of the present epoch takes."""
@@ -286,9 +267,8 @@ class TimedRun:
 
     def _decay(self) -> float:
         """Of the average; fresh weights are forgotten as it warms up, trained ones are not."""
-        if self.recipe.model.start:
-            return self.recipe.average
-        return min(self.recipe.average, (1 + self.count) / (10 + self.count))
+        warm_up = not self.recipe.model.start
+        return average_decay(self.recipe.average, self.count, warm_up=warm_up)
 
     def _hold_back(self) -> None:
         """Wait for the step before the last few, so that the host's clock is the device's."""
@@ -399,27 +379,20 @@ class TimedRun:
         allowed *= self.task.sample_size(stage)
         steps = self.model.resolve_solver().max_steps
         samples = max(2, min(self.recipe.evaluation.samples, round(allowed / steps)))
-        model = self.averaged()
-        was_training = model.training
-        model.eval()
         # Samples leave the batch as they converge: cuDNN would try its kernels at every new size.
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False):
-            figures = self.task.evaluate(model, stage, samples)
-        model.train(was_training)
-        if self.best is not None:
-            self.best.see(model, figures, self.count)
-        self.log(**{f"eval_{key}": value for key, value in figures.items()}, pflop=self._pflop())
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+            figures = self.history.validate(self.task, self.averaged(), stage, samples, self.count)
+        evaluated = {f"eval_{key}": value for key, value in figures.items()}
+        self.log(**evaluated, pflop=self.history.pflop)
         # A deadline leaves room for another one, and for writing the weights.
         self.reserve = max(self.reserve, 1.5 * (time.monotonic() - started) + 5)
         return figures
 
     def log(self, **entry: Any) -> None:
         """Append one line to metrics.jsonl, and show it where there is no bar."""
-        line = {"step": self.count, "time": round(time.time(), 1), **entry}
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        line = append_metrics(self.out / "metrics.jsonl", self.count, entry)
         if self.progress:
-            tqdm.write(json.dumps(line))
+            tqdm.write(line)
 
     def _tell(self, steps: list[TrainingStep], n: int, since: float, stage: Stage) -> None:
         sums: dict[str, float] = {}
@@ -431,7 +404,7 @@ class TimedRun:
         evaluations = self._evaluations(stage, sums["solver_steps"], products)
         self.evaluation_rate = n * self._batch * evaluations / seconds
         per_evaluation, rest = self.flop_table[self.stage_number]
-        self.spent += n * self._batch * (evaluations * per_evaluation + 3 * rest)
+        self.history.spent += n * self._batch * (evaluations * per_evaluation + 3 * rest)
         for step in steps:
             step.products = 0
         if "jacobian_penalty" in sums and stage.jacobian is not None:
@@ -443,7 +416,7 @@ class TimedRun:
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             samples_per_second=round(n * self._batch / seconds, 1),
             evaluations=round(evaluations, 2),
-            pflop=self._pflop(),
+            pflop=self.history.pflop,
             **{key: round(value, 5) for key, value in sums.items()},
         )
 
@@ -455,9 +428,6 @@ class TimedRun:
         if stage.jacobian:
             evaluations += PENALTY_EVALUATIONS / stage.jacobian.every
         return evaluations
-
-    def _pflop(self) -> float:
-        return round(self.spent / 1e15, 6)
 
     def _age(self) -> float:
         return time.monotonic() - self.born

@@ -13,20 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from deqzoo.equilibrium import jacobian_penalty
 from deqzoo.equilibrium.fixed import difference_penalty
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import mark_complete
 from deqzoo.models.base import DEQPreTrainedModel
 from deqzoo.models.deq_transformer import DEQTransformerForCausalLM
 from deqzoo.recipe import Jacobian, Stage
 from deqzoo.tasks.base import Plan, Task
-from deqzoo.training.best import BestWeights
-from deqzoo.training.checkpoints import conditions, differences, keep_newest, refuse_changes
+from deqzoo.training.checkpoints import conditions, keep_newest
 from deqzoo.training.constraints import ProjectionCallback
 from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops, step_evaluations
+from deqzoo.training.history import RunHistory
 
 
 class SolverStatistics:
@@ -95,10 +95,8 @@ class DEQTrainer(Trainer):
         for name in ("solver", "gradient"):
             change = getattr(self.args, name, None)
             if change and isinstance(self.model, DEQPreTrainedModel):
-                try:
+                with as_user_error(name, ValueError):
                     getattr(self.model, f"resolve_{name}")(change)
-                except ValueError as error:
-                    raise UserError(f"{name}: {error}") from error
 
     def stage_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model that the training step adds to the batch."""
@@ -207,17 +205,11 @@ class RecipeTrainer(DEQTrainer):
             # Trained weights are worth remembering from the first step, fresh ones are not.
             rule: Any = moving_average(recipe.average, warm_up=not recipe.model.start)
             self.average = AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
-        self.best = BestWeights(task.metric) if recipe.evaluation.keep == "best" else None
+        self.history = RunHistory.of(recipe, task)
         if any(stage.jacobian for stage in plan.stages):
             require_map(self.model)
         self.flop_table = [sample_flops(task.probe, self.model, stage) for stage in plan.stages]
-        self.spent = 0.0
         self.evaluations: list[float] = []
-        # What the weights that a recipe starts from had cost, and their validation figures.
-        self.inherited = 0.0
-        self.earlier: list[dict[str, float]] = []
-        # What was otherwise when the run was gone on with, as its user accepted.
-        self.changes: list[dict[str, Any]] = []
         self.last_save = time.monotonic()
 
     @property
@@ -256,7 +248,7 @@ class RecipeTrainer(DEQTrainer):
         # What an implicit gradient costs is known after its backward pass only.
         products = 0 if self.stage.shallow else backward_products(self.model)
         if products:
-            self.spent += products * self.evaluation_flops
+            self.history.spent += products * self.evaluation_flops
             self.evaluations[-1] += products
         return loss
 
@@ -280,7 +272,7 @@ class RecipeTrainer(DEQTrainer):
             evaluations += PENALTY_EVALUATIONS
         self.evaluations.append(evaluations)
         self.evaluation_flops = samples * per_evaluation
-        self.spent += evaluations * self.evaluation_flops + samples * 3 * rest
+        self.history.spent += evaluations * self.evaluation_flops + samples * 3 * rest
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -288,15 +280,7 @@ class RecipeTrainer(DEQTrainer):
         if self.average is not None and self.is_world_process_zero():
             save_file(_flat(self.average.module), folder / "average.safetensors")
             (folder / "average.txt").write_text(str(int(self.average.n_averaged)))
-        own = {
-            "best": None if self.best is None else self.best.state_dict(),
-            "task": self.task.state_dict(),
-            "spent": self.spent,
-            "inherited": self.inherited,
-            "earlier": self.earlier,
-            "changes": self.changes,
-            "conditions": self.conditions(),
-        }
+        own = {"task": self.task.state_dict(), **self.history.state_dict(self.conditions())}
         torch.save(own, folder / f"deqzoo_state_{self.args.process_index}.pt")
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -324,17 +308,7 @@ class RecipeTrainer(DEQTrainer):
             )
         extra = torch.load(path, weights_only=True)
         self.task.load_state_dict(extra["task"])
-        if self.best is not None and extra.get("best"):
-            self.best.load_state_dict(extra["best"])
-        self.spent = extra["spent"]
-        self.inherited = extra.get("inherited", self.inherited)
-        self.earlier = extra.get("earlier", self.earlier)
-        self.changes = extra.get("changes", [])
-        changed = differences(extra.get("conditions", {}), self.conditions())
-        refuse_changes(folder, changed, accept_changes)
-        if changed:
-            step = int(Path(folder).name.rsplit("-", 1)[1])
-            self.changes.append({"step": step, "changed": changed})
+        self.history.resume(folder, extra, self.conditions(), accept_changes)
         if self.average is not None:
             state = load_file(Path(folder) / "average.safetensors")
             _load_flat(self.average.module, state)
@@ -345,23 +319,22 @@ class RecipeTrainer(DEQTrainer):
         if "loss" in logs:
             logs["evaluations"] = round(sum(self.evaluations) / max(1, len(self.evaluations)), 3)
             self.evaluations.clear()
-            logs["pflop"] = round(self.spent / 1e15, 6)
+            logs["pflop"] = self.history.pflop
             logs["stage"] = self.plan.index(self.state.global_step - 1)
         super().log(logs, start_time)
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """Validation figures of the averaged weights where there are any, else of the current."""
-        model = self.averaged()
-        was_training = model.training
-        model.eval()
-        stage = self.plan.stage(self.state.global_step - 1)
-        with torch.no_grad():
-            figures = self.task.evaluate(model, stage, self.recipe.evaluation.samples)
-        model.train(was_training)
-        if self.best is not None:
-            self.best.see(model, figures, self.state.global_step)
+        step = self.state.global_step
+        figures = self.history.validate(
+            self.task,
+            self.averaged(),
+            self.plan.stage(step - 1),
+            self.recipe.evaluation.samples,
+            step,
+        )
         metrics = {f"eval_{key}": value for key, value in figures.items()}
-        self.log({**metrics, "pflop": round(self.spent / 1e15, 6)})
+        self.log({**metrics, "pflop": self.history.pflop})
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -371,9 +344,24 @@ class RecipeTrainer(DEQTrainer):
         """The weights that are evaluated."""
         return self.model if self.average is None else self.average.module
 
-    def result(self) -> PreTrainedModel:
-        """The weights that are kept."""
-        return self.averaged() if self.best is None else self.best.applied(self.averaged())
+    def figures(self) -> dict[str, Any]:
+        """What the record of the run says of this engine."""
+        steps = self.state.global_step
+        return {
+            "finished": steps >= self.plan.total,
+            "steps": steps,
+            "total_steps": self.plan.total,
+            "epochs": round(self.plan.epoch(steps), 4),
+            "pflop": self.history.pflop,
+            "pflop_inherited": round(self.history.inherited / 1e15, 6),
+            "precision": "bf16" if self.args.bf16 else "float32",
+            "processes": self.args.world_size,
+        }
+
+
+def average_decay(decay: float, step: int, *, warm_up: bool) -> float:
+    """Decay of the moving average at a step; with `warm_up` the first weights are forgotten."""
+    return min(decay, (1 + step) / (10 + step)) if warm_up else decay
 
 
 def moving_average(
@@ -386,8 +374,7 @@ def moving_average(
 
     @torch.no_grad()
     def update(average: list[Tensor], current: list[Tensor], n_averaged: Tensor | int) -> None:
-        n = int(n_averaged)
-        weight = 1 - (min(decay, (1 + n) / (10 + n)) if warm_up else decay)
+        weight = 1 - average_decay(decay, int(n_averaged), warm_up=warm_up)
         if average[0].is_floating_point():
             torch._foreach_lerp_(average, current, weight)
         else:

@@ -11,10 +11,10 @@ import torch
 from scripts import load_script
 
 from deqzoo import cli
-from deqzoo.equilibrium.diagnostics import compare_gradients
+from deqzoo.equilibrium.diagnostics import compare_gradients, gradients_by_name
 from deqzoo.evaluation.chart import line_chart
 from deqzoo.fidelity import study as engine
-from deqzoo.fidelity.adjoints import RecordedModel, named, neumann_rule, seeded
+from deqzoo.fidelity.adjoints import RecordedModel, neumann_rule, seeded
 from deqzoo.fidelity.batches import make_batch, part
 from deqzoo.fidelity.study import EQUILIBRIUM, plan, study
 from deqzoo.models.auto import load_class
@@ -50,7 +50,7 @@ def test_series_from_powers_is_the_npg_gradient(make, damping) -> None:
         settings = {"name": "npg", "steps": 4, "damping": damping}
         loss = model(**batch, gradient=settings).loss
         found = torch.autograd.grad(loss, list(recorded.parameters.values()), allow_unused=True)
-    direct = named(recorded.parameters, found)
+    direct = gradients_by_name(recorded.parameters, found)
     _, error, _ = compare_gradients(direct, shared, lambda name: ("all",))
     assert error["all"] < 1e-4
     _, error, _ = compare_gradients(direct, other, lambda name: ("all",))

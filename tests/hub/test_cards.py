@@ -132,7 +132,7 @@ def test_first_screen_of_a_card(checkout: Path) -> None:
 
 
 def test_limits_follow_task_data_and_picture_size(checkout: Path) -> None:
-    assert TASK_LIMITS.keys() == {*TASKS.values(), "features"}
+    assert TASK_LIMITS.keys() == {*(task.words for task in TASKS.values()), "features"}
     found = entry("mdeq-test")
     assert "middle 32 × 32 pixels" in cards.render_card(found)
     found.config["image_size"] = 96

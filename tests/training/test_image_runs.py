@@ -385,7 +385,7 @@ def test_a_kill_while_saving_leaves_a_checkpoint_and_a_result(
     out = tmp_path / "run"
     run_recipe(recipe, None, out, progress=False, max_steps=2)
     keeper = kept[0]
-    trainer = keeper.trainer
+    trainer = keeper.run
     weight = next(trainer.averaged().parameters())
 
     def save(step):

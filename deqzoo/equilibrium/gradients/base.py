@@ -190,7 +190,7 @@ def attach_cotangent(
     with torch.enable_grad():
         if problem.products is problem.f:
             # The full backward also reaches `point`: nobody reads that gradient.
-            point.register_post_accumulate_grad_hook(_forget_grad)
+            point.register_post_accumulate_grad_hook(forget_grad)
             value = recorded = problem.f(point)
         else:
             recorded = problem.products(point)
@@ -236,7 +236,8 @@ def _reaches_more_than(value: Tensor, point: Tensor) -> bool:
     return False
 
 
-def _forget_grad(tensor: Tensor) -> None:
+def forget_grad(tensor: Tensor) -> None:
+    """Hook for a leaf whose gradient nobody reads."""
     tensor.grad = None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.gradients.base import Cost, Gradient, Map, Problem, attach_cotangent
+from deqzoo.equilibrium.options import require
 from deqzoo.equilibrium.solvers import Solution, Solver, make_solver
 from deqzoo.equilibrium.solvers.anderson import Anderson
 from deqzoo.equilibrium.solvers.loop import row_peaks
@@ -44,10 +45,8 @@ class Implicit(Gradient):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "solver", make_solver(self.solver))
-        if self.unsolved not in ("warn", "raise", "ignore"):
-            raise ValueError(
-                f"implicit: unsolved must be 'warn', 'raise' or 'ignore', got {self.unsolved!r}"
-            )
+        ok = self.unsolved in ("warn", "raise", "ignore")
+        require(ok, self, "unsolved", "'warn', 'raise' or 'ignore'")
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "solver": make_solver(self.solver).to_dict()}

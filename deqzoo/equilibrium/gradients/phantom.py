@@ -14,6 +14,7 @@ from deqzoo.equilibrium.gradients.base import (
     attach_cotangent,
     recorded_steps,
 )
+from deqzoo.equilibrium.options import is_count, is_damping, require
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,8 @@ class _Phantom(Gradient):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise ValueError(f"{self.name}: steps must be an int ≥ 1, got {self.steps!r}")
-        if not isinstance(self.damping, (int, float)) or not 0 < self.damping <= 1:
-            raise ValueError(f"{self.name}: damping must be in (0, 1], got {self.damping!r}")
+        require(is_count(self.steps), self, "steps", "an int ≥ 1")
+        require(is_damping(self.damping), self, "damping", "in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,15 @@ class NPG(_Phantom):
 
     def attach(self, problem: Problem, state: Tensor) -> Tensor:
         steps, damping = self.steps, self.damping
+        return attach_cotangent(problem, state, lambda f, g: neumann_series(f, g, steps, damping))
 
-        def series(product: Map, cotangent: Tensor) -> Tensor:
-            total = cotangent
-            for _ in range(steps - 1):
-                total = cotangent + damping * product(total) + (1 - damping) * total
-            return damping * total
 
-        return attach_cotangent(problem, state, series)
+def neumann_series(product: Map, cotangent: Tensor, steps: int, damping: float) -> Tensor:
+    """λ Σ_{t<k} (λJᵀ + (1−λ)I)ᵗ g, from the product v ↦ Jᵀv and g (R, D)."""
+    total = cotangent
+    for _ in range(steps - 1):
+        total = cotangent + damping * product(total) + (1 - damping) * total
+    return damping * total
 
 
 @dataclass(frozen=True)

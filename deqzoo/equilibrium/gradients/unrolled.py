@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from deqzoo.equilibrium.gradients.base import Gradient, Problem, recorded_steps
+from deqzoo.equilibrium.options import is_count, is_damping, require
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,8 @@ class Unrolled(Gradient):
     needs_solve: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        ok = isinstance(self.steps, int) and not isinstance(self.steps, bool) and self.steps >= 1
-        if self.steps is not None and not ok:
-            raise ValueError(f"unrolled: steps must be None or an int ≥ 1, got {self.steps!r}")
-        if not isinstance(self.damping, (int, float)) or not 0 < self.damping <= 1:
-            raise ValueError(f"unrolled: damping must be in (0, 1], got {self.damping!r}")
+        require(self.steps is None or is_count(self.steps), self, "steps", "None or an int ≥ 1")
+        require(is_damping(self.damping), self, "damping", "in (0, 1]")
 
     def attach(self, problem: Problem, state: Tensor) -> Tensor:
         return recorded_steps(problem, state, self.steps or problem.max_steps, self.damping)

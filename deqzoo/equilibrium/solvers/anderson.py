@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout, Selection, is_single
-from deqzoo.equilibrium.solvers.base import Solver, StepRule, _is_int, _require
+from deqzoo.equilibrium.options import is_count, require
+from deqzoo.equilibrium.solvers.base import Solver, StepRule
 from deqzoo.equilibrium.solvers.fixed_point import damped_step
 from deqzoo.equilibrium.solvers.traced import default_ridge
 
@@ -46,11 +47,11 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(_is_int(self.window) and self.window >= 1, self, "window", "an int ≥ 1")
+        require(is_count(self.window), self, "window", "an int ≥ 1")
         ok = self.ridge is None or (isinstance(self.ridge, (int, float)) and self.ridge >= 0)
-        _require(ok, self, "ridge", "None or a number ≥ 0")
-        ok = self.escape is None or (_is_int(self.escape) and self.escape >= 1)
-        _require(ok, self, "escape", "None or an int ≥ 1")
+        require(ok, self, "ridge", "None or a number ≥ 0")
+        ok = self.escape is None or is_count(self.escape)
+        require(ok, self, "escape", "None or an int ≥ 1")
 
     @property
     def mixing(self) -> tuple[int, float | None]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deqzoo.equilibrium.layout import Causal, Layout, Rows, Selection, begin, is_single
 from deqzoo.equilibrium.maps import BatchMap, Matrices
+from deqzoo.equilibrium.options import is_count, is_damping, require
 from deqzoo.equilibrium.solvers.loop import Loop, StepCallback
 from deqzoo.equilibrium.solvers.single import SingleLoop
 from deqzoo.equilibrium.solvers.solution import Solution, joined
@@ -71,18 +72,16 @@ class Solver(ABC):
         return None
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.max_steps) and self.max_steps >= 1, self, "max_steps", "an int ≥ 1")
+        require(is_count(self.max_steps), self, "max_steps", "an int ≥ 1")
         ok = isinstance(self.tol, (int, float)) and self.tol >= 0 and math.isfinite(self.tol)
-        _require(ok, self, "tol", "a number ≥ 0")
-        _require(self.stop_mode in ("rel", "abs"), self, "stop_mode", "'rel' or 'abs'")
+        require(ok, self, "tol", "a number ≥ 0")
+        require(self.stop_mode in ("rel", "abs"), self, "stop_mode", "'rel' or 'abs'")
         ok = self.criterion in ("per token", "per sequence")
-        _require(ok, self, "criterion", "'per token' or 'per sequence'")
-        ok = isinstance(self.damping, (int, float)) and 0 < self.damping <= 1
-        _require(ok, self, "damping", "a number in (0, 1]")
+        require(ok, self, "criterion", "'per token' or 'per sequence'")
+        require(is_damping(self.damping), self, "damping", "a number in (0, 1]")
         for field in ("check_every", "patience"):
             value = getattr(self, field)
-            ok = value is None or (_is_int(value) and value >= 1)
-            _require(ok, self, field, "None or an int ≥ 1")
+            require(value is None or is_count(value), self, field, "None or an int ≥ 1")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON dict; `make_solver` reads it back."""
@@ -206,13 +205,3 @@ class StepRule(ABC):
     @abstractmethod
     def select(self, layout: Layout, selection: Selection) -> None:
         """Keep only the selected rows and cells."""
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(ok: bool, solver: Solver, field: str, wanted: str) -> None:
-    if not ok:
-        value = getattr(solver, field)
-        raise ValueError(f"{solver.name}: {field} must be {wanted}, got {value!r}")

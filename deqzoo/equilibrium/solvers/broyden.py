@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout, Selection
-from deqzoo.equilibrium.solvers.base import Solver, StepRule, _is_int, _require
+from deqzoo.equilibrium.options import is_count, require
+from deqzoo.equilibrium.solvers.base import Solver, StepRule
 from deqzoo.equilibrium.solvers.fixed_point import damped_step
 
 
@@ -33,7 +34,7 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(_is_int(self.memory) and self.memory >= 1, self, "memory", "an int ≥ 1")
+        require(is_count(self.memory), self, "memory", "an int ≥ 1")
 
     def history(self) -> int:
         return min(self.memory, self.max_steps) + 4

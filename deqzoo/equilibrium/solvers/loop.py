@@ -167,10 +167,10 @@ class Books:
         self.n_steps = self.n_steps.masked_fill(cells, k)
         self.active = self.active & ~cells
 
-    def take(self, cells: Tensor) -> Books:
+    def select(self, cells: Tensor) -> Books:
         return Books(*(getattr(self, f.name)[cells] for f in fields(self)))
 
-    def put(self, cells: Tensor, other: Books) -> None:
+    def scatter(self, cells: Tensor, other: Books) -> None:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             setattr(self, f.name, mine.index_copy(0, cells, theirs))
@@ -212,7 +212,7 @@ class Loop:
         self.looked_at: Tensor | None = None  # what was active then,
         self.looked = True, True  # and whether all were and any was
         self.stays: Tensor | None = None  # what was active when too few had stopped to leave
-        self.untroubled = self.on_cpu  # every cell has got better at every evaluation
+        self.all_improved = self.on_cpu  # every cell has got better at every evaluation
 
     def run(
         self,
@@ -235,7 +235,7 @@ class Loop:
             if k == last:
                 break
             back = None
-            if not self.untroubled and k % self.check_every == 0:
+            if not self.all_improved and k % self.check_every == 0:
                 running, broken = self.look()
                 if broken:
                     back = self.recover(k)
@@ -253,14 +253,15 @@ class Loop:
         """Enter evaluation k, made at iterate z, into the books; that of the start is not kept."""
         own, size = cell_norm(residual, self.layout), cell_norm(fz, self.layout)
         found = self.plain_residuals(own, size)
+        before = self.all_improved
         # The usual case before the first cell stops, at a fraction of the operations.
-        smooth, self.untroubled = self.untroubled, self.untroubled and self.all_better(found.chosen)
-        if self.untroubled:
+        self.all_improved = before and self.all_better(found.chosen)
+        if self.all_improved:
             self.books.broken = self.none
             if k > 0:
-                self.enter_untroubled(found)
+                self.enter_improved(found)
         else:
-            if smooth and k > 0:
+            if before and k > 0:
                 self.books.best_at = self.books.best_at + (k - 1)
             lowest = self.lowest_ordinary(found)
             if lowest is None:
@@ -276,7 +277,7 @@ class Loop:
             if callback is not None:
                 callback(k, self.in_own_units(z), found.chosen)
 
-    def enter_untroubled(self, found: Residuals) -> None:
+    def enter_improved(self, found: Residuals) -> None:
         """Enter residuals that are the lowest of every cell so far."""
         books = self.books
         if self.trace is not None:
@@ -445,7 +446,7 @@ class Loop:
         """Return the next iterate; cells in `back` return to the one they keep."""
         books, spread = self.books, self.layout.spread
         stalled, patience = None, self.solver.patience
-        if patience is not None and k >= patience and not self.untroubled:
+        if patience is not None and k >= patience and not self.all_improved:
             stalled = k - books.best_at >= patience
         arguments = (z, fz, residual, books.active, stalled, self.scale)
         if self.autocast:
@@ -456,7 +457,7 @@ class Loop:
         if back is not None:
             self.rule.restart(books.broken)
             proposed = torch.where(spread(books.broken).unsqueeze(1), self.kept(), proposed)
-        if self.layout.holds_frozen and not (self.untroubled or self.all_active):
+        if self.layout.holds_frozen and not (self.all_improved or self.all_active):
             proposed = torch.where(spread(books.active).unsqueeze(1), proposed, self.kept())
         return proposed
 
@@ -473,11 +474,11 @@ class Loop:
             return f, z, fz, residual
         layout, selection = chosen
         self.own_saved()
-        self.file()
+        self.write_back()
         cells, rows = selection.cell_index, selection.rows
         self.cell_index = cells if self.cell_index is None else self.cell_index[cells]
         self.row_index = rows if self.row_index is None else self.row_index[rows]
-        self.books = self.books.take(cells)
+        self.books = self.books.select(cells)
         self.pending, self.every = self.pending[cells], self.every[cells]
         self.none = ~self.every
         self.scale = None if self.scale is None else self.scale[cells]
@@ -489,11 +490,11 @@ class Loop:
         self.last = z
         return f.select(selection, layout), z, fz, residual
 
-    def file(self) -> None:
+    def write_back(self) -> None:
         """Enter what is left of the batch into the books and iterates of the whole batch."""
         self.save(self.pending)
         if self.cell_index is not None and self.row_index is not None:
-            self.whole_books.put(self.cell_index, self.books)
+            self.whole_books.scatter(self.cell_index, self.books)
             self.whole_saved.index_copy_(0, self.row_index, self.saved)
 
     def finish(self) -> Solution:
@@ -502,7 +503,7 @@ class Loop:
             self.whole_saved = self.last.clone()
         else:
             self.own_saved()
-            self.file()
+            self.write_back()
         books, shape = self.whole_books, self.whole_layout.cell_shape()
         self.layout, self.unit = self.whole_layout, self.whole_unit
         trace = None

@@ -24,9 +24,13 @@ def cluster_bounds(vocab_size: int, cutoffs: list[int]) -> list[tuple[int, int]]
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def cluster_widths(d_embed: int, n_clusters: int, div_val: int) -> list[int]:
-    """Embedding width of every cluster: ``floor(d_embed / div_val**i)``."""
-    return [d_embed // div_val**i for i in range(n_clusters)]
+def table_shapes(
+    bounds: list[tuple[int, int]], d_embed: int, div_val: int
+) -> list[tuple[int, int]]:
+    """Rows and width of every table: one for all words, or ``floor(d_embed / div_val**i)`` wide."""
+    if div_val == 1:
+        return [(bounds[-1][1], d_embed)]
+    return [(end - start, d_embed // div_val**i) for i, (start, end) in enumerate(bounds)]
 
 
 class SharedLinear(nn.Module):
@@ -57,18 +61,11 @@ class AdaptiveEmbedding(nn.Module):
         super().__init__()
         self.bounds = cluster_bounds(vocab_size, cutoffs)
         self.scale = math.sqrt(d_model)
-        if div_val == 1:
-            sizes, widths = [vocab_size], [d_embed]
-            projected = d_embed != d_model
-        else:
-            sizes = [end - start for start, end in self.bounds]
-            widths = cluster_widths(d_embed, len(self.bounds), div_val)
-            projected = True
-        self.tables = nn.ModuleList(
-            nn.Embedding(size, width) for size, width in zip(sizes, widths, strict=True)
-        )
+        shapes = table_shapes(self.bounds, d_embed, div_val)
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size, width in shapes)
+        projected = div_val > 1 or d_embed != d_model
         self.projections = nn.ModuleList(
-            SharedLinear(width, d_model, bias=False) for width in (widths if projected else [])
+            SharedLinear(width, d_model, bias=False) for _, width in (shapes if projected else [])
         )
 
     def forward(self, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
@@ -117,16 +114,11 @@ class AdaptiveSoftmax(nn.Module):
         self.bounds = cluster_bounds(vocab_size, cutoffs)
         self.vocab_size = vocab_size
         n_tails = len(self.bounds) - 1
-        if div_val == 1:
-            sizes, widths = [vocab_size], [d_embed]
-            projection_widths = [d_embed] * (n_tails + 1) if d_embed != d_model else []
-        else:
-            sizes = [end - start for start, end in self.bounds]
-            widths = cluster_widths(d_embed, n_tails + 1, div_val)
-            projection_widths = widths
-        self.tables = nn.ModuleList(
-            SharedLinear(width, size) for size, width in zip(sizes, widths, strict=True)
-        )
+        shapes = table_shapes(self.bounds, d_embed, div_val)
+        self.tables = nn.ModuleList(SharedLinear(width, size) for size, width in shapes)
+        projection_widths = [d_embed // div_val**i for i in range(n_tails + 1)]
+        if div_val == 1 and d_embed == d_model:
+            projection_widths = []
         # Weights are (d_model, width), the embedding's orientation, so that both can share one.
         self.projections = nn.ModuleList(
             SharedLinear(width, d_model, bias=False) for width in projection_widths

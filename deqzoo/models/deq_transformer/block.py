@@ -8,7 +8,7 @@ Shapes: B batch, T new tokens, M past tokens, K = M + T, d width, H heads, D = d
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deqzoo.equilibrium import BatchMap, DetachableMap, OnceDifferentiableMap
 from deqzoo.equilibrium.layout import IndexSelection, Selection, SuffixSelection
+from deqzoo.models.weights import compiled, map_tensors
 
 NORM_EPS = 1e-5
 LONG_IN_WINDOWS = 3  # tokens, in windows of the attention, from which blocks pay
@@ -235,14 +236,6 @@ def visibility(
     )
 
 
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, LayerTensors):
-        return LayerTensors(*(_detached(part) for part in value))
-    return tuple(_detached(part) for part in value) if isinstance(value, tuple) else value
-
-
 @dataclass(frozen=True)
 class EquilibriumMap:
     """F with everything bound but the state: ``map(z)`` for z (B, T, d)."""
@@ -338,16 +331,8 @@ class SolvableMap(EquilibriumMap, BatchMap):
 
 @lru_cache(maxsize=1)
 def _compiled_layers() -> Callable[..., Tensor]:
-    """`apply_layers` under torch.compile: one graph per shape and per set of tracked tensors."""
-    # One backward graph serves several products, which donated buffers forbid; and one training
-    # run meets more variants than torch's default limit.
-    import torch._dynamo.config  # a second of work, needed by this function only
-    import torch._functorch.config
-
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-    torch._functorch.config.donated_buffer = False
-    return torch.compile(apply_layers, dynamic=False, fullgraph=True)
+    """`apply_layers` under torch.compile, see `compiled`."""
+    return compiled(apply_layers)
 
 
 @dataclass(frozen=True)
@@ -371,5 +356,6 @@ class CompiledMap(DetachableMap, OnceDifferentiableMap):
     def detached(self) -> "CompiledMap":
         """The same map with nothing tracked but its argument."""
         f = self.plain
-        parts = {field.name: _detached(getattr(f, field.name)) for field in fields(f)}
-        return CompiledMap(replace(f, **parts))
+        layers = map_tensors(Tensor.detach, f.layers)
+        injection, bias = f.injection.detach(), f.bias.detach()
+        return CompiledMap(replace(f, layers=layers, injection=injection, bias=bias))

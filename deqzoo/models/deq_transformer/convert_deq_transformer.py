@@ -72,11 +72,8 @@ def config_from_settings(settings: dict[str, Any]) -> DEQTransformerConfig:
     try:
         return DEQTransformerConfig(**known)
     except Exception as error:
-        raise UserError(f"The settings do not fit together: {_last_line(error)}") from error
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"The settings do not fit together: {reason}") from error
 
 
 def read_config(source: str | Path) -> DEQTransformerConfig:

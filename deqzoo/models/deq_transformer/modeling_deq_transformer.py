@@ -78,7 +78,6 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
     config: DEQTransformerConfig
     base_model_prefix = "transformer"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["SubLayer"]
     without_weight_norm = False
 

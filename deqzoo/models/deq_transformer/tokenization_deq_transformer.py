@@ -126,13 +126,14 @@ def prepare_text(text: str, vocabulary: Container[str], style: Style) -> Prepare
     for line in normalise_text(text).replace("\r\n", "\n").split("\n"):
         words = split(line, vocabulary)
         n_words += len(words)
-        n_unknown += sum(_known_form(word, style) not in vocabulary for word in words)
+        n_unknown += sum(in_corpus_case(word, style) not in vocabulary for word in words)
         lines.append(" ".join(words))
     return PreparedText("\n".join(lines), n_words, n_unknown)
 
 
-def _known_form(word: str, style: Style) -> str:
-    return word.lower() if style == "ptb" else word
+def in_corpus_case(text: str, style: Style) -> str:
+    """A text in the corpus's form as its vocabulary has the words: lower-cased for "ptb"."""
+    return text.lower() if style == "ptb" else text
 
 
 _QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "\u00a0": " "})

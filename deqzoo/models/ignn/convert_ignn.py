@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.models.convert import (
     check_settings,
     output_folder,
@@ -132,10 +132,9 @@ def build_model(
                 f"the configuration says {name}={settings[name]}, the tensors {structure[name]}"
             )
     architecture = structure.pop("architecture")
-    try:
+    fault = "the configuration does not fit"
+    with as_user_error(fault, ValueError, TypeError, StrictDataclassError):
         config = IGNNConfig(**{**settings, **structure})
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"the configuration does not fit: {one_line(error)}") from error
     names = {key: deqzoo_name(key, architecture, len(config.hidden_sizes)) for key in state_dict}
     spelt = Counter(names.values())
     if twice := [name for name, count in spelt.items() if count > 1]:
@@ -154,10 +153,8 @@ def build_model(
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:
         raise UserError(f"the checkpoint lacks tensors for {', '.join(missing[:4])}")
-    try:
+    with as_user_error("the checkpoint does not fit", RuntimeError):
         model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint does not fit: {one_line(error)}") from error
     if not config.official:
         model.project_()
     return model.eval()

@@ -44,7 +44,6 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
     base_model_prefix = "ignn"
     main_input_name = "x"
     input_modalities: Any = ("graph",)
-    supports_gradient_checkpointing = True
     narrow_tol_in_eps = 0.0  # contractions without norms: bfloat16 reaches residuals of 1e-4
 
     @torch.no_grad()

@@ -55,7 +55,11 @@ class SparseMatrix:
     def csr(self) -> Tensor:
         """The matrix in torch's CSR format, built at the first use."""
         if self._csr is None:
-            self._csr = _csr_tensor(self.starts, self._columns, self.values, self.shape)
+            with warnings.catch_warnings():  # torch announces once that CSR support is in beta
+                warnings.simplefilter("ignore", UserWarning)
+                self._csr = torch.sparse_csr_tensor(
+                    self.starts, self._columns, self.values, self.shape, check_invariants=False
+                )
         return self._csr
 
     @property
@@ -306,12 +310,6 @@ def normalized_entries(
 
 def _widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():  # torch announces once that CSR support is in beta
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 def _checked_weights(

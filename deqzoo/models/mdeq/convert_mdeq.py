@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from deqzoo.errors import UserError, one_line
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.models.convert import (
     check_settings,
     output_folder,
@@ -234,10 +234,9 @@ def build_model(
         UserError: one line that lists every unknown, missing and misshapen key.
     """
     settings = dict(settings) | infer_structure(set(state_dict))
-    try:
+    fault = "the configuration is not valid"
+    with as_user_error(fault, ValueError, TypeError, OverflowError, StrictDataclassError):
         config = MDEQConfig(**settings)
-    except (ValueError, TypeError, OverflowError, StrictDataclassError) as error:
-        raise UserError(f"the configuration is not valid: {one_line(error)}") from error
     dtype = torch.float32
     floating = [t.dtype for t in state_dict.values() if t.is_floating_point()]
     if floating:
@@ -245,11 +244,9 @@ def build_model(
         for other in floating[1:]:
             dtype = torch.promote_types(dtype, other)
     renamed = {official_to_deqzoo(key): (key, tensor) for key, tensor in state_dict.items()}
-    try:
-        with torch.device("meta"):  # sizes that the checkpoint does not have are never allocated
-            expected = MDEQForImageClassification(config).state_dict()
-    except RuntimeError as error:
-        raise UserError(f"the configuration is not valid: {one_line(error)}") from error
+    # On "meta" sizes that the checkpoint does not have are never allocated.
+    with as_user_error(fault, RuntimeError), torch.device("meta"):
+        expected = MDEQForImageClassification(config).state_dict()
     _check_keys(renamed, expected)
     model: Any = MDEQForImageClassification(config)
     model.to(dtype)

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 from deqzoo.equilibrium import BatchMap, DetachableMap, OnceDifferentiableMap, Selection
 from deqzoo.equilibrium.maps import PreciseMap
 from deqzoo.equilibrium.uncompiled import uncompiled
-from deqzoo.models.weights import in_compute_dtype
+from deqzoo.models.weights import compiled, in_compute_dtype, map_tensors
 
 from .convolution import same_conv2d
 from .native_norm import group_norm, native_group_norm
@@ -61,16 +61,6 @@ class MapTensors(NamedTuple):
     branches: tuple[tuple[BlockTensors, ...], ...]
     fuse: tuple[tuple[tuple[ConvNormTensors, ...], ...], ...]
     post: tuple[ConvNormTensors, ...]
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], nested: Any) -> Any:
-    """Apply a function to every tensor of nested tuples; None stays None."""
-    if nested is None:
-        return None
-    if isinstance(nested, Tensor):
-        return function(nested)
-    values = [map_tensors(function, value) for value in nested]
-    return type(nested)(*values) if hasattr(nested, "_fields") else tuple(values)
 
 
 def _conv_norm(
@@ -174,19 +164,8 @@ def mdeq_step(
 
 @lru_cache(maxsize=1)
 def compiled_step() -> Callable[..., State]:
-    """`mdeq_step` under torch.compile: one graph per batch shape and per set of tracked tensors.
-
-    Several backward passes use one graph, which donated buffers forbid, and a training run meets
-    more variants (shape, gradient mode, dropout) than torch's default limit, hence the two global
-    settings.
-    """
-    import torch._dynamo.config  # a second of work, needed by this function only
-    import torch._functorch.config
-
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-    torch._functorch.config.donated_buffer = False
-    return torch.compile(mdeq_step, dynamic=False, fullgraph=True)
+    """`mdeq_step` under torch.compile, see `compiled`."""
+    return compiled(mdeq_step)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

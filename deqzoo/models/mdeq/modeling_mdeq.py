@@ -114,7 +114,6 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities: Any = ("image",)
     without_weight_norm = "none"
-    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
