@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 import deqzoo  # noqa: F401  (registers the family)
 from deqzoo.data.graphs import collate_graphs
 from deqzoo.errors import UserError
+from deqzoo.models.ignn import layer as layer_module
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.dense import times_transposed
 from deqzoo.models.ignn.inputs import GraphBatch
@@ -22,7 +23,7 @@ from deqzoo.models.ignn.modeling_ignn import (
     IGNNModel,
 )
 from deqzoo.models.ignn.projection import project_rows, row_norm
-from deqzoo.models.ignn.sparse import Adjacency
+from deqzoo.models.ignn.sparse import Adjacency, SparseMatrix
 from deqzoo.models.ignn.symmetry import merge_equal_nodes, refine
 from deqzoo.training.constraints import ProjectionCallback
 
@@ -475,6 +476,38 @@ def test_products_agree_with_plain_ones():
         torch.testing.assert_close(times_transposed(x, weight), x @ weight.T)
         torch.testing.assert_close(times_transposed(x, weight, plus), x @ weight.T + plus)
         torch.testing.assert_close(times_transposed(x.T, plus.T), x.T @ plus)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("directed", (False, True))
+def test_large_graphs_in_blocks(dtype, directed, monkeypatch):
+    """Step by step with the last block not full, and a whole solve."""
+    torch.manual_seed(0)
+    model = IGNNModel(config(directed=directed)).to(dtype).eval()
+    path = torch.stack([torch.arange(9), torch.arange(1, 10)])
+    edges = path if directed else graph(10, 0).edge_index
+    x = torch.rand(10, 3, dtype=dtype)
+    adjacency = Adjacency.from_edges(edges, 10, torch.ones(edges.shape[1], dtype=dtype), "none")
+    f = layer_module.GraphMap(
+        torch.rand(6, 6, dtype=dtype), torch.randn(10, 6, dtype=dtype), adjacency
+    )
+    state = torch.randn(10, 6, dtype=dtype)
+    with torch.no_grad():
+        whole, answer = f(state), model(x=x, edge_index=edges).last_hidden_state
+        calls = []
+        rows = SparseMatrix.product_rows
+
+        def counted(self, dense, first, end):
+            calls.append(end - first)
+            return rows(self, dense, first, end)
+
+        monkeypatch.setattr(SparseMatrix, "product_rows", counted)
+        monkeypatch.setattr(layer_module, "_LARGE", 0)
+        monkeypatch.setattr(layer_module, "_BLOCK", 4)
+        torch.testing.assert_close(f(state), whole)
+        assert calls == [4, 4, 2]
+        torch.testing.assert_close(model(x=x, edge_index=edges).last_hidden_state, answer)
+    assert len(calls) > 6
 
 
 def test_trainer(tmp_path):

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from deqzoo.equilibrium import BatchMap, DetachableMap, Selection
+from deqzoo.equilibrium.transforms import transformed
 from deqzoo.models.ignn.dense import times_transposed
 from deqzoo.models.ignn.projection import project_rows, rounding, row_norm
 from deqzoo.models.ignn.sparse import Adjacency
+
+_LARGE = 1 << 25
+"""Bytes; what glibc takes from the system for each tensor, not from memory it has."""
+_BLOCK = 4096
+"""Nodes."""
 
 
 class GraphMap(BatchMap, DetachableMap):
@@ -46,6 +52,8 @@ class GraphMap(BatchMap, DetachableMap):
         values = self.adjacency.values
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, values)):
             return _Step.apply(*tensors, values, self.adjacency, self.official_gradient)
+        if _is_large(state):
+            return _step_in_blocks(*tensors, self.adjacency)
         return _step(*tensors, self.adjacency)[0]
 
     def select(self, selection: Selection) -> GraphMap:
@@ -73,6 +81,28 @@ def _step(
     """Return relu(A^T z W^T + b) and A^T z."""
     spread = adjacency.transposed.product(state)
     return times_transposed(spread, weight, plus=injection).relu_(), spread
+
+
+def _is_large(state: Tensor) -> bool:
+    """Whether Linux would give every tensor of this size other pages, to be touched anew."""
+    usual = state.device.type == "cpu" and state.dtype in (torch.float32, torch.float64)
+    if not usual or torch.compiler.is_exporting() or transformed():
+        return False
+    return state.numel() * state.element_size() > _LARGE
+
+
+@torch.no_grad()
+def _step_in_blocks(
+    state: Tensor, weight: Tensor, injection: Tensor, adjacency: Adjacency
+) -> Tensor:
+    """Return what `_step` does, a few thousand nodes at a time: A^T z stays in the caches."""
+    spreading, weight = adjacency.transposed, weight.t()
+    result = torch.empty_like(injection)
+    for first in range(0, len(state), _BLOCK):
+        rows = slice(first, min(first + _BLOCK, len(state)))
+        spread = spreading.product_rows(state, rows.start, rows.stop)
+        torch.addmm(injection[rows], spread, weight, out=result[rows]).relu_()
+    return result
 
 
 class _Step(torch.autograd.Function):

@@ -138,6 +138,17 @@ class SparseMatrix:
         result = dense.new_empty(self.shape[0], dense.shape[1])
         return result.addmm_(self.csr, dense, beta=0)
 
+    def product_rows(self, dense: Tensor, first: int, end: int) -> Tensor:
+        """Return rows `first` to `end` (exclusive) of this @ dense, without recording them.
+
+        Args:
+            dense: (n_columns, d) on the CPU, float32 or float64.
+        """
+        starts = self.starts[first : end + 1]
+        low, high = int(starts[0]), int(starts[-1])
+        arguments = (self._columns[low:high], starts - low, False, 0, False, self.values[low:high])
+        return torch.embedding_bag(dense, *arguments, True)[0]
+
 
 class _Product(torch.autograd.Function):
     @staticmethod
