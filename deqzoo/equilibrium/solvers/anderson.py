@@ -17,6 +17,7 @@ from deqzoo.equilibrium.solvers.traced import default_ridge
 
 LONG_STEP = 20.0  # of an escape, in residuals
 ENOUGH = 0.8  # a residual that falls to this share of the lowest one is no stall
+LEAP = 3.0  # a residual of so many times the lowest is on its way elsewhere, for a while
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,8 @@ class _SingleMixing(StepRule):
         better = square < ENOUGH**2 * self.lowest
         self.lowest = min(self.lowest, square)
         self.waited = 0 if better else self.waited + 1
-        if self.waited < patience:
+        leapt = square > LEAP**2 * self.lowest
+        if self.waited < (2 * patience if leapt else patience):
             return False
         self.lowest, self.waited = math.inf, 0
         return True
@@ -327,7 +329,8 @@ class _Stall:
     """Which of the cells that wait for no other one have not got better for a while.
 
     Args:
-        patience: evaluations in which the residual has to fall to `ENOUGH` of its lowest.
+        patience: evaluations in which the residual has to fall to `ENOUGH` of its lowest; twice as
+            many where it is far above that, since mixing has left the place then.
     """
 
     def __init__(self, patience: int) -> None:
@@ -345,7 +348,8 @@ class _Stall:
         count = (count + 1).masked_fill_(square < enough, 0).masked_fill_(waiting, 0)
         enough = torch.minimum(enough, ENOUGH**2 * square).masked_fill_(waiting, math.inf)
         self.books = enough, count
-        stuck = count >= self.patience
+        leapt = ENOUGH**2 * square > LEAP**2 * enough
+        stuck = count >= torch.where(leapt, 2 * self.patience, self.patience)
         if stuck.device.type == "cpu" and not bool(stuck.any()):
             return None
         enough.masked_fill_(stuck, math.inf)
