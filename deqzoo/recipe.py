@@ -343,22 +343,26 @@ def _check(recipe: Recipe) -> None:
     if not recipe.stages:
         raise ValueError("stages: at least one is needed")
     for number, stage in enumerate(recipe.stages):
-        place = f"stages[{number}]"
-        _check_numbers(stage, place)
-        if stage.epochs <= 0:
-            raise ValueError(f"{place}.epochs must be positive, got {stage.epochs}")
-        if stage.jacobian is not None:
-            _check_numbers(stage.jacobian, f"{place}.jacobian")
-        for key, make in (("solver", make_solver), ("gradient", make_gradient)):
-            settings = getattr(stage, key)
-            if "name" not in settings and settings:
-                raise ValueError(f"{place}.{key} needs a name")
-            if settings:
-                try:
-                    make(settings)
-                except ValueError as error:
-                    raise ValueError(f"{place}.{key}: {error}") from error
-        _check_checkpointing(recipe, stage, place)
+        _check_stage(stage, f"stages[{number}]")
+        _check_checkpointing(recipe, stage, f"stages[{number}]")
+
+
+def _check_stage(stage: Stage, place: str) -> None:
+    _check_numbers(stage, place)
+    if stage.epochs <= 0:
+        raise ValueError(f"{place}.epochs must be positive, got {stage.epochs}")
+    if stage.jacobian is not None:
+        _check_numbers(stage.jacobian, f"{place}.jacobian")
+    for key, make in (("solver", make_solver), ("gradient", make_gradient)):
+        settings = getattr(stage, key)
+        if not settings:
+            continue
+        if "name" not in settings:
+            raise ValueError(f"{place}.{key} needs a name")
+        try:
+            make(settings)
+        except ValueError as error:
+            raise ValueError(f"{place}.{key}: {error}") from error
 
 
 def _check_checkpointing(recipe: Recipe, stage: Stage, place: str) -> None:
@@ -382,26 +386,7 @@ def from_plain(kind: Any, value: Any, place: str) -> Any:
         TypeError: a value of a wrong type; both messages name the place below `place`.
     """
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{place or 'the recipe'} must be a mapping, got {value!r}")
-        hints = get_type_hints(kind)
-        known = {f.name: f for f in dataclasses.fields(kind)}
-        unknown = sorted(set(value) - set(known), key=str)
-        if unknown:
-            raise ValueError(
-                f"unknown key {_join(place, unknown[0])}; valid keys are {', '.join(known)}"
-            )
-        missing = [
-            name
-            for name, f in known.items()
-            if f.default is f.default_factory is dataclasses.MISSING and name not in value
-        ]
-        if missing:
-            raise ValueError(f"missing key {_join(place, missing[0])}")
-        make: Any = kind
-        return make(
-            **{key: from_plain(hints[key], item, _join(place, key)) for key, item in value.items()}
-        )
+        return _settings(kind, value, place)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         if value is None and type(None) in arguments:
@@ -422,6 +407,24 @@ def from_plain(kind: Any, value: Any, place: str) -> Any:
             for i, (t, item) in enumerate(zip(inner, value, strict=True))
         )
     return _scalar(origin or kind, value, place)
+
+
+def _settings(kind: Any, value: Any, place: str) -> Any:
+    """A dataclass of a mapping."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{place or 'the recipe'} must be a mapping, got {value!r}")
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(value) - set(known), key=str):
+        raise ValueError(
+            f"unknown key {_join(place, unknown[0])}; valid keys are {', '.join(known)}"
+        )
+    for name, f in known.items():
+        if f.default is f.default_factory is dataclasses.MISSING and name not in value:
+            raise ValueError(f"missing key {_join(place, name)}")
+    return kind(
+        **{key: from_plain(hints[key], item, _join(place, key)) for key, item in value.items()}
+    )
 
 
 def _scalar(kind: Any, value: Any, place: str) -> Any:

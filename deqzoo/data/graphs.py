@@ -153,20 +153,7 @@ def _saved_graphs(
         where = f"graph {number} of {path}"
         if not isinstance(graph, Data) or not isinstance(graph.edge_index, Tensor):
             raise UserError(f"{where} is no torch_geometric Data with edge_index (2, e)")
-        edges = graph.edge_index
-        if edges.ndim != 2 or len(edges) != 2 or edges.is_floating_point() or edges.is_complex():
-            raise UserError(
-                f"{where} needs edge_index as whole numbers (2, e), got {edges.dtype} of shape "
-                f"{list(edges.shape)}"
-            )
-        n = len(graph.x) if isinstance(graph.x, Tensor) and graph.x.ndim else graph.num_nodes
-        if not n or (edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < n):
-            raise UserError(f"{where} has {n or 0} nodes, which its edge_index does not fit")
-        if graph.x is None:
-            graph.x = torch.bincount(edges[1].long(), minlength=n)[:, None].float()
-        if not isinstance(graph.x, Tensor) or graph.x.ndim != 2:
-            raise UserError(f"{where} has node features x that are no matrix (n, p)")
-        graph.x = graph.x.float()
+        _complete(graph, where)
         if graph.x.shape[1] != graphs[0].x.shape[1]:
             raise UserError(
                 f"{where} has {graph.x.shape[1]} node features, the first {graphs[0].x.shape[1]}"
@@ -187,6 +174,24 @@ def _saved_graphs(
             )
         graph.y = None if label is None else torch.tensor([encoding.classes.index(label)])
     return list(graphs), encoding
+
+
+def _complete(graph: Any, where: str) -> None:
+    """Check a graph's edges and give it x (n, p) float32, of degrees where it has none."""
+    edges = graph.edge_index
+    if edges.ndim != 2 or len(edges) != 2 or edges.is_floating_point() or edges.is_complex():
+        raise UserError(
+            f"{where} needs edge_index as whole numbers (2, e), got {edges.dtype} of shape "
+            f"{list(edges.shape)}"
+        )
+    n = len(graph.x) if isinstance(graph.x, Tensor) and graph.x.ndim else graph.num_nodes
+    if not n or (edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < n):
+        raise UserError(f"{where} has {n or 0} nodes, which its edge_index does not fit")
+    if graph.x is None:
+        graph.x = torch.bincount(edges[1].long(), minlength=n)[:, None].float()
+    if not isinstance(graph.x, Tensor) or graph.x.ndim != 2:
+        raise UserError(f"{where} has node features x that are no matrix (n, p)")
+    graph.x = graph.x.float()
 
 
 def _stored_label(graph: Any, where: str) -> int | None:

@@ -7,6 +7,7 @@ stands for; a checkpoint stores it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,27 +133,41 @@ def read_tu(
         encoding = _new_encoding(labels, node_labels, attributes, published)
     features = _features(encoding, node_labels, attributes, folder / name)
     classes = None if labels is None else _classes(encoding, labels, path("graph_labels"))
-    order = np.argsort(graph_of, kind="stable")
-    place = np.empty(n, np.int64)
-    starts = np.concatenate([[0], counts.cumsum()])
-    place[order] = np.arange(n) - starts[graph_of[order] - 1]
-    edge_graph = graph_of[edges[:, 0]] - 1
-    by_graph = np.argsort(edge_graph, kind="stable")
-    edge_starts = np.concatenate([[0], np.bincount(edge_graph, minlength=len(counts)).cumsum()])
-    local = torch.from_numpy(place[edges[by_graph]].T.copy())
     graphs = []
-    for number, size in enumerate(counts):
-        edge_index, _ = remove_self_loops(local[:, edge_starts[number] : edge_starts[number + 1]])
-        edge_index = coalesce(edge_index, num_nodes=int(size))
-        graph = Data(edge_index=edge_index, num_nodes=int(size))
+    for number, (nodes, edge_index) in enumerate(_by_graph(graph_of - 1, counts, edges)):
+        edge_index, _ = remove_self_loops(edge_index)
+        edge_index = coalesce(edge_index, num_nodes=len(nodes))
+        graph = Data(edge_index=edge_index, num_nodes=len(nodes))
         if features is None:
-            graph.x = torch.bincount(edge_index[1], minlength=int(size))[:, None].float()
+            graph.x = torch.bincount(edge_index[1], minlength=len(nodes))[:, None].float()
         else:
-            graph.x = features[order[starts[number] : starts[number + 1]]]
+            graph.x = features[nodes]
         if classes is not None:
             graph.y = classes[number : number + 1]
         graphs.append(graph)
     return graphs, encoding
+
+
+def _by_graph(
+    graph_of: np.ndarray, counts: np.ndarray, edges: np.ndarray
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Each graph's nodes, as rows of the set, and its edges (2, e) between their places.
+
+    Args:
+        graph_of: graph of each node, from 0.
+        counts: of each graph's nodes.
+        edges: (e, 2) between rows of the set.
+    """
+    order = np.argsort(graph_of, kind="stable")
+    starts = np.concatenate([[0], counts.cumsum()])
+    place = np.empty(len(graph_of), np.int64)
+    place[order] = np.arange(len(graph_of)) - starts[graph_of[order]]
+    edge_graph = graph_of[edges[:, 0]]
+    by_graph = np.argsort(edge_graph, kind="stable")
+    edge_counts = np.bincount(edge_graph, minlength=len(counts))
+    local = torch.from_numpy(place[edges[by_graph]].T.copy())
+    edges_of = local.split(edge_counts.tolist(), dim=1)
+    yield from zip(np.split(order, starts[1:-1]), edges_of, strict=True)
 
 
 def _new_encoding(

@@ -90,6 +90,49 @@ def train(
     require_free(output, resume)
     output.mkdir(parents=True, exist_ok=True)
     _freeze(job, settings.freeze)
+    arguments = _arguments(job, output, settings, progress)
+    started = time.time()
+    trainer = DEQTrainer(
+        job.model,
+        arguments,
+        train_dataset=job.train,
+        eval_dataset=job.held_out,
+        data_collator=job.collate,
+        compute_metrics=_accuracy if job.accuracy else None,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=_PATIENCE), _Resumable(job.train)],
+    )
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
+    last = _resumable(output, job, settings, resume)
+    if last is None or not _ended(trainer, Path(last), arguments.max_steps):
+        trainer.train(resume_from_checkpoint=last)
+    job.model.save_pretrained(output)
+    job.save_processor(output)
+    own.write_record(output, job.record)
+    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    batch_size = arguments.per_device_train_batch_size
+    epochs = arguments.max_steps / math.ceil(len(job.train) / batch_size)
+    content = {
+        "settings": {
+            **asdict(settings), "report_to": list(settings.report_to), "batch_size": batch_size,
+            "epochs": round(epochs, 3), "lr": arguments.learning_rate,
+        },
+        "steps": trainer.state.global_step,
+        "seconds": round(time.time() - started, 1),
+        "samples": len(job.train),
+        "held_out": len(job.held_out),
+        "measured": job.measured or len(job.held_out),
+        "curve": [
+            {k.removeprefix("eval_"): v for k, v in e.items() if k in _KEPT} for e in history
+        ],
+    }  # fmt: skip
+    replace_text(output / "run.json", json.dumps(content, indent=2) + "\n")
+    clear(output)
+    return output
+
+
+def _arguments(job: Job, output: Path, settings: Settings, progress: bool) -> DEQTrainingArguments:
+    """Of the trainer: what the settings leave open follows from the number of samples."""
     n = len(job.train)
     batch_size = settings.batch_size or min(32, max(8, n // 10))
     per_epoch = math.ceil(n / batch_size)
@@ -98,7 +141,7 @@ def train(
     every = max(1, total // _EVALUATIONS)
     # Of few samples the best accuracy is that of a lucky step; the loss says more.
     by_accuracy = job.accuracy and len(job.held_out) >= FEW
-    arguments = DEQTrainingArguments(
+    return DEQTrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=total,
         per_device_train_batch_size=batch_size,
@@ -128,42 +171,6 @@ def train(
         gradient=settings.gradient,
         restore_callback_states_from_checkpoint=True,
     )
-    started = time.time()
-    trainer = DEQTrainer(
-        job.model,
-        arguments,
-        train_dataset=job.train,
-        eval_dataset=job.held_out,
-        data_collator=job.collate,
-        compute_metrics=_accuracy if job.accuracy else None,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=_PATIENCE), _Resumable(job.train)],
-    )
-    if not progress:
-        trainer.remove_callback(PrinterCallback)
-    last = _resumable(output, job, settings, resume)
-    if last is None or not _ended(trainer, Path(last), total):
-        trainer.train(resume_from_checkpoint=last)
-    job.model.save_pretrained(output)
-    job.save_processor(output)
-    own.write_record(output, job.record)
-    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    content = {
-        "settings": {
-            **asdict(settings), "report_to": list(settings.report_to), "batch_size": batch_size,
-            "epochs": round(total / per_epoch, 3), "lr": arguments.learning_rate,
-        },
-        "steps": trainer.state.global_step,
-        "seconds": round(time.time() - started, 1),
-        "samples": n,
-        "held_out": len(job.held_out),
-        "measured": job.measured or len(job.held_out),
-        "curve": [
-            {k.removeprefix("eval_"): v for k, v in e.items() if k in _KEPT} for e in history
-        ],
-    }  # fmt: skip
-    replace_text(output / "run.json", json.dumps(content, indent=2) + "\n")
-    clear(output)
-    return output
 
 
 def clear(output: Path) -> None:

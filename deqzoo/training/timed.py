@@ -230,16 +230,18 @@ class TimedRun:
                     told, done = time.monotonic(), 0
                 reached = self.max_steps is not None and self.count >= self.max_steps
                 self.stopped = reached or (self.out / "stop").exists()
-                if self._snapshots_due() > self.snapshots or self._checkpoint_due():
-                    with self.budget.paused():
-                        self._take_snapshot()
-                        if self._checkpoint_due():
-                            self._save(keep)
+                self._keep_what_is_due(keep)
             if done:
                 self._tell(steps, done, told, stage)
 
-    def _checkpoint_due(self) -> bool:
-        return time.monotonic() - self.last_save > 60 * self.recipe.checkpoint_minutes
+    def _keep_what_is_due(self, keep: Any) -> None:
+        """Write a snapshot or a checkpoint, while the budget's clock stands still."""
+        checkpoint = time.monotonic() - self.last_save > 60 * self.recipe.checkpoint_minutes
+        if checkpoint or self._snapshots_due() > self.snapshots:
+            with self.budget.paused():
+                self._take_snapshot()
+                if checkpoint:
+                    self._save(keep)
 
     def _snapshots_due(self) -> int:
         """How many snapshots there should be by now."""
