@@ -10,6 +10,7 @@ import codecs
 import gzip
 import json
 import lzma
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ COLUMNS = ("text", "sentence", "content", "document", "article", "body")
 RECORDS = (".jsonl", ".ndjson")
 SUFFIXES = (".txt", ".text", ".md", ".tokens", *RECORDS, ".parquet")
 """Files of a folder that are read as texts, with or without a compression's suffix."""
+_OLD_END = re.compile(r"\r(?=[^\n])")
+"""The end of a line where nothing else marks it, as on old Macs; the next character tells."""
+_OTHERS = (".json", ".csv", ".tsv")
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -48,10 +52,10 @@ def text_files(source: str | Path) -> list[Path]:
         UserError: there is no such file or folder, or no text in it.
     """
     path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
     if not path.is_dir():
-        raise UserError(f"no file {path}")
+        if not path.exists():
+            raise UserError(f"no file {path}")
+        return [path]  # a pipe of the shell's, too
     files = [file for file in visible_files(path) if _suffix(file) in SUFFIXES]
     if not files:
         raise UserError(f"folder {path} holds no text ({', '.join(SUFFIXES)})")
@@ -77,6 +81,11 @@ def read_lines(source: str | Path, column: str | None = None) -> Iterator[str]:
     path = Path(source).expanduser()
     if path.is_dir() or not path.exists():
         raise UserError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
+    if _suffix(path) in _OTHERS:
+        raise UserError(
+            f"{path} is no plain text: its marks would be scored as words; give .txt, or .parquet "
+            "or .jsonl (an object per line) with a column of texts"
+        )
     if path.suffix == ".parquet":
         for row in parquet_rows(path, text_column(path, column)):
             yield from _row_lines(row)
@@ -117,7 +126,7 @@ def text_column(path: Path, column: str | None = None) -> str:
             names = _string_columns(pq.ParquetFile(path))
     else:
         record = next(_first_records(path), {})
-        names = [name for name, value in record.items() if isinstance(value, str)]
+        names = _text_names(record, column)
     return _choose(names, column, path)
 
 
@@ -159,16 +168,28 @@ def _records(lines: Iterator[str], path: Path, column: str | None) -> Iterator[s
             continue
         if whole.strip():
             record = _record(whole, path)
-            column = column or _choose(
-                [name for name, value in record.items() if isinstance(value, str)], None, path
-            )
+            column = column or _choose(_text_names(record, None), None, path)
             value = record.get(column)
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{path}: {column!r} is no text in a record: {str(value)[:40]!r}")
             if value is None and column not in record:
                 raise UserError(f"{path} has a record without {column!r}")
-            yield from _row_lines(value or "")
+            yield from _row_lines(_encodable(value or "", path))
         whole = ""
+
+
+def _text_names(record: dict[str, Any], column: str | None) -> list[str]:
+    """Keys of texts; one may be null, where its name says what it is."""
+    known = (*COLUMNS, column)
+    return [k for k, v in record.items() if isinstance(v, str) or v is None and k in known]
+
+
+def _encodable(text: str, path: Path) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} holds half a character: {text[:40]!a}") from error
+    return text
 
 
 def _record(line: str, path: Path) -> dict[str, Any]:
@@ -184,7 +205,7 @@ def _record(line: str, path: Path) -> dict[str, Any]:
 
 
 def _row_lines(row: str) -> Iterator[str]:
-    for line in row.split("\n"):
+    for line in _OLD_END.sub("\n", row).split("\n"):
         yield from _pieces(line)
 
 
@@ -213,10 +234,11 @@ def _decoded_lines(stream: Any, name: str) -> Iterator[str]:
         try:
             rest += decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not {encoding[:6].upper()} text: {error.reason}") from error
+            kind = encoding.removesuffix("-sig").upper()
+            raise UserError(f"{name} is not {kind} text: {error.reason}") from error
         if not block:
             break
-        *lines, rest = rest.split("\n")
+        *lines, rest = _OLD_END.sub("\n", rest).split("\n")
         for line in lines:
             *fragments, line = _pieces(line)
             yield from fragments

@@ -115,7 +115,7 @@ class OwnPictures:
 def load_own_pictures(
     path: str | Path,
     classes: Sequence[str] | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
 ) -> dict[str, OwnPictures]:
     """Labelled pictures of one's own by split; "train" where they have none.
 
@@ -125,7 +125,7 @@ def load_own_pictures(
             with a column of paths and one of labels.
         classes: of the model that is to read them; the data may hold only these. Else the names of
             the data, sorted, or in the order that a parquet file gives.
-        label_column: of a table, where its name is unusual.
+        label_column: of a table, where its name is unusual; of several, the first that it has.
 
     Raises:
         UserError: nothing there, no labels, labels that are none of `classes`, or `datasets` is
@@ -215,10 +215,12 @@ def _open(path: Path) -> dict[str, Any]:
     return dict(open_dataset("pictures of one's own need", fault, **options))
 
 
-def _columns(names: Sequence[str], path: Path, label_column: str | None) -> tuple[str, str]:
+def _columns(
+    names: Sequence[str], path: Path, label_column: str | Sequence[str] | None
+) -> tuple[str, str]:
     """The columns of a table that hold its pictures, or their paths, and its labels."""
     image = next((name for name in _PICTURES if name in names), None)
-    wanted = [label_column] if label_column else _LABELS
+    wanted = [label_column] if isinstance(label_column, str) else label_column or _LABELS
     label = next((name for name in wanted if name in names), None)
     if image is None or label is None:
         what = "pictures" if image is None else "labels"
@@ -230,7 +232,7 @@ def _columns(names: Sequence[str], path: Path, label_column: str | None) -> tupl
     return image, label
 
 
-def _cells(dataset: Any, path: Path, label_column: str | None) -> _Table:
+def _cells(dataset: Any, path: Path, label_column: str | Sequence[str] | None) -> _Table:
     """Encoded pictures, label names, and the order of the classes where the data give one."""
     from datasets import Image as ImageFeature
 
@@ -274,17 +276,29 @@ def _pictures_of_zip(path: Path) -> dict[str, _Table]:
     return tables
 
 
-def _paths_of_table(path: Path, label_column: str | None) -> _Table:
+def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> _Table:
     """Pictures and labels of a CSV file; paths are relative to it."""
-    with as_user_error(f"cannot read {path}", OSError, UnicodeDecodeError, csv.Error):
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter=_TABLES[path.suffix])
-            rows = list(reader)
-            names = list(reader.fieldnames or ())
+    delimiter = _TABLES[path.suffix]
+    with (
+        as_user_error(f"{path} is not UTF-8; save it as UTF-8", UnicodeDecodeError),
+        as_user_error(f"cannot read {path}", OSError, csv.Error),
+        path.open(encoding="utf-8-sig", newline="") as stream,
+    ):
+        reader = csv.reader(stream, delimiter=delimiter, skipinitialspace=True)
+        lines = [[field.strip() for field in line] for line in reader]
+    names = lines[0] if lines else []
     image, label = _columns(names, path, label_column)
     cells: list[bytes | Path] = []
     labels: list[str] = []
-    for number, row in enumerate(rows, 2):
+    for number, line in enumerate(lines[1:], 2):
+        if not any(line):
+            continue
+        if any(line[len(names) :]):
+            raise UserError(
+                f"line {number} of {path} has {len(line)} fields, its first line names "
+                f"{len(names)}; put a field that holds {delimiter!r} in quotes"
+            )
+        row = dict.fromkeys(names, "") | dict(zip(names, line, strict=False))
         if not row[image] or not row[label]:
             raise UserError(f"line {number} of {path} lacks a path or a label")
         file = path.parent / row[image]
@@ -381,7 +395,8 @@ def pictures_of_split(
         classes: of the model.
         record: of the model.
     """
-    found = load_own_pictures(path, classes)
+    column = (record or {}).get("label_column")
+    found = load_own_pictures(path, classes, (column, *_LABELS) if column else None)
     if len(found) == 1:
         (whole,) = found.values()
         return whole.part(unseen(whole.digests(), record or {}, split), split)

@@ -376,6 +376,7 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
             "train": training.digests(),
             "validation": held_out.digests(),
             "one_hold_out": choosing is None,
+            **({"label_column": settings.label_column} if settings.label_column else {}),
         },
         last_layers=("classifier", "head"),
         lr=1e-3,

@@ -1,7 +1,9 @@
 """Perplexity: exact counts, streaming, agreement with the evaluation, errors."""
 
 import io
+import json
 import math
+import os
 import types
 from pathlib import Path
 
@@ -107,6 +109,45 @@ def test_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"n": [1, 2, 3], "text": ["", "a b", "c"]}), rows)
     assert list(read_lines(rows)) == ["", "a b", "c"]
+
+
+@pytest.mark.parametrize("block", [1 << 20, 4, 5])
+def test_lines_of_old_macs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Ended by \\r alone, wherever a piece that is read may end."""
+    monkeypatch.setattr(reading, "BLOCK_BYTES", block)
+    file, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    file.write_bytes(b"one two\rthree\r\rfour\r\nfive")
+    assert list(read_lines(file)) == ["one two\n", "three\n", "\n", "four\r\n", "five"]
+    rows.write_text(json.dumps({"text": "a\rb"}))
+    assert list(read_lines(rows)) == ["a", "b"]
+
+
+def test_records_with_nothing_and_with_half_a_character(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": null}\n{"text": "a"}\n')
+    assert list(read_lines(file)) == ["", "a"] and reading.text_column(file) == "text"
+    file.write_text('{"mine": null}\n')
+    assert reading.text_column(file, "mine") == "mine"
+    file.write_text('{"text": "a \\ud800"}\n')
+    with pytest.raises(UserError, match="half a character"):
+        list(read_lines(file))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.tsv", "a.csv.gz"])
+def test_tables_are_not_scored_as_words(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"text,label\n")
+    with pytest.raises(UserError, match="marks would be scored as words"):
+        list(read_lines(tmp_path / name))
+
+
+def test_a_pipe_of_the_shell() -> None:
+    """`deqzoo perplexity <(zcat a.gz)` names one."""
+    read, write = os.pipe()
+    os.write(write, b"a b\n")
+    os.close(write)
+    (path,) = reading.text_files(f"/dev/fd/{read}")
+    assert list(read_lines(path)) == ["a b\n"]
+    os.close(read)
 
 
 @pytest.mark.parametrize("space", (" ", "\t", "\u00a0", "\u3000"))

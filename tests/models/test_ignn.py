@@ -21,6 +21,7 @@ from deqzoo.models.ignn.modeling_ignn import (
     IGNNForGraphClassification,
     IGNNForNodeClassification,
     IGNNModel,
+    classification_loss,
 )
 from deqzoo.models.ignn.projection import project_rows, row_norm
 from deqzoo.models.ignn.sparse import Adjacency, SparseMatrix
@@ -430,6 +431,21 @@ def test_half_precision_meets_the_bound(model, dtype, tmp_path, caplog):
         half.state_weight.mul_(1.1)
     assert again.enforce_constraint() > 0
     assert half.allows(1.0) and again.enforce_constraint() == 0
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_masks_of_labels(several):
+    """Bool, one entry per node; labels of a narrow type can be left out, too."""
+    kind = "multi_label_classification" if several else None
+    settings, logits = config(problem_type=kind), torch.randn(4, 3)
+    labels = torch.eye(3)[[0, 1, 2, 0]] if several else torch.tensor([0, 1, 2, 0])
+    for mask in (torch.ones(4).long(), torch.ones(3, dtype=torch.bool), torch.tensor([0, 2])):
+        with pytest.raises(UserError, match=r"mask must be bool of shape \(4,\)"):
+            classification_loss(settings, logits, labels, mask)
+    mask = torch.tensor([True, False, True, False])
+    expected = classification_loss(settings, logits[mask], labels[mask])
+    for narrow in (labels, labels.to(torch.uint8)):
+        torch.testing.assert_close(classification_loss(settings, logits, narrow, mask), expected)
 
 
 @torch.no_grad()

@@ -132,6 +132,39 @@ def test_every_layout_of_pictures_gives_the_same(tmp_path: Path) -> None:
     assert {split: len(part) for split, part in found.items()} == {"train": 3, "test": 3}
 
 
+def test_a_column_of_labels_is_remembered(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:
+    """What finetune was told about a table, its own measurement and later ones know."""
+    folder = write_folder(tmp_path / "things", count=8)
+    files = sorted(folder.rglob("*.png"))
+    lines = [f"{file.relative_to(tmp_path)},{file.parent.name}" for file in files]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["path,kind", *lines]))
+    output = tmp_path / "out"
+    command = ["finetune", str(tiny_mdeq), "--data", str(table), "--output", str(output)]
+    assert run([*command, "--label-column", "kind", "--max-steps", "1", "--quiet"]) == 0
+    assert json.loads((output / "own_data.json").read_text())["label_column"] == "kind"
+    for data in (table, folder):  # a folder has no columns
+        assert run(["evaluate", str(output), "--data", str(data)]) == 0, capsys.readouterr().err
+
+
+def test_tables_are_read_as_people_write_them(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "things", count=1)
+    files = [str(file.relative_to(tmp_path)) for file in sorted(folder.rglob("*.png"))]
+    table = tmp_path / "table.csv"
+    table.write_text(
+        f'path, label\n{files[0]}, red\n\n{files[1]},red ,\n {files[2]} , "sky, blue"\n',
+        "utf-8-sig",
+    )
+    found = own_pictures.load_own_pictures(table)["train"]
+    assert found.classes == ("red", "sky, blue") and found.labels.tolist() == [0, 0, 1]
+    table.write_text(f"path,label\n{files[0]},sky, blue\n")
+    with pytest.raises(UserError, match="line 2 .* has 3 fields"):
+        own_pictures.load_own_pictures(table)
+    table.write_bytes("path,label\nx.png,gr\u00fcn\n".encode("latin-1"))
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        own_pictures.load_own_pictures(table)
+
+
 @pytest.mark.parametrize("layout", ("folder", "zip", "csv"))
 def test_pictures_of_iphones(tmp_path: Path, monkeypatch, layout: str) -> None:
     """Read where pillow-heif is there, refused in one line where not, never passed over."""

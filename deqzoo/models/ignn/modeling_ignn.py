@@ -450,9 +450,14 @@ def classification_loss(
         mask: (n,) bool, the rows that count.
 
     Raises:
-        UserError: labels of the wrong shape.
+        UserError: labels or a mask of the wrong shape or type.
     """
-    require_dense(labels=labels)
+    require_dense(labels=labels, mask=mask)
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != logits.shape[:1]):
+        raise UserError(
+            f"mask must be bool of shape ({len(logits)},), one entry per node, got {mask.dtype} of "
+            f"shape {tuple(mask.shape)}"
+        )
     if config.problem_type == "multi_label_classification":
         if labels.shape != logits.shape:
             raise UserError(
@@ -468,6 +473,8 @@ def classification_loss(
     if labels.numel() != len(logits):
         raise UserError(f"{labels.numel()} labels for {len(logits)} predictions")
     flat = labels.reshape(-1)
+    if not (flat.is_floating_point() or flat.dtype == torch.int64):
+        flat = flat.long()  # which can hold the label of those that do not count
     if mask is not None:
         flat = flat.masked_fill(~mask, IGNORED)
     if flat.device.type == "cpu":  # elsewhere every step would wait for the device
