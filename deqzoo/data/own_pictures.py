@@ -212,6 +212,8 @@ def _open(path: Path) -> dict[str, Any]:
                 f"{path} is no table of pictures: give a folder, a .zip, .parquet, .csv or .tsv"
             )
         described = any(path.rglob("metadata.*"))  # else folders of a single class get no label
+        if not described:
+            _require_classes(path)
         options = {} if described else {"drop_labels": False}
         return dict(load_dataset("imagefolder", data_dir=str(path), **options))
     except UserError:
@@ -222,6 +224,23 @@ def _open(path: Path) -> dict[str, Any]:
             f"cannot read {path} as labelled pictures (a folder of pictures per class, a zip of "
             f"it, parquet, or a .csv of paths and labels): {reason}"
         ) from error
+
+
+def _require_classes(path: Path) -> None:
+    """Refuse pictures beside the folders of the classes: `datasets` takes the whole for theirs."""
+    known = {*Image.registered_extensions(), *HEIC}
+    loose, placed = None, False
+    for file in sorted(path.rglob("*")):
+        folders = file.relative_to(path).parts[:-1]
+        hidden = any(part.startswith(".") for part in (*folders, file.name))
+        if hidden or file.suffix.lower() not in known or not file.is_file():
+            continue
+        if set(folders) <= set(SPLITS):
+            loose = loose or file
+        else:
+            placed = True
+    if loose is not None and placed:
+        raise UserError(f"{loose} lies in no folder of a class, as others do")
 
 
 def _columns(
@@ -256,7 +275,10 @@ def _cells(dataset: Any, path: Path, label_column: str | Sequence[str] | None) -
         cells.append(content if content else Path(cell["path"]))
     labels = []
     for number, value in enumerate(dataset[label]):
-        if value is None or (classes and not 0 <= value < len(classes)):
+        if isinstance(value, (list, dict)):
+            raise UserError(f"row {number} of {path} has no single label, but {value!r}")
+        missing = value is None or value != value  # NaN, as pandas writes what is missing
+        if missing or (classes and not 0 <= value < len(classes)):
             raise UserError(f"row {number} of {path} has no label")
         labels.append(classes[value] if classes else str(value))
     return cells, labels, classes
