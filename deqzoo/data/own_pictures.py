@@ -26,6 +26,7 @@ from deqzoo.data.own import FEWEST, HELD_OUT, SPLITS, rows_of_split, stratified,
 from deqzoo.data.pictures import HEIC, decode_picture, register_heic
 from deqzoo.data.shards import open_dataset, parquet_shards
 from deqzoo.errors import UserError, as_user_error
+from deqzoo.files import visible_files
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
 _PICTURES = ("image", "img", "picture", "photo", "file_name", "file", "path", "filename")
@@ -206,13 +207,23 @@ def _open(path: Path) -> dict[str, Any]:
         chosen = chosen or {"train": parquet}
         named = {split: [str(file) for file in files] for split, files in chosen.items()}
         options = {"path": "parquet", "data_files": named}
-    elif not any(path.rglob("metadata.*")):  # folders of a single class would get no label
-        options["drop_labels"] = False
+    elif not any(path.rglob("metadata.*")):
+        _require_classes(path)
+        options["drop_labels"] = False  # folders of a single class would get none
     fault = (
         f"cannot read {path} as labelled pictures (a folder of pictures per class, a zip of it, "
         "parquet, or a .csv of paths and labels)"
     )
     return dict(open_dataset("pictures of one's own need", fault, **options))
+
+
+def _require_classes(path: Path) -> None:
+    """Refuse pictures beside the folders of the classes: `datasets` takes the whole for theirs."""
+    known = {*Image.registered_extensions(), *HEIC}
+    pictures = [file for file in visible_files(path) if file.suffix.lower() in known]
+    loose = [f for f in pictures if set(f.relative_to(path).parts[:-1]) <= set(SPLITS)]
+    if loose and len(loose) < len(pictures):
+        raise UserError(f"{loose[0]} lies in no folder of a class, as others do")
 
 
 def _columns(
@@ -247,7 +258,10 @@ def _cells(dataset: Any, path: Path, label_column: str | Sequence[str] | None) -
         cells.append(content if content else Path(cell["path"]))
     labels = []
     for number, value in enumerate(dataset[label]):
-        if value is None or (classes and not 0 <= value < len(classes)):
+        if isinstance(value, (list, dict)):
+            raise UserError(f"row {number} of {path} has no single label, but {value!r}")
+        missing = value is None or value != value  # NaN, as pandas writes what is missing
+        if missing or (classes and not 0 <= value < len(classes)):
             raise UserError(f"row {number} of {path} has no label")
         labels.append(classes[value] if classes else str(value))
     return cells, labels, classes

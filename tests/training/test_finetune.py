@@ -147,6 +147,24 @@ def test_a_column_of_labels_is_remembered(tiny_mdeq: Path, tmp_path: Path, capsy
         assert run(["evaluate", str(output), "--data", str(data)]) == 0, capsys.readouterr().err
 
 
+def test_pictures_without_a_class_are_refused(tmp_path: Path) -> None:
+    """Beside the folders of classes, or labelled with nothing or a list."""
+    for place in ("loose.png", "train/loose.png"):
+        folder = write_folder(tmp_path / place.replace("/", "-") / "things", count=1)
+        first = sorted(folder.rglob("*.png"))[0]
+        (folder / place).parent.mkdir(exist_ok=True)
+        shutil.copy(first, folder / place)
+        with pytest.raises(UserError, match="loose.png lies in no folder of a class"):
+            own_pictures.load_own_pictures(folder)
+        (folder / place).unlink()
+        assert len(own_pictures.load_own_pictures(folder)["train"]) == 3
+    cell = {"bytes": first.read_bytes(), "path": None}
+    for label, message in ((float("nan"), "has no label"), (["a"], "has no single label")):
+        pq.write_table(pa.table({"image": [cell], "label": [label]}), tmp_path / "t.parquet")
+        with pytest.raises(UserError, match=message):
+            own_pictures.load_own_pictures(tmp_path / "t.parquet")
+
+
 def test_tables_are_read_as_people_write_them(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "things", count=1)
     files = [str(file.relative_to(tmp_path)) for file in sorted(folder.rglob("*.png"))]
