@@ -20,7 +20,7 @@ SHAPES = ((256, 320, 4, 1), (320, 256, 4, 1), (256, 256, 2, 1), (128, 256, 4, 1)
 @pytest.fixture(autouse=True)
 def amx(monkeypatch):
     """Products are right on every processor, and fast on those that have AMX."""
-    monkeypatch.setattr(convolution, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(convolution, "has_amx", lambda: True)
 
 
 def case(channels, out, side, stride, batch=3):
@@ -111,7 +111,7 @@ def test_other_precisions_and_processors(monkeypatch):
     assert not convolution._takes_products(x.float(), weight.float(), 1)
     assert not convolution._takes_products(x.float(), weight, 1)  # an error of PyTorch's own
     assert convolution._takes_products(x, weight, 1)
-    monkeypatch.setattr(convolution, "has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(convolution, "has_amx", lambda: False)
     assert not convolution._takes_products(x, weight, 1)
 
 
@@ -122,7 +122,7 @@ def test_gradient_of_a_model(monkeypatch):
     batch = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def gradient(products, double=False):
-        monkeypatch.setattr(convolution, "has_fast_bfloat16", lambda: products)
+        monkeypatch.setattr(convolution, "has_amx", lambda: products)
         model = tiny_model(**settings).train()
         model.config.dropout = 0.0
         if double:

@@ -136,7 +136,12 @@ def test_processors_without_bfloat16(monkeypatch):
     assert not coarse.has_fast_bfloat16() and not tiny_model().starts_coarsely()
     coarse.has_fast_bfloat16.cache_clear()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert not coarse.has_fast_bfloat16()  # without AMX float32 is faster, on Intel's at least
+    assert not coarse.has_fast_bfloat16()
+    for name, fast in (("Intel Xeon", False), ("AMD EPYC", True)):  # without AMX, it depends
+        known = {"avx512_bf16": True, "cpu_name": name}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        coarse.has_fast_bfloat16.cache_clear()
+        assert coarse.has_fast_bfloat16() == (fast and torch.backends.mkldnn.is_available())
     coarse.has_fast_bfloat16.cache_clear()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert coarse.has_fast_bfloat16() == torch.backends.mkldnn.is_available()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deqzoo.equilibrium.transforms import transformed
-from deqzoo.models.coarse import has_fast_bfloat16
+from deqzoo.models.coarse import has_amx
 
 _WIDEST = 4
 """Width and height of the results; from 8 on oneDNN is as fast."""
@@ -46,7 +46,7 @@ def _takes_products(x: Tensor, weight: Tensor, stride: int) -> bool:
         return False
     if -(-max(x.shape[2:]) // stride) > _WIDEST or max(weight.shape[:2]) < _MANY:
         return False
-    return has_fast_bfloat16() and not (torch.compiler.is_compiling() or transformed())
+    return has_amx() and not (torch.compiler.is_compiling() or transformed())
 
 
 class _WeightTap(torch.autograd.Function):
