@@ -38,6 +38,7 @@ GRADIENTS = {
 VARIANTS: dict[str, dict[str, bool]] = {
     "float32": {},
     "float32, channels-last": {"channels_last": True},
+    "float32, channels-last, compiled norm": {"channels_last": True, "norm": True},
     "bf16, channels-last": {"channels_last": True, "bf16": True},
     "bf16, channels-last, compiled norm": {"channels_last": True, "bf16": True, "norm": True},
 }
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=8.0, help="per variant")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", default="training", help="of the files with all variants")
     parser.add_argument("--books", action="store_true", help="steps with and without books only")
     parser.add_argument("--convolutions", action="store_true", help="coarse convolutions only")
     arguments = parser.parse_args()
@@ -305,7 +307,7 @@ def main() -> None:
                 if found:
                     rows.append({"size": size, "side": side, "variant": name, **found})
                     print(size, side, name, flush=True)
-    _write(arguments, "training", rows, "one thread, process CPU time")
+    _write(arguments, arguments.name, rows, "one thread, process CPU time")
 
 
 def _write(arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]], what: str) -> None:
