@@ -33,8 +33,9 @@ def has_amx() -> bool:
 def has_fast_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 faster than float32.
 
-    AVX-512 BF16 without AMX does not tell. On AMD's Zen 5 a training step of these models has 1.45
-    times the rate of float32 (`benchmarks/results/training.md`), on an Intel Xeon 0.4 times.
+    AVX-512 BF16 without AMX does not tell: training steps of MDEQ have up to 1.5 times the rate of
+    float32 on AMD's Zen 5 (`benchmarks/results/training.md`), 0.7 to 0.8 times on an Intel Xeon
+    (`training_without_amx.md`).
     """
     known = torch.cpu.get_capabilities()
     by_amd = "AMD" in str(known.get("cpu_name", ""))

@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024): momentum of hidden matrices, orthogonalised; AdamW for the rest.
 
 The updates are those of the published optimiser: momentum by lerp, Nesterov's look ahead, five
-quintic Newton-Schulz steps in bfloat16, decoupled decay, √max(1, rows / columns) times the rate.
+quintic Newton-Schulz steps in bfloat16 (in float32 on processors that are faster in it), decoupled
+decay, √max(1, rows / columns) times the rate.
 Matrices of like size are orthogonalised together, padded with zeros, which the iteration leaves
 zero. Nothing reads a tensor on the host, so that a step can be captured in a CUDA graph.
 """
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from deqzoo.models.coarse import has_fast_bfloat16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a x + b x³ + c x⁵ that drives singular values towards 1."""
@@ -103,12 +106,18 @@ def orthogonalised(updates: list[Tensor]) -> list[Tensor]:
     result = list(updates)
     for (rows, columns), indices in stacks.items():
         members = [matrices[i] for i in indices]
-        stack = members[0].new_zeros(len(members), rows, columns, dtype=torch.bfloat16)
+        stack = members[0].new_zeros(len(members), rows, columns, dtype=_precision(members[0]))
         torch._foreach_copy_(_parts(stack, members), members)
         for i, part in zip(indices, _parts(newton_schulz(stack), members), strict=True):
             stretch = math.sqrt(max(1.0, part.shape[0] / part.shape[1]))
             result[i] = _like(torch.mul(part, stretch).to(updates[i].dtype), updates[i])
     return result
+
+
+def _precision(update: Tensor) -> torch.dtype:
+    """In which the iteration is fastest; half the digits are enough for it."""
+    slow = update.device.type == "cpu" and not has_fast_bfloat16()
+    return torch.float32 if slow else torch.bfloat16
 
 
 def _matrix(update: Tensor) -> Tensor:
