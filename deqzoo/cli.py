@@ -169,7 +169,8 @@ def evaluate(
 ) -> None:
     """Measure a model on its data set, or on data of your own, and write the evaluation file."""
     from deqzoo.evaluation.dispatch import evaluate_model
-    from deqzoo.evaluation.files import require_writable, write_evaluation
+    from deqzoo.evaluation.files import write_evaluation
+    from deqzoo.files import require_writable
     from deqzoo.hub.catalogue import main_figure
 
     if limit is not None and output is None:

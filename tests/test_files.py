@@ -71,6 +71,19 @@ def test_an_error_inside_changes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_no_file_replaces_a_folder(tmp_path: Path) -> None:
+    """Nor a folder a file: what stands there is more than an earlier result."""
+    fill(tmp_path / "model.onnx", "precious")
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "model.onnx", "new")
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(NotADirectoryError):
+        replace_folder(tmp_path / "file")
+    assert content(tmp_path / "model.onnx") == {"precious"}
+    assert (tmp_path / "file").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model.onnx"]
+
+
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     fill(tmp_path / "disk" / "model", "old")
