@@ -1,4 +1,4 @@
-"""Files and folders that a kill or a power cut leaves old or new, never between; standard library only.
+"""Files and folders that a kill or a power cut leaves old or new, never between.
 
 What replaces an earlier result is written beside it, put on the disk, and takes its place at once.
 A folder that is filled in place ends with a mark that carries the digests of its files, so that

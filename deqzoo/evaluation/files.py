@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deqzoo.errors import UserError, as_user_error
+from deqzoo.errors import as_user_error
 from deqzoo.files import file_digest, replace_text
 from deqzoo.records import read_evaluation
 from deqzoo.sealed import record

@@ -158,8 +158,8 @@ def check_target(path: Path) -> None:
     """Refuse a file that cannot be written, before anything is loaded.
 
     Raises:
-        UserError: another suffix than .pt2 and .onnx, no such folder, a folder in the file's place, or
-            packages that ONNX needs are missing.
+        UserError: another suffix than .pt2 and .onnx, no such folder, a folder in the file's place,
+            or packages that ONNX needs are missing.
     """
     if path.suffix not in (".pt2", ".onnx"):
         raise UserError(
