@@ -30,10 +30,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     An exception inside leaves `path` as it was. The folder above must exist.
 
     Raises:
+        UserError: a device or pipe is there, which would be replaced by a file.
         IsADirectoryError: a file would take the place of a folder.
         NotADirectoryError: the reverse.
     """
     path = Path(os.path.realpath(path))
+    _require_ordinary(path)
     fresh = path.with_name(f".{path.name}.new")
     restore(path)
     _remove(fresh)
@@ -56,8 +58,9 @@ def require_writable(path: Path) -> None:
     """Check where a file is to be written before the work whose result it holds.
 
     Raises:
-        UserError: it is a folder, or below something that is none.
+        UserError: it is a folder or device, or below something that is no folder.
     """
+    _require_ordinary(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file")
     above = next(parent for parent in path.absolute().parents if parent.exists())
@@ -129,6 +132,11 @@ def damage(folder: Path) -> str | None:
         except OSError:
             return f"{name} is missing"
     return None
+
+
+def _require_ordinary(path: Path) -> None:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a device or pipe, which no file may replace; name a file")
 
 
 def _put(fresh: Path, path: Path) -> None:
