@@ -12,6 +12,7 @@ import typer
 from deqzoo.errors import as_user_error
 from deqzoo.evaluation.options import ModelName
 from deqzoo.files import replace_text, require_writable
+from deqzoo.zoo import own_name
 
 if TYPE_CHECKING:
     from deqzoo.fidelity.study import Row, Study
@@ -64,7 +65,7 @@ def gradients(
     content = finite(
         {
             "format": 1,
-            "model": describe_model(model, name),
+            "model": describe_model(model, own_name(name)),
             "batch": described,
             **found.to_dict(),
             "threshold": cosine,
@@ -73,7 +74,7 @@ def gradients(
         }
     )
     if output is not None:
-        _write(output, content, plot(found, Path(name).name))
+        _write(output, content, plot(found, own_name(name)))
     if as_json:
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
