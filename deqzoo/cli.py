@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -169,13 +170,19 @@ def evaluate(
 ) -> None:
     """Measure a model on its data set, or on data of your own, and write the evaluation file."""
     from deqzoo.evaluation.dispatch import evaluate_model
-    from deqzoo.evaluation.files import require_writable, write_evaluation
+    from deqzoo.evaluation.files import write_evaluation
+    from deqzoo.files import require_writable
     from deqzoo.hub.catalogue import main_figure
+    from deqzoo.records import read_evaluation
 
     if limit is not None and output is None:
         raise UserError("--limit makes no full evaluation: say with --output where to write it")
     if output is not None:
         require_writable(output)
+        if output.is_file():
+            what = f"{output} is there and no evaluation file; choose another --output"
+            with as_user_error(what, UserError, most=100):
+                read_evaluation(output)
     model = _on_device(deqzoo.DEQModel.from_pretrained(name), device)
     written: list[Path] = []
 
@@ -192,7 +199,7 @@ def evaluate(
 
     try:
         content = evaluate_model(
-            model, deqzoo.zoo.bare_name(Path(name).name), split=split, data=data,
+            model, deqzoo.zoo.own_name(name), split=split, data=data,
             batch_size=batch_size, limit=limit, budget_samples=None if budget else 0,
             on_figures=write,
         )  # fmt: skip
@@ -302,10 +309,6 @@ def run(arguments: list[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "deqzoo"
         return _fail(f"{error.format_message()} (see {command} --help)")
-    except (ImportError, RuntimeError) as error:
-        if (mend := _broken_package(error)) is None:
-            raise
-        return _fail(mend)
     except BrokenPipeError:
         sys.stderr.close()
         return 1
@@ -315,6 +318,26 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("deqzoo: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except Exception as error:
+        if (mend := _broken_package(error) or _full_disk(error)) is None:
+            raise
+        return _fail(mend)
+
+
+#: How torch and safetensors, whose errors are no OSError, say that nothing more can be written.
+_FULL = re.compile(
+    r"os error 2[78]|No space left|iostream error|unexpected pos \d+ vs|failed writing file"
+)
+
+
+def _full_disk(error: BaseException) -> str | None:
+    """What to do about a file that could not be written to its end, where that is the error."""
+    if not _FULL.search(reason := one_line(error, 120)):
+        return None
+    return (
+        f"a file could not be written to its end ({reason}): the disk is full; make room, and "
+        "run the command again, a training with --resume"
+    )
 
 
 def _broken_package(error: BaseException | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Files and folders that a kill or a power cut leaves old or new, never between; no dependencies.
+"""Files and folders that a kill or a power cut leaves old or new, never between.
 
 What replaces an earlier result is written beside it, put on the disk, and takes its place at once.
 A folder that is filled in place ends with a mark that carries the digests of its files, so that
@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from deqzoo.errors import UserError
 
 COMPLETE = "complete"
 """The mark of a folder that was written to its end: JSON with the SHA-256 of every other file."""
@@ -26,8 +28,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A place to write a file or folder to, which takes the place of `path` afterwards.
 
     An exception inside leaves `path` as it was. The folder above must exist.
+
+    Raises:
+        UserError: a device or pipe is there, which would be replaced by a file.
+        IsADirectoryError: a file would take the place of a folder.
+        NotADirectoryError: the reverse.
     """
     path = Path(os.path.realpath(path))
+    _require_ordinary(path)
     fresh = path.with_name(f".{path.name}.new")
     restore(path)
     _remove(fresh)
@@ -44,6 +52,20 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file so that a kill at any moment leaves the old or the new one, never a part."""
     with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
+
+
+def require_writable(path: Path) -> None:
+    """Check where a file is to be written before the work whose result it holds.
+
+    Raises:
+        UserError: it is a folder or device, or below something that is no folder.
+    """
+    _require_ordinary(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"cannot write {path}: {above} is no folder that can be written to")
 
 
 def restore(path: Path) -> None:
@@ -71,9 +93,18 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def visible_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder in the order of their names, without hidden ones."""
-    for path in sorted(folder.rglob("*")):
+def visible_files(folder: Path, *, links: bool = False) -> Iterator[Path]:
+    """Files below a folder in the order of their names, without hidden ones.
+
+    Args:
+        folder: to look into.
+        links: look into folders that are linked there, too.
+    """
+    inside: Iterable[Path] = folder.rglob("*")
+    if links:
+        walk = os.walk(folder, followlinks=True)
+        inside = (Path(place) / name for place, _, names in walk for name in names)
+    for path in sorted(inside):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden:
             yield path
@@ -103,13 +134,18 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def _require_ordinary(path: Path) -> None:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a device or pipe, which no file may replace; name a file")
+
+
 def _put(fresh: Path, path: Path) -> None:
     """Let `fresh` take the place of `path`; `fresh` may be left with what was there.
 
     Files are replaced at once everywhere. Folders are where the system can swap them (Linux);
     elsewhere the old one is renamed away first, and `restore` mends a kill between the two steps.
     """
-    if not path.is_dir():
+    if not path.is_dir() or not fresh.is_dir():  # the system lets no file replace a folder
         fresh.replace(path)
     elif not _exchange(fresh, path):
         path.rename(_old(path))

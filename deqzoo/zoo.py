@@ -176,6 +176,12 @@ def bare_name(name: str) -> str:
     return name.removeprefix(f"{ORGANISATION}/")
 
 
+def own_name(name: str | os.PathLike[str]) -> str:
+    """What a model is called by its zoo name or folder, which may be the working folder."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_dir() else bare_name(path.name)
+
+
 def suggestion(name: str) -> str:
     """A clause for error messages that lists the nearest names, or the known ones."""
     known = list_models()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
@@ -20,6 +21,7 @@ from transformers import pipeline
 import deqzoo
 from deqzoo import cli
 from deqzoo.cli import run
+from deqzoo.zoo import own_name
 
 PICTURE = Path(__file__).resolve().parents[1] / "examples" / "pictures" / "chelsea.png"
 
@@ -272,6 +274,39 @@ def test_convert_writes_a_folder_that_classifies(
     assert run(["classify", str(CAT), "--model", str(tmp_path / "out")]) == 0
     assert "relative residual" in capsys.readouterr().out
     assert "resnet" in fails(capsys, *arguments, "--config", "resnet")
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_a_full_disk_is_one_line(tmp_path: Path, capsys, monkeypatch, save) -> None:
+    """The size of files is limited, which libraries meet in the same way."""
+    resource = pytest.importorskip("resource")
+
+    def writes(**_: object) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        try:
+            save({"weight": torch.zeros(100_000)}, tmp_path / "weights")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr("deqzoo.cli.app", writes)
+    assert run(["train"]) == 2
+    error = capsys.readouterr().err
+    assert "make room" in error and error.count("\n") == 1
+
+
+def test_evaluate_replaces_evaluations_only(tmp_path: Path, capsys) -> None:
+    precious = tmp_path / "model.safetensors"
+    precious.write_bytes(b"weights")
+    assert run(["evaluate", "mdeq-tiny-cifar-upg", "--output", str(precious)]) == 2
+    assert "no evaluation file" in capsys.readouterr().err and precious.read_bytes() == b"weights"
+
+
+def test_a_model_in_the_working_folder_has_its_name(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    names = [own_name(name) for name in (".", "../mine/", "deqzoo/mdeq-x", Path("."))]
+    assert names == ["mine", "mine", "mdeq-x", "mine"]
 
 
 def test_evaluate_writes_the_file(

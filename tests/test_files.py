@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from killing import kills
 
-from deqzoo import files
-from deqzoo.files import damage, mark_complete, replace_text, replacing, restore
+from deqzoo import UserError, files
+from deqzoo.files import damage, mark_complete, replace_text, replacing, require_writable, restore
 
 
 def fill(folder: Path, text: str) -> None:
@@ -69,6 +70,31 @@ def test_an_error_inside_changes_nothing(tmp_path: Path) -> None:
         raise RuntimeError
     assert content(target) == {"old"}
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_no_file_replaces_a_folder(tmp_path: Path) -> None:
+    """Nor a folder a file: what stands there is more than an earlier result."""
+    fill(tmp_path / "model.onnx", "precious")
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "model.onnx", "new")
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(NotADirectoryError):
+        replace_folder(tmp_path / "file")
+    assert content(tmp_path / "model.onnx") == {"precious"}
+    assert (tmp_path / "file").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model.onnx"]
+
+
+def test_no_file_replaces_a_device(tmp_path: Path) -> None:
+    """As root, /dev/null would be a file afterwards for everybody."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "null"):
+        with pytest.raises(UserError, match="device or pipe"):
+            replace_text(tmp_path / name, "new")
+        with pytest.raises(UserError, match="device or pipe"):
+            require_writable(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

@@ -33,8 +33,17 @@ _PICTURES = ("image", "img", "picture", "photo", "file_name", "file", "path", "f
 _LABELS = ("label", "labels", "class", "category", "target")
 _Table = tuple[list[bytes | Path], list[str], list[str] | None]
 """Encoded pictures, the names of their labels, and the order of the classes where there is one."""
+_NO_PICTURES = ("MPEG", "HDF5", "GRIB", "BUFR")
+"""What Pillow only knows the names of."""
 _LARGEST_FILE = 200_000_000
 _TABLES = {".csv": ",", ".tsv": "\t"}
+_SPELLINGS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""What people call the splits, in any case of letters; the words of `datasets`."""
+_SPLIT_OF = {word: split for split, words in _SPELLINGS.items() for word in words}
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,8 @@ def load_own_pictures(
         tables = {"train": _paths_of_table(path, label_column)}
     elif path.suffix == ".zip" and path.is_file():
         tables = _pictures_of_zip(path)
+    elif path.is_dir() and not any(any(path.rglob(n)) for n in ("*.parquet", "metadata.*")):
+        tables = _pictures_of_folder(path)
     else:
         tables = {
             split: _cells(dataset, path, label_column) for split, dataset in _open(path).items()
@@ -202,14 +213,18 @@ def _open(path: Path) -> dict[str, Any]:
         )
     options: dict[str, Any] = {"path": "imagefolder", "data_dir": str(path)}
     if parquet:
-        parted = {split: parquet_shards(path, split) if inside else [] for split in SPLITS}
-        chosen = {split: files for split, files in parted.items() if files}
+        chosen = _parquet_by_split(path) if inside else {}
         chosen = chosen or {"train": parquet}
         named = {split: [str(file) for file in files] for split, files in chosen.items()}
         options = {"path": "parquet", "data_files": named}
-    elif not any(path.rglob("metadata.*")):
-        _require_classes(path)
-        options["drop_labels"] = False  # folders of a single class would get none
+    else:  # `datasets` would take test-1.png for the test split, and leave out all others
+        options["data_files"] = {"train": ["**"]}
+        folders = [child.name for child in sorted(path.iterdir()) if child.is_dir()]
+        if parted := [name for name in folders if name.casefold() in _SPLIT_OF]:
+            options["data_files"] = {}
+            for name in parted:
+                split = _SPLIT_OF[name.casefold()]
+                options["data_files"].setdefault(split, []).append(f"{name}/**")
     fault = (
         f"cannot read {path} as labelled pictures (a folder of pictures per class, a zip of it, "
         "parquet, or a .csv of paths and labels)"
@@ -217,13 +232,60 @@ def _open(path: Path) -> dict[str, Any]:
     return dict(open_dataset("pictures of one's own need", fault, **options))
 
 
-def _require_classes(path: Path) -> None:
-    """Refuse pictures beside the folders of the classes: `datasets` takes the whole for theirs."""
-    known = {*Image.registered_extensions(), *HEIC}
-    pictures = [file for file in visible_files(path) if file.suffix.lower() in known]
-    loose = [f for f in pictures if set(f.relative_to(path).parts[:-1]) <= set(SPLITS)]
-    if loose and len(loose) < len(pictures):
-        raise UserError(f"{loose[0]} lies in no folder of a class, as others do")
+def _parquet_by_split(path: Path) -> dict[str, list[Path]]:
+    """Parquet files of a folder by split: shards, else files named by their split alone."""
+    shards = {
+        split: [file for word in words for file in parquet_shards(path, word)]
+        for split, words in _SPELLINGS.items()
+    }
+    if not any(shards.values()):
+        for file in sorted(path.rglob("*.parquet")):
+            if file.stem.casefold() in _SPLIT_OF:
+                shards[_SPLIT_OF[file.stem.casefold()]].append(file)
+    return {split: files for split, files in shards.items() if files}
+
+
+def _split_of(folders: Sequence[str]) -> str | None:
+    """The split that the first of these folders names which names any."""
+    return next((_SPLIT_OF[f.casefold()] for f in folders if f.casefold() in _SPLIT_OF), None)
+
+
+def _pictures_of_folder(path: Path) -> dict[str, _Table]:
+    """Pictures of a folder by split; the folder that a picture lies in is its class.
+
+    Not by `datasets`, which parts pictures by words in their files' names too.
+
+    Raises:
+        UserError: some pictures lie in the folder of a class, or of a split, and others do not.
+    """
+    formats = Image.registered_extensions().items()
+    known = {suffix for suffix, name in formats if name in Image.OPEN and name not in _NO_PICTURES}
+    known |= {*HEIC}
+    pictures = [file for file in visible_files(path, links=True) if file.suffix.lower() in known]
+    inner = [file.relative_to(path).parts[:-1] for file in pictures]
+    loose = [
+        file
+        for file, parts in zip(pictures, inner, strict=True)
+        if {part.casefold() for part in parts} <= {*_SPLIT_OF}
+    ]
+    if loose and (len(loose) < len(pictures) or any(inner)):
+        raise UserError(
+            f"{loose[0]} lies in no folder of a class, as others do or as a split has them "
+            "(train/CLASS/PICTURE)"
+        )
+    splits = [_split_of(parts[:-1]) for parts in inner]
+    if None in splits and any(splits):
+        raise UserError(
+            f"{pictures[splits.index(None)]} lies in no folder of a split, as others do "
+            f"({', '.join(sorted({split for split in splits if split}))})"
+        )
+    classes = sorted({file.parent.name for file in pictures})
+    tables: dict[str, _Table] = {}
+    for file, split in zip(pictures, splits, strict=True):
+        cells, labels, _ = tables.setdefault(split or "train", ([], [], classes))
+        cells.append(file)
+        labels.append(file.parent.name)
+    return tables
 
 
 def _columns(
@@ -283,7 +345,7 @@ def _pictures_of_zip(path: Path) -> dict[str, _Table]:
                 if len(file.parts) < 2 or entry.file_size > _LARGEST_FILE:
                     what = "is too large" if len(file.parts) > 1 else "lies in no folder of a class"
                     raise UserError(f"{entry.filename} in {path} {what}")
-                split = next((part for part in file.parts[:-2] if part in SPLITS), "train")
+                split = _split_of(file.parts[:-2]) or "train"
                 cells, labels, _ = tables.setdefault(split, ([], [], None))
                 cells.append(archive.read(entry))
                 labels.append(file.parts[-2])
@@ -322,6 +384,21 @@ def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> _Ta
         labels.append(row[label])
     _know_heic(cell for cell in cells if isinstance(cell, Path))
     return cells, labels, None
+
+
+def contradictions(found: dict[str, OwnPictures]) -> list[str]:
+    """What to say where the same picture lies under several labels; nothing where none does."""
+    labels: dict[str, set[int]] = {}
+    for part in found.values():
+        for digest, label in zip(part.digests(), part.labels.tolist(), strict=True):
+            labels.setdefault(digest, set()).add(label)
+    doubtful = [sorted(seen) for seen in labels.values() if len(seen) > 1]
+    if not doubtful:
+        return []
+    classes = next(iter(found.values())).classes
+    names = " and ".join(classes[label] for label in doubtful[0])
+    what = "picture has" if len(doubtful) == 1 else "pictures have"
+    return [f"{len(doubtful)} {what} copies under another label ({names}, say): mend the data"]
 
 
 def _to_train_on(found: dict[str, OwnPictures]) -> OwnPictures:

@@ -15,6 +15,7 @@ from deqzoo.hub.integrity import published_files
 from deqzoo.hub.publish import upload
 from deqzoo.zoo import ORGANISATION, bundled_folder, list_models
 
+_TREES = ("deqzoo", "examples/pictures")
 #: What a Space holds of ours; graphs that somebody put beside it stay.
 _OWN = re.compile(r"(deqzoo|examples/pictures)/.+")
 
@@ -62,16 +63,16 @@ def assemble(folder: Path) -> list[Path]:
         raise UserError("a Space is assembled inside a source checkout only; clone the repository")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; name a new one")
+    for part in _TREES:
+        if folder.resolve().is_relative_to(source / part):
+            raise UserError(f"{folder} lies in {source / part}, which the Space holds a copy of")
     front_page = readme()
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("app.py", "LICENSE", "NOTICE"):
         shutil.copy(source / name, folder / name)
-    shutil.copytree(source / "examples" / "pictures", folder / "examples" / "pictures")
-    shutil.copytree(
-        source / "deqzoo",
-        folder / "deqzoo",
-        ignore=shutil.ignore_patterns("__pycache__", "*.pyi", "hub_configs", "*.so"),
-    )
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyi", "hub_configs", "*.so")
+    for part in _TREES:
+        shutil.copytree(source / part, folder / part, ignore=ignored)
     for name in list_models():
         _copy_checkpoint(name, folder / "deqzoo" / "hub_configs" / name)
     (folder / "requirements.txt").write_text(requirements(source), encoding="utf-8")

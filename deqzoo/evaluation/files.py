@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deqzoo.errors import UserError, as_user_error
+from deqzoo.errors import as_user_error
 from deqzoo.files import file_digest, replace_text
 from deqzoo.records import read_evaluation
 from deqzoo.sealed import record
@@ -66,19 +65,6 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
-
-
-def require_writable(path: Path) -> None:
-    """Check where a file is to be written before the work whose result it holds.
-
-    Raises:
-        UserError: it is a folder, or below something that is none.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"cannot write {path}: {above} is no folder that can be written to")
 
 
 def write_evaluation(path: Path, content: Mapping[str, Any], before: Path | None = None) -> Path:

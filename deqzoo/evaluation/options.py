@@ -164,7 +164,7 @@ def _require_trace_file(trace: str | None) -> None:
     """Check where a trace is to be written before the work that it records."""
     if trace is None or trace == "-":
         return
-    from deqzoo.evaluation.files import require_writable
+    from deqzoo.files import require_writable
 
     if Path(trace).suffix not in (".svg", ".csv", ".json"):
         raise UserError(f"--trace {trace}: give -, or a file that ends in .svg, .csv or .json")

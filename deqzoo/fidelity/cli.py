@@ -11,12 +11,14 @@ import typer
 
 from deqzoo.errors import as_user_error
 from deqzoo.evaluation.options import ModelName
-from deqzoo.files import replace_text
+from deqzoo.files import replace_text, require_writable
+from deqzoo.zoo import own_name
 
 if TYPE_CHECKING:
     from deqzoo.fidelity.study import Row, Study
 
 _DOUBTFUL = 1e-3  # residual above which the exact gradient does not deserve its name
+_FILES = ("gradients.json", "gradients.svg")
 _SHOWN_STEPS = (1, 2, 3, 5, 10, 20)
 _SHOWN_DAMPINGS = (0.5, 0.8, 1.0)
 
@@ -51,6 +53,9 @@ def gradients(
     from deqzoo.fidelity.batches import make_batch
     from deqzoo.fidelity.study import study
 
+    if output is not None:
+        for file in _FILES:
+            require_writable(output / file)
     model = deqzoo.DEQModel.from_pretrained(name)
     batch, described = make_batch(model, data, split=split, size=batch_size, seed=seed)
     bar = tqdm(desc="settings", disable=as_json or not sys.stderr.isatty())
@@ -60,7 +65,7 @@ def gradients(
     content = finite(
         {
             "format": 1,
-            "model": describe_model(model, name),
+            "model": describe_model(model, own_name(name)),
             "batch": described,
             **found.to_dict(),
             "threshold": cosine,
@@ -69,21 +74,21 @@ def gradients(
         }
     )
     if output is not None:
-        _write(output, content, plot(found, Path(name).name))
+        _write(output, content, plot(found, own_name(name)))
     if as_json:
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
     typer.echo(report(found, content, cosine))
     if output is not None:
-        typer.echo(f"written to {output / 'gradients.json'} and {output / 'gradients.svg'}")
+        typer.echo("written to " + " and ".join(str(output / file) for file in _FILES))
 
 
 def _write(folder: Path, content: dict[str, Any], drawing: str) -> None:
     with as_user_error(f"cannot write to {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1, ensure_ascii=False)
-        replace_text(folder / "gradients.json", text + "\n")
-        replace_text(folder / "gradients.svg", drawing)
+        for file, content_of_file in zip(_FILES, (text + "\n", drawing), strict=True):
+            replace_text(folder / file, content_of_file)
 
 
 def report(found: Study, content: dict[str, Any], threshold: float) -> str:

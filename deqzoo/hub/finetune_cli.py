@@ -84,10 +84,11 @@ def finish(folder: Path, data: Path) -> str:
     from deqzoo.hub.cards import render_card
     from deqzoo.hub.catalogue import entry, main_figure
     from deqzoo.hub.integrity import write_checksums, write_golden
+    from deqzoo.zoo import own_name
 
     model = deqzoo.DEQModel.from_pretrained(folder)
     content = evaluate_model(
-        model, folder.name, split="test", data=data, budget_samples=0, progress=False
+        model, own_name(folder), split="test", data=data, budget_samples=0, progress=False
     )
     write_evaluation(folder / "evaluation" / f"{content['data']['name']}-test.json", content)
     write_golden(folder, model)

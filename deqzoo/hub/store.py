@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.evaluation.files import write_evaluation
 from deqzoo.files import replacing, restore
 from deqzoo.hub.integrity import write_checksums, write_golden
 from deqzoo.models.auto import DEQModel
+from deqzoo.recipe import check_name
 from deqzoo.sealed import require_inside
 from deqzoo.tasks.metrics import METRICS, words
 from deqzoo.zoo import checkpoints_root, read_json
@@ -49,8 +50,8 @@ def store_run(
         The new folder.
 
     Raises:
-        UserError: no model in the run, a run that is not finished, a name that is taken, or an
-            unstable equilibrium.
+        UserError: no model in the run, a run that is not finished, no name or one that is taken, or
+            an unstable equilibrium.
     """
     restore(run / "model")
     model_folder = run / "model" if (run / "model").is_dir() else run
@@ -59,7 +60,10 @@ def store_run(
         raise UserError(
             f"the run in {run} is not finished; go on with it, or store it as it is with --force"
         )
-    name = name or record.get("recipe", {}).get("name") or run.name
+    name = name or record.get("recipe", {}).get("name") or run.resolve().name
+    # Any other name would lead out of the zoo, and --force replaces what it leads to.
+    with as_user_error("choose another --name", ValueError):
+        check_name(name)
     target = checkpoints_root() / name
     if target.exists() and not force:
         raise UserError(f"{target} exists; add --force to replace it")

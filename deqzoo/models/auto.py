@@ -212,6 +212,11 @@ def _load(model_class: type[PreTrainedModel], source: str, kwargs: dict[str, Any
     except UserError:
         raise
     except Exception as error:  # damaged configurations fail in arbitrary ways
+        if "ignore_mismatched_sizes" in str(error):  # the tensors are in a report that it logged
+            raise UserError(
+                f"weights of {source} have other sizes than this configuration asks for; pass "
+                "ignore_mismatched_sizes=True to start those anew, as after another num_labels"
+            ) from error
         raise UserError(f"cannot load {source}: {one_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from deqzoo.equilibrium.solvers.traced import can_be_traced
 from deqzoo.errors import UserError
-from deqzoo.files import replacing
+from deqzoo.files import replacing, require_writable
 from deqzoo.models.ignn.inputs import GraphBatch
 from deqzoo.models.ignn.sparse import normalized_entries
 
@@ -158,8 +158,8 @@ def check_target(path: Path) -> None:
     """Refuse a file that cannot be written, before anything is loaded.
 
     Raises:
-        UserError: another suffix than .pt2 and .onnx, no such folder, or packages that ONNX needs
-            are missing.
+        UserError: another suffix than .pt2 and .onnx, no such folder, a folder in the file's place,
+            or packages that ONNX needs are missing.
     """
     if path.suffix not in (".pt2", ".onnx"):
         raise UserError(
@@ -168,6 +168,7 @@ def check_target(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise UserError(f"the folder {path.parent} does not exist; make it first")
+    require_writable(path)
     packages = ("onnx", "onnxscript") if path.suffix == ".onnx" else ()
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:

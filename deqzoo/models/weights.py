@@ -74,7 +74,16 @@ class WeightNorm(nn.Module):
         layer.weight = weight
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As PyTorch's; another `weight` ends the normalisation."""
+        """As PyTorch's; another `weight` ends the normalisation.
+
+        Raises:
+            UserError: a tool takes the computed weight for a parameter, as pruning does.
+        """
+        if param is not None and not isinstance(param, nn.Parameter):
+            raise UserError(
+                "the weight of this layer is computed by weight normalisation and no parameter; "
+                "call fold_weight_norm() of the model first"
+            )
         if name == "weight":
             self.fold()
         nn.Module.register_parameter(self, name, param)

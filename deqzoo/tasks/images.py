@@ -26,7 +26,12 @@ from deqzoo.data.image_sets import (
 )
 from deqzoo.data.images import SPLIT_SEED, ImageSource, Pictures, divide
 from deqzoo.data.own import write_record
-from deqzoo.data.own_pictures import divide_in_three, divide_own, load_own_pictures
+from deqzoo.data.own_pictures import (
+    contradictions,
+    divide_in_three,
+    divide_own,
+    load_own_pictures,
+)
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
@@ -384,5 +389,8 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
         measured=len(test) if choosing else 0,
         # Phantom gradients of a rough equilibrium train as well; the recipes take five.
         solver={"max_steps": min(10, model.config.solver["max_steps"])},
-        notes=[f"to learn: {listed if len(names) < 20 else f'{len(names)} classes'}"],
+        notes=[
+            f"to learn: {listed if len(names) < 20 else f'{len(names)} classes'}",
+            *contradictions(found),
+        ],
     )

@@ -371,6 +371,9 @@ def test_space_is_refused_before_anything_is_copied(tmp_path, monkeypatch, capsy
     dry_run = ["--dry-run", str(folder)]
     assert run(["publish-space", "--repo-id", "a b", *dry_run]) == 2
     assert "write ORG/NAME" in capsys.readouterr().err
+    inside = Path(deqzoo.__file__).parent / "demo" / "space"  # which a copy would copy for ever
+    assert run(["publish-space", "--repo-id", "org/demo", "--dry-run", str(inside)]) == 2
+    assert "holds a copy of" in capsys.readouterr().err and not inside.exists()
     monkeypatch.setattr("deqzoo.demo.space.version", missing)
     assert run(["publish-space", "--repo-id", "org/demo", *dry_run]) == 2
     assert "needs Gradio" in capsys.readouterr().err and not folder.exists()

@@ -182,6 +182,16 @@ def test_command_writes_table_plot_and_json(tmp_path, capsys) -> None:
     assert (tmp_path / "out" / "gradients.svg").read_text().startswith("<svg")
 
 
+def test_command_refuses_an_output_before_it_measures(tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "out" / "gradients.svg").mkdir(parents=True)
+    for output, message in (("file", "no folder that can be"), ("out", "svg is a folder")):
+        command = ["gradients", str(tmp_path / "no-model"), "--output", str(tmp_path / output)]
+        assert cli.run(command) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "gradients.json").exists()
+
+
 def test_command_refuses_models_without_a_loss(tmp_path, capsys) -> None:
     config = load_class("IGNNConfig")(num_features=3, hidden_sizes=[6], num_labels=2)
     load_class("IGNNModel")(config).save_pretrained(tmp_path / "bare")

@@ -192,3 +192,10 @@ def test_public_names_resolve() -> None:
         assert name in dir(deqzoo)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = deqzoo.nonsense
+
+
+def test_other_labels_name_the_keyword_that_allows_them(tiny_mdeq: Path) -> None:
+    with pytest.raises(UserError, match="ignore_mismatched_sizes=True"):
+        DEQModel.from_pretrained(tiny_mdeq, num_labels=5)
+    model = DEQModel.from_pretrained(tiny_mdeq, num_labels=5, ignore_mismatched_sizes=True)
+    assert model.config.num_labels == 5

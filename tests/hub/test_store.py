@@ -53,6 +53,23 @@ def test_a_stored_run_verifies(
         store.store_run(finished, cifar_folder)
 
 
+@pytest.mark.parametrize("name", ["..", ".", "../other", "a/b", ".hidden", "--force"])
+def test_no_name_leads_out_of_the_zoo(finished: Path, name: str) -> None:
+    """`--force` would replace whatever it leads to: the folder of all checkpoints, say."""
+    with pytest.raises(UserError, match="--name"):
+        store.store_run(finished, None, name=name, force=True)
+    assert (finished.parent / "hub_configs").is_dir() and finished.is_dir()
+
+
+def test_a_model_in_the_working_folder_has_its_name(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir((finished / "model").rename(finished.parent / "mine"))
+    (finished.parent / "hub_configs" / "mine").mkdir()
+    with pytest.raises(UserError, match="hub_configs/mine exists"):
+        store.store_run(Path("."), None)
+
+
 def test_unstable_models_are_refused_before_the_test_split(
     finished: Path, cifar_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,10 @@ def test_folding_keeps_the_outputs_and_serves_tools_that_want_a_weight(
 ) -> None:
     model = build(family, change)
     expected = logits(model, model)
+    for module in model.modules():
+        if isinstance(module, WeightNorm):
+            with pytest.raises(UserError, match="call fold_weight_norm"):
+                prune.l1_unstructured(module, "weight", amount=0.5)
     model.fold_weight_norm()
     assert not any(isinstance(module, WeightNorm) for module in model.modules())
     torch.testing.assert_close(logits(model, model), expected, rtol=1e-4, atol=1e-5)

@@ -145,6 +145,16 @@ def test_what_cannot_be(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_folder_in_the_place_of_the_file_stays(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / f"model{suffix}"
+    folder.mkdir()
+    (folder / "precious").touch()
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        export_model(deqzoo.DEQModel, folder, 2)
+    assert (folder / "precious").is_file()
+
+
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(UserError, match=r"onnx and onnxscript; .*'deqzoo\[export\]'"):

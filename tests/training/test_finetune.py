@@ -132,6 +132,71 @@ def test_every_layout_of_pictures_gives_the_same(tmp_path: Path) -> None:
     assert {split: len(part) for split, part in found.items()} == {"train": 3, "test": 3}
 
 
+@pytest.mark.parametrize("names", [("train", "Val", "TEST"), ("Training", "dev", "Evaluation")])
+@pytest.mark.parametrize("layout", ["folder", "zip", "shards", "files"])
+def test_splits_are_found_however_they_are_spelt(tmp_path: Path, names, layout: str) -> None:
+    """Nor does a word in a picture's own name part them."""
+    whole = write_folder(tmp_path / "whole", count=3)
+    files = sorted(whole.rglob("*.png"))
+    parted = tmp_path / "parted"
+    parted.mkdir()
+    for number, name in enumerate(names):
+        chosen = files[number::3]
+        cells = [{"bytes": file.read_bytes(), "path": None} for file in chosen]
+        table = pa.table({"image": cells, "label": [file.parent.name for file in chosen]})
+        if layout == "shards":
+            pq.write_table(table, parted / f"{name.lower()}-00000-of-00001.parquet")
+        elif layout == "files":
+            pq.write_table(table, parted / f"{name}.parquet")
+        for file in chosen if layout in ("folder", "zip") else ():
+            target = parted / name / file.parent.name / f"a_val_{file.name}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+    source = parted
+    if layout == "zip":
+        source = Path(shutil.make_archive(str(tmp_path / "parted"), "zip", parted))
+    found = own_pictures.load_own_pictures(source)
+    assert {split: len(part) for split, part in found.items()} == dict.fromkeys(own.SPLITS, 3)
+    assert {part.classes for part in found.values()} == {tuple(sorted(COLOURS))}
+
+
+def test_words_in_the_names_of_pictures_part_nothing(tmp_path: Path) -> None:
+    """With a table of labels beside them, too; `datasets` alone would read three of them."""
+    folder = write_folder(tmp_path / "things", count=2)
+    for file in sorted(folder.rglob("*.png"))[::2]:
+        file.rename(file.with_name("test-1.png"))
+    (folder / "link").symlink_to(next(path for path in folder.iterdir() if path.is_dir()))
+    found = own_pictures.load_own_pictures(folder)
+    assert {split: len(part) for split, part in found.items()} == {"train": 8}
+    (folder / "link").unlink()
+    rows = [f"{f.relative_to(folder)},{f.parent.name}" for f in sorted(folder.rglob("*.png"))]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    found = own_pictures.load_own_pictures(folder)
+    assert {split: len(part) for split, part in found.items()} == {"train": 6}
+
+
+def test_pictures_beside_splits_are_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "things" / "Train", count=1).parent
+    write_folder(folder / "more", count=1)
+    with pytest.raises(UserError, match="no folder of a split, as others do .train."):
+        own_pictures.load_own_pictures(folder)
+    for name in ("train", "test"):
+        (tmp_path / "bare" / name).mkdir(parents=True)
+        shutil.copy(next(folder.rglob("*.png")), tmp_path / "bare" / name / "a.png")
+    with pytest.raises(UserError, match="no folder of a class"):
+        own_pictures.load_own_pictures(tmp_path / "bare")
+
+
+def test_copies_under_another_label_are_said(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "things", count=2)
+    assert own_pictures.contradictions(own_pictures.load_own_pictures(folder)) == []
+    first, second = sorted(path for path in folder.iterdir() if path.is_dir())[:2]
+    shutil.copy(next(first.iterdir()), second / "copy.png")
+    (said,) = own_pictures.contradictions(own_pictures.load_own_pictures(folder))
+    assert said.startswith("1 picture has copies under another label")
+    assert first.name in said and second.name in said
+
+
 def test_a_column_of_labels_is_remembered(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:
     """What finetune was told about a table, its own measurement and later ones know."""
     folder = write_folder(tmp_path / "things", count=8)
