@@ -102,12 +102,19 @@ def visible_files(folder: Path, *, links: bool = False) -> Iterator[Path]:
     """
     inside: Iterable[Path] = folder.rglob("*")
     if links:
-        walk = os.walk(folder, followlinks=True)
-        inside = (Path(place) / name for place, _, names in walk for name in names)
+        inside = _through_links(folder)
     for path in sorted(inside):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden:
             yield path
+
+
+def _through_links(folder: Path) -> Iterator[Path]:
+    """Files below a folder and its linked ones, but not again through a link that leads back up."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(os.path.realpath(place))
+        folders[:] = [f for f in folders if not here.is_relative_to(os.path.realpath(here / f))]
+        yield from (Path(place) / name for name in names)
 
 
 def mark_complete(folder: Path) -> None:

@@ -254,6 +254,9 @@ def test_bad_models(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["convert", "mdeq"], "source"),
         (["convert", "resnet", "x", "--config", "c", "--output", "o"], "resnet"),
         (["evaluate", "x", "--limit", "3"], "--output"),
+        (["train", "x", "--seed", "-1"], "--seed"),
+        (["train", "x", "--seed", str(2**32)], "--seed"),
+        (["finetune", "x", "--data", "x", "--output", "x", "--seed", str(2**32)], "--seed"),
     ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], expected) -> None:

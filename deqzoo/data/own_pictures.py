@@ -225,11 +225,14 @@ def _open(path: Path) -> dict[str, Any]:
             for name in parted:
                 split = _SPLIT_OF[name.casefold()]
                 options["data_files"].setdefault(split, []).append(f"{name}/**")
-    fault = (
+    return dict(open_dataset("pictures of one's own need", _unreadable(path), **options))
+
+
+def _unreadable(path: Path) -> str:
+    return (
         f"cannot read {path} as labelled pictures (a folder of pictures per class, a zip of it, "
         "parquet, or a .csv of paths and labels)"
     )
-    return dict(open_dataset("pictures of one's own need", fault, **options))
 
 
 def _parquet_by_split(path: Path) -> dict[str, list[Path]]:
@@ -256,12 +259,15 @@ def _pictures_of_folder(path: Path) -> dict[str, _Table]:
     Not by `datasets`, which parts pictures by words in their files' names too.
 
     Raises:
-        UserError: some pictures lie in the folder of a class, or of a split, and others do not.
+        UserError: there are none, or some lie in the folder of a class, or of a split, and others
+            do not.
     """
     formats = Image.registered_extensions().items()
     known = {suffix for suffix, name in formats if name in Image.OPEN and name not in _NO_PICTURES}
     known |= {*HEIC}
     pictures = [file for file in visible_files(path, links=True) if file.suffix.lower() in known]
+    if not pictures:
+        raise UserError(f"{_unreadable(path)}: it holds no pictures")
     inner = [file.relative_to(path).parts[:-1] for file in pictures]
     loose = [
         file

@@ -46,7 +46,9 @@ def finetune(
         bool, typer.Option("--augment/--no-augment", help="Crop and mirror pictures at random.")
     ] = True,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps at most.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of hold-out, new weights and order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of hold-out, new weights and order.")
+    ] = 0,
     report_to: Annotated[
         str, typer.Option(help="tensorboard, wandb, trackio, ... or none; several by commas.")
     ] = "none",

@@ -90,10 +90,14 @@ class WeightNorm(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight, computed; `weight.data` can be assigned to."""
+        """The effective weight, computed; it and `weight.data` can be assigned to."""
         weight = self.effective_weight().as_subclass(_EffectiveWeight)
         weight.owner = self
         return weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.assign(value)
 
     def effective_weight(self) -> Tensor:
         """The weight, shaped like the direction; its norms are taken in float32 or better."""

@@ -41,7 +41,10 @@ def train(
         typer.Option(help="With a time budget: everything is written after so long, as in 10m."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Instead of the recipe's; the run is then called NAME-sSEED.")
+        int | None,
+        typer.Option(
+            min=0, max=2**32 - 1, help="Instead of the recipe's; the run is then called NAME-sSEED."
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     queue: Annotated[Path | None, typer.Option(hidden=True)] = None,

@@ -95,6 +95,21 @@ def test_adapters_act_learn_and_merge(family: str, change: dict, dora: bool) -> 
     torch.testing.assert_close(logits(merged, model), acting, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig"])
+def test_other_kinds_of_adapters_leave_their_effect_behind(kind: str) -> None:
+    """They put the layer's weight back, computed or not, when they go."""
+    model = build("deq_transformer", {})
+    options = {"feedforward_modules": []} if kind == "IA3Config" else {"r": 3}
+    neutral = {f"init_{'ia3_' if kind == 'IA3Config' else ''}weights": False}
+    config = getattr(peft, kind)(target_modules="all-linear", **neutral, **options)
+    wrapped = peft.get_peft_model(model, config).eval()
+    acting = logits(wrapped, model)
+    with wrapped.disable_adapter():
+        assert (acting - logits(wrapped, model)).abs().max() > 1e-3
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(logits(merged, model), acting, rtol=1e-3, atol=1e-4)
+
+
 def test_adapters_reach_every_layer_of_the_block() -> None:
     wrapped = adapted(build("deq_transformer", {}), "deq_transformer")
     names = " ".join(name for name, _ in wrapped.named_parameters() if "lora_A" in name)

@@ -166,9 +166,11 @@ def test_words_in_the_names_of_pictures_part_nothing(tmp_path: Path) -> None:
     for file in sorted(folder.rglob("*.png"))[::2]:
         file.rename(file.with_name("test-1.png"))
     (folder / "link").symlink_to(next(path for path in folder.iterdir() if path.is_dir()))
+    (folder / "up").symlink_to(folder)
     found = own_pictures.load_own_pictures(folder)
     assert {split: len(part) for split, part in found.items()} == {"train": 8}
     (folder / "link").unlink()
+    (folder / "up").unlink()
     rows = [f"{f.relative_to(folder)},{f.parent.name}" for f in sorted(folder.rglob("*.png"))]
     (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
     found = own_pictures.load_own_pictures(folder)

@@ -20,7 +20,7 @@ class Injection(nn.Linear):
     """Map from an embedded word to what it adds to its query, key and value."""
 
 
-class NormalizedLinear(WeightNorm, nn.Linear):  # type: ignore[override]
+class NormalizedLinear(WeightNorm, nn.Linear):
     """A linear layer whose weight is direction and gain per output feature."""
 
     length_name = "gain"

@@ -17,7 +17,7 @@ from .configuration_mdeq import MDEQConfig
 from .map_mdeq import BlockTensors, ConvNormTensors, MapTensors
 
 
-class WeightNormConv2d(WeightNorm, nn.Conv2d):  # type: ignore[override]
+class WeightNormConv2d(WeightNorm, nn.Conv2d):
     """A bias-free convolution whose weight is direction and magnitude per output channel."""
 
     length_name = "magnitude"
