@@ -274,7 +274,10 @@ def test_arguments_are_read_from_a_command_line(tmp_path: Path) -> None:
         ({"jacobian_weight": -1.0}, "jacobian_weight must not be negative, got -1.0"),
         ({"jacobian_every": 0}, "jacobian_every must be at least 1, got 0"),
         ({"jacobian_weight": "a"}, "jacobian_weight must not be negative, got 'a'"),
-        ({"gradient": 3}, "gradient: a gradient is a name, a dict or an object of its class, not int"),
+        (
+            {"gradient": 3},
+            "gradient: a gradient is a name, a dict or an object of its class, not int",
+        ),
     ],
 )
 def test_arguments_are_checked(tmp_path: Path, changes: dict[str, object], message: str) -> None:
