@@ -201,15 +201,21 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
     """A map under torch.compile: one graph per shape and per set of tracked tensors.
 
     Several backward passes use one graph, which donated buffers forbid, and a training run meets
-    more variants (shape, gradient mode, dropout) than torch's default limit, hence the two global
-    settings.
+    more variants (shape, gradient mode, dropout) than torch's default limit, hence two of the
+    global settings. The third: kernels that reduce along both axes at once leave gradients that
+    are parts of a joint tensor unwritten on CUDA (torch 2.10 on, pytorch/pytorch#193061). A trained
+    DEQ-Transformer's gradient came out orthogonal to the right one, at the right loss.
     """
     import torch._dynamo.config  # a second of work, needed by this function only
     import torch._functorch.config
+    import torch._inductor.config
 
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     torch._functorch.config.donated_buffer = False
+    triton: Any = torch._inductor.config.triton
+    if hasattr(triton, "mix_order_reduction"):
+        triton.mix_order_reduction = False
     return torch.compile(step, dynamic=False, fullgraph=True)
 
 
