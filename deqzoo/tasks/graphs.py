@@ -470,7 +470,8 @@ class ResidentGraphs:
     def keep(self, outputs: Any) -> None:
         """Take over the equilibria of a step."""
         for mine, new in zip(self.states, outputs.hidden_states, strict=True):
-            mine.index_copy_(0, self._number, new.to(mine.dtype).unsqueeze(0))
+            new = new.to(mine.dtype).nan_to_num(0.0, 0.0, 0.0)
+            mine.index_copy_(0, self._number, new.unsqueeze(0))
 
     def tensors(self) -> list[Tensor]:
         """The equilibria, for checkpoints."""

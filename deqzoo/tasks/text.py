@@ -277,7 +277,9 @@ class ResidentText:
         if outputs.memory is None:
             return
         for mine, new in zip((self.states, self.injections), outputs.memory, strict=True):
-            mine.index_copy_(0, self._streams, new.to(mine.dtype))
+            # What is not finite would stay in the memory for good: no mask hides it.
+            new = new.to(mine.dtype).nan_to_num(0.0, 0.0, 0.0)
+            mine.index_copy_(0, self._streams, new)
         filled = (self._before + outputs.nll.shape[1]).clamp(max=self.states.shape[1])
         self.filled.index_copy_(0, self._streams, filled)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from deqzoo.errors import UserError
 from deqzoo.files import replacing
 from deqzoo.training.trainer import RecipeTrainer, _flat
 
@@ -31,6 +33,25 @@ def agreed(decision: bool, args: TrainingArguments) -> bool:
     flag = torch.tensor([int(decision)], device=args.device)
     torch.distributed.broadcast(flag, src=0)
     return bool(flag.item())
+
+
+class Divergence(TrainerCallback):
+    """Ends a run whose loss is not finite: no later step mends its weights.
+
+    Raises:
+        UserError: when such a loss is logged.
+    """
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {state.global_step}: the training has diverged. Begin "
+                "again with a lower learning rate or with clipped gradients; checkpoints of the "
+                "steps before it are kept"
+            )
 
 
 class AverageCallback(TrainerCallback):

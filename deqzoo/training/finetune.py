@@ -33,6 +33,7 @@ from deqzoo.models.auto import DEQModel
 from deqzoo.tasks import load
 from deqzoo.tasks.finetuning import FEW, Job, Settings
 from deqzoo.training.arguments import DEQTrainingArguments, check_report_to
+from deqzoo.training.callbacks import Divergence
 from deqzoo.training.checkpoints import differences, latest_checkpoint
 from deqzoo.training.norms import freeze_batch_norm
 from deqzoo.training.trainer import DEQTrainer
@@ -99,7 +100,11 @@ def train(
         eval_dataset=job.held_out,
         data_collator=job.collate,
         compute_metrics=_accuracy if job.accuracy else None,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=_PATIENCE), _Resumable(job.train)],
+        callbacks=[
+            Divergence(),
+            EarlyStoppingCallback(early_stopping_patience=_PATIENCE),
+            _Resumable(job.train),
+        ],
     )
     if not progress:
         trainer.remove_callback(PrinterCallback)
@@ -153,6 +158,7 @@ def _arguments(job: Job, output: Path, settings: Settings, progress: bool) -> DE
         max_grad_norm=1.0,
         seed=settings.seed,
         logging_steps=max(1, min(every, 20)),
+        logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",

@@ -34,6 +34,7 @@ from deqzoo.training.arguments import check_report_to
 from deqzoo.training.callbacks import (
     AverageCallback,
     CheckpointClock,
+    Divergence,
     EvaluationClock,
     MetricsFile,
     Snapshots,
@@ -315,6 +316,7 @@ def _trainer(
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     for callback in (
+        Divergence(),
         AverageCallback(trainer),
         CheckpointClock(trainer, recipe.checkpoint_minutes),
         EvaluationClock(trainer, recipe.evaluation.per_epoch),

@@ -18,7 +18,7 @@ from deqzoo.recipe import Recipe, Stage
 from deqzoo.tasks.base import Resident, Task
 from deqzoo.training.trainer import backward_products, penalty_of
 
-FIGURES = ("loss", "right", "solver_steps", "solver_residual", "jacobian_penalty")
+FIGURES = ("loss", "right", "solver_steps", "solver_residual", "jacobian_penalty", "skipped")
 """What a step adds up on the device; a run reads the sums now and then."""
 
 
@@ -60,6 +60,7 @@ class TrainingStep:
         self.sums = {name: torch.zeros((), device=device) for name in FIGURES}
         self.seen: set[str] = set()
         """Which of them there are: a language model counts no right answers."""
+        self.seen.add("skipped")
         self.products = 0
         """Vector-Jacobian products of implicit gradients since the last reading."""
         self.graph: Any = None
@@ -93,13 +94,28 @@ class TrainingStep:
             loss = self.loss(rows)
             (loss / len(parts) if len(parts) > 1 else loss).backward()
             self.products += backward_products(self.model)
-        if self.recipe.optimizer.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
+        self._bound_gradient()
         self.optimizer.step()
         project = getattr(self.model, "project_", None)  # of weights with a norm bound
         if project is not None:
             project()
         self._average()
+
+    @torch.no_grad()
+    def _bound_gradient(self) -> None:
+        """Clip the gradient; one that is not finite becomes zero, and the step counts as skipped.
+
+        One wild batch would else end a run: its gradient reaches all weights.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.recipe.optimizer.clip:
+            parameters = self.model.parameters()
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.optimizer.clip, norm)
+        wild = ~norm.isfinite()
+        for gradient in gradients:
+            gradient.masked_fill_(wild, 0.0)
+        self.sums["skipped"].add_(wild)
 
     def loss(self, rows: Tensor) -> Tensor:
         """Loss of some rows with its graph; what is worth logging is added up."""
@@ -153,7 +169,7 @@ class TrainingStep:
         Raises:
             RuntimeError: something in the step cannot be captured.
         """
-        kept = [t.detach().clone() for t in self.moving()]
+        kept = self.snapshot()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -166,13 +182,17 @@ class TrainingStep:
             with torch.cuda.graph(graph, pool=pool):
                 self.run()
         finally:
-            self._restore(kept)
+            self.restore(kept)
             self.products = 0
         self.graph = graph
 
+    def snapshot(self) -> list[Tensor]:
+        """Copies of everything that a step changes."""
+        return [t.detach().clone() for t in self.moving()]
+
     @torch.no_grad()
-    def _restore(self, kept: Sequence[Tensor]) -> None:
-        # The optimiser's memory may be younger than the copies: it then starts from zero.
+    def restore(self, kept: Sequence[Tensor]) -> None:
+        """Go back to a snapshot; memory of the optimiser that is younger starts from zero."""
         moving = self.moving()
         for mine, old in zip(moving, kept, strict=False):
             mine.copy_(old)
@@ -191,10 +211,14 @@ class TrainingStep:
         return tensors
 
     def read(self, steps: int) -> dict[str, float]:
-        """Means since the last reading; the only place that waits for the device."""
+        """Means since the last reading; the only place that waits for the device.
+
+        "skipped" is a share of the steps.
+        """
         values = torch.stack(list(self.sums.values())).tolist()
         for total in self.sums.values():
             total.zero_()
-        n = max(1, steps * self.recipe.accumulate)
-        means = {name: value / n for name, value in zip(self.sums, values, strict=True)}
+        parts = max(1, steps * self.recipe.accumulate)
+        means = {name: value / parts for name, value in zip(self.sums, values, strict=True)}
+        means["skipped"] *= self.recipe.accumulate
         return {name: mean for name, mean in means.items() if name in self.seen}

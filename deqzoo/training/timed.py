@@ -39,6 +39,10 @@ EVALUATION_SHARE = {False: 0.05, True: 0.25}
 CHECK_LOSS, CHECK_COSINE = 0.02, 0.05
 """How far a compiled map's loss may be from the plain one's, relatively; and by how much less its
 gradient's cosine with that in float32 may be."""
+DIVERGED = 0.5
+"""Share of the steps between two reports whose gradient may be unusable."""
+SLOWED = 4
+"""How often a run that diverges goes back and halves its learning rate before it gives up."""
 
 
 class TimedRun:
@@ -95,6 +99,8 @@ class TimedRun:
         self.rows: Tensor | None = None
         self.reserve = 0.0
         self.stopped = False
+        self.slowed = 0
+        self.failure = ""
         self.events: list[Any] = []
         self.evaluation_rate = 0.0  # of the map, samples per second
         self.snapshots = 0
@@ -155,6 +161,7 @@ class TimedRun:
             "seconds": self.budget.seconds,
             "asked": self.asked,
             "used": self.budget.spent,
+            "slowed": self.slowed,
             "numbers": [self.count, self.epoch, self.position, self.stage_number, self.stage_start],
         }
 
@@ -170,6 +177,7 @@ class TimedRun:
         torch.set_rng_state(state["cpu_generator"])
         if self.device.type == "cuda" and state["cuda_generator"] is not None:
             torch.cuda.set_rng_state(state["cuda_generator"])
+        self._slow_down(state.get("slowed", 0))
         self.budget.spent = state["used"]
         if state.get("asked", self.asked) == self.asked:  # else the run is given another time
             self.budget.seconds = state["seconds"]  # which a deadline may have shortened
@@ -184,6 +192,9 @@ class TimedRun:
 
         Args:
             keep: called after every stage, and every `checkpoint_minutes`, to write what there is.
+
+        Raises:
+            UserError: the run diverges however small its learning rate.
         """
         total = self.budget.seconds
         bar = tqdm(total=round(total), unit="s", disable=not self.progress, desc=self.recipe.name)
@@ -195,6 +206,8 @@ class TimedRun:
                 self.evaluate(self.recipe.stages[number])
             self._save(keep)
         bar.close()
+        if self.failure:
+            raise UserError(self.failure)
 
     def _save(self, keep: Any) -> None:
         keep()
@@ -210,6 +223,7 @@ class TimedRun:
         every = stage.jacobian.every if stage.jacobian else 0
         steps = [s for s in (step, penalised) if s is not None]
         told, done = time.monotonic(), 0
+        good = step.snapshot()
         with self.budget.running():
             while self.budget.stage == number and not self.stopped:
                 now = penalised if penalised is not None and self.count % every == 0 else step
@@ -224,15 +238,16 @@ class TimedRun:
                     self.epoch, self.position, self.rows = self.epoch + 1, 0, None
                     rows = self._rows(stage)
                 if time.monotonic() - told > LOG_SECONDS:
-                    self._tell(steps, done, told, stage)
+                    good = self._tell(steps, done, told, stage, good)
                     bar.n = min(round(self.budget.used), bar.total)
                     bar.refresh()
                     told, done = time.monotonic(), 0
                 reached = self.max_steps is not None and self.count >= self.max_steps
-                self.stopped = reached or (self.out / "stop").exists()
+                asked = reached or (self.out / "stop").exists()
+                self.stopped = asked or bool(self.failure)
                 self._keep_what_is_due(keep)
             if done:
-                self._tell(steps, done, told, stage)
+                self._tell(steps, done, told, stage, good)
 
     def _keep_what_is_due(self, keep: Any) -> None:
         """Write a snapshot or a checkpoint, while the budget's clock stands still."""
@@ -396,7 +411,19 @@ class TimedRun:
         if self.progress:
             tqdm.write(line)
 
-    def _tell(self, steps: list[TrainingStep], n: int, since: float, stage: Stage) -> None:
+    def _tell(
+        self,
+        steps: list[TrainingStep],
+        n: int,
+        since: float,
+        stage: Stage,
+        good: list[Tensor],
+    ) -> list[Tensor]:
+        """Log what happened since; a run that has diverged goes back to where it was good.
+
+        Returns:
+            The snapshot to go back to from here.
+        """
         sums: dict[str, float] = {}
         for step in steps:
             for key, value in step.read(n).items():
@@ -409,6 +436,9 @@ class TimedRun:
         self.history.spent += n * self._batch * (evaluations * per_evaluation + 3 * rest)
         for step in steps:
             step.products = 0
+        skipped = sums.pop("skipped")
+        if skipped:
+            sums["skipped"] = skipped
         if "jacobian_penalty" in sums and stage.jacobian is not None:
             sums["jacobian_penalty"] *= stage.jacobian.every
         self.log(
@@ -421,6 +451,23 @@ class TimedRun:
             pflop=self.history.pflop,
             **{key: round(value, 5) for key, value in sums.items()},
         )
+        if skipped < DIVERGED:
+            return steps[0].snapshot()
+        steps[0].restore(good)
+        if self.slowed == SLOWED:
+            self.failure = (
+                f"{self.recipe.name} diverges, even with {0.5**SLOWED:g} of its learning rate: "
+                f"most gradients are not finite. {self.out}/model holds the last good weights: "
+                "lower optimizer.lr, set optimizer.clip, or give the stage more solver steps"
+            )
+        else:
+            self._slow_down(1)
+        self.log(event="diverged", learning_rate_factor=0.5**self.slowed)
+        return good
+
+    def _slow_down(self, times: int) -> None:
+        self.slowed += times
+        self.base_rates = [rate * 0.5**times for rate in self.base_rates]
 
     def _evaluations(self, stage: Stage, n_steps: float, products: float) -> float:
         """Evaluations of the map that a step cost on average, backward passes included."""

@@ -70,6 +70,30 @@ def test_a_step_never_waits_for_the_device(
         step.run()
 
 
+def test_a_wild_gradient_changes_nothing(pictures) -> None:
+    step = make_step("cpu", make_recipe(augment={}))
+    step.run()
+    step.read(1)
+    before = [p.detach().clone() for p in step.model.parameters()]
+    rates = [float(group["lr"]) for group in step.optimizer.param_groups]
+    for group in step.optimizer.param_groups:  # momentum and decay would move the weights
+        group["lr"].zero_()
+    first = next(step.model.parameters())
+    handle = first.register_hook(lambda gradient: gradient * torch.inf)
+    step.run()
+    handle.remove()
+    memory = [v for state in step.optimizer.state.values() for v in state.values()]
+    assert all(bool(t.isfinite().all()) for t in (*step.model.parameters(), *memory))
+    for now, old in zip(step.model.parameters(), before, strict=True):
+        assert torch.equal(now, old)
+    assert step.read(1)["skipped"] == 1.0
+    for group, rate in zip(step.optimizer.param_groups, rates, strict=True):
+        group["lr"].fill_(rate)
+    step.run()
+    assert step.read(1)["skipped"] == 0.0
+    assert not torch.equal(first, before[0])
+
+
 def test_random_resized_crops_never_wait_either(never_waits) -> None:
     recipe = make_recipe(augment={"area": [0.3, 1.0], "aspect": [0.8, 1.25], "flip": "random"})
     step = make_step("meta", recipe)

@@ -16,10 +16,12 @@ from deqzoo.errors import UserError
 from deqzoo.recipe import Data, Evaluation, Jacobian, Model, Optimizer, Recipe, Schedule, seconds_of
 from deqzoo.recipe import Stage as StageSettings
 from deqzoo.tasks.augmentation import cropped, random_boxes
+from deqzoo.tasks.images import ImageClassificationTask
 from deqzoo.training import timed
 from deqzoo.training.clock import TimeBudget
 from deqzoo.training.optimizers import rate_factor
 from deqzoo.training.run import run_recipe
+from deqzoo.training.step import TrainingStep
 
 SOLVER = {"name": "fixed_point", "max_steps": 2, "tol": 0.0}
 SMALL = {"channels": [8, 16], "head_channels": [4, 8], "final_channels": 16, "num_groups": 4}
@@ -113,6 +115,48 @@ def test_a_deadline_cuts_the_training_time(pictures, tmp_path) -> None:
     run_recipe(make_recipe(time_budget="1h"), None, out, progress=False, deadline=3.0)
     record = json.loads((out / "record.json").read_text())
     assert record["finished"] and record["training_seconds"] < 10
+
+
+def spoil(monkeypatch, spoilt) -> None:
+    """Let the loss be infinite in the steps that `spoilt` (of their numbers) says."""
+    loss, number = TrainingStep.loss, iter(range(10**9))
+
+    def spoilt_loss(self, rows):
+        value = loss(self, rows)
+        return value * torch.inf if spoilt(next(number)) else value
+
+    monkeypatch.setattr(TrainingStep, "loss", spoilt_loss)
+    monkeypatch.setattr(timed, "LOG_SECONDS", 0.0)
+
+
+def test_a_run_that_diverges_goes_back_and_slows_down(pictures, tmp_path, monkeypatch) -> None:
+    spoil(monkeypatch, lambda number: number in (2, 3))
+    recipe = make_recipe(time_budget="1h", schedule=Schedule("constant", warmup=0.0))
+    model = run_recipe(recipe, None, tmp_path / "run", progress=False, max_steps=6)
+    entries = lines(tmp_path / "run")
+    factors = [e["learning_rate_factor"] for e in entries if e.get("event") == "diverged"]
+    assert factors == [0.5, 0.25]
+    rates = [e["learning_rate"] for e in entries if "loss" in e]
+    assert rates[0] == pytest.approx(0.02) and rates[-1] == pytest.approx(0.005)
+    DEQModel.from_pretrained(model)  # refuses weights that are not finite
+    run_recipe(recipe, None, tmp_path / "run", progress=False, resume=True, max_steps=7)
+    assert lines(tmp_path / "run")[-1]["learning_rate"] == pytest.approx(0.005)
+
+
+def test_a_run_that_only_diverges_ends_in_one_line(pictures, tmp_path, monkeypatch) -> None:
+    spoil(monkeypatch, lambda number: number > 1)
+    with pytest.raises(UserError, match="diverges, even with 0.0625 of its learning rate"):
+        run_recipe(make_recipe(time_budget="1h"), None, tmp_path / "run", progress=False)
+    DEQModel.from_pretrained(tmp_path / "run" / "model")
+
+
+def test_a_run_by_epochs_that_diverges_ends_in_one_line(pictures, tmp_path, monkeypatch) -> None:
+    def loss(self, outputs, batch):
+        return outputs.loss * torch.inf
+
+    monkeypatch.setattr(ImageClassificationTask, "loss", loss)
+    with pytest.raises(UserError, match="the training has diverged"):
+        run_recipe(make_recipe(time_budget=None), None, tmp_path / "run", progress=False)
 
 
 def test_a_map_that_does_not_compile_is_no_end(pictures, tmp_path, monkeypatch) -> None:
