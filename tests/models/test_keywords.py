@@ -179,6 +179,37 @@ def test_peft_calls_a_causal_model_its_way(text: PreTrainedModel, ids: Tensor) -
     assert any(p.grad is not None and p.grad.any() for p in tuned.parameters() if p.requires_grad)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_soft_prompts_generate_with_a_cache_as_without(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    plain = lively_model(0.7, cutoffs=[], div_val=1)
+    plain.set_solver(**TIGHT)
+    tuned = peft.get_peft_model(plain, settings).eval()
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :2] = 0  # a shorter prompt, padded on the left
+    prompt = {"input_ids": random_ids(2, 6) % 40, "attention_mask": mask}
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    said = [
+        tuned.generate(
+            **prompt, use_cache=cached, return_dict_in_generate=True, output_logits=True, **options
+        )
+        for cached in (True, False)
+    ]
+    assert torch.equal(said[0].sequences, said[1].sequences)
+    for with_cache, without in zip(said[0].logits, said[1].logits, strict=True):
+        torch.testing.assert_close(with_cache, without, rtol=1e-3, atol=1e-4)
+
+
+def test_ready_made_keys_are_refused_in_one_line(ids: Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    plain = build("deq_transformer", {"cutoffs": [], "div_val": 1})
+    with pytest.raises(UserError, match="PromptTuningConfig"):
+        peft.get_peft_model(plain, settings)(input_ids=ids % 40)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_stops_at_strings(beams: int) -> None:
     """Of a tokenizer of words, in a padded batch; a string may begin inside of a word."""

@@ -199,7 +199,11 @@ def check_past(
                 "flag per token of the memory."
             )
     if cache is not None and not isinstance(cache, DEQTransformerCache):
-        raise UserError(f"cache must be a DEQTransformerCache, got {type(cache).__name__}.")
+        raise UserError(
+            f"cache must be a DEQTransformerCache, which holds solved words, got "
+            f"{type(cache).__name__}. Ready-made keys and values (PEFT's prefix tuning) have no "
+            "place in it; soft prompts (PromptTuningConfig, PromptEncoderConfig) do."
+        )
     if cache is not None and cache.layer.window != config.window:
         raise UserError(
             f"the cache keeps tokens for a window of {cache.layer.window}, this model sees "

@@ -555,9 +555,14 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
                 model_kwargs[name] = DEQTransformerCache(self.config.window)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As transformers' own, without the tokenizers of `generate`, which it hands on."""
+        """As transformers' own, without the tokenizers of `generate`, which it hands on.
+
+        The cache is there by its older name, too: PEFT looks there whether a soft prompt is due.
+        """
         parent: Any = super()
         inputs: dict[str, Any] = parent.prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("cache") is not None:
+            inputs["past_key_values"] = inputs["cache"]
         return {k: v for k, v in inputs.items() if not k.endswith("tokenizer")}
 
     def _get_stopping_criteria(
