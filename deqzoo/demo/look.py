@@ -48,7 +48,8 @@ CSS = """
   --dz-5: #a8b3c1; --dz-hot: #f2643d; --dz-cool: #14b8b8; --dz-good: #34d399; --dz-late: #fbab60;
   --dz-faint: #a3afbf; --dz-rule: #3b4657;
 }
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important;
+  width: 100%; min-width: 0 !important; }
 .gradio-container > .main, .gradio-container > .main > .wrap { width: 100%; }
 .gradio-container > .main > .wrap > .contain { width: 100%; }
 @media (min-width: 820px) {

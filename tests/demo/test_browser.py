@@ -281,5 +281,9 @@ def test_phone_in_the_dark(browser, served) -> None:
     page.click("#graph-run")
     page.wait_for_selector(".dz-graph circle")
     opened.shot("phone-graph")
+    assert opened.fits()
+    opened.tab("About")
+    page.wait_for_selector("pre:visible")  # a program, wider than a phone
+    opened.shot("phone-about")
     assert opened.fits() and opened.errors == []
     page.close()
