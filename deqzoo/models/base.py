@@ -31,6 +31,7 @@ from deqzoo.equilibrium import (
 from deqzoo.equilibrium.fixed import fixed_point_of_steps, has_fixed_steps
 from deqzoo.equilibrium.solvers import BackwardReport
 from deqzoo.equilibrium.state import State, leaves
+from deqzoo.equilibrium.uncompiled import uncompiled
 from deqzoo.errors import UserError
 from deqzoo.models.coarse import solve_from_coarse
 from deqzoo.models.weights import WeightNorm
@@ -327,11 +328,15 @@ class DEQPreTrainedModel(PreTrainedModel):
                 checkpoint=self._recomputing,
                 **options,
             )
-        self.solver_seconds += solution.seconds
-        self.backward_report = solution.backward
+        self._note(solution)
         if chosen_solver.tol > 0:  # else steps are asked for, not convergence
             self._warn_unsolved(solution)
         return solution
+
+    @uncompiled  # else torch.compile would make a new graph for every value of the clock
+    def _note(self, solution: Solution) -> None:
+        self.solver_seconds += solution.seconds
+        self.backward_report = solution.backward
 
     def _resolvable(self, solver: Solver, dtype: torch.dtype) -> Solver:
         """The solver with a tolerance that states of a dtype can meet; says once if it differs."""
