@@ -247,7 +247,8 @@ def test_gradcheck_of_the_implicit_gradient() -> None:
 
     _, x = inputs(2, 3)
     arguments = (weight.requires_grad_(), x.requires_grad_())
-    assert torch.autograd.gradcheck(layer, arguments, rtol=1e-6, atol=1e-8)
+    # A state solved to 1e-13 moves the quotient by 1e-8 for this step.
+    assert torch.autograd.gradcheck(layer, arguments, eps=1e-5, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)

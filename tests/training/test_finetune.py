@@ -335,7 +335,8 @@ WORDS = ["<eos>", "the", "<unk>", ",", ".", "dog", "cat", "saw"]
 def tiny_text(folder: Path, cutoffs: tuple[int, ...] = ()) -> Path:
     torch.manual_seed(0)
     config = deqzoo.DEQTransformerConfig(
-        vocab_size=len(WORDS), d_model=16, d_embed=16, n_head=2, d_inner=16, tgt_len=8,
+        vocab_size=len(WORDS), d_model=16, d_embed=16, n_head=2, d_inner=16,
+        tgt_len=8, local_size=8,  # a text is read with the context that was trained
         cutoffs=list(cutoffs), tie_projections=[True] * (len(cutoffs) + 1),
     )  # fmt: skip
     deqzoo.DEQTransformerForCausalLM(config).save_pretrained(folder)
