@@ -1,16 +1,18 @@
 """Ten minutes of one rented GPU: a trial of every stage, a run, its evaluation, costs of gradients.
 
-    python benchmarks/one_gpu.py trial RECIPE --data DATA
-    python benchmarks/one_gpu.py run RECIPE --data DATA --output OUT --deadline 9m
+    python benchmarks/one_gpu.py trial RECIPE... --data DATA
+    python benchmarks/one_gpu.py run RECIPE... --data DATA --output OUT --deadline 9m [--shares 2 1]
 
 Needs this checkout, torch and transformers, pyarrow and Pillow to read the data, and neither an
 installation nor `hub_configs`. DATA is the folder of a data set, or several folders and archives
 that hold its parts. `trial` compiles and times each stage for 15 seconds and says what fell back;
 kernels that it compiled are found again by `run` where TORCHINDUCTOR_CACHE_DIR names the same
-folder. `run` leaves in OUT, in at most eight files of at most 16 MiB: `model.tar` in parts, the
-record, `metrics.jsonl`, `evaluation.json` of the test split, and `costs.json` as far as the time
-goes: forward and backward of every gradient on the official models
-(`benchmarks/studies/cost.py`). What is not done by the deadline is left out, said.
+folder. `run` leaves in OUT, in files of at most 16 MiB: `run.tar` in parts
+(`cat run.tar.* | tar x`: `model`, the record, `metrics.jsonl`), `evaluation.json` of the test split,
+and `costs.json` as far as the time goes: forward and backward of every gradient on the official
+models (`benchmarks/studies/cost.py`). What is not done by the deadline is left out, said. Several
+recipes run one after another, in folders of their names, in shares of the time; one that fails does
+not keep the others from theirs.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import signal
 import sys
 import tarfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -40,7 +43,9 @@ from deqzoo.recipe import Recipe, load_recipe, seconds_of  # noqa: E402
 from deqzoo.training.run import device_name, run_recipe  # noqa: E402
 
 PART = 15 * 2**20
-"""Bytes of a part of `model.tar`."""
+"""Bytes of a part of `run.tar`."""
+OVERHEAD = 45.0
+"""Seconds of a run that do not train: loading, compiling what was compiled before, validation."""
 STARTED = time.monotonic()
 
 
@@ -80,25 +85,57 @@ def trial(recipe: Recipe, data: Path | None, folder: Path, seconds: float) -> No
 
 
 def run(recipe: Recipe, data: Path | None, folder: Path, out: Path, deadline: float) -> None:
-    """Train, evaluate on the test split, and pack what is to be kept."""
+    """Train until a time after the start, pack what is to be kept, evaluate on the test split."""
     out.mkdir(parents=True, exist_ok=True)
     left = deadline - (time.monotonic() - STARTED)
+    seconds = min(seconds_of(recipe.time_budget or "1h", "time_budget"), max(1.0, left - OVERHEAD))
+    recipe = dataclasses.replace(recipe, time_budget=f"{seconds:.0f}s")
+    say(f"{recipe.name}: {seconds:.0f} s of training")
     model = run_recipe(recipe, data, folder, progress=True, deadline=left)
     say("trained")
     pack(folder, model, out)
     say("packed")
+    left = deadline - (time.monotonic() - STARTED)
+    if left > 20:
+        with within(left - 5, "evaluation"):
+            evaluate(model, recipe.name, data, out)
 
 
 def pack(folder: Path, model: Path, out: Path) -> None:
-    """Weights in parts of a tar archive, the record and the log lines."""
-    archive = folder / "model.tar"
+    """Weights, record and log lines in parts of a tar archive."""
+    archive = folder / "run.tar"
     with tarfile.open(archive, "w") as tar:
         tar.add(model, arcname="model")
+        for name in ("record.json", "metrics.jsonl"):
+            tar.add(folder / name, arcname=name)
     content = archive.read_bytes()
     for number, start in enumerate(range(0, len(content), PART)):
-        (out / f"model.tar.{number}").write_bytes(content[start : start + PART])
-    for name in ("record.json", "metrics.jsonl"):
-        shutil.copyfile(folder / name, out / name)
+        (out / f"run.tar.{number}").write_bytes(content[start : start + PART])
+
+
+def run_all(
+    recipes: list[Recipe], shares: list[float], data: Path | None, options: argparse.Namespace
+) -> int:
+    """Every recipe in its share of the time; the number of those that failed."""
+    deadline = seconds_of(options.deadline, "--deadline")
+    failed = 0
+    for number, recipe in enumerate(recipes):
+        alone = len(recipes) == 1
+        folder = options.work if alone else options.work / recipe.name
+        out = options.output if alone else options.output / recipe.name
+        begun = time.monotonic() - STARTED
+        ends = begun + (deadline - begun) * shares[number] / sum(shares[number:])
+        try:
+            run(recipe, data, folder, out, ends)
+        except Exception:  # a rented machine is not given back for one of several runs
+            failed += 1
+            traceback.print_exc()
+            say(f"{recipe.name}: failed")
+        gc.collect()
+    left = deadline - (time.monotonic() - STARTED)
+    if left > 30:
+        costs(options.output, left - 10)
+    return failed
 
 
 def evaluate(model: Path, name: str, data: Path | None, out: Path) -> None:
@@ -159,6 +196,7 @@ def gather(parts: list[Path], folder: Path) -> Path:
 
 def costs(out: Path, seconds: float) -> None:
     """Times of every gradient on the official models, cell by cell until the time is over."""
+    out.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(Path(__file__).resolve().parent / "studies"))
     import cost
 
@@ -182,34 +220,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", choices=("trial", "run"))
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipes", type=Path, nargs="+")
     parser.add_argument("--data", type=Path, nargs="+", help="folder of the data set, or parts")
     parser.add_argument("--output", type=Path, default=Path("one_gpu"), help="what is kept")
     parser.add_argument("--work", type=Path, default=Path("runs/one_gpu"), help="folder of the run")
     parser.add_argument("--time-budget", help="of training, over the recipe's")
     parser.add_argument("--deadline", default="1h", help="by which everything is written")
+    parser.add_argument("--shares", type=float, nargs="+", help="of the time, one per recipe")
     parser.add_argument("--seconds", type=float, default=15.0, help="trial: of each stage")
     options = parser.parse_args()
     missing = [name for name in ("pyarrow", "PIL") if importlib.util.find_spec(name) is None]
     if missing:
         fail("the data need more packages: pip install pyarrow pillow")
     describe_machine()
-    recipe = load_recipe(options.recipe)
+    recipes = [load_recipe(path) for path in options.recipes]
     if options.time_budget:
-        recipe = dataclasses.replace(recipe, time_budget=options.time_budget)
+        recipes = [dataclasses.replace(r, time_budget=options.time_budget) for r in recipes]
+    shares = options.shares or [1.0] * len(recipes)
+    if len(shares) != len(recipes) or min(shares) <= 0:
+        fail(f"--shares needs {len(recipes)} positive numbers, one per recipe")
     data = gather(options.data, options.work.with_name("data")) if options.data else None
     if options.what == "trial":
-        trial(recipe, data, options.work, options.seconds)
+        for recipe in recipes:
+            trial(recipe, data, options.work, options.seconds)
         return
-    deadline = seconds_of(options.deadline, "--deadline")
-    run(recipe, data, options.work, options.output, deadline)
-    left = deadline - (time.monotonic() - STARTED)
-    if left > 20:
-        with within(left - 5, "evaluation"):
-            evaluate(options.work / "model", recipe.name, data, options.output)
-    left = deadline - (time.monotonic() - STARTED)
-    if left > 30:
-        costs(options.output, left - 10)
+    sys.exit(1 if run_all(recipes, shares, data, options) else 0)
 
 
 if __name__ == "__main__":

@@ -51,23 +51,70 @@ def test_a_run_leaves_what_is_needed(
     cost = load_script_of_costs(monkeypatch)
     monkeypatch.setattr(cost, "MODELS", {"mdeq-phantom-cifar-small": ("MDEQ", 2, 2, 1)})
     monkeypatch.setattr(one_gpu, "STARTED", one_gpu.time.monotonic())
-    call(
-        monkeypatch, "run", recipe, "--data", cifar_folder, "--output", out, "--work", work,
-        "--deadline", "1h",
-    )  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        call(
+            monkeypatch, "run", recipe, "--data", cifar_folder, "--output", out, "--work", work,
+            "--deadline", "1h",
+        )  # fmt: skip
+    assert end.value.code == 0
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert evaluation["data"]["split"] == "test" and evaluation["data"]["samples"] == 40
-    assert json.loads((out / "record.json").read_text())["finished"]
     cells = json.loads((out / "costs.json").read_text())["cells"]
     assert len(cells) == len(cost.modes(2))
     assert all(cell["step_seconds"] >= cell["backward_seconds"] / 2 > 0 for cell in cells.values())
     files = sorted(out.iterdir())
     assert len(files) <= 8 and all(file.stat().st_size <= 16 * 2**20 for file in files)
-    whole = tmp_path / "model.tar"
-    whole.write_bytes(b"".join(f.read_bytes() for f in sorted(out.glob("model.tar.*"))))
+    unpacked = unpack(out, tmp_path / "unpacked")
+    assert json.loads((unpacked / "record.json").read_text())["finished"]
+    assert (unpacked / "metrics.jsonl").read_text()
+    assert DEQModel.from_pretrained(unpacked / "model").config.image_size == 32
+
+
+def unpack(out: Path, folder: Path) -> Path:
+    """What the parts of `run.tar` hold."""
+    whole = out.parent / f"{out.name}.tar"
+    whole.write_bytes(b"".join(f.read_bytes() for f in sorted(out.glob("run.tar.*"))))
     with tarfile.open(whole) as tar:
-        tar.extractall(tmp_path / "unpacked", filter="data")
-    assert DEQModel.from_pretrained(tmp_path / "unpacked" / "model").config.image_size == 32
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def test_several_recipes_share_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """One that fails costs the others nothing."""
+    files, ends = [], {}
+    for name in ("first", "broken", "last"):
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump({**RECIPE, "name": name}))
+
+    def run(recipe, data, folder, out, until):
+        ends[recipe.name] = until
+        assert folder.name == out.name == recipe.name
+        if recipe.name == "broken":
+            raise RuntimeError("no luck")
+
+    monkeypatch.setattr(one_gpu, "run", run)
+    monkeypatch.setattr(one_gpu, "costs", lambda out, seconds: None)
+    monkeypatch.setattr(one_gpu, "STARTED", one_gpu.time.monotonic())
+    with pytest.raises(SystemExit) as end:
+        call(
+            monkeypatch, "run", *files, "--deadline", "100h", "--shares", 1, 1, 2,
+            "--output", tmp_path / "out", "--work", tmp_path / "work",
+        )  # fmt: skip
+    assert end.value.code == 1 and "broken: failed" in capsys.readouterr().out
+    # Each takes its share of what is left; the others took no time here.
+    hours = [ends[name] / 3600 for name in ("first", "broken", "last")]
+    assert hours == pytest.approx([25, 100 / 3, 100], abs=0.2)
+
+
+def test_shares_are_one_per_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    for shares in ((1, 2), (0,)):
+        with pytest.raises(SystemExit) as end:
+            call(monkeypatch, "run", recipe, "--shares", *shares)
+        assert end.value.code == 2 and "--shares needs 1" in capsys.readouterr().err
 
 
 def load_script_of_costs(monkeypatch: pytest.MonkeyPatch):
