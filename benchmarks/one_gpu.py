@@ -7,12 +7,12 @@ Needs this checkout, torch and transformers, pyarrow and Pillow to read the data
 installation nor `hub_configs`. DATA is the folder of a data set, or several folders and archives
 that hold its parts. `trial` compiles and times each stage for 15 seconds and says what fell back;
 kernels that it compiled are found again by `run` where TORCHINDUCTOR_CACHE_DIR names the same
-folder. `run` leaves in OUT, in files of at most 16 MiB: `run.tar` in parts
-(`cat run.tar.* | tar x`: `model`, the record, `metrics.jsonl`), `evaluation.json` of the test split,
-and `costs.json` as far as the time goes: forward and backward of every gradient on the official
-models (`benchmarks/studies/cost.py`). What is not done by the deadline is left out, said. Several
-recipes run one after another, in folders of their names, in shares of the time; one that fails does
-not keep the others from theirs.
+folder. `run` leaves in OUT, in files of at most 16 MiB: `run.tar` in parts (`cat run.tar.* | tar
+x`: model, record, `metrics.jsonl`), `evaluation.json` of the test split, and `costs.json` as far
+as the time goes: forward and backward of every gradient on the official models
+(`benchmarks/studies/cost.py`). What is not done by the deadline is left out, said. Several recipes
+run one after another, in folders of their names, in shares of the time; one that fails does not
+keep the others from theirs.
 """
 
 from __future__ import annotations
