@@ -204,7 +204,8 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
     more variants (shape, gradient mode, dropout) than torch's default limit, hence two of the
     global settings. The third: kernels that reduce along both axes at once leave gradients that
     are parts of a joint tensor unwritten on CUDA (torch 2.10 on, pytorch/pytorch#193061). A trained
-    DEQ-Transformer's gradient came out orthogonal to the right one, at the right loss.
+    DEQ-Transformer's gradient came out orthogonal to the right one, at the right loss. The fourth,
+    on CUDA: fused kernels round where the plain map does, so that backward sees forward's values.
     """
     import torch._dynamo.config  # a second of work, needed by this function only
     import torch._functorch.config
@@ -216,6 +217,7 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
     triton: Any = torch._inductor.config.triton
     if hasattr(triton, "mix_order_reduction"):
         triton.mix_order_reduction = False
+    torch._inductor.config.emulate_precision_casts = torch.cuda.is_available()
     return torch.compile(step, dynamic=False, fullgraph=True)
 
 

@@ -347,20 +347,38 @@ class TimedRun:
         """
         started = time.monotonic()
         exact_loss, exact = self._gradient(stage, rows, False, None)
-        losses, cosines = [], []
+        losses, gradients = [], []
         for compiled in (False, True):
             loss, gradient = self._gradient(stage, rows, compiled, dtype)
             losses.append(loss)
-            cosines.append(float(F.cosine_similarity(gradient, exact, dim=0)))
+            gradients.append(gradient)
+        cosines = [float(F.cosine_similarity(gradient, exact, dim=0)) for gradient in gradients]
         self.log(
             event="compiled map",
             losses=[exact_loss, *losses],
             cosines=cosines,
+            worst=self._worst_parameter(exact, *gradients),
             seconds=round(time.monotonic() - started, 1),
         )
         near = abs(losses[1] - losses[0]) <= CHECK_LOSS * losses[0]
         if not (near and cosines[1] >= cosines[0] - CHECK_COSINE):
             raise RuntimeError("the compiled map disagrees with the plain one")
+
+    def _worst_parameter(self, exact: Tensor, plain: Tensor, compiled: Tensor) -> dict[str, Any]:
+        """The parameter whose compiled gradient is farthest from float32's, and both cosines."""
+        named = [(name, p.numel()) for name, p in self.model.named_parameters() if p.requires_grad]
+        sizes = [size for _, size in named]
+        found = []
+        for (name, _), e, a, b in zip(
+            named, exact.split(sizes), plain.split(sizes), compiled.split(sizes), strict=True
+        ):
+            cosines = [float(F.cosine_similarity(x, e, dim=0)) for x in (a, b)]
+            if e.any():
+                found.append((cosines[1], name, cosines[0]))
+        if not found:
+            return {}
+        of_compiled, name, of_plain = min(found)
+        return {"parameter": name, "cosines": [round(of_plain, 5), round(of_compiled, 5)]}
 
     def _gradient(
         self, stage: Stage, rows: Tensor, compiled: bool, dtype: torch.dtype | None

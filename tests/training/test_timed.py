@@ -184,11 +184,15 @@ def test_a_compiled_map_that_disagrees_is_left_out(pictures, tmp_path, monkeypat
     monkeypatch.setattr(timed.TimedRun, "_stage", lambda *_: None)
     run = timed.TimedRun.__new__(timed.TimedRun)
     run.count, run.progress, run.out = 0, False, tmp_path
+    run.model = torch.nn.Linear(999, 1)
     if off:
         with pytest.raises(RuntimeError, match="disagrees"):
             run._compare(None, None, torch.bfloat16)
     else:
         run._compare(None, None, torch.bfloat16)
+    (entry,) = lines(tmp_path)
+    plain, compiled = entry["worst"]["cosines"]
+    assert entry["worst"]["parameter"] in ("weight", "bias") and (compiled < 0.9) == bool(off)
 
 
 def test_the_budget_counts_training_only() -> None:
