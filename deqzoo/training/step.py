@@ -89,12 +89,16 @@ class TrainingStep:
         """The step itself, on whatever the static tensors hold."""
         assert self.rows is not None
         self.optimizer.zero_grad(set_to_none=True)
+        statistics = [b for b in self.model.buffers() if b.is_floating_point()]
+        before = [b.clone() for b in statistics]
         parts = self.rows.chunk(self.recipe.accumulate)
         for rows in parts:
             loss = self.loss(rows)
             (loss / len(parts) if len(parts) > 1 else loss).backward()
             self.products += backward_products(self.model)
-        self._bound_gradient()
+        wild = self._bound_gradient()
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(wild, old, buffer))
         self.optimizer.step()
         project = getattr(self.model, "project_", None)  # of weights with a norm bound
         if project is not None:
@@ -102,10 +106,13 @@ class TrainingStep:
         self._average()
 
     @torch.no_grad()
-    def _bound_gradient(self) -> None:
+    def _bound_gradient(self) -> Tensor:
         """Clip the gradient; one that is not finite becomes zero, and the step counts as skipped.
 
         One wild batch would else end a run: its gradient reaches all weights.
+
+        Returns:
+            Whether the gradient was not finite, a tensor on the device.
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -116,6 +123,7 @@ class TrainingStep:
         for gradient in gradients:
             gradient.masked_fill_(wild, 0.0)
         self.sums["skipped"].add_(wild)
+        return wild
 
     def loss(self, rows: Tensor) -> Tensor:
         """Loss of some rows with its graph; what is worth logging is added up."""

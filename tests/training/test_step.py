@@ -75,6 +75,7 @@ def test_a_wild_gradient_changes_nothing(pictures) -> None:
     step.run()
     step.read(1)
     before = [p.detach().clone() for p in step.model.parameters()]
+    statistics = [b.clone() for b in step.model.buffers() if b.is_floating_point()]
     rates = [float(group["lr"]) for group in step.optimizer.param_groups]
     for group in step.optimizer.param_groups:  # momentum and decay would move the weights
         group["lr"].zero_()
@@ -86,6 +87,8 @@ def test_a_wild_gradient_changes_nothing(pictures) -> None:
     assert all(bool(t.isfinite().all()) for t in (*step.model.parameters(), *memory))
     for now, old in zip(step.model.parameters(), before, strict=True):
         assert torch.equal(now, old)
+    now = [b for b in step.model.buffers() if b.is_floating_point()]
+    assert statistics and all(map(torch.equal, now, statistics))
     assert step.read(1)["skipped"] == 1.0
     for group, rate in zip(step.optimizer.param_groups, rates, strict=True):
         group["lr"].fill_(rate)
