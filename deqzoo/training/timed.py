@@ -352,7 +352,7 @@ class TimedRun:
             loss, gradient = self._gradient(stage, rows, compiled, dtype)
             losses.append(loss)
             gradients.append(gradient)
-        cosines = [float(F.cosine_similarity(gradient, exact, dim=0)) for gradient in gradients]
+        cosines = [_cosine(gradient, exact) for gradient in gradients]
         self.log(
             event="compiled map",
             losses=[exact_loss, *losses],
@@ -372,7 +372,7 @@ class TimedRun:
         for (name, _), e, a, b in zip(
             named, exact.split(sizes), plain.split(sizes), compiled.split(sizes), strict=True
         ):
-            cosines = [float(F.cosine_similarity(x, e, dim=0)) for x in (a, b)]
+            cosines = [_cosine(x, e) for x in (a, b)]
             if e.any():
                 found.append((cosines[1], name, cosines[0]))
         if not found:
@@ -498,3 +498,8 @@ class TimedRun:
 
     def _age(self) -> float:
         return time.monotonic() - self.born
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Of two long vectors: sums of millions of float32 squares are off by a thousandth."""
+    return float(F.cosine_similarity(a.double(), b.double(), dim=0))
