@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from deqzoo import UserError
 from deqzoo.models.auto import load_class
 from deqzoo.models.weights import WeightNorm
+from deqzoo.training.norms import freeze_batch_norm
 
 from .test_common import TINY, inputs
 
@@ -72,6 +73,24 @@ def adapted(model: PreTrainedModel, family: str, **options: object) -> nn.Module
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     return wrapped
+
+
+def test_saved_adapters_of_pictures_need_fixed_batch_statistics(tmp_path: Path) -> None:
+    """PEFT saves no batch statistics: an adapter fits those of the model that it is put on."""
+    base = build("mdeq", {})
+    assert freeze_batch_norm(base)
+    tuned = adapted(base, "mdeq")
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
+    tuned.train()
+    for _ in range(2):
+        data = inputs(base)
+        labels = torch.zeros(len(data["pixel_values"]), dtype=torch.int64)
+        tuned(**data, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tuned.eval().save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build("mdeq", {}), tmp_path).eval()
+    torch.testing.assert_close(logits(again, base), logits(tuned, base))
 
 
 @pytest.mark.parametrize(("family", "change"), CASES)
