@@ -95,6 +95,8 @@ def list_command(
 
     if sort not in ORDERS:
         raise UserError(f"--sort is one of {', '.join(ORDERS)}, not {sort!r}")
+    if as_csv and as_json:
+        raise UserError("--csv and --json are two formats; choose one")
     found = sorted(entries(pattern, task), key=ORDERS[sort])
     if not found:
         check_withdrawn(bare_name(pattern))

@@ -70,8 +70,14 @@ def verify(
     from deqzoo.zoo import list_models
 
     faulty = []
-    for name in names or list_models():
-        faults = verify_model(name, revision=revision)
+    chosen = names or list_models()
+    for name in chosen:
+        try:
+            faults = verify_model(name, revision=revision)
+        except UserError as error:
+            if len(chosen) == 1:
+                raise
+            faults = [str(error)]  # and the others are looked at all the same
         typer.echo(f"{name}: {'; '.join(faults) if faults else 'ok'}")
         faulty += [name] if faults else []
     if faulty:

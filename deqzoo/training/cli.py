@@ -46,7 +46,7 @@ def train(
             min=0, max=2**32 - 1, help="Instead of the recipe's; the run is then called NAME-sSEED."
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no log lines.")] = False,
     queue: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train a checkpoint from a recipe."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import (
     PreTrainedModel,
+    PrinterCallback,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -308,6 +309,8 @@ def _trainer(
         train_dataset=range(plan.total),
         optimizers=(optimizer, schedule),
     )
+    if not progress:  # what the log says stands in metrics.jsonl
+        trainer.remove_callback(PrinterCallback)
     model.use_fixed_steps()
     if recipe.compile:
         model.compile_map(True)

@@ -294,6 +294,9 @@ def test_verify_is_green_and_sees_faults(
 ) -> None:
     assert run(["verify"]) == 0
     assert "mdeq-test: ok" in capsys.readouterr().out
+    assert run(["verify", "nosuch", "mdeq-test"]) == 2  # one that is missing hides no other
+    printed = capsys.readouterr()
+    assert "mdeq-test: ok" in printed.out and "failed: nosuch" in printed.err
     folder = checkout / "hub_configs" / "mdeq-test"
     evaluation = folder / "evaluation" / "cifar10-test.json"
     content = json.loads(evaluation.read_text())

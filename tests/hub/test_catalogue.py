@@ -54,6 +54,7 @@ def test_the_list_is_sorted_and_printed_as_csv(capsys: pytest.CaptureFixture[str
     texts = names("deq-transformer-wikitext2*", "--sort", "result")
     figures = [entry(name).best_test("perplexity") for name in texts]
     assert figures == sorted(figures)
+    assert run(["list", "--csv", "--json"]) == 2 and "choose one" in capsys.readouterr().err
     assert run(["list", "mdeq*", "--sort", "result", "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     best = next(row for row in rows if row["name"] == ranked[0])
