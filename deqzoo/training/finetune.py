@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from deqzoo.data import own
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import mark_complete, replace_text
 from deqzoo.models.auto import DEQModel
 from deqzoo.tasks import load
@@ -89,7 +89,8 @@ def train(
     """
     output = Path(output)
     require_free(output, resume)
-    output.mkdir(parents=True, exist_ok=True)
+    with as_user_error(f"cannot make the folder {output}", OSError):
+        output.mkdir(parents=True, exist_ok=True)
     _freeze(job, settings.freeze)
     arguments = _arguments(job, output, settings, progress)
     started = time.time()
