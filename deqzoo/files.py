@@ -16,11 +16,21 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 
 COMPLETE = "complete"
 """The mark of a folder that was written to its end: JSON with the SHA-256 of every other file."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def make_folder(path: Path) -> None:
+    """Make a run's folder, and those above it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    with as_user_error(f"cannot make the folder {path}", OSError):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from deqzoo.data import own
-from deqzoo.errors import UserError, as_user_error
-from deqzoo.files import mark_complete, replace_text
+from deqzoo.errors import UserError
+from deqzoo.files import make_folder, mark_complete, replace_text
 from deqzoo.models.auto import DEQModel
 from deqzoo.tasks import load
 from deqzoo.tasks.finetuning import FEW, Job, Settings
@@ -89,8 +89,7 @@ def train(
     """
     output = Path(output)
     require_free(output, resume)
-    with as_user_error(f"cannot make the folder {output}", OSError):
-        output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     _freeze(job, settings.freeze)
     arguments = _arguments(job, output, settings, progress)
     started = time.time()

@@ -24,8 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from deqzoo.errors import UserError, as_user_error
-from deqzoo.files import mark_complete, replace_text, replacing, restore
+from deqzoo.errors import UserError
+from deqzoo.files import make_folder, mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
 from deqzoo.models.coarse import has_fast_bfloat16
 from deqzoo.recipe import Recipe, recorded_recipe, seconds_of
@@ -247,16 +247,6 @@ def _cut_metrics(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
     replace_text(path, "".join(kept))
-
-
-def make_folder(path: Path) -> None:
-    """Make a run's folder, and those above it.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    with as_user_error(f"cannot make the folder {path}", OSError):
-        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager

@@ -372,9 +372,8 @@ class TimedRun:
         for (name, _), e, a, b in zip(
             named, exact.split(sizes), plain.split(sizes), compiled.split(sizes), strict=True
         ):
-            cosines = [_cosine(x, e) for x in (a, b)]
             if e.any():
-                found.append((cosines[1], name, cosines[0]))
+                found.append((_cosine(b, e), name, _cosine(a, e)))
         if not found:
             return {}
         of_compiled, name, of_plain = min(found)
