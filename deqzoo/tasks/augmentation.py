@@ -37,6 +37,9 @@ def check_augmentation(
     for key in {"crop", "cutout"} & set(options):
         if type(options[key]) is not int or options[key] < 0:
             raise UserError(f"augment.{key} must be a number of pixels, got {options[key]!r}")
+    share = options.get("cutmix", 0)
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise UserError(f"augment.cutmix must be a share of the pictures, got {share!r}")
     for key, limit in (("area", 1.0), ("aspect", math.inf)):
         if key in options and not _is_range(options[key], limit):
             raise UserError(
@@ -168,6 +171,42 @@ def _cutout(pixels: Tensor, side: int, generator: torch.Generator | None) -> Ten
     rows = (torch.arange(height, device=device) - y).abs() <= side // 2
     columns = (torch.arange(width, device=device) - x).abs() <= side // 2
     return pixels.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 128)
+
+
+def cutmix(
+    pixels: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    share: float,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Put a box of another picture of the batch into some pictures (Yun et al., ICCV 2019).
+
+    The area of a box is uniform, as with their Beta(1, 1); a label is shared by what is seen.
+
+    Args:
+        pixels: pictures (B, C, H, W) in random order; the other picture is the one before.
+        labels: their classes (B,) int64.
+        n_classes: number of classes K.
+        share: of the pictures that get a box.
+        generator: source of the draws, on the pictures' device; None for the device's own.
+
+    Returns:
+        The pictures, and probabilities of the classes (B, K) float32.
+    """
+    n, _, height, width = pixels.shape
+    draws = torch.rand(4, n, 1, generator=generator, device=pixels.device)
+    side = draws[0].sqrt() * (draws[3] < share)
+    inside = []
+    for length, draw in ((height, draws[1]), (width, draws[2])):
+        centre, reach = draw * length, side * length / 2
+        place = torch.arange(length, device=pixels.device) + 0.5
+        inside.append((place - centre).abs() < reach)
+    box = inside[0][:, :, None] & inside[1][:, None, :]
+    pixels = torch.where(box.unsqueeze(1), pixels.roll(1, 0), pixels)
+    other = box.float().mean((1, 2)).unsqueeze(1)
+    classes = F.one_hot(labels, n_classes).float()
+    return pixels, classes.lerp(classes.roll(1, 0), other)
 
 
 def random_box(

@@ -56,6 +56,10 @@ class Task(Protocol):
         """The training loss of a forward pass."""
         return outputs.loss
 
+    def forward_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of a batch; the rest is for `loss`."""
+        return batch
+
     def before_forward(self, model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
         """Add to a batch what earlier steps left behind (a language model's memory)."""
         return batch

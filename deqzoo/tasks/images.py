@@ -38,7 +38,7 @@ from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.models.names import family_class
 from deqzoo.models.readers import load_processor, to_batch
 from deqzoo.recipe import Recipe, Stage
-from deqzoo.tasks.augmentation import augment, check_augmentation, resize
+from deqzoo.tasks.augmentation import augment, check_augmentation, cutmix, resize
 from deqzoo.tasks.base import (
     Plan,
     Probe,
@@ -60,6 +60,8 @@ LOADERS: dict[str, Callable[..., Pictures]] = {
 }
 OWN = "imagefolder"
 """Name of pictures of one's own in a recipe."""
+SHARED = "shared_labels"
+"""What a batch calls the classes' shares (B, K) of pictures that are mixed with others."""
 PATCHES = 2000 * 32 * 32
 """About how many patches the whitening filters are computed from."""
 SOURCES = {source.name: source for source in (CIFAR10, IMAGENETTE, TINY_IMAGENET)}
@@ -89,7 +91,7 @@ class ImageClassificationTask(Task):
         self._order: tuple[int, Tensor] | None = None
 
     def _check_augmentation(self, options: dict[str, Any]) -> None:
-        check_augmentation(options, ("area", "aspect", "crop", "flip", "cutout"))
+        check_augmentation(options, ("area", "aspect", "crop", "flip", "cutout", "cutmix"))
 
     def _load(self, data: str | os.PathLike[str] | None, stand_in: bool) -> tuple[Any, Any]:
         """Training and validation part."""
@@ -154,17 +156,26 @@ class ImageClassificationTask(Task):
         return len(self.training) // (self.recipe.batch_size * self.recipe.accumulate)
 
     def batch(self, plan: Plan, micro_step: int, rank: int, world: int) -> dict[str, Any]:
-        """Pictures (b, 3, S, S) float32 and labels (b,), b = batch_size / world."""
+        """Pictures (b, 3, S, S) float32 and labels (b,), b = batch_size / world; with `cutmix`
+        the classes' shares (b, K) too."""
         rows, epoch = self._rows(plan, micro_step, rank, world)
         stage = plan.stage(micro_step // plan.accumulate)
         generator = torch.Generator().manual_seed(mixed_seed(self.recipe.seed, micro_step, rank))
         pixels = self.training.pixels[rows]
         side = stage.resolution or self.config.image_size
         pixels = augment(pixels, rows, epoch, self.recipe.augment, generator, side)
-        return {
-            "pixel_values": resize(self._normalised(pixels), stage.resolution),
-            "labels": self.training.labels[rows],
-        }
+        pixels, labels = self._mixed(pixels, self.training.labels[rows], generator)
+        return {"pixel_values": resize(self._normalised(pixels), stage.resolution), **labels}
+
+    def _mixed(
+        self, pixels: Tensor, labels: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures (B, 3, H, W) and their labels, with `cutmix` shared ones beside them."""
+        found = {"labels": labels}
+        if share := self.recipe.augment.get("cutmix"):
+            n_classes = len(self.training.classes)
+            pixels, found[SHARED] = cutmix(pixels, labels, n_classes, share, generator)
+        return pixels, found
 
     def _rows(self, plan: Plan, micro_step: int, rank: int, world: int) -> tuple[Tensor, int]:
         """Which pictures (b,) a process gets, and the number of the epoch."""
@@ -189,8 +200,13 @@ class ImageClassificationTask(Task):
 
     def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
         return F.cross_entropy(
-            outputs.logits.float(), batch["labels"], label_smoothing=self.recipe.label_smoothing
+            outputs.logits.float(),
+            batch.get(SHARED, batch["labels"]),
+            label_smoothing=self.recipe.label_smoothing,
         )
+
+    def forward_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in batch.items() if key != SHARED}
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
@@ -253,14 +269,16 @@ class ResidentPictures:
         return order.to(self.labels.device, non_blocking=True)
 
     def inputs(self, rows: Tensor, epoch: Tensor, stage: Stage) -> dict[str, Any]:
-        """Pictures (B, 3, S, S) float32, channels last, and labels (B,)."""
+        """Pictures (B, 3, S, S) float32, channels last, and labels (B,), with `cutmix` shared ones
+        (B, K) too."""
         side = stage.resolution or self.task.config.image_size
         options = self.task.recipe.augment
         pixels = augment(self.pixels[rows], rows, epoch, options, None, side)
+        pixels, labels = self.task._mixed(pixels, self.labels[rows], None)
         pixels = resize((pixels.float() / 255 - self.mean) / self.std, stage.resolution)
         return {
             "pixel_values": pixels.contiguous(memory_format=torch.channels_last),
-            "labels": self.labels[rows],
+            **labels,
         }
 
     def keep(self, outputs: Any) -> None:

@@ -132,7 +132,7 @@ class TrainingStep:
         if self.jacobian is not None:
             own["output_state"] = True
         with self._autocast():
-            outputs = self.model(**inputs, **own)
+            outputs = self.model(**self.task.forward_inputs(inputs), **own)
             loss = self.task.loss(outputs, inputs)
             figures = {"loss": loss.detach()}
             for name, value in (("steps", outputs.n_steps), ("residual", outputs.residual)):

@@ -236,12 +236,12 @@ class RecipeTrainer(DEQTrainer):
     def training_loss(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Any]:
-        labels = inputs.get("labels")
-        inputs = self.task.before_forward(model, inputs)
+        batch = inputs
+        inputs = self.task.before_forward(model, self.task.forward_inputs(batch))
         outputs = model(**inputs)
         self.task.after_forward(outputs)
         self.count(outputs, inputs)
-        return self.task.loss(outputs, {**inputs, "labels": labels}), outputs
+        return self.task.loss(outputs, batch), outputs
 
     def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
         loss = super().training_step(*arguments, **keywords)

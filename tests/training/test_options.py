@@ -59,6 +59,7 @@ CHANGES = {
     "crop": {"augment": {"crop": 2}},
     "flip": {"augment": {"flip": "random"}},
     "cutout": {"augment": {"cutout": 8}},
+    "cutmix": {"augment": {"cutmix": 0.5}},
     "whiten": {"whiten": True},
     "accumulate": {"batch_size": 4, "accumulate": 2},
     "bf16": {"precision": "bf16"},

@@ -351,6 +351,8 @@ def test_queue_knows_what_is_stored(tmp_path, monkeypatch):
         (("name",), "../../evil", "name"),
         (("augment",), {"crop": 4000}, "augment.crop"),
         (("augment",), {"cutout": 33}, "augment.cutout"),
+        (("augment",), {"cutmix": 1.5}, "augment.cutmix"),
+        (("augment",), {"cutmix": True}, "augment.cutmix"),
         (("report_to",), ["nobody"], "report_to"),
         (("data",), {"name": "imagefolder"}, "data.path"),
         (("data",), {"name": "imagefolder", "path": "absent"}, "no file or folder"),

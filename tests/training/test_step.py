@@ -34,7 +34,7 @@ def make_recipe(**changes) -> Recipe:
         optimizer=Optimizer("muon", 0.02, clip=1.0),
         stages=(Stage(1, SOLVER, UPG, 16),),
         batch_size=8,
-        augment={"crop": 4, "flip": "alternating", "cutout": 8},
+        augment={"crop": 4, "flip": "alternating", "cutout": 8, "cutmix": 0.5},
         label_smoothing=0.1,
         average=0.9,
     )

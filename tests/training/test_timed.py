@@ -15,7 +15,7 @@ from deqzoo import DEQModel
 from deqzoo.errors import UserError
 from deqzoo.recipe import Data, Evaluation, Jacobian, Model, Optimizer, Recipe, Schedule, seconds_of
 from deqzoo.recipe import Stage as StageSettings
-from deqzoo.tasks.augmentation import cropped, random_boxes
+from deqzoo.tasks.augmentation import cropped, cutmix, random_boxes
 from deqzoo.tasks.images import ImageClassificationTask
 from deqzoo.training import timed
 from deqzoo.training.clock import TimeBudget
@@ -246,6 +246,22 @@ def test_boxes_are_parts_of_the_picture_of_the_wanted_shape() -> None:
     assert (w / h).min() > 0.68 and (w / h).max() < 1.46
     impossible = random_boxes(3, 100, 10, (0.9, 1.0), (0.8, 1.25), None, torch.device("cpu"))
     assert impossible.tolist() == [[44, 0, 12, 10]] * 3
+
+
+def test_labels_are_shared_as_the_pictures_are() -> None:
+    n, labels = 400, torch.arange(400) % 7
+    pixels = labels.reshape(n, 1, 1, 1).expand(n, 3, 20, 30).to(torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    mixed, shares = cutmix(pixels, labels, 7, 0.75, generator)
+    seen = F.one_hot(mixed[:, 0].long(), 7).float().mean((1, 2))
+    torch.testing.assert_close(shares, seen)
+    torch.testing.assert_close(shares.sum(1), torch.ones(n))
+    own = shares.gather(1, labels[:, None]).squeeze(1)
+    assert 0.65 < (own < 1).float().mean() < 0.8 and own.min() < 0.2
+    # A box that reaches over the edge is cut there, so that less than half is lost in the mean.
+    assert 0.5 < own[own < 1].mean() < 0.7
+    same, whole = cutmix(pixels, labels, 7, 0.0, generator)
+    assert (same == pixels).all() and (whole == F.one_hot(labels, 7)).all()
 
 
 @pytest.mark.parametrize(
