@@ -111,6 +111,10 @@ def install() -> None:
             f"{_AUTO}.modeling_auto": _models,
             f"{_AUTO}.image_processing_auto": _image_processors,
             f"{_AUTO}.tokenization_auto": lambda module: _know_names(module.AutoTokenizer),
+            # A pipeline tries these, too, and would ask the Hub for files that no model here has.
+            f"{_AUTO}.feature_extraction_auto": lambda m: _know_names(m.AutoFeatureExtractor),
+            f"{_AUTO}.processing_auto": lambda module: _know_names(module.AutoProcessor),
+            f"{_AUTO}.video_processing_auto": lambda m: _know_names(m.AutoVideoProcessor),
             "transformers.pipelines": _pipelines,
         }
     )

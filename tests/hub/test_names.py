@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,36 @@ def test_tokenizers_and_text_pipelines() -> None:
     assert AutoTokenizer.from_pretrained(name)("the cat")["input_ids"]
     writer = pipeline("text-generation", model=name)
     assert writer("the company", max_new_tokens=2)[0]["generated_text"].startswith("the")
+
+
+#: Ends where a host is asked for while pipelines are made of a model's name alone.
+_ASKED = """
+import socket, sys
+
+def no_network(host, *args, **kwargs):
+    sys.exit(f"{host} was asked for")
+
+socket.getaddrinfo = no_network
+import deqzoo
+from transformers import AutoProcessor, pipeline
+
+for given in sys.argv[1:]:
+    task, name = given.split(":")
+    pipeline(task or None, model=name)
+    assert AutoProcessor.from_pretrained(name)
+"""
+
+
+def test_no_loader_asks_the_hub_about_a_bundled_name() -> None:
+    text = next((n for n in list_models() if n.startswith("deq-transformer-ptb")), None)
+    tasks = [f":{IMAGES}", f"image-feature-extraction:deqzoo/{IMAGES}"]
+    if text is not None:
+        tasks += [f"text-generation:{text}", f"feature-extraction:{text}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", _ASKED, *tasks], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_folder_and_a_revision_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
