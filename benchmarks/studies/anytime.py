@@ -5,13 +5,15 @@
 For every model (zoo name or folder): accuracy, perplexity or F1 against the number of solver steps
 (tolerance 0) and against the tolerance (100 steps), with CPU time per picture, token or graph
 (preparing the data included); how far logits move when a sample is computed alone instead of in its
-batch; and, for pictures and texts, the time that TorchDEQ's Anderson solver takes for the same map
-and tolerance, with the residual that both reach. ROOT holds the data sets in folders of their own
-(cifar10, imagenette, wikitext, ptb_text_only, graphs). Figures of weights that have been replaced
-since are measured anew.
+batch; and, for pictures, the time that TorchDEQ's Anderson solver takes for the same map and
+tolerance, with the residual that both reach (texts: `benchmarks/text_solver.py`). ROOT holds the
+data sets in folders of their own (cifar10, imagenette, wikitext, ptb_text_only, graphs). Figures of
+weights that have been replaced since are measured anew, those of names that are gone are dropped.
 
 With `--curve N` classifiers of pictures are also measured on the first N test pictures by one solve
 each, a thousand to a cell, so that budgets are compared picture by picture (McNemar's exact test).
+With `--solvers N` so are the model's own solver, plain iteration (the unrolled network of these
+weights) and TorchDEQ's Anderson solver on the same map from the same start, budget by budget.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,6 @@ import torch
 from cells import Cells, markdown_table, write_text
 
 import deqzoo
-from deqzoo.equilibrium.layout import Causal
 from deqzoo.equilibrium.maps import BatchMap
 from deqzoo.equilibrium.solvers import make_solver
 from deqzoo.equilibrium.state import StatePacker
@@ -44,6 +45,8 @@ BUDGETS = (1, 2, 4, 8, 16, 30)
 TOLERANCES = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4)
 
 CURVE_PART = 1000
+SIDES = ("plain", "TorchDEQ")
+"""What the model's own solver is compared with, picture by picture."""
 
 Measure = Callable[[dict[str, Any] | None], tuple[str, float, int]]
 """Solver settings (None: the model's own) -> (name of the figure, figure, samples)."""
@@ -74,12 +77,12 @@ def figure_of(model: Any, data: Path, limit: int) -> Measure:
 
 
 def wanted_of(name: str) -> list[str]:
-    """The cells of a model: one graph has no batch, and TorchDEQ drives pictures and texts."""
+    """The cells of a model: one graph has no batch, and TorchDEQ drives pictures here."""
     architecture = entry(name).architecture
     parts = ["own", *(f"steps {n}" for n in BUDGETS), *(f"tol {t:g}" for t in TOLERANCES)]
     if "Node" not in architecture:
         parts.append("batch")
-    if "IGNN" not in architecture:
+    if "ForImage" in architecture:
         parts.append("torchdeq")
     return [f"{name}: {part}" for part in parts]
 
@@ -126,20 +129,15 @@ def curve(model: Any, data: Path, first: int, count: int) -> dict[str, Any]:
     are named right, and `only` how many are right there and wrong at the last budget, and the other
     way round.
     """
-    evaluator = ImageEvaluator(model, "test", data, batch_size=64, limit=None, progress=False)
-    pictures = evaluator.pictures
     right: dict[int, list[torch.Tensor]] = {n: [] for n in BUDGETS}
     started = time.process_time()
-    stop = min(first + count, len(pictures))
-    for start in range(first, stop, 64):
-        rows = range(start, min(start + 64, stop))
-        batch = to_batch(evaluator.processor, [pictures.picture(row) for row in rows], model)
+    for batch, labels in batches(model, data, first, count):
         for n, found in budget_logits(model, batch).items():
-            right[n].append(found.argmax(-1) == pictures.labels[rows.start : rows.stop])
+            right[n].append(found.argmax(-1) == labels)
     joined = {n: torch.cat(parts) for n, parts in right.items()}
     last = joined[BUDGETS[-1]]
     return {
-        "pictures": stop - first,
+        "pictures": len(last),
         "dtype": str(model.dtype).removeprefix("torch."),
         "right": {str(n): int(found.sum()) for n, found in joined.items()},
         "only": {
@@ -150,8 +148,82 @@ def curve(model: Any, data: Path, first: int, count: int) -> dict[str, Any]:
     }
 
 
-def budget_logits(model: Any, batch: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Logits (B, classes) after each budget of solver steps, of pictures (B, 3, H, W)."""
+def batches(
+    model: Any, data: Path, first: int, count: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Test pictures (B, 3, H, W), as the model takes them, and their labels (B,)."""
+    evaluator = ImageEvaluator(model, "test", data, batch_size=64, limit=None, progress=False)
+    pictures = evaluator.pictures
+    stop = min(first + count, len(pictures))
+    for start in range(first, stop, 64):
+        rows = range(start, min(start + 64, stop))
+        batch = to_batch(evaluator.processor, [pictures.picture(row) for row in rows], model)
+        yield batch, pictures.labels[rows.start : rows.stop]
+
+
+@torch.inference_mode()
+def solvers(model: Any, data: Path, first: int, count: int) -> dict[str, Any]:
+    """What three solvers of one map name within each budget of evaluations.
+
+    `right` holds by solver and budget how many pictures are named right, and `only` how many by the
+    model's own solver alone, and by the other alone, at the same budget.
+    """
+    names = ("own", *SIDES)
+    right: dict[str, dict[int, list[torch.Tensor]]] = {name: {} for name in names}
+    for batch, labels in batches(model, data, first, count):
+        answers = {
+            "own": budget_logits(model, batch),
+            "plain": budget_logits(model, batch, "fixed_point"),
+            "TorchDEQ": torchdeq_logits(model, batch),
+        }
+        for name, found in answers.items():
+            for n, logits in found.items():
+                right[name].setdefault(n, []).append(logits.argmax(-1) == labels)
+    joined = {
+        name: {n: torch.cat(parts) for n, parts in found.items()} for name, found in right.items()
+    }
+    own = joined["own"]
+    return {
+        "pictures": len(own[BUDGETS[0]]),
+        "right": {
+            name: {str(n): int(hits.sum()) for n, hits in found.items()}
+            for name, found in joined.items()
+        },
+        "only": {
+            side: {
+                str(n): [int((own[n] & ~hits).sum()), int((hits & ~own[n]).sum())]
+                for n, hits in joined[side].items()
+            }
+            for side in SIDES
+        },
+    }
+
+
+def torchdeq_logits(model: Any, batch: torch.Tensor) -> dict[int, torch.Tensor]:
+    """As `budget_logits`, of TorchDEQ's Anderson solver, which gives nothing before three steps."""
+    from torchdeq.solver import anderson_solver
+
+    f, z0 = model.base_model.equilibrium_map(batch)
+    packer = StatePacker(z0)
+    budgets = [n for n in BUDGETS if n > 3]
+    _, states, _ = anderson_solver(
+        lambda z: packer.pack(f(packer.unpack(z))), packer.pack(z0), max_iter=budgets[-1], tol=0.0,
+        stop_mode="rel", indexing=budgets, return_final=False,
+    )  # fmt: skip
+    return {
+        n: model.classifier(model.head(packer.unpack(z))).float()
+        for n, z in zip(budgets, states, strict=True)
+    }
+
+
+def budget_logits(
+    model: Any, batch: torch.Tensor, solver: str | None = None
+) -> dict[int, torch.Tensor]:
+    """Logits (B, classes) after each budget of solver steps, of pictures (B, 3, H, W).
+
+    Args:
+        solver: name; the model's own if None.
+    """
     f, z0 = model.base_model.equilibrium_map(batch)
     packer, logits = StatePacker(z0), {}
     best = least = None
@@ -167,7 +239,8 @@ def budget_logits(model: Any, batch: torch.Tensor) -> dict[int, torch.Tensor]:
         if k in BUDGETS:
             logits[k] = model.classifier(model.head(packer.unpack(best))).float()
 
-    model.solve(f, z0, solver={"max_steps": BUDGETS[-1], "tol": 0.0}, callback=keep)
+    settings = {"max_steps": BUDGETS[-1], "tol": 0.0} | ({"name": solver} if solver else {})
+    model.solve(f, z0, solver=settings, callback=keep)
     return logits
 
 
@@ -201,9 +274,8 @@ def against_torchdeq(model: Any, data: Path, tol: float = 1e-3) -> dict[str, Any
     from torchdeq.solver import anderson_solver
 
     batch, _ = make_batch(model, data, split="test", size=32)
-    name = model.main_input_name
-    memory = (batch["memory"],) if "memory" in batch else ()
-    f, z0 = model.base_model.equilibrium_map(batch[name], *memory)
+    pictures = batch["pixel_values"]
+    f, z0 = model.base_model.equilibrium_map(pictures)
     packer = StatePacker(z0)
 
     def flat(z: torch.Tensor) -> torch.Tensor:
@@ -213,16 +285,14 @@ def against_torchdeq(model: Any, data: Path, tol: float = 1e-3) -> dict[str, Any
         value = flat(z)
         return ((value - z).norm(dim=1) / value.norm(dim=1)).tolist()
 
-    layout = Causal() if name == "input_ids" else None
     ours = make_solver({"name": "anderson", "max_steps": 60, "tol": tol})
-    found: dict[str, Any] = {"samples": len(batch[name]), "tol": tol}
+    found: dict[str, Any] = {"samples": len(pictures), "tol": tol}
     for side in ("ours", "TorchDEQ"):
         times = []
         for _ in range(3):
             started = time.process_time()
             if side == "ours":
-                options = {} if layout is None else {"layout": layout}
-                solution = ours.solve(f, z0, compact=isinstance(f, BatchMap), **options)
+                solution = ours.solve(f, z0, compact=isinstance(f, BatchMap))
                 z = packer.pack(solution.state)
             else:
                 z = anderson_solver(
@@ -260,6 +330,7 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
             ]
             others.append(f"- {name}: Anderson to {cell['tol']:g}: {'; '.join(sides)}.")
     others += [f"- {name}: {curve_words(whole)}" for name, whole in curves(cells).items()]
+    others += [f"- {name}: {solver_words(whole)}" for name, whole in compared(cells).items()]
     head = ["model", "solver", "figure", "CPU ms per sample"]
     return markdown_table(head, rows) + "\n" + "\n".join(others) + "\n"
 
@@ -301,30 +372,79 @@ def curve_words(whole: dict[str, Any]) -> str:
     )
 
 
+def compared(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The comparisons of solvers by model: sums over the cells that follow one another."""
+    found: dict[str, dict[str, Any]] = {}
+    keys = [key for key in cells if key.split(": ")[1].startswith("solvers")]
+    for key in sorted(keys, key=lambda key: int(key.split()[-1])):
+        whole = found.setdefault(key.split(": ")[0], {"pictures": 0, "right": {}, "only": {}})
+        if int(key.split()[-1]) != whole["pictures"]:
+            continue
+        whole["pictures"] += cells[key]["pictures"]
+        for name, counts in cells[key]["right"].items():
+            sums = whole["right"].setdefault(name, {})
+            for n, count in counts.items():
+                sums[n] = sums.get(n, 0) + count
+        for side, pairs in cells[key]["only"].items():
+            sums = whole["only"].setdefault(side, {})
+            for n, (own, other) in pairs.items():
+                before = sums.get(n, (0, 0))
+                sums[n] = (before[0] + own, before[1] + other)
+    return {name: whole for name, whole in found.items() if whole["pictures"]}
+
+
+def solver_words(whole: dict[str, Any]) -> str:
+    """Three solvers in a line: accuracies by budget, and the pairs of which one alone is right."""
+    n_pictures = whole["pictures"]
+    accuracies = "; ".join(
+        f"{name} " + ", ".join(f"{100 * c / n_pictures:.1f} % ({n})" for n, c in counts.items())
+        for name, counts in whole["right"].items()
+    )
+    pairs = "; ".join(
+        f"{side} "
+        + ", ".join(f"{n}: {a} to {b}, p = {mcnemar(a, b):.2g}" for n, (a, b) in counts.items())
+        for side, counts in whole["only"].items()
+    )
+    return (
+        f"the first {n_pictures:,} test pictures by solver and evaluations of the map: "
+        f"{accuracies}. Pictures that only the model's own and only the other solver has right: "
+        f"{pairs}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="names or folders; all bundled ones by default")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--limit", type=int, default=256, help="pictures; words are 20 times that")
     parser.add_argument("--curve", type=int, default=0, help="pictures of the paired curve")
+    parser.add_argument("--solvers", type=int, default=0, help="pictures named by three solvers")
     parser.add_argument("--bf16", action="store_true", help="the paired curve in bfloat16")
     arguments = parser.parse_args()
     names = arguments.models or deqzoo.list_models()
     cells = Cells("anytime")
+    there = deqzoo.list_models()
+    for key in [key for key in cells.done if key.split(": ")[0] not in (*there, *names)]:
+        del cells.done[key]
     wanted = [key for name in names for key in wanted_of(name)]
     for name in names:
         if "ForImage" in entry(name).architecture:
             wanted += [f"{name}: curve {i}" for i in range(0, arguments.curve, CURVE_PART)]
+            wanted += [f"{name}: solvers {i}" for i in range(0, arguments.solvers, CURVE_PART)]
 
     def measured(key: str) -> dict[str, Any]:
         name, what = key.split(": ")
-        if not what.startswith("curve"):
+        if not what.startswith(("curve", "solvers")):
             return measure(key, arguments.data, arguments.limit)
-        dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+        half = arguments.bf16 and what.startswith("curve")
+        dtype = torch.bfloat16 if half else torch.float32
         model = deqzoo.DEQModel.from_pretrained(name, dtype=dtype)
         first = int(what.split()[1])
-        count = min(CURVE_PART, arguments.curve - first)
-        return curve(model, folder_of(model, arguments.data), first, count)
+        run, most = (
+            (curve, arguments.curve) if what.startswith("curve") else (solvers, arguments.solvers)
+        )
+        count = min(CURVE_PART, most - first)
+        return run(model, folder_of(model, arguments.data), first, count)
 
     missing = cells.fill(
         wanted,

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from deqzoo import DEQModel
+from deqzoo import DEQModel, MDEQConfig, MDEQForImageClassification
 from tests.scripts import ROOT, load_script
 
 
@@ -54,6 +54,41 @@ def test_curve_is_that_of_evaluations(anytime: ModuleType, cifar_folder: Path) -
     parts["m: curve 10"]["dtype"] = "bfloat16"
     assert anytime.curves(parts)["m"]["pictures"] == 10
     assert anytime.curves({"m: curve 10": parts["m: curve 10"]}) == {}
+
+
+def test_solvers_are_compared_picture_by_picture(anytime: ModuleType, cifar_folder: Path) -> None:
+    model = DEQModel.from_pretrained("mdeq-tiny-cifar-upg")
+    parts = {
+        f"m: solvers {first}": anytime.solvers(model, cifar_folder, first, 10) for first in (0, 10)
+    }
+    whole = anytime.compared(parts)["m"]
+    assert whole["pictures"] == 20
+    assert whole["right"]["own"] == anytime.curve(model, cifar_folder, 0, 20)["right"]
+    evaluator = anytime.ImageEvaluator(
+        model, "test", cifar_folder, batch_size=8, limit=20, progress=False
+    )
+    plain = evaluator.measure({"name": "fixed_point", "max_steps": 8, "tol": 0.0})["accuracy"]
+    assert whole["right"]["plain"]["8"] / 20 == pytest.approx(plain)
+    assert list(whole["right"]["TorchDEQ"]) == ["4", "8", "16", "30"]
+    for side in anytime.SIDES:
+        for n, (own, other) in whole["only"][side].items():
+            assert whole["right"]["own"][n] - whole["right"][side][n] == own - other
+    assert any(sum(pair) for pair in whole["only"]["plain"].values())
+    assert "first 20 test pictures by solver" in anytime.solver_words(whole)
+    assert anytime.compared({"m: solvers 10": parts["m: solvers 10"]}) == {}
+
+
+def test_torchdeq_solves_the_same_equation(anytime: ModuleType) -> None:
+    torch.manual_seed(0)
+    config = MDEQConfig(
+        channels=[8, 16], head_channels=[4, 8], final_channels=16, num_groups=4, image_size=16
+    )
+    model = MDEQForImageClassification(config).eval()
+    pixels = torch.randn(4, 3, 16, 16)
+    with torch.inference_mode():
+        theirs = anytime.torchdeq_logits(model, pixels)[30]
+        ours = model(pixels, solver={"max_steps": 60, "tol": 1e-6}).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
 
 
 def test_mcnemar(anytime: ModuleType) -> None:
