@@ -150,6 +150,7 @@ def alone_and_together(problem: Problem, tol: float, name: str) -> dict[str, Any
         seconds=5,
     )
     staying = full.solve(problem.f, problem.z0)
+    all_rows = staying.n_evals * problem.z0.shape[0]
     differences, same_steps = [], 0
     for i in range(0, problem.z0.shape[0], 4):
         f = type(problem.f)(problem.f.weight, problem.f.injection[i : i + 1])
@@ -162,7 +163,8 @@ def alone_and_together(problem: Problem, tol: float, name: str) -> dict[str, Any
         "tol": tol,
         "solver": name,
         "evals": together.n_evals,
-        "row_evals": together.row_evals / (staying.n_evals * problem.z0.shape[0]),
+        "row_evals": together.row_evals / all_rows,
+        "row_floor": float((together.n_steps + 1).sum()) / all_rows,
         "speedup": times["staying"] / times["leaving"],
         "max_difference": max(differences),
         "same_steps": f"{same_steps} of {len(differences)}",
@@ -216,8 +218,10 @@ def render(results: dict[str, Any]) -> str:
         other = markdown_table(columns, [list(row.values()) for row in results["heterogeneous"]])
         table += (
             "\n\nConverged samples leave the batch: rows evaluated against evals × batch when they "
-            "stay, the speedup that follows, and every fourth sample alone against in its batch "
-            f"(largest relative difference, equal step counts).\n\n{other}"
+            "stay, as little as that can be (`row_floor`: every sample leaves right after the "
+            "evaluation at which it has converged), the speedup that follows, and every fourth "
+            "sample alone against in its batch (largest relative difference, equal step counts)."
+            f"\n\n{other}"
         )
     return f"{text}\n\n{table}"
 

@@ -1,5 +1,6 @@
 """Behaviour of the DEQ-Transformer: causality, memory, cache, loading, options."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -704,6 +705,7 @@ def test_a_model_may_be_untied(tmp_path, cutoffs):
         vocab_size=40, d_model=16, d_embed=16, n_head=2, d_inner=32, cutoffs=cutoffs,
         div_val=2 if cutoffs else 1,
     )  # fmt: skip
+    fresh = deepcopy(config)
     model = DEQTransformerForCausalLM(config).eval()
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path)
@@ -714,3 +716,9 @@ def test_a_model_may_be_untied(tmp_path, cutoffs):
     heads, tables = loaded.lm_head.tables, loaded.transformer.embedding.tables
     assert not any(h.weight is t.weight for h, t in zip(heads, tables, strict=True))
     assert torch.equal(heads[0].weight, tables[0].weight)
+    base = DEQTransformerModel(fresh).eval()
+    base.config.tie_word_embeddings = False
+    base.save_pretrained(tmp_path / "base")
+    again = DEQTransformerModel.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        assert torch.equal(again(ids).last_hidden_state, base(ids).last_hidden_state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,18 @@ def test_vectors_instead_of_words(text: PreTrainedModel, ids: Tensor) -> None:
             text(**wrong)
     with pytest.raises(UserError, match="inputs_embeds"):
         text(inputs_embeds=vectors[..., :3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}], ids=str)
+def test_generation_from_vectors(
+    text: PreTrainedModel, ids: Tensor, options: dict[str, Any]
+) -> None:
+    """What is new is what the words themselves would go on with."""
+    vectors = text.get_input_embeddings()(ids)
+    options = {"max_new_tokens": 5, "attention_mask": torch.ones_like(ids), **options}
+    expected = text.generate(ids, **options)[:, ids.shape[1] :]
+    assert torch.equal(text.generate(inputs_embeds=vectors, **options), expected)
 
 
 @torch.no_grad()

@@ -113,6 +113,12 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
             elif (shift := getattr(module, "bias", None)) is not None:
                 init.zeros_(shift)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own. What the configuration ties no longer is stored as its own."""
+        if not self.config.tie_word_embeddings:
+            self.config.tie_projections = [False] * len(self.config.tie_projections)
+        super().save_pretrained(*args, **kwargs)
+
     def compile_map(self, enabled: bool = True) -> None:
         """Run the equilibrium map under torch.compile, or no longer."""
         self.base_model.map_compiled = enabled
@@ -306,7 +312,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             cache: cache of earlier tokens; it is extended in place.
             memory: states and injections of the previous segment, as returned by its forward.
             memory_mask: (B, M) bool, False where a memory of fixed length holds nothing yet.
-            use_cache: return a cache; excludes ``memory``.
+            use_cache: return a cache; excludes ``memory``. Without it the memory of the segment is
+                returned: ``config.use_cache`` is what ``generate`` goes by.
             solver, gradient: settings that replace the configured ones for this call.
             shallow: apply F ``config.unroll_layers`` times from zero, differentiably, instead of
                 solving (the first phase of training).
@@ -532,7 +539,6 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
                 if self.get_parameter(target) is self.get_parameter(source):
                     owner = self.get_submodule(target.rpartition(".")[0])
                     owner.weight = nn.Parameter(self.get_parameter(source).detach().clone())
-            self.config.tie_projections = [False] * len(self.config.tie_projections)
         super().save_pretrained(*args, **kwargs)
 
     def get_output_embeddings(self) -> None:
@@ -554,13 +560,19 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             if model_kwargs.get(name) is None:
                 model_kwargs[name] = DEQTransformerCache(self.config.window)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As transformers' own, without the tokenizers of `generate`, which it hands on.
+
+        `inputs_embeds` has a name, since `generate` takes word vectors of such models only.
 
         The cache is there by its older name, too: PEFT looks there whether a soft prompt is due.
         """
         parent: Any = super()
-        inputs: dict[str, Any] = parent.prepare_inputs_for_generation(*args, **kwargs)
+        inputs: dict[str, Any] = parent.prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         if inputs.get("cache") is not None:
             inputs["past_key_values"] = inputs["cache"]
         return {k: v for k, v in inputs.items() if not k.endswith("tokenizer")}
