@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from deqzoo.equilibrium.gradients import Gradient, make_gradient
 from deqzoo.equilibrium.gradients.base import Problem
-from deqzoo.equilibrium.layout import Layout, Rows, begin
-from deqzoo.equilibrium.maps import BatchMap, BoundMap, DetachableMap, Matrices
+from deqzoo.equilibrium.layout import Causal, Layout, Rows, begin
+from deqzoo.equilibrium.maps import (
+    BatchMap,
+    BoundMap,
+    DetachableMap,
+    Matrices,
+    keeps_positions,
+)
 from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, Status, make_solver
 from deqzoo.equilibrium.solvers.loop import Residuals, StepCallback, residuals
 from deqzoo.equilibrium.state import State, leaves, rebuild
@@ -84,7 +90,7 @@ def fixed_point(
     if compact is None:
         compact = not torch.is_grad_enabled() and isinstance(f, BatchMap)
     if compact and inputs:
-        _check_batch_first(inputs, z0)
+        _check_batch_first(inputs, z0, 2 if isinstance(layout, Causal) and keeps_positions(f) else 1)
     _check_steps(sample_steps)
     wrapped = inputs or (compact and not isinstance(f, BatchMap))
     bound = BoundMap(f, inputs) if wrapped else f
@@ -100,7 +106,7 @@ def fixed_point(
         callback = _keeper(kept, sample_steps, callback)
     start = rebuild(z0, [t.detach() for t in leaves(z0)])
     solution = chosen_solver.solve(bound, start, layout, compact, trace, callback)
-    if not torch.is_grad_enabled() and not kept:
+    if not torch.is_grad_enabled() and not sample_steps:
         return solution
     layout, matrix = begin(layout, solution.state)
     if torch.is_grad_enabled():
@@ -190,20 +196,20 @@ def _attach_to_start(
     )
 
 
-def _check_batch_first(inputs: Sequence[Any], z0: State) -> None:
-    """Rows of the batch can leave tensors only that have them."""
-    n = next((t.shape[0] for t in leaves(z0) if t.ndim), 0)
+def _check_batch_first(inputs: Sequence[Any], z0: State, dimensions: int) -> None:
+    """Rows of the batch (or positions too) can leave tensors only that have them."""
+    n = next((tuple(t.shape[:dimensions]) for t in leaves(z0) if t.ndim), (0,))
     for item in inputs:
         if item is None:
             continue
         try:
             shapes = [tuple(t.shape) for t in leaves(item)]
-            fits, found = all(shape[:1] == (n,) for shape in shapes), f"shapes {shapes}"
+            fits, found = all(shape[:dimensions] == n for shape in shapes), f"shapes {shapes}"
         except TypeError:  # no tensor
             fits, found = False, type(item).__name__
         if not fits:
             raise ValueError(
-                f"compact=True takes rows out of every input, which must have {n} of them, got "
+                f"compact=True takes rows out of every input, which must begin with {n}, got "
                 f"{found}; let the map close over what does not belong to the batch"
             )
 

@@ -75,6 +75,8 @@ class SuffixSelection:
     def state(self, tensor: Tensor) -> Tensor:
         if self.sequences is not None:
             tensor = tensor.index_select(0, self.sequences)
+        if not self.start and self.stop is None:  # all positions, of whatever has none, too
+            return tensor
         return tensor[:, self.start : self.stop]
 
     def cells(self, tensor: Tensor) -> Tensor:
@@ -238,6 +240,12 @@ class Segments(Layout):
             raise TypeError(f"index must be an int64 tensor (N,), got {_kind(index)}")
         if index.ndim != 1:
             raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
+        if index.device.type == "cpu" and index.numel() and not transformed():
+            low, high = (end.item() for end in index.aminmax())
+            if low < 0 or high >= n:
+                raise ValueError(
+                    f"index holds {low if low < 0 else high}, but the cells are 0 to {n - 1}"
+                )
         self.index = index
         self.n = n
 
@@ -299,9 +307,12 @@ class Causal(Layout):
         cuts: positions, in ascending order, at which a solve that compacts is cut into parts.
             Parts are solved one after another, each with the states before it fixed and with
             `max_steps` of its own: fewer rows are evaluated, in more and shorter evaluations.
+            Ignored where the map is no `BatchMap`, which alone can keep what precedes a part.
     """
 
     holds_frozen = True
+    whole_sequences = False
+    """Whether positions stay until their sequence leaves, since the map reads them in the state."""
 
     def __init__(self, valid: Tensor | None = None, cuts: Sequence[int] = ()) -> None:
         if list(cuts) != sorted(set(cuts)) or (cuts and cuts[0] < 1):
@@ -356,8 +367,13 @@ class Causal(Layout):
         return residual.cummax(1).values.flatten()
 
     def whole(self, norm: Tensor) -> Tensor:
-        square = self._by_sequence(self.total(norm).square())
-        return square.sum(1, keepdim=True).sqrt().expand(self._shape).flatten()
+        norm = self._by_sequence(self.total(norm))
+        if not norm.numel():
+            return norm.flatten()
+        peak = norm.amax(1, keepdim=True)  # squares of states of any scale stay in range
+        peak = torch.where(peak > 0, peak, 1)
+        whole = (norm / peak).square().sum(1, keepdim=True).sqrt() * peak
+        return whole.expand(self._shape).flatten()
 
     def waiting(self, square: Tensor) -> Tensor:
         square = square.reshape(self._shape)
@@ -378,6 +394,8 @@ class Causal(Layout):
         if not len(positions):
             return None
         start, stop = int(positions[0]), int(positions[-1]) + 1  # behind the last one is padding
+        if self.whole_sequences:
+            start, stop = 0, length
         if n * length - len(sequences) * (stop - start) < enough:
             return None
         return self._kept(start, stop, matrix, sequences if len(sequences) < n else None)
@@ -387,6 +405,7 @@ class Causal(Layout):
     ) -> tuple[Layout, Selection]:
         selection = self.part(start, stop, self.to_state(matrix), sequences)
         layout = Causal(None if self.valid is None else selection.state(self.valid))
+        layout.whole_sequences = self.whole_sequences
         layout._shape = (self._shape[0] if sequences is None else len(sequences), stop - start)
         return layout, selection
 
@@ -400,7 +419,8 @@ class Causal(Layout):
         if sequences is not None:
             every, dropped = every[sequences], dropped[sequences]
         kept = every[:, start:stop].flatten()
-        return SuffixSelection(start, kept, kept, dropped, sequences, stop)
+        end = None if stop == length else stop
+        return SuffixSelection(start, kept, kept, dropped, sequences, end)
 
     def adjoint(self) -> Layout:
         """Whole sequences: gradients may flow from later positions to earlier ones."""

@@ -76,7 +76,11 @@ class PreciseMap(ABC):
 
 
 class BoundMap(BatchMap):
-    """A function of (state, *inputs) with its inputs; every input belongs to the batch row-wise."""
+    """A function of (state, *inputs) with its inputs; every input belongs to the batch row-wise.
+
+    Of causal layouts whole sequences leave it, and positions only where the function is a
+    `BatchMap`, with inputs (B, T, ...) then; see `keeps_positions`.
+    """
 
     def __init__(self, f: Callable[..., State], inputs: tuple[Any, ...] = ()) -> None:
         self.f = f
@@ -92,6 +96,17 @@ class BoundMap(BatchMap):
         )
         f = self.f.select(selection) if isinstance(self.f, BatchMap) else self.f
         return BoundMap(f, inputs)
+
+
+def keeps_positions(f: Any) -> bool:
+    """Whether a map, cut down to some positions of its sequences, still knows those before them.
+
+    A function of (state, *inputs) reads earlier positions in the state itself, so that they must
+    stay there; a `BatchMap` of somebody's own takes them from its selection.
+    """
+    while isinstance(f, BoundMap):
+        f = f.f
+    return isinstance(f, BatchMap)
 
 
 class Matrices:
@@ -147,14 +162,14 @@ class Matrices:
         changed = _version(given) != version
         recording = torch.is_grad_enabled()
         if self.n_calls == 1:
-            self._in_place = changed
-            self._first, out = None if recording else out, out.clone()
+            self._in_place = changed or _differ(given, matrix)
+            self._first, out = out.detach(), out.clone()
         elif changed and not self._in_place or _version(self._before) != self._version:
             raise ValueError(
                 "the map wrote into a state that it was given or had returned before; let it "
                 "return new tensors (no inplace=True, no out=, no buffer used again)"
             )
-        elif not recording:
+        else:
             if self._first is not None:
                 self._reuses = out.numel() > 0 and out.data_ptr() == self._first.data_ptr()
                 self._first = None
@@ -177,6 +192,11 @@ def _copy(matrix: Tensor) -> Tensor:
     with torch.inference_mode(False):
         copy = torch.empty_like(matrix)
     return copy.copy_(matrix)
+
+
+def _differ(given: Tensor, matrix: Tensor) -> bool:
+    """Whether a copy was written to where no version counts it (`.data`, numpy); on the CPU."""
+    return given.device.type == "cpu" and not torch.equal(given, matrix)
 
 
 def _version(tensor: Tensor | None) -> int:

@@ -62,7 +62,7 @@ def jacobian_penalty(
         return points[0].new_zeros((), dtype=wide)
     terms = []
     for probe in probes:
-        directions = leaves(probe)
+        directions = leaves(in_order_of(probe, state))
         products = torch.autograd.grad(
             [outputs[i] for i in moving],
             points,

@@ -195,10 +195,12 @@ def attach_cotangent(
         else:
             recorded = problem.products(point)
             value = problem.f(state.detach())
-    if not recorded.requires_grad or not _reaches_more_than(value, point):
+    if not value.requires_grad or not _reaches_more_than(value, point):
         return state.detach()
 
     def product(vector: Tensor) -> Tensor:
+        if not recorded.requires_grad:  # a map that does not read its state
+            return torch.zeros_like(point)
         with torch.enable_grad():
             (out,) = torch.autograd.grad(
                 recorded, point, vector, retain_graph=True, allow_unused=True
@@ -231,6 +233,8 @@ def _reaches_more_than(value: Tensor, point: Tensor) -> bool:
             continue
         seen.add(node)
         if getattr(node, "variable", point) is not point:
+            return True
+        if type(node).__name__ == "CheckpointFunctionBackward":  # weights do not show behind it
             return True
         waiting.extend(following for following, _ in node.next_functions)
     return False

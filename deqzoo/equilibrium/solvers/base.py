@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.layout import Causal, Layout, Rows, Selection, begin, is_single
-from deqzoo.equilibrium.maps import BatchMap, Matrices
+from deqzoo.equilibrium.maps import BatchMap, Matrices, keeps_positions
 from deqzoo.equilibrium.options import is_count, is_damping, require
 from deqzoo.equilibrium.solvers.loop import Loop, StepCallback
 from deqzoo.equilibrium.solvers.single import SingleLoop
@@ -146,8 +146,10 @@ class Solver(ABC):
         compact = compact and callback is None and not trace
         if compact and not isinstance(f, BatchMap):
             raise TypeError("samples can leave the batch of a `BatchMap` only; set compact=False")
-        if compact and isinstance(layout, Causal) and layout.cuts and self.criterion == "per token":
-            return self._solve_parts(f, z0, layout)
+        if compact and isinstance(layout, Causal):
+            layout.whole_sequences = not keeps_positions(f)
+            if layout.cuts and self.criterion == "per token" and not layout.whole_sequences:
+                return self._solve_parts(f, z0, layout)
         matrices = Matrices(f, layout, not transformed())
         watched = callback is not None or trace or (self.check_every or 1) > 1
         if not watched and is_single(layout, matrix):

@@ -82,7 +82,7 @@ def deciding(absolute: Tensor, size: Tensor, layout: Layout, solver: Solver) -> 
 @lru_cache
 def _rounded(value: float, dtype: torch.dtype) -> float:
     """A number as tensors of a dtype are compared with it."""
-    return torch.tensor(value, dtype=dtype).item()
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 @lru_cache
@@ -468,7 +468,8 @@ class Loop:
         active = self.books.active
         if self.all_active or active is self.stays or bool(active.all()):
             return f, z, fz, residual
-        chosen = self.layout.select(active, self.kept() if self.layout.holds_frozen else z)
+        final = self.in_own_units(self.kept()) if self.layout.holds_frozen else z
+        chosen = self.layout.select(active, final)
         if chosen is None:
             self.stays = active
             return f, z, fz, residual
@@ -505,6 +506,8 @@ class Loop:
             self.own_saved()
             self.write_back()
         books, shape = self.whole_books, self.whole_layout.cell_shape()
+        if self.layout is not self.whole_layout:  # what a cell reads may have left before it
+            books.residual = self.whole_layout.worst(books.residual)
         self.layout, self.unit = self.whole_layout, self.whole_unit
         trace = None
         if self.trace is not None:

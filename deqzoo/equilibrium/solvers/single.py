@@ -46,7 +46,7 @@ class SingleLoop:
     def run(self, f: Matrices) -> Solution:
         """Solve; states whose squares would leave the dtype's range are left to `Loop`."""
         solver, rule, z = self.solver, self.rule, self.start
-        every = torch.ones(1, dtype=torch.bool)
+        every = torch.ones(1, dtype=torch.bool, device=z.device)
         for k in range(solver.max_steps + 1):
             fz = f(z)
             residual = rule.residual(z, fz)
@@ -116,8 +116,8 @@ class SingleLoop:
         absolute, relative, chosen = (like.new_full(shape, number) for number in self.residuals)
         return Solution(
             state=self.layout.to_state(self.kept.clone()),
-            status=torch.full(shape, int(self.status)),
-            n_steps=torch.full(shape, self.n_steps),
+            status=torch.full(shape, int(self.status), device=like.device),
+            n_steps=torch.full(shape, self.n_steps, device=like.device),
             abs_residual=absolute,
             rel_residual=relative,
             residual=chosen,

@@ -86,14 +86,20 @@ class Solution:
 
 
 def joined(parts: list[Solution]) -> Solution:
-    """The solution of sequences that were solved part by part."""
+    """The solution of sequences that were solved part by part.
+
+    A position has converged when all before it have; behind one that has not it gets the status of
+    that one (the gravest of several).
+    """
 
     def whole(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts], dim=1)
 
+    status = whole("status")
+    behind = status.cummax(1).values
     return Solution(
         state=whole("state"),
-        status=whole("status"),
+        status=torch.where(status == int(Status.CONVERGED), behind, status),
         n_steps=whole("n_steps"),
         abs_residual=whole("abs_residual"),
         rel_residual=whole("rel_residual"),

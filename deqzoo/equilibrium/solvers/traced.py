@@ -50,6 +50,7 @@ def traced_solution(
     chosen = layout.worst(deciding(absolute, size, layout, solver))
     chosen = torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf)
     status = torch.where(chosen <= solver.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    status = torch.where(chosen == math.inf, int(Status.NONFINITE), status)
     n_evals, shape = solver.max_steps + 1, layout.cell_shape()
     wide = torch.promote_types(z.dtype, torch.float32)
     relative = quotient(absolute, size).to(wide)
