@@ -90,7 +90,9 @@ def fixed_point(
     if compact is None:
         compact = not torch.is_grad_enabled() and isinstance(f, BatchMap)
     if compact and inputs:
-        _check_batch_first(inputs, z0, 2 if isinstance(layout, Causal) and keeps_positions(f) else 1)
+        _check_batch_first(
+            inputs, z0, 2 if isinstance(layout, Causal) and keeps_positions(f) else 1
+        )
     _check_steps(sample_steps)
     wrapped = inputs or (compact and not isinstance(f, BatchMap))
     bound = BoundMap(f, inputs) if wrapped else f
@@ -208,8 +210,11 @@ def _check_batch_first(inputs: Sequence[Any], z0: State, dimensions: int) -> Non
         except TypeError:  # no tensor
             fits, found = False, type(item).__name__
         if not fits:
+            what, wanted = "rows", f"have {n[0]} of them"
+            if dimensions > 1:
+                what, wanted = "positions", f"begin with {n}"
             raise ValueError(
-                f"compact=True takes rows out of every input, which must begin with {n}, got "
+                f"compact=True takes {what} out of every input, which must {wanted}, got "
                 f"{found}; let the map close over what does not belong to the batch"
             )
 

@@ -48,8 +48,10 @@ def jacobian_penalty(
     points = [t.detach().clone().requires_grad_() for t in leaves(state)]
     found = f(rebuild(state, [t.clone() for t in points]))  # f may work in place
     outputs = leaves(in_order_of(found, state))
-    if probes is None:
-        probes = [
+    if probes is not None:
+        drawn = [leaves(in_order_of(probe, state)) for probe in probes]
+    else:
+        drawn = [
             [torch.randn(t.shape, generator=generator).to(t) for t in points]
             if generator is not None
             else [torch.randn_like(t) for t in points]
@@ -61,8 +63,7 @@ def jacobian_penalty(
     if not moving:
         return points[0].new_zeros((), dtype=wide)
     terms = []
-    for probe in probes:
-        directions = leaves(in_order_of(probe, state))
+    for directions in drawn:
         products = torch.autograd.grad(
             [outputs[i] for i in moving],
             points,

@@ -98,7 +98,7 @@ def test_a_detachable_map_that_does_not_read_its_state(name: str) -> None:
     solution.state.sum().backward()
     series = 1 - 0.5**5 if name in ("npg", "upg") else 1  # five terms with damping 0.5
     assert weight.grad is not None
-    torch.testing.assert_close(weight.grad, torch.full((3,), 4 * series))
+    torch.testing.assert_close(weight.grad, torch.full((3,), 4.0 * series))
 
 
 @pytest.mark.parametrize("name", ["implicit", "npg"])
