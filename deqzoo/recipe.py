@@ -220,8 +220,9 @@ def recorded_recipe(record: Any) -> Recipe | None:
         return None
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that a mapping holds twice, of which YAML's own loader keeps the last."""
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping holds twice, of which YAML's own loader keeps the last, and
+    reads 1e-3 as the number that it is in YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -234,6 +235,13 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?\d+[eE][-+]?\d+|[-+]?\d+\.\d*[eE]\d+"),
+    [*"-+0123456789"],
+)
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The content of a recipe's file.
 
@@ -243,7 +251,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     with as_user_error(f"cannot read recipe {path}", OSError):
         data = path.read_bytes()
     with as_user_error(f"recipe {path} is not YAML", yaml.YAMLError, ValueError, RecursionError):
-        content = yaml.load(data.decode("utf-8"), _UniqueKeys)
+        content = yaml.load(data.decode("utf-8"), _Loader)
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
     return content
@@ -268,6 +276,8 @@ def _derive(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     content = copy.deepcopy(base)
     gradients = change.get("gradients")
     stages = content.get("stages") or []
+    if isinstance(stages, list):  # those that YAML's anchors make one become several
+        stages = content["stages"] = [copy.deepcopy(stage) for stage in stages]
     if not isinstance(gradients, list) or len(gradients) != len(stages):
         raise ValueError(f"gradients must be a list of {len(stages)}, one for each stage of base")
     for stage, gradient in zip(stages, gradients, strict=True):
@@ -430,7 +440,7 @@ def _settings(kind: Any, value: Any, place: str) -> Any:
 def _scalar(kind: Any, value: Any, place: str) -> Any:
     if kind is float and isinstance(value, str):
         try:
-            value = float(value)  # YAML 1.1 reads 1e-3 as a string
+            value = float(value)  # "0.5", as other programs write numbers
         except ValueError:
             pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

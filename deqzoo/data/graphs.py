@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from deqzoo.data.tu import GraphEncoding, find_tu_folder, find_tu_sets, read_tu
 from deqzoo.errors import UserError
+from deqzoo.models.ignn.inputs import joined
 
 PUBLISHED_SEED = 42
 N_FOLDS = 10
@@ -51,9 +53,7 @@ class GraphSet:
 
     def batch(self, index: Sequence[int] | Tensor) -> Any:
         """Return the chosen graphs as one torch_geometric `Batch`."""
-        from torch_geometric.data import Batch
-
-        return Batch.from_data_list([self.graphs[int(i)] for i in index])
+        return joined([self.graphs[int(i)] for i in index])
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,19 @@ def _complete(graph: Any, where: str) -> None:
         graph.x = torch.bincount(edges[1].long(), minlength=n)[:, None].float()
     if not isinstance(graph.x, Tensor) or graph.x.ndim != 2:
         raise UserError(f"{where} has node features x that are no matrix (n, p)")
-    graph.x = graph.x.float()
+    if graph.x.is_complex() or not graph.x.shape[1]:
+        shown = f"{graph.x.dtype} of shape {list(graph.x.shape)}"
+        raise UserError(f"{where} needs real node features x (n, p), p at least 1, got {shown}")
+    graph.x = graph.x.detach().to_dense().float()
+    if graph.edge_weight is not None:
+        graph.edge_weight = graph.edge_weight.detach()
+    elif isinstance(graph.edge_attr, Tensor) and graph.edge_attr.is_floating_point():
+        if graph.edge_attr.numel() == len(graph.edge_attr):
+            logging.getLogger(__name__).warning(
+                "%s has numbers in edge_attr, which are not read: numbers that weigh its edges "
+                "belong into edge_weight",
+                where,
+            )
 
 
 def _stored_label(graph: Any, where: str) -> int | None:
@@ -317,9 +329,7 @@ def collate_graphs(graphs: Sequence[Any]) -> dict[str, Tensor]:
     x (n, p) float, edge_index (2, e) int64, batch (n,) int64, and where the graphs have them
     edge_weight (e,) float and labels, their `y`.
     """
-    from torch_geometric.data import Batch
-
-    batch = Batch.from_data_list(list(graphs))
+    batch = joined(graphs)
     fields = {"x": batch.x, "edge_index": batch.edge_index, "batch": batch.batch}
     if batch.edge_weight is not None:
         fields["edge_weight"] = batch.edge_weight

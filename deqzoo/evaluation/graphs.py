@@ -149,7 +149,7 @@ class GraphEvaluator(_GraphData):
             self.graphs = load_own_graphs(root, encoding_of(self.model))
             if bool((self.graphs.labels < 0).any()):
                 raise UserError(f"{root} has graphs without labels: nothing to measure against")
-            digests = graph_digests(self.graphs.graphs)
+            digests = graph_digests(self.graphs.graphs, record)
             rows = unseen(digests, record or {}, split)
             fold = {"data": self.graphs.name, split: rows}
             chose = chose_weights(record, [digests[row] for row in rows])

@@ -154,6 +154,9 @@ def main_figure(evaluation: dict[str, Any]) -> str | None:
     if "fold" in data:
         where += f", fold {data['fold']}"
     value = main_value(evaluation)
+    if "limit" in data:
+        unit = TASKS[evaluation["task"]].unit if evaluation.get("task") in TASKS else "samples"
+        where += f" (the first {data['limit']:,} {unit} only)"
     if data.get("chose_weights"):
         where += " (which chose the weights, too)"
     return None if value is None else f"{value} on {where}"

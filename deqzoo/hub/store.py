@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from deqzoo.data.own import read_record
 from deqzoo.errors import UserError, as_user_error
 from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.evaluation.files import write_evaluation
@@ -37,7 +38,7 @@ def store_run(
     """Copy a run's model into `hub_configs`, with record, evaluation files, golden and checksums.
 
     The validation split decides whether it is an equilibrium model (`instabilities`); only then is
-    the test split measured.
+    the test split measured. Data of one's own with a single hold-out have no other.
 
     Args:
         run: folder of `deqzoo train`, or a model folder.
@@ -70,10 +71,13 @@ def store_run(
     require_inside(model_folder, deep=True)
     model = DEQModel.from_pretrained(model_folder)
     files = {}
-    for split in ("validation", "test"):
+    own = read_record(model_folder)
+    apart = own is None or (bool(own.get("validation")) and not own.get("one_hold_out"))
+    for split in ("validation", "test") if apart else ("test",):
         content = evaluate_model(model, name, split=split, data=data)
-        # A test figure that could refuse a model would be choosing among models.
-        faults = instabilities(content) if split == "validation" else []
+        # A test figure that could refuse a model would be choosing among models. Data of one's own
+        # may have one hold-out only.
+        faults = instabilities(content) if split == "validation" or not apart else []
         if faults and not force:
             raise UserError(f"{run} is no stable equilibrium model: {'; '.join(faults)}")
         files[f"{content['data']['name']}-{split}.json"] = content

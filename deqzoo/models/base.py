@@ -347,9 +347,11 @@ class DEQPreTrainedModel(PreTrainedModel):
             return solver
         if not (self._warned_narrow or self.training or torch.compiler.is_compiling()):
             self._warned_narrow = True
+            slow = dtype == torch.float16 and self.device.type == "cpu"
             logger.warning(
                 f"{dtype} cannot resolve the tolerance {solver.tol:.1e}; equilibria are solved to "
-                f"{finest:.1e}. Load the model in float32 for more. This is said once."
+                f"{finest:.1e}. Load the model in float32 for more"
+                f"{', and for speed: CPUs emulate float16' if slow else ''}. This is said once."
             )
         return replace(solver, tol=finest)
 

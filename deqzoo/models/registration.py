@@ -142,6 +142,9 @@ def _models(module: ModuleType) -> None:
         for family in FAMILIES:
             register_heads(module, family)
 
+    # Trainer smooths labels against the next words where it finds the class among these.
+    causal = module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal.setdefault("deq_transformer", "DEQTransformerForCausalLM")
     for auto, _ in AUTO_CLASSES.values():
         _know_names(getattr(module, auto))
     _know_folders(module.AutoBackbone)

@@ -199,10 +199,12 @@ def require_free(output: Path, resume: bool = False) -> None:
     Raises:
         UserError: a file, a finished model, or a run that was cut off and is not to be resumed.
     """
+    # Where nothing was kept yet there is nothing to go on with: its data were refused, say.
     begun = (output / BEGUN).is_file()
+    kept = any(output.glob("checkpoints/checkpoint-*"))
     if output.is_file() or ((output / "config.json").is_file() and not begun):
         raise UserError(f"{output} already holds a model or is a file; choose another --output")
-    if begun and not resume:
+    if begun and kept and not resume:
         raise UserError(f"{output} already holds a run; add --resume to go on, or remove it")
 
 

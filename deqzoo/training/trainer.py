@@ -140,9 +140,13 @@ class DEQTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def smoothed_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch, its labels being the next words where Trainer smooths those of a text model.
+        """The batch, its labels being what is scored where Trainer smooths those of a text model.
 
-        Trainer's smoother compares labels with logits place by place.
+        Trainer moves them by one place, but knows neither padding nor labels that are the next
+        words already.
+
+        Raises:
+            UserError: labels that are the next words already (`shift=False`).
         """
         smooths = self.label_smoother is not None and self.compute_loss_func is None
         if not smooths or "labels" not in inputs:
@@ -151,7 +155,13 @@ class DEQTrainer(Trainer):
             if isinstance(module, DEQTransformerForCausalLM):
                 names = ("input_ids", "labels", "shift", "attention_mask")
                 known = {name: inputs[name] for name in names if name in inputs}
-                return {**inputs, "labels": module.next_words(**known)}
+                if not known.get("shift", True):
+                    raise UserError(
+                        "label_smoothing_factor takes labels that are the tokens themselves; "
+                        "leave shift=False out"
+                    )
+                words = module.next_words(**known)
+                return {**inputs, "labels": words.roll(1, 1)}  # the last one is never scored
         return inputs
 
     def training_loss(

@@ -21,9 +21,11 @@ from deqzoo.data.graphs import (
     load_twitch,
     published_folds,
 )
+from deqzoo.data.own import graph_digests
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
+from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification
 from deqzoo.tasks.metrics import (
     area_under_curve,
     best_threshold,
@@ -343,3 +345,65 @@ def test_sets_with_public_files(tmp_path):
     assert masks.sum(1).tolist() == [40, 60, 20] and bool((masks.sum(0) == 1).all())
     with pytest.raises(UserError, match="no ind.cora.x"):
         load_citations("Cora", tmp_path)
+
+
+def weighted(number: int, weights: bool = True, n: int = 4):
+    """A complete graph with weights of its own, one-hot features and a class."""
+    data_class = pytest.importorskip("torch_geometric.data").Data
+    edges = torch.combinations(torch.arange(n)).T
+    generator = torch.Generator().manual_seed(number)
+    graph = data_class(x=torch.eye(n), edge_index=torch.cat((edges, edges.flip(0)), 1))
+    graph.y = torch.tensor([number % 2])
+    if weights:
+        graph.edge_weight = torch.rand(edges.shape[1], generator=generator).repeat(2)
+    return graph
+
+
+def test_weights_of_edges_tell_graphs_apart(tmp_path):
+    """Networks of one shape differ in their weights alone."""
+    graphs = [weighted(number) for number in range(6)]
+    digests = graph_digests(graphs)
+    assert len(set(digests)) == 6
+    plain = [weighted(number, weights=False) for number in range(2)]
+    assert not any(digest.startswith("w") for digest in graph_digests(plain))
+    # A record from before weights were in the digests still finds its graphs.
+    before = graph_digests([weighted(number, weights=False) for number in range(6)])
+    assert graph_digests(graphs, {"train": before[:2]}) == before
+    assert graph_digests(graphs, {"train": digests[:2]}) == digests
+    assert graph_digests(graphs, {}) == digests
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_edges_without_weights_beside_weighted_ones_weigh_one(tmp_path, order):
+    pair = [weighted(0), weighted(1, weights=False)]
+    pair = [pair[i] for i in order]
+    expected = torch.cat(
+        [g.edge_weight if g.edge_weight is not None else torch.ones(12) for g in pair]
+    )
+    assert torch.equal(collate_graphs(pair)["edge_weight"], expected)
+    torch.manual_seed(0)
+    model = IGNNForGraphClassification(IGNNConfig(num_features=4, hidden_sizes=[8])).eval()
+    with torch.no_grad():
+        together = model(pair).logits
+        alone = torch.cat([model([graph]).logits for graph in pair])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+    assert pair[order.index(1)].edge_weight is None
+    torch.save(pair, tmp_path / "pair.pt")
+    assert torch.equal(load_own_graphs(tmp_path / "pair.pt").batch([0, 1]).edge_weight, expected)
+
+
+def test_features_of_any_storage(tmp_path, caplog):
+    graphs = [weighted(number, weights=False) for number in range(3)]
+    graphs[0].x = graphs[0].x.requires_grad_()
+    graphs[1].x = graphs[1].x.to_sparse()
+    graphs[2].edge_attr = torch.rand(12)
+    torch.save(graphs, tmp_path / "g.pt")
+    loaded = load_own_graphs(tmp_path / "g.pt")
+    assert len(graph_digests(loaded.graphs)) == 3
+    assert torch.equal(loaded.batch([0, 1, 2]).x, torch.eye(4).repeat(3, 1))
+    assert "graph 2" in caplog.text and "edge_weight" in caplog.text
+    for x in (torch.eye(4).to(torch.complex64), torch.zeros(4, 0)):
+        graphs[1].x = x
+        torch.save(graphs, tmp_path / "g.pt")
+        with pytest.raises(UserError, match="graph 1 .*real node features"):
+            load_own_graphs(tmp_path / "g.pt")

@@ -17,6 +17,7 @@ from deqzoo.evaluation.base import forward_all
 from deqzoo.evaluation.classify import classify
 from deqzoo.evaluation.dispatch import budget_curve, evaluate_model, evaluator_of
 from deqzoo.evaluation.files import finite, weights_digest, write_evaluation
+from deqzoo.hub.catalogue import main_figure
 from deqzoo.tasks import metrics
 
 
@@ -122,6 +123,12 @@ def test_budgets_bound_the_steps(tiny_mdeq: Path, cifar_folder: Path) -> None:
     assert [row["max_steps"] for row in budget_curve(evaluator, model, 40, 4)["steps"]][-1] == 30
     model.set_solver(max_steps=40)  # more steps than the default's must not change the answer
     assert [row["max_steps"] for row in budget_curve(evaluator, model, 40, 4)["steps"]][-1] == 40
+
+
+def test_a_figure_of_some_pictures_says_so(tiny_mdeq: Path, cifar_folder: Path) -> None:
+    model = DEQModel.from_pretrained(tiny_mdeq)
+    content = evaluate_model(model, "x", data=cifar_folder, limit=5, budget_samples=0)
+    assert str(main_figure(content)).endswith("on cifar10 test (the first 5 pictures only)")
 
 
 def test_limit_is_recorded(tiny_mdeq: Path, cifar_folder: Path) -> None:

@@ -11,6 +11,7 @@ from killing import kills
 
 from deqzoo import DEQModel, UserError, list_models
 from deqzoo.cli import run
+from deqzoo.data.own import RECORD
 from deqzoo.hub import store
 from deqzoo.hub.catalogue import entries
 from deqzoo.hub.integrity import check_checksums, check_golden, seal
@@ -51,6 +52,26 @@ def test_a_stored_run_verifies(
     assert "0.5" in (folder / "training.json").read_text()
     with pytest.raises(UserError, match="--force"):
         store.store_run(finished, cifar_folder)
+
+
+def test_a_run_on_data_with_one_hold_out(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its test split decides, since there is no other."""
+    asked = []
+
+    def evaluate(model: object, name: str, *, split: str, data: object) -> dict[str, object]:
+        asked.append(split)
+        raise UserError("enough")
+
+    monkeypatch.setattr(store, "evaluate_model", evaluate)
+    for record, first in (
+        ({"train": ["a"]}, "test"),
+        ({"train": ["a"], "validation": ["b"], "one_hold_out": True}, "test"),
+        ({"train": ["a"], "validation": ["b"], "one_hold_out": False}, "validation"),
+    ):
+        (finished / "model" / RECORD).write_text(json.dumps(record))
+        with pytest.raises(UserError, match="enough"):
+            store.store_run(finished, None)
+        assert asked.pop() == first
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../other", "a/b", ".hidden", "--force"])

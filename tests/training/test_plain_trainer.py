@@ -241,6 +241,14 @@ def test_label_smoothing(tmp_path: Path) -> None:
         with torch.no_grad():
             loss = float(text.train(training)(**batch).loss)
         assert smoothed_loss(text, batch, tmp_path, 1e-9) == pytest.approx(loss, rel=1e-4)
+    # transformers' own, which moves the labels itself but does not know what is padding.
+    with torch.no_grad():
+        loss = float(text(ids, labels=ids).loss)
+        plain = Trainer(text, TrainingArguments(tmp_path / "plain", label_smoothing_factor=1e-9))
+        found = float(plain.compute_loss(text, {"input_ids": ids, "labels": ids.clone()}))
+    assert found == pytest.approx(loss, rel=1e-4)
+    with pytest.raises(UserError, match="shift=False"):
+        smoothed_loss(text, {**batch, "shift": False}, tmp_path, 0.3)
     words = text.next_words(ids, ids, attention_mask=mask).flatten()
     with torch.no_grad():
         logits = text(ids, attention_mask=mask).logits.flatten(0, 1)

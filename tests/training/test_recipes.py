@@ -58,6 +58,10 @@ def test_minimal_recipe_loads(tmp_path):
 def test_numbers_that_yaml_reads_as_text(tmp_path):
     path = write(tmp_path, yaml.safe_dump(MINIMAL).replace("lr: 0.1", "lr: 1e-3"))
     assert load_recipe(path).optimizer.lr == 1e-3
+    for number in ("1e-3", "1E-3", "+1e-3", "1.0e-3", "10.e-4"):
+        text = yaml.safe_dump(changed(["stages", 0, "solver"], {"name": "anderson", "tol": 5.0}))
+        recipe = load_recipe(write(tmp_path, text.replace("tol: 5.0", f"tol: {number}")))
+        assert recipe.stages[0].solver["tol"] == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -385,6 +389,16 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, capsys):
     path = write(tmp_path, yaml.safe_dump(MINIMAL) + "batch_size: 7\n")
     assert run(["train", str(path), "--dry-run"]) == 2
     assert "batch_size stands twice" in capsys.readouterr().err
+
+
+def test_stages_of_a_base_that_share_an_anchor(tmp_path):
+    content = yaml.safe_load(yaml.safe_dump(MINIMAL))
+    content["stages"] = [content["stages"][0]] * 2
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(content))
+    assert "*id001" in (tmp_path / "base.yaml").read_text()
+    change = "base: base.yaml\nname: x\ngradients: [{name: jfb}, {name: npg, steps: 2}]\n"
+    recipe = load_recipe(write(tmp_path, change))
+    assert [stage.gradient["name"] for stage in recipe.stages] == ["jfb", "npg"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -94,6 +96,25 @@ class GraphBatch:
         return cls(x, raw.normalized(config.normalization), index, n_graphs)
 
 
+def joined(graphs: Sequence[Any]) -> Any:
+    """A torch_geometric `Batch` of graphs, whose edges weigh 1 where only others have weights.
+
+    torch_geometric goes by the first graph: it would drop the weights of all, or find none.
+    """
+    from torch_geometric.data import Batch
+
+    weighted = [getattr(graph, "edge_weight", None) is not None for graph in graphs]
+    graphs = list(graphs)
+    if any(weighted) and not all(weighted):
+        like = graphs[weighted.index(True)].edge_weight
+        for number, graph in enumerate(graphs):
+            if not weighted[number]:
+                graphs[number] = graph = copy(graph)
+                n_edges = graph.edge_index.shape[1]
+                graph.edge_weight = like.new_ones((n_edges, *like.shape[1:]))
+    return Batch.from_data_list(graphs)
+
+
 def graph_fields(data: Any) -> dict[str, Any]:
     """Return the model's arguments from a torch_geometric `Data` or `Batch` (or anything alike).
 
@@ -103,9 +124,7 @@ def graph_fields(data: Any) -> dict[str, Any]:
         UserError: it has no node features or no edges attribute.
     """
     if isinstance(data, (list, tuple)) and data and all(hasattr(d, "edge_index") for d in data):
-        from torch_geometric.data import Batch
-
-        data = Batch.from_data_list(list(data))
+        data = joined(data)
     read = data.get if isinstance(data, dict) else partial(getattr, data)
     fields = {"edge_weight": None, "batch": None}
     for name in ("x", "edge_index", "edge_weight", "batch"):
