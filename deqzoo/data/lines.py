@@ -214,6 +214,11 @@ def holds_records(path: Path) -> bool:
     return _suffix(path) in (".parquet", *RECORDS)
 
 
+def bare_stem(path: Path) -> str:
+    """A file's name without its suffix and that of its compression."""
+    return Path(path.stem if path.suffix in _COMPRESSED else path.name).stem
+
+
 def _suffix(path: Path) -> str:
     """The suffix that says what a file holds, below that of its compression."""
     return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix

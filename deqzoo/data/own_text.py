@@ -3,37 +3,105 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deqzoo.data.lines import Fragment, read_lines, text_files
+from deqzoo.data.lines import Fragment, bare_stem, read_lines, text_files
 from deqzoo.data.own import FEWEST, HELD_OUT, require_split
+from deqzoo.data.shards import parquet_shards
+from deqzoo.data.splits import SPLIT_OF, split_of
 from deqzoo.data.text import END, UNKNOWN, Corpus, TextSource, count_vocabulary, encode_rows
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text
 
+_SHARD = re.compile(r"([A-Za-z]+)-\d+(?:-of-\d+)?(?:-[0-9a-f]{8,})?")
+"""The stem of a split's file as the Hub names it."""
+
 
 @dataclass(frozen=True)
 class OwnText:
-    """Lines of texts, and a name for them."""
+    """Lines of texts, and a name for them.
+
+    Attributes:
+        lines: to train on, or all where no splits are stored.
+        name: of the text.
+        stored: lines of the splits "validation" and "test", where files or folders are named so.
+    """
 
     lines: list[str]
     name: str
+    stored: dict[str, list[str]] = field(default_factory=dict)
 
     def divided(self, share: float = HELD_OUT / 2) -> tuple[list[str], list[str]]:
-        """Lines to train on, and the last tenth.
+        """Lines to train on, and a stored split or the last tenth.
 
         Args:
             share: that is held out.
 
         Raises:
-            UserError: fewer than two lines.
+            UserError: no lines to train on, or fewer than two where none are stored to hold out.
         """
+        self._require_lines()
+        stored = self.stored.get("validation") or self.stored.get("test")
+        return (self.lines, stored) if stored else self._cut(share)
+
+    def divided_in_three(
+        self, share: float = HELD_OUT / 2
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Lines to train on, those that choose weights, and those that are measured.
+
+        Stored splits where there are; what is missing is the last tenth of the lines to train on,
+        and the tenth before it. The second part is empty where it would have fewer than `FEWEST`
+        lines or no word.
+
+        Raises:
+            UserError: no lines to train on, or fewer than two where none are stored to measure.
+        """
+        self._require_lines()
+        if "test" in self.stored:
+            rest, held_out = self.lines, self.stored["test"]
+            count = max(1, round(len(rest) * share))
+        else:
+            rest, held_out = self._cut(share)
+            count = len(held_out)
+        if "validation" in self.stored:
+            return rest, self.stored["validation"], held_out
+        cut = len(rest) - count
+        few = count < FEWEST or cut < FEWEST or not "".join(rest[cut:]).strip()
+        return (rest, [], held_out) if few else (rest[:cut], rest[cut:], held_out)
+
+    def record(self, training: list[str], choosing: list[str]) -> dict[str, Any]:
+        """What a model keeps of the text that it was trained on.
+
+        Args:
+            training: lines that it learnt, the first of `lines`.
+            choosing: lines that chose its weights alone.
+        """
+        drawn = 0 if "validation" in self.stored else len(choosing)
+        stored = {split: text_digest(lines) for split, lines in self.stored.items()}
+        return {
+            "kind": "text",
+            "name": self.name,
+            "lines": len(training),
+            "validation": drawn,  # lines behind those
+            "train": text_digest(training),
+            **({"stored": stored} if stored else {}),
+        }
+
+    def _require_lines(self) -> None:
+        if not self.lines and self.stored:
+            raise UserError(
+                f"{self.name} has no split to train on, but {', '.join(self.stored)}: name a file "
+                "or folder of it train"
+            )
+
+    def _cut(self, share: float) -> tuple[list[str], list[str]]:
         if len(self.lines) < 2:
             raise UserError(
                 f"{self.name} has {len(self.lines)} line(s); at least two are needed, since the "
@@ -42,34 +110,60 @@ class OwnText:
         cut = len(self.lines) - max(1, round(len(self.lines) * share))
         return self.lines[:cut], self.lines[cut:]
 
-    def divided_in_three(
-        self, share: float = HELD_OUT / 2
-    ) -> tuple[list[str], list[str], list[str]]:
-        """Lines to train on, the tenth that chooses weights, and the last tenth, to be measured.
-
-        The second part is empty where it would have fewer than `FEWEST` lines or no word.
-
-        Raises:
-            UserError: fewer than two lines.
-        """
-        rest, held_out = self.divided(share)
-        cut = len(rest) - len(held_out)
-        few = len(held_out) < FEWEST or cut < FEWEST or not "".join(rest[cut:]).strip()
-        return (rest, [], held_out) if few else (rest[:cut], rest[cut:], held_out)
-
 
 def load_own_text(path: str | Path, column: str | None = None) -> OwnText:
-    """All lines of a text file, a table of texts, or a folder of them.
+    """The lines of a text file, a table of texts, or a folder of them.
+
+    Files of a folder that are named by splits (`train.txt`, `Valid/a.txt`, `wiki.test.tokens`,
+    `train-00000-of-00001.parquet`) are those splits.
 
     Raises:
-        UserError: nothing there that is text.
+        UserError: nothing there that is text, or only some files are named by splits.
     """
     files = text_files(path)
+    path = Path(path).expanduser()
+    parts = _by_split(path, files) if path.is_dir() else {"train": files}
+    read = {split: _all_lines(inside, column) for split, inside in parts.items()}
+    lines = read.pop("train", [])
+    stored = {split: part for split, part in read.items() if part}
+    return OwnText(lines, path.stem if path.is_file() else path.resolve().name, stored)
+
+
+def _by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files of a folder by split; "train" where none is named by one.
+
+    Raises:
+        UserError: only some are, or a part of a split is missing.
+    """
+    found: dict[str | None, list[Path]] = {}
+    for file in files:
+        found.setdefault(_split_of_file(file.relative_to(folder)), []).append(file)
+    others = found.pop(None, [])
+    if not found:
+        return {"train": others}
+    # A README tells of the data, as in a copy from the Hub.
+    if others := [file for file in others if bare_stem(file).casefold() != "readme"]:
+        raise UserError(
+            f"{others[0]} is named by no split, as others are ({', '.join(map(str, found))}): name "
+            "it, or a folder around it, train, validation or test, or take it away"
+        )
+    for word in SPLIT_OF:
+        parquet_shards(folder, word)  # refuses those that are incomplete
+    return {split: inside for split, inside in found.items() if split is not None}
+
+
+def _split_of_file(file: Path) -> str | None:
+    """The split that a file's folders name, or its own name."""
+    stem = bare_stem(file)
+    shard = _SHARD.fullmatch(stem)
+    return split_of([*file.parts[:-1], shard[1] if shard else stem.rpartition(".")[2]])
+
+
+def _all_lines(files: Sequence[Path], column: str | None) -> list[str]:
     lines = [line for file in files for line in _whole_lines(read_lines(file, column))]
     while lines and not lines[-1].strip():
         lines.pop()
-    path = Path(path).expanduser()
-    return OwnText(lines, path.stem if path.is_file() else path.resolve().name)
+    return lines
 
 
 def _whole_lines(pieces: Iterator[str]) -> Iterator[str]:
@@ -88,8 +182,9 @@ def own_corpus(
 ) -> tuple[Corpus, dict[str, Any]]:
     """A text of one's own as a corpus with its own vocabulary, and its record.
 
-    The last tenth of the lines is the validation split, and the test split. Words that the lines to
-    train on hold less than `min_count` times are `<unk>`.
+    Without stored splits the last tenth of the lines is the validation split; where one of the two
+    is missing, validation and test split are the same. Words that the lines to train on hold less
+    than `min_count` times are `<unk>`.
 
     Args:
         path: see `load_own_text`.
@@ -101,9 +196,12 @@ def own_corpus(
     """
     text = load_own_text(path, column)
     training, held_out = text.divided()
+    parts = {"train": training, "validation": held_out}
+    if len(text.stored) == 2:
+        parts["test"] = text.stored["test"]
     rows = {
         split: prepare_text("\n".join(lines), (), "wikitext").text.split("\n")
-        for split, lines in (("train", training), ("validation", held_out))
+        for split, lines in parts.items()
     }
     counts = Counter(word for row in rows["train"] for word in row.split())
     kept = [word for word in count_vocabulary(rows["train"]) if counts[word] >= min_count]
@@ -115,40 +213,45 @@ def own_corpus(
             raise UserError(f"{text.name} holds no word in its {split} part")
         encoded = [i for row in encode_rows(part, index, index[UNKNOWN]) for i in row]
         streams[split] = torch.tensor(encoded, dtype=torch.int32)
-    streams["test"] = streams["validation"]
+    streams.setdefault("test", streams["validation"])
     source = TextSource(
         name=text.name, title=text.name, repository="", folder="", column="text", lowercase=False,
         counted=("train",), tokens={split: len(stream) for split, stream in streams.items()},
         vocabulary_size=len(vocabulary),
     )  # fmt: skip
-    record = {
-        "kind": "text", "name": text.name, "lines": len(training), "train": text_digest(training),
-    }  # fmt: skip
-    return Corpus(source, tuple(vocabulary), streams), record
+    return Corpus(source, tuple(vocabulary), streams), text.record(training, [])
 
 
 def lines_of_split(text: OwnText, split: str, record: dict[str, Any] | None) -> list[str]:
     """Lines of a text to measure a model on: "train", "validation", "test" or "all".
 
+    A split that the text stores is taken as it is, and where it stores no test split nor leaves
+    anything for it, its validation split measures.
+
     Raises:
         UserError: another split, or one that the model does not know.
     """
     require_split(split)
-    record = record or {}
-    cut = int(record.get("lines", 0))
-    known = cut > 0 and text_digest(text.lines[:cut]) == record.get("train")
-    chosen = cut + (0 if record.get("one_hold_out") else int(record.get("validation", 0)))
-    if split == "train" and not known:
-        raise UserError(f"the model was not trained on {text.name} as it is now")
-    if split == "validation" and (not known or chosen == cut):
-        raise UserError(f"no lines of {text.name} chose the model's weights alone")
-    if split == "all" or not known:
-        return text.lines
-    return {
-        "train": text.lines[:cut],
-        "validation": text.lines[cut:chosen],
-        "test": text.lines[chosen:],
-    }[split]
+    if split in text.stored:
+        return text.stored[split]
+    cut = int((record or {}).get("lines", 0))
+    known = record is not None and cut > 0 and text_digest(text.lines[:cut]) == record.get("train")
+    apart = 0 if record is None or record.get("one_hold_out") else int(record.get("validation", 0))
+    if split == "all":
+        return [line for part in (text.lines, *text.stored.values()) for line in part]
+    if split == "train":
+        if not known and (record is not None or not text.stored):
+            raise UserError(f"the model was not trained on {text.name} as it is now")
+        return text.lines[:cut] if known else text.lines
+    if split == "validation":
+        if not known or not apart:
+            raise UserError(f"no lines of {text.name} chose the model's weights alone")
+        return text.lines[cut : cut + apart]
+    if known:
+        rest = text.lines[cut + apart :]
+    else:  # a model without a record may have learnt what is stored to train on
+        rest = [] if record is None and text.stored else text.lines
+    return rest or text.stored.get("validation", [])
 
 
 def text_digest(lines: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deqzoo.data.own import write_record
-from deqzoo.data.own_text import load_own_text, own_corpus, text_digest
+from deqzoo.data.own_text import load_own_text, own_corpus
 from deqzoo.data.text import (
     END,
     UNKNOWN,
@@ -347,14 +347,7 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
         held_out=segments(choosing or test)[0],
         collate=_collate_segments,
         save_processor=tokenizer.save_pretrained,
-        record={
-            "kind": "text",
-            "name": text.name,
-            "lines": len(training),
-            "validation": len(choosing or test),
-            "one_hold_out": not choosing,
-            "train": text_digest(training),
-        },
+        record={**text.record(training, choosing), "one_hold_out": not choosing},
         last_layers=("transformer.embedding", "lm_head"),
         lr=3e-4,
         unit="lines",

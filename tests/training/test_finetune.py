@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import deqzoo
 from deqzoo.cli import run
-from deqzoo.data import own, own_pictures
+from deqzoo.data import own, own_pictures, own_text
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
 from deqzoo.tasks.finetuning import Settings
@@ -372,6 +372,88 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert json.loads((tmp_path / "e.json").read_text())["data"]["samples"] == 4
 
 
+NAMED = ("train", "valid", "test")
+
+
+def write_splits(folder: Path, form: str = "{}.txt", names=NAMED, count: int = 60) -> Path:
+    """A folder of texts whose words say which split they are of."""
+    for name in names:
+        file = folder / form.format(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"the {name.lower()[:2]} dog"] * (count if name.lower()[:2] == "tr" else 4)
+        if file.suffix == ".parquet":
+            pq.write_table(pa.table({"text": lines}), file)
+        else:
+            file.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    (
+        ("{}.txt", NAMED),
+        ("{}.txt", ("Training", "DEV", "Test")),
+        ("wiki.{}.tokens", NAMED),
+        ("{}/a.txt", ("Train", "val", "TEST")),
+        ("{}-00000-of-00001.parquet", ("train", "validation", "test")),
+        ("data/{}.parquet", NAMED),
+    ),
+)
+def test_stored_splits_of_texts(tmp_path: Path, form: str, names: tuple[str, ...]) -> None:
+    folder = write_splits(tmp_path / "sp", form, names)
+    (folder / "README.md").write_text("what they are")
+    text = own_text.load_own_text(folder)
+    parts = text.divided_in_three()
+    assert [len(part) for part in parts] == [60, 4, 4]
+    for part, name in zip(parts, names, strict=True):
+        assert set(part) == {f"the {name.lower()[:2]} dog"}
+    (folder / "more.txt").write_text("and the cat")
+    with pytest.raises(UserError, match="more.txt is named by no split, as others are"):
+        own_text.load_own_text(folder)
+
+
+def test_what_texts_do_not_store_is_drawn(tmp_path: Path) -> None:
+    for stored, sizes, chosen in (
+        (("train",), (48, 6, 6), 6),
+        (("train", "test"), (54, 6, 4), 6),
+        (("train", "valid"), (54, 4, 6), 0),
+        (NAMED, (60, 4, 4), 0),
+    ):
+        text = own_text.load_own_text(write_splits(tmp_path / "-".join(stored), names=stored))
+        parts = text.divided_in_three()
+        assert tuple(map(len, parts)) == sizes, stored
+        record = text.record(*parts[:2])
+        assert record["lines"] == sizes[0] and record["validation"] == chosen
+        for split, part in zip(own.SPLITS, parts, strict=True):
+            assert own_text.lines_of_split(text, split, record) == part
+        assert len(own_text.lines_of_split(text, "all", record)) == sum(sizes)
+    # What chose the weights of a recipe measures them, where nothing else can.
+    training, other = (text := own_text.load_own_text(tmp_path / "train-valid")).divided()
+    record = text.record(training, [])
+    assert own_text.lines_of_split(text, "test", record) == other == ["the va dog"] * 4
+    assert own_text.lines_of_split(text, "test", None) == other
+    text = own_text.load_own_text(write_splits(tmp_path / "none", names=("valid", "test")))
+    with pytest.raises(UserError, match="no split to train on"):
+        text.divided_in_three()
+    write_splits(tmp_path / "half", "{}-00000-of-00002.parquet", ("train",))
+    with pytest.raises(UserError, match="names say that there are 2"):
+        own_text.load_own_text(tmp_path / "half")
+
+
+def test_the_stored_test_split_of_a_text_is_measured(tmp_path: Path, capsys) -> None:
+    base, output = tiny_text(tmp_path / "base"), tmp_path / "tuned"
+    data = write_splits(tmp_path / "sp2")
+    options = ["--max-steps", 1, "--tokenizer", "build"]
+    printed = finetuned(capsys, base, "--data", data, "--output", output, *options)
+    assert "sp2 test" in printed and "chose the weights" not in printed
+    words = json.loads((output / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "tr" in words and not {"te", "va"} & set(words)  # nothing of theirs was learnt
+    test = own_text.text_digest(["the te dog"] * 4)
+    content = evaluated(output, data, tmp_path)
+    assert content["data"]["fingerprint"] == test and content["data"]["samples"] == 4 * 4
+    assert json.loads((output / "own_data.json").read_text())["stored"]["test"] == test
+
+
 @pytest.mark.parametrize("cutoffs", ((), (4,)))
 def test_known_words_keep_their_vectors(tmp_path: Path, cutoffs: tuple[int, ...]) -> None:
     model = deqzoo.DEQModel.from_pretrained(tiny_text(tmp_path / "base", cutoffs))
@@ -624,6 +706,18 @@ def test_text_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert record["data"]["samples"] == 5 * (7 + 11) and record["data"]["unknown_share"] == 0
     (row,) = lines(capsys, "perplexity", file, "--model", model)
     assert row["unknown_share"] == 0
+
+
+def test_stored_splits_of_texts_in_recipes(tmp_path: Path) -> None:
+    corpus, record = own_text.own_corpus(write_splits(tmp_path / "sp"))
+    assert {split: len(corpus.stream(split)) for split in own.SPLITS} == {
+        "train": 240, "validation": 16, "test": 16,
+    }  # fmt: skip
+    assert not {"va", "te"} & set(corpus.vocabulary) and record["lines"] == 60
+    assert not torch.equal(corpus.stream("test"), corpus.stream("train")[:16])
+    two, _ = own_text.own_corpus(write_splits(tmp_path / "two", names=("train", "test")))
+    assert torch.equal(two.stream("validation"), two.stream("test"))
+    assert len(two.stream("train")) == 240
 
 
 def test_graphs_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
