@@ -9,6 +9,7 @@ import bz2
 import codecs
 import gzip
 import json
+import logging
 import lzma
 import re
 import sys
@@ -22,6 +23,7 @@ from pyarrow.lib import ArrowException
 from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import visible_files
 
+logger = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 16  # characters; longer lines are read in fragments
 COLUMNS = ("text", "sentence", "content", "document", "article", "body")
@@ -56,9 +58,15 @@ def text_files(source: str | Path) -> list[Path]:
         if not path.exists():
             raise UserError(f"no file {path}")
         return [path]  # a pipe of the shell's, too
-    files = [file for file in visible_files(path) if _suffix(file) in SUFFIXES]
+    inside = list(visible_files(path))
+    files = [file for file in inside if _suffix(file) in SUFFIXES]
     if not files:
         raise UserError(f"folder {path} holds no text ({', '.join(SUFFIXES)})")
+    if tables := [file for file in inside if _suffix(file) in _OTHERS]:
+        logger.warning(
+            "%d file(s) of %s are passed over, as %s: give .parquet or .jsonl with a column of "
+            "texts", len(tables), path, tables[0].name,
+        )  # fmt: skip
     return files
 
 
@@ -86,12 +94,12 @@ def read_lines(source: str | Path, column: str | None = None) -> Iterator[str]:
             f"{path} is no plain text: its marks would be scored as words; give .txt, or .parquet "
             "or .jsonl (an object per line) with a column of texts"
         )
-    if path.suffix == ".parquet":
+    if _suffix(path) == ".parquet":
         for row in parquet_rows(path, text_column(path, column)):
             yield from _row_lines(row)
         return
     with as_user_error(f"cannot read {path}", OSError, EOFError, lzma.LZMAError):
-        with _COMPRESSED.get(path.suffix, open)(path, "rb") as stream:
+        with _COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as stream:
             lines = _decoded_lines(stream, str(path))
             yield from _records(lines, path, column) if _suffix(path) in RECORDS else lines
 
@@ -121,7 +129,7 @@ def text_column(path: Path, column: str | None = None) -> str:
     Raises:
         UserError: the file cannot be read, or it is not clear which column is meant.
     """
-    if path.suffix == ".parquet":
+    if _suffix(path) == ".parquet":
         with as_user_error(f"cannot read {path}", ArrowException, OSError, most=160):
             names = _string_columns(pq.ParquetFile(path))
     else:
@@ -153,7 +161,7 @@ def _string_columns(parquet: pq.ParquetFile) -> list[str]:
 
 
 def _first_records(path: Path) -> Iterator[dict[str, Any]]:
-    with _COMPRESSED.get(path.suffix, open)(path, "rb") as stream:
+    with _COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as stream:
         for line in _decoded_lines(stream, str(path)):
             if line.strip():
                 yield _record(line, path)
@@ -216,12 +224,17 @@ def holds_records(path: Path) -> bool:
 
 def bare_stem(path: Path) -> str:
     """A file's name without its suffix and that of its compression."""
-    return Path(path.stem if path.suffix in _COMPRESSED else path.name).stem
+    return _inner(path).stem
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that says what a file holds, below that of its compression."""
-    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+    """The suffix that says what a file holds, below that of its compression, in small letters."""
+    return _inner(path).suffix.lower()
+
+
+def _inner(path: Path) -> Path:
+    """The name of a file when it is unpacked."""
+    return Path(path.stem if path.suffix.lower() in _COMPRESSED else path.name)
 
 
 def _decoded_lines(stream: Any, name: str) -> Iterator[str]:

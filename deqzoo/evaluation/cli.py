@@ -176,7 +176,8 @@ def _progress(file: str) -> Any:
     """A bar over the bytes of a file, on a terminal only."""
     from tqdm import tqdm
 
-    counted = Path(file).suffix not in ("", ".parquet", ".gz", ".bz2", ".xz") and file != "-"
+    suffix = Path(file).suffix.lower()
+    counted = suffix not in ("", ".parquet", ".gz", ".bz2", ".xz") and file != "-"
     total = Path(file).expanduser().stat().st_size if counted else None
     return tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 

@@ -1,5 +1,6 @@
 """Perplexity: exact counts, streaming, agreement with the evaluation, errors."""
 
+import gzip
 import io
 import json
 import math
@@ -133,7 +134,26 @@ def test_records_with_nothing_and_with_half_a_character(tmp_path: Path) -> None:
         list(read_lines(file))
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.tsv", "a.csv.gz"])
+def test_suffixes_in_capitals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Read as what they say; tables that no text is taken from are told of."""
+    record = json.dumps({"text": "a b"}).encode()
+    (tmp_path / "a.JSONL").write_bytes(record)
+    (tmp_path / "b.Jsonl.GZ").write_bytes(gzip.compress(record))
+    (tmp_path / "c.TXT").write_text("a b")
+    pq.write_table(pa.table({"text": ["a b"]}), tmp_path / "d.PARQUET")
+    files = reading.text_files(tmp_path)
+    assert [file.name for file in files] == ["a.JSONL", "b.Jsonl.GZ", "c.TXT", "d.PARQUET"]
+    assert [list(read_lines(file)) for file in files] == [["a b"]] * 4 and not caplog.records
+    assert [reading.holds_records(file) for file in files] == [True, True, False, True]
+    assert reading.text_column(tmp_path / "b.Jsonl.GZ") == "text"
+    for name in ("e.CSV", "f.json"):
+        (tmp_path / name).write_text("{}")
+    assert reading.text_files(tmp_path) == files
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("2 file(s) of ") and "as e.CSV: give .parquet or .jsonl" in said
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.tsv", "a.csv.gz", "a.CSV"])
 def test_tables_are_not_scored_as_words(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"text,label\n")
     with pytest.raises(UserError, match="marks would be scored as words"):
