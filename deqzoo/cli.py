@@ -156,6 +156,10 @@ def evaluate(
     name: ModelName,
     data: DataFolder = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "test",
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column of your own texts in .jsonl and .parquet; else finetune's."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="File to write; by default in the model's folder `evaluation`."),
@@ -201,7 +205,7 @@ def evaluate(
 
     try:
         content = evaluate_model(
-            model, deqzoo.zoo.own_name(name), split=split, data=data,
+            model, deqzoo.zoo.own_name(name), split=split, data=data, column=column,
             batch_size=batch_size, limit=limit, budget_samples=None if budget else 0,
             on_figures=write,
         )  # fmt: skip

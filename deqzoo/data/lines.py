@@ -70,7 +70,7 @@ def text_files(source: str | Path) -> list[Path]:
     return files
 
 
-def read_lines(source: str | Path, column: str | None = None) -> Iterator[str]:
+def read_lines(source: str | Path, column: str | Sequence[str] | None = None) -> Iterator[str]:
     """Lines of a text file, of standard input ("-"), or of the texts in a table, one by one.
 
     Overlong lines come as fragments that end between words, so that memory stays bounded.
@@ -118,13 +118,13 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
             yield from (row or "" for row in batch.column(0).to_pylist())
 
 
-def text_column(path: Path, column: str | None = None) -> str:
+def text_column(path: Path, column: str | Sequence[str] | None = None) -> str:
     """The column of a table that holds its texts.
 
     Args:
         path: a parquet file or JSON lines.
-        column: where it is known; else the one with a usual name (`COLUMNS`), or the only one that
-            holds strings.
+        column: where it is known; of several the first that it has. Else the one with a usual name
+            (`COLUMNS`), or the only one that holds strings.
 
     Raises:
         UserError: the file cannot be read, or it is not clear which column is meant.
@@ -138,12 +138,12 @@ def text_column(path: Path, column: str | None = None) -> str:
     return _choose(names, column, path)
 
 
-def _choose(names: Sequence[str], column: str | None, path: Path) -> str:
-    if column is not None:
+def _choose(names: Sequence[str], column: str | Sequence[str] | None, path: Path) -> str:
+    if isinstance(column, str):
         if column in names:
             return column
         raise UserError(f"{path} has no column of text {column!r}; it has {_listed(names)}")
-    usual = [name for name in COLUMNS if name in names]
+    usual = [name for name in (*(column or ()), *COLUMNS) if name in names]
     if usual or len(names) == 1:
         return (usual or names)[0]
     if not names:
@@ -167,7 +167,7 @@ def _first_records(path: Path) -> Iterator[dict[str, Any]]:
                 yield _record(line, path)
 
 
-def _records(lines: Iterator[str], path: Path, column: str | None) -> Iterator[str]:
+def _records(lines: Iterator[str], path: Path, column: str | Sequence[str] | None) -> Iterator[str]:
     """Lines of the texts of JSON lines: objects with a text, all under one key."""
     whole = ""
     for line in lines:
@@ -176,7 +176,8 @@ def _records(lines: Iterator[str], path: Path, column: str | None) -> Iterator[s
             continue
         if whole.strip():
             record = _record(whole, path)
-            column = column or _choose(_text_names(record, None), None, path)
+            if not isinstance(column, str):
+                column = _choose(_text_names(record, column), column, path)
             value = record.get(column)
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{path}: {column!r} is no text in a record: {str(value)[:40]!r}")
@@ -186,9 +187,9 @@ def _records(lines: Iterator[str], path: Path, column: str | None) -> Iterator[s
         whole = ""
 
 
-def _text_names(record: dict[str, Any], column: str | None) -> list[str]:
+def _text_names(record: dict[str, Any], column: str | Sequence[str] | None) -> list[str]:
     """Keys of texts; one may be null, where its name says what it is."""
-    known = (*COLUMNS, column)
+    known = (*COLUMNS, *([column] if isinstance(column, str) else column or ()))
     return [k for k, v in record.items() if isinstance(v, str) or v is None and k in known]
 
 

@@ -115,6 +115,19 @@ def require_split(split: str) -> None:
         )
 
 
+def require_texts(task: str | None) -> None:
+    """Refuse a column of texts for a model of another task.
+
+    Raises:
+        UserError: it is one.
+    """
+    if task != "language-modeling":
+        raise UserError(
+            "--column names the texts in a table, but the model reads none; leave it out (the "
+            "labels of pictures are named by finetune --label-column)"
+        )
+
+
 def rows_of_split(digests: Sequence[str], record: dict[str, Any], split: str) -> list[int]:
     """Rows of a split, see `unseen`; there may be none."""
     if split == "all":

@@ -32,11 +32,13 @@ class OwnText:
         lines: to train on, or all where no splits are stored.
         name: of the text.
         stored: lines of the splits "validation" and "test", where files or folders are named so.
+        column: of a table that the lines are from, where somebody said which.
     """
 
     lines: list[str]
     name: str
     stored: dict[str, list[str]] = field(default_factory=dict)
+    column: str | None = None
 
     def divided(self, share: float = HELD_OUT / 2) -> tuple[list[str], list[str]]:
         """Lines to train on, and a stored split or the last tenth.
@@ -92,6 +94,7 @@ class OwnText:
             "validation": drawn,  # lines behind those
             "train": text_digest(training),
             **({"stored": stored} if stored else {}),
+            **({"column": self.column} if self.column else {}),
         }
 
     def _require_lines(self) -> None:
@@ -111,11 +114,15 @@ class OwnText:
         return self.lines[:cut], self.lines[cut:]
 
 
-def load_own_text(path: str | Path, column: str | None = None) -> OwnText:
+def load_own_text(path: str | Path, column: str | Sequence[str] | None = None) -> OwnText:
     """The lines of a text file, a table of texts, or a folder of them.
 
     Files of a folder that are named by splits (`train.txt`, `Valid/a.txt`, `wiki.test.tokens`,
     `train-00000-of-00001.parquet`) are those splits.
+
+    Args:
+        path: of the file or folder.
+        column: of tables, see `text_column`.
 
     Raises:
         UserError: nothing there that is text, or only some files are named by splits.
@@ -126,7 +133,8 @@ def load_own_text(path: str | Path, column: str | None = None) -> OwnText:
     read = {split: _all_lines(inside, column) for split, inside in parts.items()}
     lines = read.pop("train", [])
     stored = {split: part for split, part in read.items() if part}
-    return OwnText(lines, path.stem if path.is_file() else path.resolve().name, stored)
+    name = path.stem if path.is_file() else path.resolve().name
+    return OwnText(lines, name, stored, column if isinstance(column, str) else None)
 
 
 def _by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -159,7 +167,7 @@ def _split_of_file(file: Path) -> str | None:
     return split_of([*file.parts[:-1], shard[1] if shard else stem.rpartition(".")[2]])
 
 
-def _all_lines(files: Sequence[Path], column: str | None) -> list[str]:
+def _all_lines(files: Sequence[Path], column: str | Sequence[str] | None) -> list[str]:
     lines = [line for file in files for line in _whole_lines(read_lines(file, column))]
     while lines and not lines[-1].strip():
         lines.pop()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from deqzoo.data.own import require_texts
 from deqzoo.errors import UserError
 from deqzoo.evaluation.base import Evaluator
 from deqzoo.evaluation.files import describe_environment, describe_model
@@ -27,6 +29,7 @@ def evaluator_of(
     split: str = "test",
     data: str | os.PathLike[str] | None = None,
     *,
+    column: str | None = None,
     batch_size: int = 128,
     limit: int | None = None,
     progress: bool = True,
@@ -36,11 +39,15 @@ def evaluator_of(
     Raises:
         UserError: no evaluation for this model, or no data.
     """
-    info = TASKS.get(task_of(type(model).__name__) or "")
+    task = task_of(type(model).__name__)
+    info = TASKS.get(task or "")
     if info is None:
         raise UserError(f"{type(model).__name__} has no evaluation here")
     make = load(info.evaluator)
-    return make(model, split, data, batch_size=batch_size, limit=limit, progress=progress)
+    if column is not None:
+        require_texts(task)
+    how: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "progress": progress}
+    return make(model, split, data, **how, **({} if column is None else {"column": column}))
 
 
 def evaluate_model(
@@ -49,6 +56,7 @@ def evaluate_model(
     *,
     split: str = "test",
     data: str | os.PathLike[str] | None = None,
+    column: str | None = None,
     batch_size: int = 128,
     limit: int | None = None,
     budget_samples: int | None = None,
@@ -62,6 +70,7 @@ def evaluate_model(
         name: what the file calls the model.
         split: of the data set.
         data: local copy of the data set; its own repository if None.
+        column: of the texts in a table of one's own; if None the one that the model was trained on.
         batch_size: samples per forward.
         limit: only the first samples; the file says so.
         budget_samples: samples for quality against solver steps; 0 leaves that out, None takes
@@ -74,7 +83,7 @@ def evaluate_model(
         UserError: no evaluation for this model, or no data.
     """
     evaluator = evaluator_of(
-        model, split, data, batch_size=batch_size, limit=limit, progress=progress
+        model, split, data, column=column, batch_size=batch_size, limit=limit, progress=progress
     )
     described = evaluator.describe()
     limited = limit is not None and described.get("limit") == limit
@@ -89,6 +98,7 @@ def evaluate_model(
         "budget": None,
         "environment": describe_environment(model) | evaluator.environment(),
         "command": f"deqzoo evaluate {name}{source} --split {split}"
+        + ("" if column is None else f" --column {shlex.quote(column)}")
         + (f" --limit {limit}" if limited else ""),
     }
     if measured := evaluator.interrupted:

@@ -43,6 +43,10 @@ class TextEvaluator(Evaluator):
     The split is one stream in reading order, so that a batch size has no influence; the figure is
     the one of `deqzoo perplexity --pretokenized`.
 
+    Args:
+        arguments, how: see `Evaluator`.
+        column: of the texts in a table; if None the one that the model was trained on.
+
     Raises:
         UserError: the data are missing, and the vocabulary is that of no known corpus.
     """
@@ -52,9 +56,13 @@ class TextEvaluator(Evaluator):
     unit = "tokens"
     budget_samples = 10_000
 
+    def __init__(self, *arguments: Any, column: str | None = None, **how: Any) -> None:
+        self.column = column
+        super().__init__(*arguments, **how)
+
     def load(self, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> None:
         tokenizer = load_tokenizer(self.model)
-        self.stream, self.description = _stream_of(self.model, tokenizer, split, data)
+        self.stream, self.description = _stream_of(self.model, tokenizer, split, data, self.column)
         self.count = len(self.stream)
         self.limit_to(limit)
         self.stream = self.stream[: self.count]
@@ -80,14 +88,18 @@ def _stream_of(
     tokenizer: PreTrainedTokenizerFast,
     split: str,
     data: str | os.PathLike[str] | None,
+    column: str | None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Word indices (n,) of a text of one's own or of the model's corpus, and what they are."""
     record = read_record(model.config._name_or_path)
     if data is None or (record is None and not _is_text(tokenizer, data)):
+        if column is not None:
+            raise UserError("--column is of texts of your own: name a table of them with --data")
         source = corpus_of(tokenizer)
         stream = corpus_stream(source, split, data, tokenizer)
         return stream, describe_stream(source, split, stream)
-    text = load_own_text(Path(data))
+    remembered = (record or {}).get("column")
+    text = load_own_text(Path(data), column or ([remembered] if remembered else None))
     lines = lines_of_split(text, split, record)
     vocabulary, style = tokenizer.get_vocab(), text_style(tokenizer)
     prepared = prepare_text("\n".join(lines), vocabulary, style)

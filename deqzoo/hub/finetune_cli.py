@@ -39,6 +39,9 @@ def finetune(
     label_column: Annotated[
         str | None, typer.Option(help="Column of the labels in a table of pictures.")
     ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the texts in .jsonl and .parquet files.")
+    ] = None,
     held_out: Annotated[
         float, typer.Option(help="Share kept to be measured; half as much chooses the weights.")
     ] = 0.2,
@@ -70,6 +73,7 @@ def finetune(
             epochs=epochs, batch_size=batch_size, lr=lr, solver=solver, gradient=gradient,
             freeze=freeze, seed=seed, report_to=tuple(report_to.split(",")), held_out=held_out,
             max_steps=max_steps, augment=augment, tokenizer=tokenizer, label_column=label_column,
+            column=column,
         )  # fmt: skip
         job = prepare(model, data, settings)
         for line in warnings_of(job):

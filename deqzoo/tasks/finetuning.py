@@ -42,6 +42,8 @@ class Settings:
         augment: vary pictures.
         tokenizer: of texts: "keep" the model's, "extend" it by the new words, or "build" one of
             the text's own words.
+        label_column: of the labels in a table of pictures.
+        column: of the texts in a table of them.
     """
 
     epochs: float | None = None
@@ -57,6 +59,7 @@ class Settings:
     augment: bool = True
     tokenizer: str = "keep"
     label_column: str | None = None
+    column: str | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("freeze", FREEZE), ("tokenizer", TOKENIZERS)):

@@ -319,7 +319,7 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
     Raises:
         UserError: there is none, or it holds no word.
     """
-    text = load_own_text(data)
+    text = load_own_text(data, settings.column)
     training, choosing, test = text.divided_in_three(settings.held_out / 2)
     model = load()
     tokenizer = load_tokenizer(model)

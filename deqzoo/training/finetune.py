@@ -55,9 +55,12 @@ def prepare(name: str | Path, data: str | Path, settings: Settings) -> Job:
         UserError: no such model, one of another task, or data that it cannot learn.
     """
     kind = type(DEQModel.from_pretrained(name)).__name__
-    info = TASKS.get(task_of(kind) or "")
+    task = task_of(kind)
+    info = TASKS.get(task or "")
     if info is None or info.finetuning is None:
         raise UserError(f"{name} is of class {kind}, which learns no data of one's own")
+    if settings.column is not None:
+        own.require_texts(task)
     make = load(info.finetuning)
     set_seed(settings.seed)
     return make(lambda **changes: DEQModel.from_pretrained(name, **changes), data, settings)

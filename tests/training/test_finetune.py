@@ -454,6 +454,45 @@ def test_the_stored_test_split_of_a_text_is_measured(tmp_path: Path, capsys) -> 
     assert json.loads((output / "own_data.json").read_text())["stored"]["test"] == test
 
 
+def test_a_column_of_texts_is_remembered(tmp_path: Path, tiny_mdeq: Path, capsys) -> None:
+    base, output = tiny_text(tmp_path / "base"), tmp_path / "tuned"
+    table, others = tmp_path / "t.jsonl", tmp_path / "others"
+    rows = [{"title": "a cat", "story": f"the dog saw a cat {'the ' * i}"} for i in range(20)]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    command = ["finetune", str(base), "--data", str(table), "--output", str(output)]
+    assert run(command) == 2 and "choose with --column: title, story" in capsys.readouterr().err
+    finetuned(capsys, *command[1:], "--column", "story", "--max-steps", 1)
+    assert own.read_record(output)["column"] == "story"
+    file = output / "evaluation" / "t-test.json"
+    digest = own_text.text_digest([row["story"] for row in rows[-2:]])
+    assert json.loads(file.read_text())["data"]["fingerprint"] == digest
+    assert evaluated(output, table, tmp_path)["data"]["fingerprint"] == digest
+    pq.write_table(pa.table({"text": ["the cat"], "title": ["a dog"]}), tmp_path / "u.parquet")
+    others.mkdir()
+    shutil.copy(tmp_path / "u.parquet", others)
+    (others / "v.txt").write_text("the cat")
+    # Where there is no such column, the usual ones count; a name that is given has to be there.
+    assert evaluated(output, others, tmp_path)["data"]["samples"] == 2 * 3
+    command = ["evaluate", str(output), "--data", str(others), "--output", str(tmp_path / "e.json")]
+    assert run([*command, "--column", "title"]) == 0
+    content = json.loads((tmp_path / "e.json").read_text())
+    assert content["data"]["fingerprint"] == own_text.text_digest(["a dog", "the cat"])
+    assert content["command"].endswith("--column title")
+    capsys.readouterr()
+    assert run([*command, "--column", "story"]) == 2
+    assert "no column of text 'story'; it has text, title" in capsys.readouterr().err
+    # Pictures and known corpora have no such columns.
+    data, out = write_folder(tmp_path / "things"), tmp_path / "out"
+    for refused in (
+        ["finetune", tiny_mdeq, "--data", data, "--output", out, "--column", "title"],
+        ["evaluate", tiny_mdeq, "--data", data, "--output", out, "--column", "title"],
+        ["evaluate", output, "--column", "title"],
+    ):
+        assert run(list(map(str, refused))) == 2
+        said = capsys.readouterr().err
+        assert "--column" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("cutoffs", ((), (4,)))
 def test_known_words_keep_their_vectors(tmp_path: Path, cutoffs: tuple[int, ...]) -> None:
     model = deqzoo.DEQModel.from_pretrained(tiny_text(tmp_path / "base", cutoffs))
@@ -715,6 +754,9 @@ def test_stored_splits_of_texts_in_recipes(tmp_path: Path) -> None:
     }  # fmt: skip
     assert not {"va", "te"} & set(corpus.vocabulary) and record["lines"] == 60
     assert not torch.equal(corpus.stream("test"), corpus.stream("train")[:16])
+    table = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"title": ["a"] * 9, "story": ["the dog"] * 9}), table)
+    assert own_text.own_corpus(table, column="story")[1]["column"] == "story"
     two, _ = own_text.own_corpus(write_splits(tmp_path / "two", names=("train", "test")))
     assert torch.equal(two.stream("validation"), two.stream("test"))
     assert len(two.stream("train")) == 240
