@@ -11,7 +11,7 @@ import csv
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -25,7 +25,6 @@ from deqzoo.data.images import Pictures
 from deqzoo.data.own import FEWEST, HELD_OUT, SPLITS, rows_of_split, stratified, three_parts, unseen
 from deqzoo.data.pictures import HEIC, decode_picture, register_heic
 from deqzoo.data.shards import open_dataset, parquet_shards
-from deqzoo.data.splits import SPELLINGS, SPLIT_OF, split_of
 from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import visible_files
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
@@ -38,6 +37,13 @@ _NO_PICTURES = ("MPEG", "HDF5", "GRIB", "BUFR")
 """What Pillow only knows the names of."""
 _LARGEST_FILE = 200_000_000
 _TABLES = {".csv": ",", ".tsv": "\t"}
+_SPELLINGS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""What people call the splits, in any case of letters; the words of `datasets`."""
+_SPLIT_OF = {word: split for split, words in _SPELLINGS.items() for word in words}
 
 
 @dataclass(frozen=True)
@@ -145,9 +151,10 @@ def load_own_pictures(
     if path.suffix in _TABLES and path.is_file():
         tables = {"train": _paths_of_table(path, label_column)}
     elif path.suffix == ".zip" and path.is_file():
-        tables = _pictures_of_zip(path)
+        tables = _pictures_of_zip(path, name)
     elif path.is_dir() and not any(any(path.rglob(n)) for n in ("*.parquet", "metadata.*")):
-        tables = _pictures_of_folder(path)
+        files = (file.relative_to(path) for file in visible_files(path, links=True))
+        tables = _by_class(files, path, name, path.joinpath)
     else:
         tables = {
             split: _cells(dataset, path, label_column) for split, dataset in _open(path).items()
@@ -214,10 +221,10 @@ def _open(path: Path) -> dict[str, Any]:
     else:  # `datasets` would take test-1.png for the test split, and leave out all others
         options["data_files"] = {"train": ["**"]}
         folders = [child.name for child in sorted(path.iterdir()) if child.is_dir()]
-        if parted := [name for name in folders if name.casefold() in SPLIT_OF]:
+        if parted := [name for name in folders if name.casefold() in _SPLIT_OF]:
             options["data_files"] = {}
             for name in parted:
-                split = SPLIT_OF[name.casefold()]
+                split = _SPLIT_OF[name.casefold()]
                 options["data_files"].setdefault(split, []).append(f"{name}/**")
     return dict(open_dataset("pictures of one's own need", _unreadable(path), **options))
 
@@ -233,53 +240,85 @@ def _parquet_by_split(path: Path) -> dict[str, list[Path]]:
     """Parquet files of a folder by split: shards, else files named by their split alone."""
     shards = {
         split: [file for word in words for file in parquet_shards(path, word)]
-        for split, words in SPELLINGS.items()
+        for split, words in _SPELLINGS.items()
     }
     if not any(shards.values()):
         for file in sorted(path.rglob("*.parquet")):
-            if file.stem.casefold() in SPLIT_OF:
-                shards[SPLIT_OF[file.stem.casefold()]].append(file)
+            if file.stem.casefold() in _SPLIT_OF:
+                shards[_SPLIT_OF[file.stem.casefold()]].append(file)
     return {split: files for split, files in shards.items() if files}
 
 
-def _pictures_of_folder(path: Path) -> dict[str, _Table]:
-    """Pictures of a folder by split; the folder that a picture lies in is its class.
+def _split_of(folders: Sequence[str]) -> str | None:
+    """The split that the first of these folders names which names any."""
+    return next((_SPLIT_OF[f.casefold()] for f in folders if f.casefold() in _SPLIT_OF), None)
+
+
+def _visible_entries(archive: zipfile.ZipFile) -> dict[PurePath, zipfile.ZipInfo]:
+    """Files of a zip in the order of their names, without hidden ones and what macOS adds."""
+    files: dict[PurePath, zipfile.ZipInfo] = {
+        PurePosixPath(e.filename): e for e in archive.infolist() if not e.is_dir()
+    }
+    hidden = (".", "__MACOSX")
+    return {
+        file: files[file]
+        for file in sorted(files)
+        if not any(part.startswith(hidden) for part in file.parts)
+    }
+
+
+def _by_class(
+    files: Iterable[PurePath], path: Path, name: str, read: Callable[[PurePath], bytes | Path]
+) -> dict[str, _Table]:
+    """Pictures of a folder or zip by split; the folder that a picture lies in is its class.
 
     Not by `datasets`, which parts pictures by words in their files' names too.
+
+    Args:
+        files: below the folder or in the zip, relative to it.
+        path: of the folder or zip.
+        name: the class of pictures that lie in no folder, where all do.
+        read: gives a picture's cell.
 
     Raises:
         UserError: there are none, or some lie in the folder of a class, or of a split, and others
             do not.
     """
     formats = Image.registered_extensions().items()
-    known = {suffix for suffix, name in formats if name in Image.OPEN and name not in _NO_PICTURES}
+    known = {suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _NO_PICTURES}
     known |= {*HEIC}
-    pictures = [file for file in visible_files(path, links=True) if file.suffix.lower() in known]
+    pictures = [file for file in files if file.suffix.lower() in known]
     if not pictures:
         raise UserError(f"{_unreadable(path)}: it holds no pictures")
-    inner = [file.relative_to(path).parts[:-1] for file in pictures]
+    inner = [file.parts[:-1] for file in pictures]
+    # Zips often hold one folder with everything in it.
+    while min(map(len, inner)) > 1 and len({parts[0] for parts in inner}) == 1:
+        if _split_of(inner[0][:1]):
+            break
+        inner = [parts[1:] for parts in inner]
     loose = [
         file
         for file, parts in zip(pictures, inner, strict=True)
-        if {part.casefold() for part in parts} <= {*SPLIT_OF}
+        if {part.casefold() for part in parts} <= {*_SPLIT_OF}
     ]
     if loose and (len(loose) < len(pictures) or any(inner)):
         raise UserError(
-            f"{loose[0]} lies in no folder of a class, as others do or as a split has them "
+            f"{path / loose[0]} lies in no folder of a class, as others do or as a split has them "
             "(train/CLASS/PICTURE)"
         )
-    splits = [split_of(parts[:-1]) for parts in inner]
+    splits = [_split_of(parts[:-1]) for parts in inner]
     if None in splits and any(splits):
         raise UserError(
-            f"{pictures[splits.index(None)]} lies in no folder of a split, as others do "
+            f"{path / pictures[splits.index(None)]} lies in no folder of a split, as others do "
             f"({', '.join(sorted({split for split in splits if split}))})"
         )
-    classes = sorted({file.parent.name for file in pictures})
+    labels = [parts[-1] if parts else name for parts in inner]
+    classes = sorted({*labels})
     tables: dict[str, _Table] = {}
-    for file, split in zip(pictures, splits, strict=True):
-        cells, labels, _ = tables.setdefault(split or "train", ([], [], classes))
-        cells.append(file)
-        labels.append(file.parent.name)
+    for file, label, split in zip(pictures, labels, splits, strict=True):
+        cells, column, _ = tables.setdefault(split or "train", ([], [], classes))
+        cells.append(read(file))
+        column.append(label)
     return tables
 
 
@@ -324,27 +363,19 @@ def _cells(dataset: Any, path: Path, label_column: str | Sequence[str] | None) -
     return cells, labels, classes
 
 
-def _pictures_of_zip(path: Path) -> dict[str, _Table]:
-    """Pictures of a zip by split; the folder that a picture lies in is its class."""
-    known = {*Image.registered_extensions(), *HEIC}
-    tables: dict[str, _Table] = {}
+def _pictures_of_zip(path: Path, name: str) -> dict[str, _Table]:
+    """Pictures of a zip by split, as those of a folder."""
     faults = (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error)
-    with as_user_error(f"cannot read {path}", *faults):
-        with zipfile.ZipFile(path) as archive:
-            _know_heic(PurePosixPath(name) for name in archive.namelist())
-            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
-                file = PurePosixPath(entry.filename)
-                hidden = any(part.startswith((".", "__MACOSX")) for part in file.parts)
-                if entry.is_dir() or hidden or file.suffix.lower() not in known:
-                    continue
-                if len(file.parts) < 2 or entry.file_size > _LARGEST_FILE:
-                    what = "is too large" if len(file.parts) > 1 else "lies in no folder of a class"
-                    raise UserError(f"{entry.filename} in {path} {what}")
-                split = split_of(file.parts[:-2]) or "train"
-                cells, labels, _ = tables.setdefault(split, ([], [], None))
-                cells.append(archive.read(entry))
-                labels.append(file.parts[-2])
-    return tables
+    with as_user_error(f"cannot read {path}", *faults), zipfile.ZipFile(path) as archive:
+        entries = _visible_entries(archive)
+        _know_heic(entries)
+
+        def content(file: PurePath) -> bytes:
+            if entries[file].file_size > _LARGEST_FILE:
+                raise UserError(f"{file} in {path} is too large")
+            return archive.read(entries[file])
+
+        return _by_class(entries, path, name, content)
 
 
 def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> _Table:

@@ -177,16 +177,40 @@ def test_words_in_the_names_of_pictures_part_nothing(tmp_path: Path) -> None:
     assert {split: len(part) for split, part in found.items()} == {"train": 6}
 
 
+def zipped(folder: Path, inside: str = "") -> Path:
+    """A zip of a folder's content, in a folder of its own where `inside` names one."""
+    target = folder.with_name(f"{folder.name}{inside}.zip")
+    with zipfile.ZipFile(target, "w") as archive:
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, f"{inside or '.'}/{file.relative_to(folder)}")
+    return target
+
+
 def test_pictures_beside_splits_are_refused(tmp_path: Path) -> None:
+    """In a zip, too, also in one that holds one folder of all."""
     folder = write_folder(tmp_path / "things" / "Train", count=1).parent
     write_folder(folder / "more", count=1)
-    with pytest.raises(UserError, match="no folder of a split, as others do .train."):
-        own_pictures.load_own_pictures(folder)
+    for source in (folder, zipped(folder), zipped(folder, "all")):
+        with pytest.raises(UserError, match="no folder of a split, as others do .train."):
+            own_pictures.load_own_pictures(source)
+    bare = tmp_path / "bare"
     for name in ("train", "test"):
-        (tmp_path / "bare" / name).mkdir(parents=True)
-        shutil.copy(next(folder.rglob("*.png")), tmp_path / "bare" / name / "a.png")
-    with pytest.raises(UserError, match="no folder of a class"):
-        own_pictures.load_own_pictures(tmp_path / "bare")
+        (bare / name).mkdir(parents=True)
+        shutil.copy(next(folder.rglob("*.png")), bare / name / "a.png")
+    for source in (bare, zipped(bare), zipped(bare, "all")):
+        with pytest.raises(UserError, match="no folder of a class"):
+            own_pictures.load_own_pictures(source)
+
+
+def test_a_zip_may_hold_one_folder_of_all(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "things" / "train", count=2).parent
+    write_folder(folder / "test", count=1)
+    whole = own_pictures.load_own_pictures(folder)
+    for source in (zipped(folder), zipped(folder, "all")):
+        found = own_pictures.load_own_pictures(source)
+        assert {split: len(part) for split, part in found.items()} == {"test": 3, "train": 6}
+        for split, part in found.items():
+            assert part.classes == tuple(COLOURS) and part.digests() == whole[split].digests()
 
 
 def test_copies_under_another_label_are_said(tmp_path: Path) -> None:
