@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -131,8 +132,8 @@ def load_own_pictures(
 
     Args:
         path: a folder with a folder of pictures per class (below train, test, ... if they are
-            parted), one with metadata.csv, a .zip of either, parquet files, or a .csv, .tsv file
-            with a column of paths and one of labels.
+            parted), one with metadata.csv, parquet files, a .zip of any of these, or a .csv, .tsv
+            file with a column of paths and one of labels.
         classes: of the model that is to read them; the data may hold only these. Else the names of
             the data, sorted, or in the order that a parquet file gives.
         label_column: of a table, where its name is unusual; of several, the first that it has.
@@ -151,14 +152,12 @@ def load_own_pictures(
     if path.suffix in _TABLES and path.is_file():
         tables = {"train": _paths_of_table(path, label_column)}
     elif path.suffix == ".zip" and path.is_file():
-        tables = _pictures_of_zip(path, name)
-    elif path.is_dir() and not any(any(path.rglob(n)) for n in ("*.parquet", "metadata.*")):
+        tables = _pictures_of_zip(path, name, label_column)
+    elif path.is_dir() and not _hold_tables(path.rglob("*")):
         files = (file.relative_to(path) for file in visible_files(path, links=True))
         tables = _by_class(files, path, name, path.joinpath)
     else:
-        tables = {
-            split: _cells(dataset, path, label_column) for split, dataset in _open(path).items()
-        }
+        tables = _cells_by_split(path, label_column)
     known = list(classes) if classes is not None else None
     if known is None:
         order = next((names for _, _, names in tables.values() if names), None)
@@ -178,6 +177,11 @@ def load_own_pictures(
     if not sum(len(part) for part in found.values()):
         raise UserError(f"{path} holds no labelled pictures")
     return found
+
+
+def _hold_tables(files: Iterable[PurePath]) -> bool:
+    """Whether files of a folder or zip are, or come with, tables that `datasets` reads."""
+    return any(file.match(name) for file in files for name in ("*.parquet", "metadata.*"))
 
 
 def _natural(name: str) -> tuple[int, str]:
@@ -200,8 +204,8 @@ def _know_heic(files: Iterable[PurePath]) -> None:
         ImageFolder.EXTENSIONS = [*{*ImageFolder.EXTENSIONS, *HEIC}]
 
 
-def _open(path: Path) -> dict[str, Any]:
-    """Splits as `datasets` opens them."""
+def _open(path: Path, cache: Path | None = None) -> dict[str, Any]:
+    """Splits as `datasets` opens them; `cache` is where it keeps its copy, None for its own."""
     with contextlib.suppress(ImportError):
         from datasets import disable_progress_bars
 
@@ -212,12 +216,13 @@ def _open(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is no table of pictures: give a folder, a .zip, .parquet, .csv or .tsv"
         )
-    options: dict[str, Any] = {"path": "imagefolder", "data_dir": str(path)}
+    kept = {"cache_dir": str(cache)} if cache else {}
+    options: dict[str, Any] = {"path": "imagefolder", "data_dir": str(path), **kept}
     if parquet:
         chosen = _parquet_by_split(path) if inside else {}
         chosen = chosen or {"train": parquet}
         named = {split: [str(file) for file in files] for split, files in chosen.items()}
-        options = {"path": "parquet", "data_files": named}
+        options = {"path": "parquet", "data_files": named, **kept}
     else:  # `datasets` would take test-1.png for the test split, and leave out all others
         options["data_files"] = {"train": ["**"]}
         folders = [child.name for child in sorted(path.iterdir()) if child.is_dir()]
@@ -339,6 +344,14 @@ def _columns(
     return image, label
 
 
+def _cells_by_split(
+    path: Path, label_column: str | Sequence[str] | None, cache: Path | None = None
+) -> dict[str, _Table]:
+    """Pictures and labels of parquet files, or of a folder with tables; see `_open`."""
+    opened = _open(path, cache)
+    return {split: _cells(dataset, path, label_column) for split, dataset in opened.items()}
+
+
 def _cells(dataset: Any, path: Path, label_column: str | Sequence[str] | None) -> _Table:
     """Encoded pictures, label names, and the order of the classes where the data give one."""
     from datasets import Image as ImageFeature
@@ -363,12 +376,16 @@ def _cells(dataset: Any, path: Path, label_column: str | Sequence[str] | None) -
     return cells, labels, classes
 
 
-def _pictures_of_zip(path: Path, name: str) -> dict[str, _Table]:
+def _pictures_of_zip(
+    path: Path, name: str, label_column: str | Sequence[str] | None
+) -> dict[str, _Table]:
     """Pictures of a zip by split, as those of a folder."""
     faults = (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error)
     with as_user_error(f"cannot read {path}", *faults), zipfile.ZipFile(path) as archive:
         entries = _visible_entries(archive)
         _know_heic(entries)
+        if _hold_tables(entries):
+            return _unpacked(archive, entries.values(), path, label_column)
 
         def content(file: PurePath) -> bytes:
             if entries[file].file_size > _LARGEST_FILE:
@@ -376,6 +393,30 @@ def _pictures_of_zip(path: Path, name: str) -> dict[str, _Table]:
             return archive.read(entries[file])
 
         return _by_class(entries, path, name, content)
+
+
+def _unpacked(
+    archive: zipfile.ZipFile,
+    entries: Iterable[zipfile.ZipInfo],
+    path: Path,
+    label_column: str | Sequence[str] | None,
+) -> dict[str, _Table]:
+    """Pictures of a zip with tables, which `datasets` reads from folders alone."""
+    with TemporaryDirectory() as place:
+        folder = Path(place, "content")
+        for entry in entries:
+            archive.extract(entry, folder)
+        while len(inside := [*folder.iterdir()]) == 1 and inside[0].is_dir():
+            if _split_of([inside[0].name]):
+                break
+            folder = inside[0]  # of everything
+        try:
+            tables = _cells_by_split(folder, label_column, Path(place, "cache"))
+        except UserError as error:  # about the zip, which the user knows
+            raise UserError(str(error).replace(str(folder), str(path))) from error
+        for cells, _, _ in tables.values():
+            cells[:] = [cell if isinstance(cell, bytes) else cell.read_bytes() for cell in cells]
+        return tables
 
 
 def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> _Table:

@@ -213,6 +213,36 @@ def test_a_zip_may_hold_one_folder_of_all(tmp_path: Path) -> None:
             assert part.classes == tuple(COLOURS) and part.digests() == whole[split].digests()
 
 
+@pytest.mark.parametrize("inside", ["", "all"])
+def test_zips_have_the_tables_of_folders(tmp_path: Path, inside: str) -> None:
+    """metadata.csv by split, with labels that differ from the folders' names; parquet files."""
+    folder = write_folder(tmp_path / "things" / "train", count=2).parent
+    write_folder(folder / "test", count=1)
+    for split in ("train", "test"):
+        files = sorted((folder / split).rglob("*.png"))
+        rows = [f"{f.relative_to(folder / split)},{i % 2},{i % 3}" for i, f in enumerate(files)]
+        table = "\n".join(["file_name,label,kind", *rows])
+        (folder / split / "metadata.csv").write_text(table)
+    cells = [{"bytes": f.read_bytes(), "path": None} for f in sorted(folder.rglob("*.png"))]
+    (tmp_path / "rows").mkdir()
+    table = pa.table({"image": cells, "label": [i % 2 for i in range(9)], "kind": [*"abc"] * 3})
+    pq.write_table(table, tmp_path / "rows" / "test.parquet")
+    for source in (folder, tmp_path / "rows"):
+        for column in (None, "kind"):
+            expected = own_pictures.load_own_pictures(source, label_column=column)
+            found = own_pictures.load_own_pictures(zipped(source, inside), label_column=column)
+            assert list(found) == list(expected)
+            for split, part in expected.items():
+                assert len(part.classes) == (3 if column else 2)
+                assert found[split].classes == part.classes
+                assert found[split].labels.tolist() == part.labels.tolist()
+                assert found[split].digests() == part.digests()
+                assert found[split].picture(0).size == part.picture(0).size
+    (folder / "test" / "metadata.csv").write_text("file_name,label\nabsent.png,1")
+    with pytest.raises(UserError, match="things.*zip"):
+        own_pictures.load_own_pictures(zipped(folder, inside))
+
+
 def test_copies_under_another_label_are_said(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "things", count=2)
     assert own_pictures.contradictions(own_pictures.load_own_pictures(folder)) == []
