@@ -32,6 +32,8 @@ from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
 _PICTURES = ("image", "img", "picture", "photo", "file_name", "file", "path", "filename")
 _LABELS = ("label", "labels", "class", "category", "target")
+_SPLIT = "split"
+"""The column of a table that says which split a row belongs to."""
 _Table = tuple[list[bytes | Path], list[str], list[str] | None]
 """Encoded pictures, the names of their labels, and the order of the classes where there is one."""
 _NO_PICTURES = ("MPEG", "HDF5", "GRIB", "BUFR")
@@ -133,7 +135,7 @@ def load_own_pictures(
     Args:
         path: a folder with a folder of pictures per class (below train, test, ... if they are
             parted), one with metadata.csv, parquet files, a .zip of any of these, or a .csv, .tsv
-            file with a column of paths and one of labels.
+            file with a column of paths and one of labels. A column "split" of a table parts it.
         classes: of the model that is to read them; the data may hold only these. Else the names of
             the data, sorted, or in the order that a parquet file gives.
         label_column: of a table, where its name is unusual; of several, the first that it has.
@@ -150,7 +152,7 @@ def load_own_pictures(
         _know_heic(path.rglob("*"))
     tables: dict[str, _Table]
     if path.suffix in _TABLES and path.is_file():
-        tables = {"train": _paths_of_table(path, label_column)}
+        tables = _paths_of_table(path, label_column)
     elif path.suffix == ".zip" and path.is_file():
         tables = _pictures_of_zip(path, name, label_column)
     elif path.is_dir() and not _hold_tables(path.rglob("*")):
@@ -319,11 +321,34 @@ def _by_class(
         )
     labels = [parts[-1] if parts else name for parts in inner]
     classes = sorted({*labels})
+    rows = zip(map(read, pictures), labels, [split or "train" for split in splits], strict=True)
+    return _by_split(rows, classes)
+
+
+def _named_split(word: Any, where: str) -> str:
+    """The split that a cell of a table names.
+
+    Raises:
+        UserError: it names none.
+    """
+    split = _SPLIT_OF.get(str(word).strip().casefold())
+    if split is None:
+        raise UserError(
+            f"{where} has {word!r} in the column {_SPLIT}, which names train, validation or test "
+            "in every row; rename the column if it means something else"
+        )
+    return split
+
+
+def _by_split(
+    rows: Iterable[tuple[bytes | Path, str, str]], classes: list[str] | None = None
+) -> dict[str, _Table]:
+    """Rows of picture, label and split as a table per split."""
     tables: dict[str, _Table] = {}
-    for file, label, split in zip(pictures, labels, splits, strict=True):
-        cells, column, _ = tables.setdefault(split or "train", ([], [], classes))
-        cells.append(read(file))
-        column.append(label)
+    for cell, label, split in rows:
+        cells, labels, _ = tables.setdefault(split, ([], [], classes))
+        cells.append(cell)
+        labels.append(label)
     return tables
 
 
@@ -349,11 +374,22 @@ def _cells_by_split(
 ) -> dict[str, _Table]:
     """Pictures and labels of parquet files, or of a folder with tables; see `_open`."""
     opened = _open(path, cache)
-    return {split: _cells(dataset, path, label_column) for split, dataset in opened.items()}
+    tables: dict[str, _Table] = {}
+    for split, dataset in opened.items():
+        found = _cells(dataset, split, path, label_column)
+        if len(opened) > 1 and {*found} - {split}:
+            raise UserError(
+                f"{path} has rows of other splits in its {split} split, by the column {_SPLIT}: "
+                "mend the column, or rename it if it means something else"
+            )
+        tables |= found
+    return tables
 
 
-def _cells(dataset: Any, path: Path, label_column: str | Sequence[str] | None) -> _Table:
-    """Encoded pictures, label names, and the order of the classes where the data give one."""
+def _cells(
+    dataset: Any, split: str, path: Path, label_column: str | Sequence[str] | None
+) -> dict[str, _Table]:
+    """Pictures and labels of a table by split: what its column says, else the given one."""
     from datasets import Image as ImageFeature
 
     image, label = _columns(dataset.column_names, path, label_column)
@@ -373,7 +409,12 @@ def _cells(dataset: Any, path: Path, label_column: str | Sequence[str] | None) -
         if missing or (classes and not 0 <= value < len(classes)):
             raise UserError(f"row {number} of {path} has no label")
         labels.append(classes[value] if classes else str(value))
-    return cells, labels, classes
+    splits = [split] * len(labels)
+    if _SPLIT in dataset.column_names and label != _SPLIT:
+        names = getattr(dataset.features[_SPLIT], "names", None)
+        words = [names[v] if names and v is not None else v for v in dataset[_SPLIT]]
+        splits = [_named_split(word, f"row {n} of {path}") for n, word in enumerate(words)]
+    return _by_split(zip(cells, labels, splits, strict=True), classes)
 
 
 def _pictures_of_zip(
@@ -419,8 +460,8 @@ def _unpacked(
         return tables
 
 
-def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> _Table:
-    """Pictures and labels of a CSV file; paths are relative to it."""
+def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> dict[str, _Table]:
+    """Pictures and labels of a CSV file by split; paths are relative to it."""
     delimiter = _TABLES[path.suffix]
     with (
         as_user_error(f"{path} is not UTF-8; save it as UTF-8", UnicodeDecodeError),
@@ -431,8 +472,7 @@ def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> _Ta
         lines = [[field.strip() for field in line] for line in reader]
     names = lines[0] if lines else []
     image, label = _columns(names, path, label_column)
-    cells: list[bytes | Path] = []
-    labels: list[str] = []
+    rows: list[tuple[Path, str, str]] = []
     for number, line in enumerate(lines[1:], 2):
         if not any(line):
             continue
@@ -447,10 +487,11 @@ def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> _Ta
         file = path.parent / row[image]
         if not file.is_file():
             raise UserError(f"line {number} of {path}: there is no file {file}")
-        cells.append(file)
-        labels.append(row[label])
-    _know_heic(cell for cell in cells if isinstance(cell, Path))
-    return cells, labels, None
+        parted = _SPLIT in names and label != _SPLIT
+        split = _named_split(row[_SPLIT], f"line {number} of {path}") if parted else "train"
+        rows.append((file, row[label], split))
+    _know_heic(file for file, _, _ in rows)
+    return _by_split(rows)
 
 
 def contradictions(found: dict[str, OwnPictures]) -> list[str]:

@@ -243,6 +243,45 @@ def test_zips_have_the_tables_of_folders(tmp_path: Path, inside: str) -> None:
         own_pictures.load_own_pictures(zipped(folder, inside))
 
 
+@pytest.mark.parametrize("layout", ("csv", "parquet", "metadata"))
+def test_a_column_of_a_table_parts_it(tmp_path: Path, layout: str) -> None:
+    folder = write_folder(tmp_path / "things", count=3)
+    files = sorted(folder.rglob("*.png"))
+
+    def loaded(splits: list) -> dict:
+        place = {"csv": "t.csv", "parquet": "t.parquet", "metadata": "metadata.csv"}[layout]
+        if layout == "parquet":
+            cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
+            labels = [file.parent.name for file in files]
+            table = pa.table({"image": cells, "label": labels, "split": splits})
+            pq.write_table(table, folder / place)
+        else:
+            rows = zip(files, splits, strict=True)
+            lines = [f"{f.relative_to(folder)},{f.parent.name},{split}" for f, split in rows]
+            (folder / place).write_text("\n".join(["file_name,label,split", *lines]))
+        return own_pictures.load_own_pictures(folder if layout == "metadata" else folder / place)
+
+    found = loaded(["train", "Val", "testing"] * 3)
+    assert {split: len(part) for split, part in found.items()} == dict.fromkeys(own.SPLITS, 3)
+    for number, split in enumerate(own.SPLITS):
+        contents = [file.read_bytes() for file in files[number::3]]
+        assert [found[split].content(row) for row in range(3)] == contents
+        assert found[split].labels.tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="'fold 2' in the column split.* rename the column"):
+        loaded(["train", "test", "fold 2"] * 3)
+    with pytest.raises(UserError, match="in the column split"):
+        loaded(["train", "test", None if layout == "parquet" else ""] * 3)
+
+
+def test_files_of_splits_whose_column_says_another_are_refused(tmp_path: Path) -> None:
+    cell = {"bytes": b"picture", "path": None}
+    for split in ("train", "test"):
+        table = pa.table({"image": [cell], "label": ["a"], "split": ["train"]})
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match="other splits in its test split"):
+        own_pictures.load_own_pictures(tmp_path)
+
+
 def test_copies_under_another_label_are_said(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "things", count=2)
     assert own_pictures.contradictions(own_pictures.load_own_pictures(folder)) == []
