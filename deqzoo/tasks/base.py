@@ -185,12 +185,24 @@ def build_config(kind: type[_Config], model: Model, **sizes: Any) -> _Config:
     """The configuration of a recipe's model: its preset, sizes from the data, and its overrides.
 
     Raises:
-        UserError: unknown preset or setting, or settings that do not fit together.
+        UserError: unknown preset or setting, settings that do not fit together, or overrides that
+            say of the data what they are not.
     """
     with settings_checked(kind, model.overrides, "model.overrides"):
         settings = sizes | model.overrides
         family: Any = kind
-        return family.from_preset(model.preset, **settings) if model.preset else kind(**settings)
+        config: Any = (
+            family.from_preset(model.preset, **settings) if model.preset else kind(**settings)
+        )
+    given = {kind.attribute_map.get(name, name) for name in model.overrides}
+    if given & {"id2label", "label2id"}:
+        given.add("num_labels")  # which their length decides
+    for name in sizes:
+        if name in given and getattr(config, name) != sizes[name]:
+            raise UserError(
+                f"model.overrides change {name}, which the data decide: leave it out of the recipe"
+            )
+    return config
 
 
 def class_names(names: Sequence[str]) -> dict[str, Any]:

@@ -811,6 +811,31 @@ def test_pictures_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert record["data"]["samples"] == 6 and record["data"]["name"] == "things"
     assert list(deqzoo.DEQModel.from_pretrained(model).config.id2label.values()) == list(COLOURS)
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    recipe = tmp_path / "recipe.yaml"
+
+    def refused(**changes: dict) -> str:
+        recipe.write_text(yaml.safe_dump(content | changes))
+        capsys.readouterr()
+        assert run(["train", str(recipe), "--dry-run"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    for key, value in (
+        ("num_labels", 20),
+        ("id2label", {0: "cat", 1: "dog"}),
+        ("id2label", {0: "cat", 1: "dog", 2: "ship"}),
+        ("label2id", dict.fromkeys(COLOURS, 0)),
+    ):
+        overrides = {**content["model"]["overrides"], key: value}
+        error = refused(model={**content["model"], "overrides": overrides})
+        assert "which the data decide: leave it out" in error, error
+    same = {"num_labels": 3, "id2label": dict(enumerate(COLOURS))}
+    overrides = content["model"]["overrides"] | same
+    recipe.write_text(
+        yaml.safe_dump(content | {"model": {**content["model"], "overrides": overrides}})
+    )
+    assert run(["train", str(recipe), "--dry-run"]) == 0, capsys.readouterr().err
 
 
 def test_text_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
