@@ -60,11 +60,23 @@ LOADERS: dict[str, Callable[..., Pictures]] = {
 }
 OWN = "imagefolder"
 """Name of pictures of one's own in a recipe."""
+LARGEST_SIDE = 4096
+"""Pixels of a side that pictures are trained at."""
 SHARED = "shared_labels"
 """What a batch calls the classes' shares (B, K) of pictures that are mixed with others."""
 PATCHES = 2000 * 32 * 32
 """About how many patches the whitening filters are computed from."""
 SOURCES = {source.name: source for source in (CIFAR10, IMAGENETTE, TINY_IMAGENET)}
+
+
+def check_side(side: Any, place: str) -> None:
+    """Refuse pictures that no memory holds with their states.
+
+    Raises:
+        UserError: a side above `LARGEST_SIDE`; the message names the place.
+    """
+    if isinstance(side, int) and side > LARGEST_SIDE:
+        raise UserError(f"{place} must be at most {LARGEST_SIDE} pixels, got {side}")
 
 
 class ImageClassificationTask(Task):
@@ -80,10 +92,14 @@ class ImageClassificationTask(Task):
     ) -> None:
         self.recipe = recipe
         self._check_augmentation(recipe.augment)
+        for number, stage in enumerate(recipe.stages):
+            check_side(stage.resolution, f"stages[{number}].resolution")
+        check_side(recipe.data.options.get("size"), "data.options.size")
         self.record: dict[str, Any] | None = None
         self.training, self.validation = self._load(data, stand_in)
         self._check_sizes()
         self.config = self._config()
+        check_side(self.config.image_size, "model.overrides.image_size")
         processor: Any = family_class(recipe.model.family, "ImageProcessor") or MDEQImageProcessor
         self.processor = processor.for_config(self.config)
         self.mean = torch.tensor(self.processor.image_mean).reshape(1, 3, 1, 1)

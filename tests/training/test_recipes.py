@@ -109,6 +109,8 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path, content, message):
         (["data", "options"], {"size": 64}, "unknown key data.options.size; valid keys are seed"),
         (["data", "options"], {"seed": "one"}, "data.options.seed must be a whole number"),
         (["augment"], {"mixup": 1}, "unknown augmentation 'mixup'"),
+        (["stages", 0, "resolution"], 1000000, r"stages\[0\].resolution must be at most 4096"),
+        (["model", "overrides"], {"image_size": 1000000}, "image_size must be at most 4096"),
         (["augment"], {"crop": "a"}, "augment.crop must be a number of pixels"),
         (["augment"], {"flip": "vertical"}, "augment.flip must be alternating or random"),
         (["augment"], {"area": [0.5, 1.5]}, "augment.area must be two positive numbers"),
