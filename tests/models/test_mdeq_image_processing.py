@@ -12,6 +12,8 @@ from transformers import pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import deqzoo  # noqa: F401  (registers the classes)
+from deqzoo.data.pictures import read_picture
+from deqzoo.evaluation.classify import classify
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import (
     CIFAR10_MEAN,
@@ -263,3 +265,19 @@ def test_pipeline(tmp_path, dtype):
         scores = {entry["label"]: entry["score"] for entry in b}
         for entry in a:
             assert scores[entry["label"]] == pytest.approx(entry["score"], abs=1e-2)
+
+
+def test_pipeline_of_16_bit_pictures(tmp_path):
+    """What the documentation tells to give it has the answer of `deqzoo classify`."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    MDEQImageProcessor().save_pretrained(tmp_path)
+    grey = np.random.default_rng(0).integers(0, 65536, (32, 32)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    answer = pipeline("image-classification", model=str(tmp_path))
+    rows = answer(to_rgb(Image.open(tmp_path / "grey.png")))
+    picture = read_picture(tmp_path / "grey.png")
+    (expected,) = classify(model, [picture], processor=MDEQImageProcessor())
+    assert [row["label"] for row in rows] == [name for name, _ in expected.labels]
+    scores = [score for _, score in expected.labels]
+    assert [row["score"] for row in rows] == pytest.approx(scores, abs=1e-5)

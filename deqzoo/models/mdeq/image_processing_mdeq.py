@@ -29,7 +29,8 @@ class MDEQImageProcessor(PilBackend):
     Pictures may be PIL images of any mode (the camera's rotation is undone, transparency is laid
     on white, 16 bit grey is scaled to 8 bit), or arrays and tensors, (H, W) or with one, three or
     four channels, whose values go from 0 to 1 where they are floating-point numbers up to 1, else
-    to 255 or the next power of two.
+    to 255 or the next power of two. A pipeline of transformers makes pictures RGB before they come
+    here; give it `to_rgb(picture)` for 16 bit or transparent ones.
     """
 
     resample = PILImageResampling.BICUBIC
