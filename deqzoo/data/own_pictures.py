@@ -26,6 +26,7 @@ from deqzoo.data.images import Pictures
 from deqzoo.data.own import FEWEST, HELD_OUT, SPLITS, rows_of_split, stratified, three_parts, unseen
 from deqzoo.data.pictures import HEIC, decode_picture, register_heic
 from deqzoo.data.shards import open_dataset, parquet_shards
+from deqzoo.data.splits import SPELLINGS, SPLIT_OF, split_of
 from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import visible_files
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
@@ -40,13 +41,6 @@ _NO_PICTURES = ("MPEG", "HDF5", "GRIB", "BUFR")
 """What Pillow only knows the names of."""
 _LARGEST_FILE = 200_000_000
 _TABLES = {".csv": ",", ".tsv": "\t"}
-_SPELLINGS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-"""What people call the splits, in any case of letters; the words of `datasets`."""
-_SPLIT_OF = {word: split for split, words in _SPELLINGS.items() for word in words}
 
 
 @dataclass(frozen=True)
@@ -228,10 +222,10 @@ def _open(path: Path, cache: Path | None = None) -> dict[str, Any]:
     else:  # `datasets` would take test-1.png for the test split, and leave out all others
         options["data_files"] = {"train": ["**"]}
         folders = [child.name for child in sorted(path.iterdir()) if child.is_dir()]
-        if parted := [name for name in folders if name.casefold() in _SPLIT_OF]:
+        if parted := [name for name in folders if name.casefold() in SPLIT_OF]:
             options["data_files"] = {}
             for name in parted:
-                split = _SPLIT_OF[name.casefold()]
+                split = SPLIT_OF[name.casefold()]
                 options["data_files"].setdefault(split, []).append(f"{name}/**")
     return dict(open_dataset("pictures of one's own need", _unreadable(path), **options))
 
@@ -247,18 +241,13 @@ def _parquet_by_split(path: Path) -> dict[str, list[Path]]:
     """Parquet files of a folder by split: shards, else files named by their split alone."""
     shards = {
         split: [file for word in words for file in parquet_shards(path, word)]
-        for split, words in _SPELLINGS.items()
+        for split, words in SPELLINGS.items()
     }
     if not any(shards.values()):
         for file in sorted(path.rglob("*.parquet")):
-            if file.stem.casefold() in _SPLIT_OF:
-                shards[_SPLIT_OF[file.stem.casefold()]].append(file)
+            if file.stem.casefold() in SPLIT_OF:
+                shards[SPLIT_OF[file.stem.casefold()]].append(file)
     return {split: files for split, files in shards.items() if files}
-
-
-def _split_of(folders: Sequence[str]) -> str | None:
-    """The split that the first of these folders names which names any."""
-    return next((_SPLIT_OF[f.casefold()] for f in folders if f.casefold() in _SPLIT_OF), None)
 
 
 def _visible_entries(archive: zipfile.ZipFile) -> dict[PurePath, zipfile.ZipInfo]:
@@ -300,20 +289,20 @@ def _by_class(
     inner = [file.parts[:-1] for file in pictures]
     # Zips often hold one folder with everything in it.
     while min(map(len, inner)) > 1 and len({parts[0] for parts in inner}) == 1:
-        if _split_of(inner[0][:1]):
+        if split_of(inner[0][:1]):
             break
         inner = [parts[1:] for parts in inner]
     loose = [
         file
         for file, parts in zip(pictures, inner, strict=True)
-        if {part.casefold() for part in parts} <= {*_SPLIT_OF}
+        if {part.casefold() for part in parts} <= {*SPLIT_OF}
     ]
     if loose and (len(loose) < len(pictures) or any(inner)):
         raise UserError(
             f"{path / loose[0]} lies in no folder of a class, as others do or as a split has them "
             "(train/CLASS/PICTURE)"
         )
-    splits = [_split_of(parts[:-1]) for parts in inner]
+    splits = [split_of(parts[:-1]) for parts in inner]
     if None in splits and any(splits):
         raise UserError(
             f"{path / pictures[splits.index(None)]} lies in no folder of a split, as others do "
@@ -331,7 +320,7 @@ def _named_split(word: Any, where: str) -> str:
     Raises:
         UserError: it names none.
     """
-    split = _SPLIT_OF.get(str(word).strip().casefold())
+    split = SPLIT_OF.get(str(word).strip().casefold())
     if split is None:
         raise UserError(
             f"{where} has {word!r} in the column {_SPLIT}, which names train, validation or test "
@@ -448,7 +437,7 @@ def _unpacked(
         for entry in entries:
             archive.extract(entry, folder)
         while len(inside := [*folder.iterdir()]) == 1 and inside[0].is_dir():
-            if _split_of([inside[0].name]):
+            if split_of([inside[0].name]):
                 break
             folder = inside[0]  # of everything
         try:

@@ -80,11 +80,6 @@ class LanguageModelingTask(Task):
             self.corpus = load_corpus(recipe.data.name, data, **recipe.data.options)
         vocab_size = len(self.corpus.vocabulary)
         self.config = build_config(DEQTransformerConfig, recipe.model, vocab_size=vocab_size)
-        if self.config.vocab_size != vocab_size:
-            raise UserError(
-                f"vocab_size {self.config.vocab_size} is not that of {recipe.data.name} "
-                f"({vocab_size}); remove it from the overrides"
-            )
         n_streams = recipe.batch_size * recipe.accumulate
         self.streams = batch_streams(self.corpus.stream("train"), n_streams)  # (n, length)
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
