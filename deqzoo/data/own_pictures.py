@@ -145,9 +145,9 @@ def load_own_pictures(
     if path.is_dir():
         _know_heic(path.rglob("*"))
     tables: dict[str, _Table]
-    if path.suffix in _TABLES and path.is_file():
+    if path.suffix.lower() in _TABLES and path.is_file():
         tables = _paths_of_table(path, label_column)
-    elif path.suffix == ".zip" and path.is_file():
+    elif path.suffix.lower() == ".zip" and path.is_file():
         tables = _pictures_of_zip(path, name, label_column)
     elif path.is_dir() and not _hold_tables(path.rglob("*")):
         files = (file.relative_to(path) for file in visible_files(path, links=True))
@@ -207,7 +207,7 @@ def _open(path: Path, cache: Path | None = None) -> dict[str, Any]:
 
         disable_progress_bars()
     inside = sorted(path.rglob("*.parquet")) if path.is_dir() else []
-    parquet = [path] if path.suffix == ".parquet" else inside
+    parquet = [path] if path.suffix.lower() == ".parquet" else inside
     if path.is_file() and not parquet:
         raise UserError(
             f"{path} is no table of pictures: give a folder, a .zip, .parquet, .csv or .tsv"
@@ -435,6 +435,8 @@ def _unpacked(
     with TemporaryDirectory() as place:
         folder = Path(place, "content")
         for entry in entries:
+            if entry.file_size > _LARGEST_FILE and not entry.filename.lower().endswith(".parquet"):
+                raise UserError(f"{entry.filename} in {path} is too large")
             archive.extract(entry, folder)
         while len(inside := [*folder.iterdir()]) == 1 and inside[0].is_dir():
             if split_of([inside[0].name]):
@@ -451,7 +453,7 @@ def _unpacked(
 
 def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> dict[str, _Table]:
     """Pictures and labels of a CSV file by split; paths are relative to it."""
-    delimiter = _TABLES[path.suffix]
+    delimiter = _TABLES[path.suffix.lower()]
     with (
         as_user_error(f"{path} is not UTF-8; save it as UTF-8", UnicodeDecodeError),
         as_user_error(f"cannot read {path}", OSError, csv.Error),

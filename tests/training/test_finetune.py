@@ -335,6 +335,8 @@ def test_tables_are_read_as_people_write_them(tmp_path: Path) -> None:
     )
     found = own_pictures.load_own_pictures(table)["train"]
     assert found.classes == ("red", "sky, blue") and found.labels.tolist() == [0, 0, 1]
+    capitals = own_pictures.load_own_pictures(table.rename(tmp_path / "table.CSV"))["train"]
+    assert capitals.classes == found.classes
     table.write_text(f"path,label\n{files[0]},sky, blue\n")
     with pytest.raises(UserError, match="line 2 .* has 3 fields"):
         own_pictures.load_own_pictures(table)
