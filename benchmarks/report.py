@@ -178,6 +178,36 @@ def fall(setting: str) -> str:
     return row.split(" | ")[-1].removesuffix(" |")
 
 
+def anytime() -> dict[str, str]:
+    """What the tiny MDEQ names within a few steps, by the sums of the study's cells."""
+    name, found = "mdeq-tiny-cifar-upg", cells("anytime")
+    curve, compared = (
+        [cell for key, cell in found.items() if key.startswith(f"{name}: {what} ")]
+        for what in ("curve", "solvers")
+    )
+
+    def share(measured: list[Any], budget: str, *side: str) -> str:
+        hits = 0
+        for cell in measured:
+            right = cell["right"]
+            for name in side:
+                right = right[name]
+            hits += right[budget]
+        return f"{100 * hits / sum(cell['pictures'] for cell in measured):.1f}"
+
+    eight, thirty = (sum(cell["only"]["8"][side] for cell in curve) for side in (0, 1))
+    return {
+        "anytime_pictures": f"{sum(cell['pictures'] for cell in curve):,}",
+        "anytime_curve": ", ".join(share(curve, n) for n in "1248"),
+        "anytime_last": share(curve, "30"),
+        "anytime_pairs": f"{eight} against {thirty}",
+        "solver_pictures": f"{sum(cell['pictures'] for cell in compared):,}",
+        "solver_own": ", ".join(share(compared, n, "own") for n in "248"),
+        "solver_plain": ", ".join(share(compared, n, "plain") for n in "248"),
+        "solver_TorchDEQ": share(compared, "4", "TorchDEQ"),
+    }
+
+
 def fill() -> str:
     """REPORT.md."""
     studies = cells("broyden")["mdeq-cifar-large"]["seconds"]
@@ -223,6 +253,7 @@ def fill() -> str:
         "mild_excess": f"{mild['means'][-1] - exact['means'][-1]:.4f}",
         "one_term_error": f"{theorem3['terms 1']['error']:.2f}",
         "one_term_last": f"{theorem3['terms 1']['last']:.0e}",
+        **anytime(),
     }  # fmt: skip
     text = (HERE / "REPORT.template.md").read_text(encoding="utf-8")
     for name, value in places.items():
