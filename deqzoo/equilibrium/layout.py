@@ -240,7 +240,8 @@ class Segments(Layout):
             raise TypeError(f"index must be an int64 tensor (N,), got {_kind(index)}")
         if index.ndim != 1:
             raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
-        if index.device.type == "cpu" and index.numel() and not transformed():
+        known = not (transformed() or torch.compiler.is_compiling())  # programs have no values
+        if index.device.type == "cpu" and index.numel() and known:
             low, high = (end.item() for end in index.aminmax())
             if low < 0 or high >= n:
                 raise ValueError(

@@ -87,7 +87,7 @@ def test_what_leaves_is_handed_over_in_the_units_of_the_map(x: Tensor, scale: fl
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["fixed_point", "anderson", "broyden"])
-@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-22, 1.0, 1e19, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e19, 1e30])
 def test_sequences_of_any_scale_stop_together(name: str, scale: float) -> None:
     torch.manual_seed(0)
     weight = 0.5 * torch.linalg.qr(torch.randn(6, 6))[0]

@@ -57,6 +57,7 @@ def test_curve_is_that_of_evaluations(anytime: ModuleType, cifar_folder: Path) -
 
 
 def test_solvers_are_compared_picture_by_picture(anytime: ModuleType, cifar_folder: Path) -> None:
+    pytest.importorskip("torchdeq")
     model = DEQModel.from_pretrained("mdeq-tiny-cifar-upg")
     parts = {
         f"m: solvers {first}": anytime.solvers(model, cifar_folder, first, 10) for first in (0, 10)
@@ -79,6 +80,7 @@ def test_solvers_are_compared_picture_by_picture(anytime: ModuleType, cifar_fold
 
 
 def test_torchdeq_solves_the_same_equation(anytime: ModuleType) -> None:
+    pytest.importorskip("torchdeq")
     torch.manual_seed(0)
     config = MDEQConfig(
         channels=[8, 16], head_channels=[4, 8], final_channels=16, num_groups=4, image_size=16
