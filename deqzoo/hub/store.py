@@ -72,7 +72,10 @@ def store_run(
     model = DEQModel.from_pretrained(model_folder)
     files = {}
     own = read_record(model_folder)
-    apart = own is None or (bool(own.get("validation")) and not own.get("one_hold_out"))
+    apart = own is None or (
+        bool(own.get("validation") or "validation" in own.get("stored", ()))
+        and not own.get("one_hold_out")
+    )
     for split in ("validation", "test") if apart else ("test",):
         content = evaluate_model(model, name, split=split, data=data)
         # A test figure that could refuse a model would be choosing among models. Data of one's own

@@ -67,6 +67,7 @@ def test_a_run_on_data_with_one_hold_out(finished: Path, monkeypatch: pytest.Mon
         ({"train": ["a"]}, "test"),
         ({"train": ["a"], "validation": ["b"], "one_hold_out": True}, "test"),
         ({"train": ["a"], "validation": ["b"], "one_hold_out": False}, "validation"),
+        ({"train": "a", "validation": 0, "stored": {"validation": "b"}}, "validation"),
     ):
         (finished / "model" / RECORD).write_text(json.dumps(record))
         with pytest.raises(UserError, match="enough"):
