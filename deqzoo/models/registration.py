@@ -164,8 +164,9 @@ def _image_processors(module: ModuleType) -> None:
 
 
 def _pipelines(module: Any) -> None:
-    """`pipeline` asks the Hub about a name before anything loads it."""
-    for name in ("resolve_revision", "find_adapter_config_file"):
+    """`pipeline` asks the Hub about a name before anything loads it; by which function depends on
+    the version of transformers (5.17: `cached_file`)."""
+    for name in ("resolve_revision", "cached_file", "find_adapter_config_file"):
         if hasattr(module, name):
             setattr(module, name, _first_resolved(getattr(module, name)))
     ask_hub = module.get_task
