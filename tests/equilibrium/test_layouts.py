@@ -293,8 +293,12 @@ def test_solved_sequences_leave(solver: str) -> None:
     assert torch.equal(less.n_steps, full.n_steps) and torch.equal(less.status, full.status)
 
 
-@pytest.mark.parametrize("floor", [0.01, 0.02])
-def test_a_residual_minimum_that_is_no_fixed_point_is_left(floor: float) -> None:
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("escape", [2, 3])
+@pytest.mark.parametrize("floor", [0.003, 0.01, 0.02, 0.05])
+def test_a_residual_minimum_that_is_no_fixed_point_is_left(
+    floor: float, escape: int, sequences: int
+) -> None:
     """The residual of the first number is least near 0, where it is `floor`; it vanishes at 4."""
 
     def f(z: Tensor) -> Tensor:
@@ -302,12 +306,12 @@ def test_a_residual_minimum_that_is_no_fixed_point_is_left(floor: float) -> None
         step = (floor + 0.5 * x.square() / (1 + x.square())) * torch.tanh(4 - x)
         return torch.cat((x + step, 0.5 * y.sin() + 0.1 * x.cos()), dim=-1)
 
-    start = torch.full((1, 1, 2), -2.0, dtype=torch.float64)
-    settings = {"name": "anderson", "max_steps": 30, "tol": 1e-8}
+    start = torch.full((sequences, 1, 2), -2.0, dtype=torch.float64)
+    settings = {"name": "anderson", "max_steps": 30, "tol": 1e-8, "escape": escape}
     held = make_solver({**settings, "max_steps": 100, "escape": None}).solve(f, start, Causal())
     left = make_solver(settings).solve(f, start, Causal())
     assert not held.converged.any() and left.converged.all()
-    torch.testing.assert_close(left.state[0, 0, 0], start.new_tensor(4.0))
+    torch.testing.assert_close(left.state[..., 0], torch.full_like(start[..., 0], 4.0))
     assert left.n_steps.max() <= 30
 
 

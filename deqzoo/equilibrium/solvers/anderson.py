@@ -15,7 +15,8 @@ from deqzoo.equilibrium.solvers.base import Solver, StepRule
 from deqzoo.equilibrium.solvers.fixed_point import damped_step
 from deqzoo.equilibrium.solvers.traced import default_ridge
 
-LONG_STEP = 20.0  # of an escape, in residuals
+LONG_STEP = 20.0  # of an escape, in residuals, at most,
+LONG_SHARE = 0.2  # nor more than this share of the state, where the residual is large
 ENOUGH = 0.8  # a residual that falls to this share of the lowest one is no stall
 LEAP = 3.0  # a residual of so many times the lowest is on its way elsewhere, for a while
 
@@ -35,9 +36,10 @@ class Anderson(Solver):
             what `default_ridge` says.
         escape: of causal layouts: evaluations in which the residual of a cell that waits for no
             other one has to fall by a fifth. Else the cell takes one long step along its residual
-            and forgets what came before. A map that nearly has a second fixed point has a minimum
-            of the residual there, which mixing cannot leave and plain steps leave slowly. Cells do
-            not fall back to plain steps (`patience`) then. None switches it off.
+            and forgets what came before; at once where the mix leads back against the residual. A
+            map that nearly has a second fixed point has a minimum of the residual there, which
+            mixing cannot leave and plain steps leave slowly. Cells do not fall back to plain steps
+            (`patience`) then. None switches it off.
     """
 
     window: int = 6
@@ -129,10 +131,10 @@ class _Mixing(StepRule):
         self.gram[:, :filled, slot] = sums
         if filled == 1:
             return damped_step(z, fz, self.damping, scale, self.layout)
-        stuck = None
+        late = False
         if self.stall is not None:
-            square = self.layout.total(products[:, slot])
-            stuck, stalled = self.stall.cells(square, self.layout.waiting(square)), None
+            square, stalled = self.layout.total(products[:, slot]), None
+            late = self.stall.enter(square, self.layout.waiting(square))
         weights = self.layout.spread(self.weights(slot, filled, stalled))
         weights = weights.unsqueeze(1)  # (R, 1, n)
         mixed = torch.bmm(weights.to(z.dtype), self.maps[:, :filled]).squeeze(1)
@@ -140,10 +142,13 @@ class _Mixing(StepRule):
             rest = 1 - self.damping * (1 if scale is None else self.layout.spread(scale))
             shares = weights * (rest.reshape(-1, 1, 1) if isinstance(rest, Tensor) else rest)
             mixed -= torch.bmm(shares, self.residuals[:, :filled]).squeeze(1).to(z.dtype)
-        if stuck is not None:
-            rows = self.layout.spread(stuck).unsqueeze(1)
-            mixed = torch.where(rows, z + LONG_STEP * residual.to(z.dtype), mixed)
-            self.forget(stuck)
+        if self.stall is not None and late:
+            along = self.layout.total(((mixed - z) * residual).sum(1))
+            stuck = self.stall.cells(square, along < 0)
+            if stuck is not None:
+                rows = self.layout.spread(stuck).unsqueeze(1)
+                mixed = torch.where(rows, _long_step(z, fz, residual), mixed)
+                self.forget(stuck)
         return mixed
 
     def forget(self, cells: Tensor) -> None:
@@ -246,9 +251,6 @@ class _SingleMixing(StepRule):
             return damped_step(z, fz, self.damping, scale, self.layout)
         if self.escape is not None:
             stalled = None
-            if self.is_stuck(products[slot], self.escape):
-                self.valid = [False] * self.window
-                return z + LONG_STEP * residual
         weights = None
         if stalled is None or not bool(stalled):
             weights = self.weights(filled)
@@ -260,18 +262,22 @@ class _SingleMixing(StepRule):
         if damping != 1:
             back = torch.mv(self.residuals[:filled].t(), shares)
             mixed.sub_(back, alpha=1 - damping)
-        return mixed.view(z.shape)
+        mixed = mixed.view(z.shape)
+        if self.escape is not None and not self.got_better(products[slot]):
+            leapt = products[slot] > LEAP**2 * self.lowest
+            late = self.waited >= (2 * self.escape if leapt else self.escape)
+            if late or ((mixed - z) * residual).sum().item() < 0:
+                self.lowest, self.waited = math.inf, 0
+                self.valid = [False] * self.window
+                return _long_step(z, fz, residual)
+        return mixed
 
-    def is_stuck(self, square: float, patience: int) -> bool:
-        """Whether the squared residual has not got better for a while; see `_Stall`."""
+    def got_better(self, square: float) -> bool:
+        """Enter a squared residual; see `_Stall`."""
         better = square < ENOUGH**2 * self.lowest
         self.lowest = min(self.lowest, square)
         self.waited = 0 if better else self.waited + 1
-        leapt = square > LEAP**2 * self.lowest
-        if self.waited < (2 * patience if leapt else patience):
-            return False
-        self.lowest, self.waited = math.inf, 0
-        return True
+        return better
 
     def weights(self, filled: int) -> list[float] | None:
         """Mixing weights (n) by elimination; None where the system has no solution."""
@@ -326,7 +332,8 @@ def _solved(system: list[list[float]]) -> list[float] | None:
 
 
 class _Stall:
-    """Which of the cells that wait for no other one have not got better for a while.
+    """Which of the cells that wait for no other one are stuck: their residual has not got better
+    for a while, or not now, and mixing turns back.
 
     Args:
         patience: evaluations in which the residual has to fall to `ENOUGH` of its lowest; twice as
@@ -339,17 +346,27 @@ class _Stall:
         # evaluations for which it has not.
         self.books: tuple[Tensor, Tensor] | None = None
 
-    def cells(self, square: Tensor, waiting: Tensor) -> Tensor | None:
-        """Those cells (C,), from squared residuals (C,) and which cells wait for others; None:
-        no one."""
+    def enter(self, square: Tensor, waiting: Tensor) -> bool:
+        """Enter squared residuals (C,), and which cells (C,) wait for others.
+
+        Returns whether any cell may be stuck.
+        """
         if self.books is None:
             self.books = torch.full_like(square, math.inf), torch.zeros_like(square)
         enough, count = self.books
         count = (count + 1).masked_fill_(square < enough, 0).masked_fill_(waiting, 0)
         enough = torch.minimum(enough, ENOUGH**2 * square).masked_fill_(waiting, math.inf)
         self.books = enough, count
+        return count.device.type != "cpu" or bool(count.any())
+
+    def cells(self, square: Tensor, back: Tensor) -> Tensor | None:
+        """Which cells (C,) are stuck, of which `back` (C,) would go against their residual; None:
+        none is."""
+        assert self.books is not None
+        enough, count = self.books
         leapt = ENOUGH**2 * square > LEAP**2 * enough
-        stuck = count >= torch.where(leapt, 2 * self.patience, self.patience)
+        late = count >= torch.where(leapt, 2 * self.patience, self.patience)
+        stuck = late | (back & (count > 0))
         if stuck.device.type == "cpu" and not bool(stuck.any()):
             return None
         enough.masked_fill_(stuck, math.inf)
@@ -360,6 +377,14 @@ class _Stall:
         if self.books is not None:
             enough, count = (t[selection.cell_index] for t in self.books)
             self.books = enough, count
+
+
+def _long_step(z: Tensor, fz: Tensor, residual: Tensor) -> Tensor:
+    """Where rows (R, D) go that leave a minimum of their residual F(z) − z."""
+    length = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
+    size = torch.linalg.vector_norm(fz, dim=1, keepdim=True, dtype=residual.dtype)
+    factor = (LONG_SHARE * size / length).clamp(1, LONG_STEP)
+    return z + (factor * residual).to(z.dtype)
 
 
 def row_products(history: Tensor, x: Tensor) -> Tensor:
