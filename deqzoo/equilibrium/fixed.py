@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.gradients import JFB, NPG, UPG, Gradient
-from deqzoo.equilibrium.gradients.base import forget_grad
+from deqzoo.equilibrium.gradients.base import FORWARD, TWICE, forget_grad
 from deqzoo.equilibrium.layout import Causal, Layout, Segments
-from deqzoo.equilibrium.maps import DetachableMap, PreciseMap
+from deqzoo.equilibrium.maps import WROTE, DetachableMap, PreciseMap, writes
 from deqzoo.equilibrium.solvers import Anderson, FixedPointIteration, Solution, Solver, Status
 from deqzoo.equilibrium.solvers.loop import quotient
 from deqzoo.equilibrium.solvers.traced import solved_weights
 from deqzoo.equilibrium.state import State, leaves, rebuild
+from deqzoo.equilibrium.transforms import transformed
 
 Map = Callable[[State], State]
 
@@ -56,7 +57,9 @@ def fixed_point_of_steps(
         A `Solution` whose state carries the graph; no cell of it is `converged`.
 
     Raises:
-        ValueError: settings that need the books of `fixed_point`.
+        ValueError: settings that need the books of `fixed_point`, or a map that writes into a state
+            that it is given or had returned before.
+        RuntimeError: `npg` under torch.func, or differentiated twice or in forward mode.
     """
     if not has_fixed_steps(solver, gradient):
         raise ValueError(
@@ -127,7 +130,7 @@ def fixed_steps(
     gram: list[list[Tensor]] = []  # gram[i][j], j <= i, of the kept evaluations, oldest first
     z = start
     for _ in range(steps):
-        fz = f(z)
+        fz = _evaluated(f, z, [t for kept in maps for t in kept])
         if window == 1:
             z = _step(z, fz, damping)
             continue
@@ -155,7 +158,7 @@ def recorded_fixed_steps(f: Map, z: State, steps: int, damping: float) -> tuple[
     """The recorded steps of `upg` from a state without a graph; also F at that state, detached."""
     first = None
     for _ in range(steps):
-        fz = f(z)
+        fz = _evaluated(f, z, [] if first is None else leaves(first))
         first = _map(Tensor.detach, fz) if first is None else first
         z = _step(z, fz, damping)
     return z, first
@@ -163,6 +166,11 @@ def recorded_fixed_steps(f: Map, z: State, steps: int, damping: float) -> tuple[
 
 def attach_series(f: Map, z: State, steps: int, damping: float) -> tuple[State, State]:
     """The backward of `npg` for a state without a graph; also F at that state, detached."""
+    if transformed():
+        raise RuntimeError(
+            "npg by a fixed number of steps cannot be differentiated by torch.func; choose "
+            "gradient 'upg', or a solver with tol > 0"
+        )
     points = [t.detach().requires_grad_() for t in leaves(z)]
     with torch.enable_grad():
         value = leaves(f(rebuild(z, points)))
@@ -182,6 +190,8 @@ class _Series(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(TWICE)
         steps, damping = ctx.settings
         total = list(cotangents)
         for _ in range(steps - 1):
@@ -194,8 +204,23 @@ class _Series(torch.autograd.Function):
                 for g, p, t in zip(cotangents, products, total, strict=True)
             ]
         none = (None,) * len(ctx.points)
-        ctx.value = ctx.points = None
         return (None, None, None, *(damping * t for t in total), *none)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(FORWARD)
+
+
+def _evaluated(f: Map, z: State, kept: Sequence[Tensor]) -> State:
+    """F(z), from a map that must not write into z nor into the answers `kept`."""
+    if torch.compiler.is_compiling():  # nothing counts writes there
+        return f(z)
+    held = [*leaves(z), *kept]
+    before = [writes(t) for t in held]
+    fz = f(z)
+    if before != [writes(t) for t in held]:
+        raise ValueError(WROTE)
+    return fz
 
 
 def mixing_weights(gram: Sequence[Sequence[Tensor]], ridge: float | None) -> list[Tensor]:

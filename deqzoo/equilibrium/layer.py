@@ -24,7 +24,7 @@ from deqzoo.equilibrium.maps import (
 from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, Status, make_solver
 from deqzoo.equilibrium.solvers.loop import Residuals, StepCallback, residuals
 from deqzoo.equilibrium.state import State, leaves, rebuild
-from deqzoo.equilibrium.transforms import transformed
+from deqzoo.equilibrium.transforms import forward_mode, transformed, underived
 
 SolverSpec = Solver | str | Mapping[str, Any]
 GradientSpec = Gradient | str | Mapping[str, Any]
@@ -50,7 +50,8 @@ def fixed_point(
     torch.export a solve becomes all `max_steps` steps of its solver; see `traced_solution`.
     Under torch.func.vmap too, where nothing can depend on values; a cell that meets `tol` stays
     where it is. grad, vjp and jacrev of torch.func differentiate through every gradient; with
-    implicit and npg once, and under vmap where they stand inside: vmap(grad(...)).
+    implicit and npg once, and under vmap where they stand inside: vmap(grad(...)). Forward mode
+    (jvp, jacfwd, hessian, forward_ad) goes through upg, jfb and unrolled.
 
     Args:
         f: the map; returns a state of the same structure and shapes as its first argument.
@@ -94,9 +95,10 @@ def fixed_point(
             inputs, z0, 2 if isinstance(layout, Causal) and keeps_positions(f) else 1
         )
     _check_steps(sample_steps)
+    derived = torch.is_grad_enabled() or forward_mode()
     wrapped = inputs or (compact and not isinstance(f, BatchMap))
     bound = BoundMap(f, inputs) if wrapped else f
-    if torch.is_grad_enabled() and not chosen_gradient.needs_solve:
+    if derived and not chosen_gradient.needs_solve:
         return _attach_to_start(
             bound, z0, chosen_solver, chosen_gradient, layout, checkpoint, trace, callback,
             sample_steps,
@@ -108,10 +110,10 @@ def fixed_point(
         callback = _keeper(kept, sample_steps, callback)
     start = rebuild(z0, [t.detach() for t in leaves(z0)])
     solution = chosen_solver.solve(bound, start, layout, compact, trace, callback)
-    if not torch.is_grad_enabled() and not sample_steps:
+    if not derived and not sample_steps:
         return solution
     layout, matrix = begin(layout, solution.state)
-    if torch.is_grad_enabled():
+    if derived:
         recorded = Matrices(bound, layout, watched=not transformed())
         problem = _problem(recorded, checkpoint, chosen_solver.max_steps)
         solution.backward = problem.report
@@ -154,12 +156,12 @@ def _attach_to_start(
     samples = []
     latest: weakref.ref[Tensor] | None = None  # what was measured last
 
-    @torch.no_grad()
     def measure(z: Tensor) -> Tensor:
         nonlocal latest
         point, latest = z.detach(), weakref.ref(z)
-        fz = watched(point)  # the next step evaluates F here again, but records it
-        measured.append(residuals(fz - point, fz, layout, solver))
+        with underived():
+            fz = watched(point)  # the next step evaluates F here again, but records it
+            measured.append(residuals(fz - point, fz, layout, solver))
         return measured[-1].chosen
 
     def visit(k: int, z: Tensor) -> None:

@@ -13,6 +13,11 @@ from torch import Tensor
 from deqzoo.equilibrium.layout import Layout, Selection
 from deqzoo.equilibrium.state import State, leaves, rebuild
 
+WROTE = (
+    "the map wrote into a state that it was given or had returned before; let it return new "
+    "tensors (no inplace=True, no out=, no buffer used again)"
+)
+
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
@@ -137,7 +142,7 @@ class Matrices:
         self.n_calls += 1
         copied = self.n_calls == 1 or self._in_place or not self.watched
         given = _copy(matrix) if copied else matrix
-        version = _version(given)
+        version = writes(given)
         state, cells = layout.to_state(given), layout.cell_shape()
         found = self.f(state)
         out = layout.to_matrix(found)
@@ -159,16 +164,13 @@ class Matrices:
 
     def _owned(self, matrix: Tensor, given: Tensor, version: int, out: Tensor) -> Tensor:
         """Return the answer in memory that the map will not write to again."""
-        changed = _version(given) != version
+        changed = writes(given) != version
         recording = torch.is_grad_enabled()
         if self.n_calls == 1:
             self._in_place = changed or _differ(given, matrix)
             self._first, out = out.detach(), out.clone()
-        elif changed and not self._in_place or _version(self._before) != self._version:
-            raise ValueError(
-                "the map wrote into a state that it was given or had returned before; let it "
-                "return new tensors (no inplace=True, no out=, no buffer used again)"
-            )
+        elif changed and not self._in_place or writes(self._before) != self._version:
+            raise ValueError(WROTE)
         else:
             if self._first is not None:
                 self._reuses = out.numel() > 0 and out.data_ptr() == self._first.data_ptr()
@@ -176,7 +178,7 @@ class Matrices:
             out = out.clone() if self._reuses else out
         # A recorded argument would hold the graph that holds this map; there autograd looks.
         self._before = None if recording else matrix
-        self._version = version if given is self._before else _version(self._before)
+        self._version = version if given is self._before else writes(self._before)
         return out
 
     def select(self, selection: Selection, layout: Layout) -> Matrices:
@@ -199,7 +201,7 @@ def _differ(given: Tensor, matrix: Tensor) -> bool:
     return given.device.type == "cpu" and not torch.equal(given, matrix)
 
 
-def _version(tensor: Tensor | None) -> int:
+def writes(tensor: Tensor | None) -> int:
     """How often a tensor's memory was written to; 0 where torch does not count."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 

@@ -133,6 +133,72 @@ def test_other_settings_are_refused(solver, gradient) -> None:
         fixed_point_of_steps(f, start, make_solver(solver), make_gradient(gradient))
 
 
+class Writing:
+    """h ↦ tanh(h) / 2 + x in place, or in one buffer for every answer."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.buffer, self.x = kind, torch.zeros(2, 3), torch.ones(2, 3)
+        self.x.requires_grad_()
+
+    def __call__(self, h: Tensor) -> Tensor:
+        if self.kind == "plain":
+            return h.tanh().mul_(0.5) + self.x
+        if self.kind == "in place":
+            return h.tanh_().mul(0.5) + self.x
+        self.buffer = self.buffer.detach()
+        return self.buffer.copy_(h.tanh() / 2 + self.x)
+
+
+@pytest.mark.parametrize("gradient", [{"name": "upg", "steps": 2}, "npg"], ids=str)
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("kind", ["plain", "in place", "buffer"])
+def test_maps_that_write_into_states_are_refused(kind, window, damping, gradient) -> None:
+    settings = {"max_steps": 30, "tol": 0.0, "window": window, "damping": damping}
+    solver, gradient = make_solver({"name": "anderson", **settings}), make_gradient(gradient)
+    try:
+        state = fixed_point_of_steps(Writing(kind), torch.zeros(2, 3), solver, gradient).state
+    except ValueError as error:
+        assert kind != "plain" and "let it return new tensors" in str(error)
+    else:  # damped plain steps keep no answer
+        assert kind == "plain" or (kind, window, damping) == ("buffer", 1, 0.6)
+        torch.testing.assert_close(state, state.tanh() / 2 + 1, rtol=1e-5, atol=0)
+
+
+def test_recorded_answers_in_one_buffer_are_refused() -> None:
+    solver = make_solver({"name": "fixed_point", "max_steps": 1, "tol": 0.0})
+    with pytest.raises(ValueError, match="let it return new tensors"):
+        gradient = make_gradient({"name": "upg", "steps": 2})
+        fixed_point_of_steps(Writing("buffer"), torch.zeros(2, 3), solver, gradient)
+
+
+def test_derivatives_of_a_fixed_number_of_steps() -> None:
+    """One backward pass after another; twice or in forward mode there is none through npg."""
+    solver = make_solver({"name": "anderson", "max_steps": 20, "tol": 0.0})
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+
+    def state(x: Tensor, name: str) -> Tensor:
+        gradient = make_gradient({"name": name, "steps": 60, "damping": 1.0})
+        start = torch.zeros_like(x)
+        return fixed_point_of_steps(lambda h: h.tanh() / 2 + x, start, solver, gradient).state
+
+    tracked = x.clone().requires_grad_()
+    loss = state(tracked, "npg").sum()
+    slope = 1 / (1 - (1 - state(x, "upg").tanh().square()) / 2)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(loss, tracked, retain_graph=True)
+        torch.testing.assert_close(found, slope)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss, tracked, create_graph=True)
+    with pytest.raises(RuntimeError, match="torch.func; choose gradient 'upg'"):
+        torch.func.jvp(lambda x: state(x, "npg"), (x,), (x,))
+    dual = torch.autograd.forward_ad
+    with dual.dual_level(), pytest.raises(RuntimeError, match="forward-mode derivatives"):
+        state(dual.make_dual(x, x), "npg")
+    tangent = torch.func.jvp(lambda x: state(x, "upg"), (x,), (x,))[1]
+    torch.testing.assert_close(tangent, slope * x)
+
+
 def test_unsolvable_systems_take_the_newest_evaluation() -> None:
     bad = torch.tensor([float("nan"), 1.0])
     weights = mixing_weights([[bad], [torch.zeros(2), torch.ones(2)]], 1e-8)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from deqzoo.equilibrium import Causal, Equilibrium, fixed_point
 
@@ -148,6 +151,73 @@ def test_what_cannot_be_has_one_line(gradient: str) -> None:
         vmap(lambda c: fixed_point(lambda h: h / 2 + c, c, solver="broyden").state)(c)
     with pytest.raises(ValueError, match="no single steps"):
         vmap(lambda c: fixed_point(lambda h: h / 2 + c, c, trace=True).state)(c)
+
+
+FORWARD = [{"name": "upg", **LONG}, {"name": "unrolled", "steps": 200}]
+
+
+def by_dual_numbers(f: Callable[[Tensor], Tensor], c: Tensor, t: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(c, t))).tangent
+    return torch.zeros_like(c) if tangent is None else tangent
+
+
+def by_jvp(f: Callable[[Tensor], Tensor], c: Tensor, t: Tensor) -> Tensor:
+    return jvp(f, (c,), (t,))[1]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("tangent", [by_dual_numbers, by_jvp])
+@pytest.mark.parametrize("gradient", [*FORWARD, EXACT, "npg"], ids=str)
+def test_forward_mode(gradient: dict | str, tangent: Callable, mode: Callable) -> None:
+    """Right or refused, also where grad mode, which is about backward passes only, is off."""
+    a, c, t = cases.A, cases.draw(2, 3, seed=0), cases.draw(2, 3, seed=1)
+    if gradient not in FORWARD:
+        with mode(), pytest.raises(RuntimeError, match="use vjp, jacrev or grad, or choose"):
+            tangent(lambda c: state(a, c, gradient, 2), c, t)
+        return
+    with mode():
+        found = tangent(lambda c: state(a, c, gradient, 2), c, t)
+    torch.testing.assert_close(found, closed(a, t))
+
+
+@pytest.mark.parametrize("gradient", FORWARD, ids=str)
+def test_jacfwd_and_hessian(gradient: dict) -> None:
+    c = cases.draw(1, 3, seed=2)
+
+    def loss(c: Tensor, solved=lambda c: state(cases.A, c, gradient)) -> Tensor:
+        return solved(c).pow(3).sum()
+
+    found, exact = (jacfwd(f)(c) for f in (loss, lambda c: loss(c, lambda c: closed(cases.A, c))))
+    torch.testing.assert_close(found, exact)
+    exact = hessian(lambda c: loss(c, lambda c: closed(cases.A, c)))(c)
+    torch.testing.assert_close(hessian(loss)(c), exact)
+
+
+@pytest.mark.parametrize("gradient", ONCE)
+def test_pullbacks_are_not_differentiated(gradient: str) -> None:
+    """They are linear, and their derivative was 0."""
+    c = cases.draw(2, 3, seed=3)
+    out, pull = vjp(lambda c: state(cases.A, c, gradient, 2), c)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        vjp(pull, out)[1]((c,))
+    with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+        jvp(pull, (out,), (c,))
+
+
+@pytest.mark.parametrize("gradient", [*GRADIENTS, *FORWARD], ids=str)
+@pytest.mark.parametrize("n", [1, 2])
+def test_batched_backward_passes(gradient: dict, n: int) -> None:
+    c, every = cases.draw(n, 3, seed=4).requires_grad_(), torch.eye(3 * n, dtype=cases.F64)
+    every = every.reshape(-1, n, 3)
+    exact = jacrev(lambda c: closed(cases.A, c))(c).reshape(-1, n, 3)
+    out = state(cases.A, c, gradient, n)
+    (found,) = torch.autograd.grad(out, c, every, is_grads_batched=True)
+    torch.testing.assert_close(found, exact)
+    found = torch.autograd.functional.jacobian(
+        lambda c: state(cases.A, c, gradient, n), c.detach(), vectorize=True
+    )
+    torch.testing.assert_close(found.reshape(-1, n, 3), exact)
 
 
 @pytest.mark.parametrize("gradient", ["upg", "jfb", {"name": "unrolled", "steps": 60}])

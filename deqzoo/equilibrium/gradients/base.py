@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from deqzoo.equilibrium.layout import Layout, Rows, begin
 from deqzoo.equilibrium.maps import recording
 from deqzoo.equilibrium.solvers.solution import BackwardReport
-from deqzoo.equilibrium.transforms import transformed
+from deqzoo.equilibrium.transforms import has_tangent, transformed
 
 Map = Callable[[Tensor], Tensor]
 
@@ -195,6 +195,8 @@ def attach_cotangent(
         else:
             recorded = problem.products(point)
             value = problem.f(state.detach())
+    if has_tangent(value):
+        raise RuntimeError(FORWARD)
     if not value.requires_grad or not _reaches_more_than(value, point):
         return state.detach()
 
@@ -245,9 +247,14 @@ def forget_grad(tensor: Tensor) -> None:
     tensor.grad = None
 
 
-_TWICE = (
+TWICE = (
     "second derivatives through the implicit and npg gradients are not defined here; "
     "choose gradient 'upg', 'jfb' or 'unrolled' to differentiate twice"
+)
+FORWARD = (
+    "forward-mode derivatives (jvp, jacfwd, hessian, forward_ad) through the implicit and npg "
+    "gradients are not defined here; use vjp, jacrev or grad, or choose gradient 'upg', 'jfb' or "
+    "'unrolled'"
 )
 _OUTSIDE = (
     "the implicit and npg gradients solve a system in the backward pass, which cannot reach into a "
@@ -271,32 +278,40 @@ class _Functional(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         (value,) = ctx.saved_tensors
-        return _Refused.apply(ctx.cotangent(given), value, _TWICE), None, None
+        return _Refused.apply(TWICE, ctx.cotangent(given), value, given), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise RuntimeError(FORWARD)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[Any, ...], value: Tensor, state: Tensor, cotangent: Any
     ) -> tuple[Tensor, Any]:
         """What differentiates outside of vmap would find the map gone."""
-        return _Refused.apply(state, value, _OUTSIDE), in_dims[1]
+        return _Refused.apply(_OUTSIDE, state, value), in_dims[1]
 
 
 class _Refused(torch.autograd.Function):
-    """The first tensor; whoever differentiates it, or the second one through it, gets an error."""
+    """The first tensor; whoever differentiates it, or others through it, gets an error."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tensor: Tensor, other: Tensor, message: str) -> Tensor:
+    def forward(message: str, tensor: Tensor, *others: Tensor) -> Tensor:
         return tensor.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.message = inputs[2]
+        ctx.message = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise RuntimeError(FORWARD)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -318,5 +333,9 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(_TWICE)
+            raise RuntimeError(TWICE)
         return ctx.solve(ctx.product, cotangent), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise RuntimeError(FORWARD)

@@ -10,12 +10,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from deqzoo.equilibrium.gradients.base import Cost, Gradient, Map, Problem, attach_cotangent
+from deqzoo.equilibrium.gradients.base import (
+    FORWARD,
+    Cost,
+    Gradient,
+    Map,
+    Problem,
+    attach_cotangent,
+)
 from deqzoo.equilibrium.options import require
 from deqzoo.equilibrium.solvers import Solution, Solver, make_solver
 from deqzoo.equilibrium.solvers.anderson import Anderson
 from deqzoo.equilibrium.solvers.loop import row_peaks
-from deqzoo.equilibrium.transforms import batched
+from deqzoo.equilibrium.transforms import batched, has_tangent
 
 _TYPICAL_PRODUCTS = 20
 """Products that an adjoint solve is assumed to spend, fewer if its solver allows fewer."""
@@ -67,6 +74,8 @@ class Implicit(Gradient):
         solver = make_solver(self.solver)
 
         def solve(product: Map, cotangent: Tensor) -> Tensor:
+            if has_tangent(cotangent):
+                raise RuntimeError(FORWARD)
             layout = problem.layout.adjoint()
             # The system is linear: solved at scale one, so that an absolute tolerance is relative
             # to g and the result does not depend on the scale of the loss.
@@ -77,7 +86,7 @@ class Implicit(Gradient):
             unit = (cotangent / size).to(cotangent.dtype)
             solution = solver.solve(lambda w: product(w) + unit, unit, layout=layout)
             adjoint = (solution.state * size).to(cotangent.dtype)
-            if batched():  # nobody can look
+            if batched(cotangent):  # nobody can look
                 return adjoint
             problem.report.residual = solution.rel_residual
             problem.report.status = solution.status

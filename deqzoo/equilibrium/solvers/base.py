@@ -20,7 +20,7 @@ from deqzoo.equilibrium.solvers.single import SingleLoop
 from deqzoo.equilibrium.solvers.solution import Solution, joined
 from deqzoo.equilibrium.solvers.traced import traced_solution
 from deqzoo.equilibrium.state import State
-from deqzoo.equilibrium.transforms import batched, transformed
+from deqzoo.equilibrium.transforms import batched, transformed, underived
 from deqzoo.equilibrium.uncompiled import uncompiled
 
 
@@ -121,7 +121,7 @@ class Solver(ABC):
                 and 'fixed_point', or `trace` and `callback`.
         """
         layout = layout or Rows()
-        if torch.compiler.is_exporting() or batched():
+        if torch.compiler.is_exporting() or batched(z0):
             if trace or callback is not None:
                 raise ValueError(
                     "torch.export and torch.func.vmap show no single steps: leave trace, callback "
@@ -132,7 +132,7 @@ class Solver(ABC):
         return self._solve(f, z0, layout, compact, trace, callback)
 
     @uncompiled  # how often the loop turns depends on values; compiling f is up to f
-    @torch.no_grad()
+    @underived()
     def _solve(
         self,
         f: Callable[[State], State],

@@ -86,7 +86,8 @@ def _steps(f: Callable[[Tensor], Tensor], z: Tensor, solver: Solver, layout: Lay
             if len(maps) == 1:
                 gram = row.unsqueeze(2)
             else:
-                beside = torch.cat((gram[:, first:, first:], row[:, :-1].unsqueeze(2)), 2)
+                kept = gram[:, first:, first:] if first else gram
+                beside = torch.cat((kept, row[:, :-1].unsqueeze(2)), 2)
                 gram = torch.cat((beside, row.unsqueeze(1)), 1)
         if len(maps) == 1:
             moved = fz if solver.damping == 1 else torch.lerp(z, fz, solver.damping)
