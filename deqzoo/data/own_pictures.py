@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import os
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -157,18 +159,18 @@ def load_own_pictures(
     known = list(classes) if classes is not None else None
     if known is None:
         order = next((names for _, _, names in tables.values() if names), None)
-        seen = {str(label) for _, labels, _ in tables.values() for label in labels}
+        seen = {label for _, labels, _ in tables.values() for label in labels}
         known = list(order) if order else sorted(seen, key=_natural)
-    index = {label: number for number, label in enumerate(known)}
+    index = {_composed(label): number for number, label in enumerate(known)}
     found = {}
     for split, (cells, labels, _) in tables.items():
-        strange = sorted({str(label) for label in labels} - set(index))
+        strange = sorted({*labels} - {*index})
         if strange:
             raise UserError(
                 f"{path} holds the class {strange[0]!r}, which is none of the model's: "
                 f"{', '.join(known[:12])}"
             )
-        numbers = torch.tensor([index[str(label)] for label in labels], dtype=torch.int64)
+        numbers = torch.tensor([index[label] for label in labels], dtype=torch.int64)
         found[split] = OwnPictures(cells, numbers, tuple(known), name, split)
     if not sum(len(part) for part in found.values()):
         raise UserError(f"{path} holds no labelled pictures")
@@ -286,32 +288,63 @@ def _by_class(
     pictures = [file for file in files if file.suffix.lower() in known]
     if not pictures:
         raise UserError(f"{_unreadable(path)}: it holds no pictures")
-    inner = [file.parts[:-1] for file in pictures]
-    # Zips often hold one folder with everything in it.
-    while min(map(len, inner)) > 1 and len({parts[0] for parts in inner}) == 1:
-        if split_of(inner[0][:1]):
-            break
-        inner = [parts[1:] for parts in inner]
-    loose = [
-        file
-        for file, parts in zip(pictures, inner, strict=True)
-        if {part.casefold() for part in parts} <= {*SPLIT_OF}
-    ]
+    inner = [tuple(map(_composed, file.parts[:-1])) for file in pictures]
+    around = min(_around(inner), max(min(map(len, inner)) - 1, 0))
+    inner = [parts[around:] for parts in inner]
+    splits = [split_of(parts) for parts in inner]
+    # Splits may lie in the folders of classes, too.
+    places = [tuple(part for part in parts if split_of([part]) is None) for parts in inner]
+    loose = [file for file, place in zip(pictures, places, strict=True) if not place]
     if loose and (len(loose) < len(pictures) or any(inner)):
         raise UserError(
             f"{path / loose[0]} lies in no folder of a class, as others do or as a split has them "
             "(train/CLASS/PICTURE)"
         )
-    splits = [split_of(parts[:-1]) for parts in inner]
     if None in splits and any(splits):
         raise UserError(
             f"{path / pictures[splits.index(None)]} lies in no folder of a split, as others do "
             f"({', '.join(sorted({split for split in splits if split}))})"
         )
-    labels = [parts[-1] if parts else name for parts in inner]
+    _require_one_place(path, places)
+    labels = [place[-1] if place else name for place in places]
     classes = sorted({*labels})
     rows = zip(map(read, pictures), labels, [split or "train" for split in splits], strict=True)
     return _by_split(rows, classes)
+
+
+def _around(inner: Sequence[tuple[str, ...]]) -> int:
+    """How many folders are around everything, as zips often have one, up to that of a split."""
+    shared = os.path.commonprefix(list(inner))
+    return next((i for i, name in enumerate(shared) if split_of([name])), len(shared))
+
+
+def _require_one_place(path: Path, places: Iterable[tuple[str, ...]]) -> None:
+    """Refuse folders of classes that do not say which class a picture has.
+
+    Args:
+        path: of the pictures.
+        places: the folders around each picture, without those of splits.
+
+    Raises:
+        UserError: two folders have the name of a class, or one lies in another.
+    """
+    seen: dict[str, tuple[str, ...]] = {}
+    for place in sorted({*places} - {()}):
+        other = seen.setdefault(place[-1], place)
+        above = (place[:end] for end in range(1, len(place)))
+        if other == place:
+            other = next((folder for folder in above if folder in seen.values()), place)
+        if other != place:
+            raise UserError(
+                f"{path} has pictures in {'/'.join(other)} and in {'/'.join(place)}, which leaves "
+                "their class open: give every class one folder, in folders train, validation and "
+                "test where there are splits, or name a .csv of paths and labels"
+            )
+
+
+def _composed(name: str) -> str:
+    """A name whose accents are written as everywhere, not as macOS writes those of files."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _named_split(word: Any, where: str) -> str:
@@ -334,10 +367,11 @@ def _by_split(
 ) -> dict[str, _Table]:
     """Rows of picture, label and split as a table per split."""
     tables: dict[str, _Table] = {}
+    order = classes and [*map(_composed, classes)]
     for cell, label, split in rows:
-        cells, labels, _ = tables.setdefault(split, ([], [], classes))
+        cells, labels, _ = tables.setdefault(split, ([], [], order))
         cells.append(cell)
-        labels.append(label)
+        labels.append(_composed(label))
     return tables
 
 
@@ -362,6 +396,9 @@ def _cells_by_split(
     path: Path, label_column: str | Sequence[str] | None, cache: Path | None = None
 ) -> dict[str, _Table]:
     """Pictures and labels of parquet files, or of a folder with tables; see `_open`."""
+    if path.is_dir():
+        inner = [file.relative_to(path).parts[:-1] for file in visible_files(path, links=True)]
+        path = path.joinpath(*inner[0][: _around(inner)])
     opened = _open(path, cache)
     tables: dict[str, _Table] = {}
     for split, dataset in opened.items():
@@ -438,10 +475,6 @@ def _unpacked(
             if entry.file_size > _LARGEST_FILE and not entry.filename.lower().endswith(".parquet"):
                 raise UserError(f"{entry.filename} in {path} is too large")
             archive.extract(entry, folder)
-        while len(inside := [*folder.iterdir()]) == 1 and inside[0].is_dir():
-            if split_of([inside[0].name]):
-                break
-            folder = inside[0]  # of everything
         try:
             tables = _cells_by_split(folder, label_column, Path(place, "cache"))
         except UserError as error:  # about the zip, which the user knows

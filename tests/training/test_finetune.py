@@ -202,6 +202,57 @@ def test_pictures_beside_splits_are_refused(tmp_path: Path) -> None:
             own_pictures.load_own_pictures(source)
 
 
+def layout(folder: Path, *places: str) -> Path:
+    """Two pictures of their own in each of the places below a folder."""
+    for number, place in enumerate(places):
+        (folder / place).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (4, 4), 10 * number + i).save(folder / place / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "places",
+    (
+        ("cat/photos", "cat/drawings", "dog/photos", "dog/drawings"),
+        ("cat", "cat/more", "dog"),
+        ("training_set/training_set/cat", "training_set/training_set/dog", "test_set/test_set/cat"),
+        ("train/cat", "train/dog", "test/old/cat"),
+    ),
+)
+def test_folders_that_leave_a_class_open_are_refused(tmp_path: Path, places) -> None:
+    """The name of the last folder alone would mix classes, make new ones, or join splits."""
+    folder = layout(tmp_path / "things", *places)
+    for source in (folder, zipped(folder)):
+        with pytest.raises(UserError, match="leaves their class open: give every class one folder"):
+            own_pictures.load_own_pictures(source)
+
+
+def test_splits_may_lie_in_the_folders_of_classes(tmp_path: Path) -> None:
+    folder = layout(tmp_path / "things", *(f"{c}/{s}" for c in ("cat", "dog") for s in own.SPLITS))
+    for source in (folder, zipped(folder, "all")):
+        found = own_pictures.load_own_pictures(source)
+        assert {*found} == {*own.SPLITS}
+        for split, part in found.items():
+            assert part.classes == ("cat", "dog") and part.labels.tolist() == [0, 0, 1, 1]
+            files = [folder / c / split / f"{i}.png" for c in ("cat", "dog") for i in range(2)]
+            assert [part.content(row) for row in range(4)] == [f.read_bytes() for f in files]
+
+
+def test_classes_are_the_same_however_their_accents_are_written(tmp_path: Path) -> None:
+    """macOS writes them as marks of their own in the names of files, tables do not."""
+    plain, apart = "caf\u00e9", "cafe\u0301"
+    folder = layout(tmp_path / "things", f"train/{plain}", "train/the", f"test/{apart}", "test/the")
+    table = tmp_path / "t.csv"
+    files = sorted(folder.rglob("*.png"))
+    table.write_text("\n".join(["path,label", *(f"{f},{f.parent.name}" for f in files)]))
+    for source in (folder, zipped(folder), table):
+        for classes in (None, (plain, "the"), (apart, "the")):
+            found = own_pictures.load_own_pictures(source, classes)
+            assert {part.classes for part in found.values()} == {classes or (plain, "the")}
+            assert all({*part.labels.tolist()} == {0, 1} for part in found.values())
+
+
 def test_a_zip_may_hold_one_folder_of_all(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "things" / "train", count=2).parent
     write_folder(folder / "test", count=1)
@@ -238,6 +289,13 @@ def test_zips_have_the_tables_of_folders(tmp_path: Path, inside: str) -> None:
                 assert found[split].labels.tolist() == part.labels.tolist()
                 assert found[split].digests() == part.digests()
                 assert found[split].picture(0).size == part.picture(0).size
+    # A folder may be around everything, too.
+    outer = tmp_path / "outer"
+    outer.mkdir(exist_ok=True)
+    shutil.move(folder, outer / "all")
+    around = own_pictures.load_own_pictures(outer)
+    shutil.move(outer / "all", folder)
+    assert {split: len(part) for split, part in around.items()} == {"test": 3, "train": 6}
     (folder / "test" / "metadata.csv").write_text("file_name,label\nabsent.png,1")
     with pytest.raises(UserError, match="things.*zip"):
         own_pictures.load_own_pictures(zipped(folder, inside))
