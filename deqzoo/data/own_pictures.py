@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import io
 import os
 import unicodedata
 import zipfile
@@ -33,7 +34,10 @@ from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import visible_files
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
-_PICTURES = ("image", "img", "picture", "photo", "file_name", "file", "path", "filename")
+_PICTURES = (
+    "image", "img", "picture", "photo", "file_name", "file", "path", "filename", "image_path",
+    "file_path", "filepath",
+)  # fmt: skip
 _LABELS = ("label", "labels", "class", "category", "target")
 _SPLIT = "split"
 """The column of a table that says which split a row belongs to."""
@@ -144,15 +148,15 @@ def load_own_pictures(
     if not path.exists():
         raise UserError(f"there is no file or folder {path}")
     name = path.stem if path.is_file() else path.resolve().name
-    if path.is_dir():
-        _know_heic(path.rglob("*"))
+    inside = list(visible_files(path, links=True)) if path.is_dir() else []
+    _know_heic(inside)
     tables: dict[str, _Table]
     if path.suffix.lower() in _TABLES and path.is_file():
         tables = _paths_of_table(path, label_column)
     elif path.suffix.lower() == ".zip" and path.is_file():
         tables = _pictures_of_zip(path, name, label_column)
-    elif path.is_dir() and not _hold_tables(path.rglob("*")):
-        files = (file.relative_to(path) for file in visible_files(path, links=True))
+    elif path.is_dir() and not _hold_tables(inside):
+        files = (file.relative_to(path) for file in inside)
         tables = _by_class(files, path, name, path.joinpath)
     else:
         tables = _cells_by_split(path, label_column)
@@ -254,9 +258,11 @@ def _parquet_by_split(path: Path) -> dict[str, list[Path]]:
 
 def _visible_entries(archive: zipfile.ZipFile) -> dict[PurePath, zipfile.ZipInfo]:
     """Files of a zip in the order of their names, without hidden ones and what macOS adds."""
-    files: dict[PurePath, zipfile.ZipInfo] = {
-        PurePosixPath(e.filename): e for e in archive.infolist() if not e.is_dir()
-    }
+    files: dict[PurePath, zipfile.ZipInfo] = {}
+    for entry in archive.infolist():
+        entry.filename = entry.filename.replace("\\", "/")  # as old programs of Windows part them
+        if not entry.is_dir():
+            files[PurePosixPath(entry.filename)] = entry
     hidden = (".", "__MACOSX")
     return {
         file: files[file]
@@ -379,9 +385,9 @@ def _columns(
     names: Sequence[str], path: Path, label_column: str | Sequence[str] | None
 ) -> tuple[str, str]:
     """The columns of a table that hold its pictures, or their paths, and its labels."""
-    image = next((name for name in _PICTURES if name in names), None)
+    image = _column(names, _PICTURES)
     wanted = [label_column] if isinstance(label_column, str) else label_column or _LABELS
-    label = next((name for name in wanted if name in names), None)
+    label = _column(names, wanted)
     if image is None or label is None:
         what = "pictures" if image is None else "labels"
         raise UserError(
@@ -390,6 +396,19 @@ def _columns(
             "another)"
         )
     return image, label
+
+
+def _column(names: Sequence[str], wanted: Sequence[str]) -> str | None:
+    """The first of the wanted columns that a table has, in capitals or not."""
+    plain = {name.casefold(): name for name in reversed(names)}
+    found = (name if name in names else plain.get(name.casefold()) for name in wanted)
+    return next((name for name in found if name), None)
+
+
+def _split_column(names: Sequence[str], label: str) -> str | None:
+    """The column that parts a table, unless it is the one of its labels."""
+    column = _column(names, [_SPLIT])
+    return None if column == label else column
 
 
 def _cells_by_split(
@@ -426,7 +445,8 @@ def _cells(
         if not cell or not (cell.get("bytes") or cell.get("path")):
             raise UserError(f"row {number} of {path} has no picture")
         content = cell.get("bytes")
-        cells.append(content if content else Path(cell["path"]))
+        beside = path if path.is_dir() else path.parent
+        cells.append(content if content else beside / cell["path"])
     labels = []
     for number, value in enumerate(dataset[label]):
         if isinstance(value, (list, dict)):
@@ -436,9 +456,9 @@ def _cells(
             raise UserError(f"row {number} of {path} has no label")
         labels.append(classes[value] if classes else str(value))
     splits = [split] * len(labels)
-    if _SPLIT in dataset.column_names and label != _SPLIT:
-        names = getattr(dataset.features[_SPLIT], "names", None)
-        words = [names[v] if names and v is not None else v for v in dataset[_SPLIT]]
+    if column := _split_column(dataset.column_names, label):
+        names = getattr(dataset.features[column], "names", None)
+        words = [names[v] if names and v is not None else v for v in dataset[column]]
         splits = [_named_split(word, f"row {n} of {path}") for n, word in enumerate(words)]
     return _by_split(zip(cells, labels, splits, strict=True), classes)
 
@@ -492,10 +512,15 @@ def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> dic
         as_user_error(f"cannot read {path}", OSError, csv.Error),
         path.open(encoding="utf-8-sig", newline="") as stream,
     ):
-        reader = csv.reader(stream, delimiter=delimiter, skipinitialspace=True)
+        text = stream.read()
+        head = text.partition("\n")[0]
+        if delimiter not in head and ";" in head:  # as Excel writes it where commas are decimal
+            delimiter = ";"
+        reader = csv.reader(io.StringIO(text, ""), delimiter=delimiter, skipinitialspace=True)
         lines = [[field.strip() for field in line] for line in reader]
     names = lines[0] if lines else []
     image, label = _columns(names, path, label_column)
+    column = _split_column(names, label)
     rows: list[tuple[Path, str, str]] = []
     for number, line in enumerate(lines[1:], 2):
         if not any(line):
@@ -511,8 +536,7 @@ def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> dic
         file = path.parent / row[image]
         if not file.is_file():
             raise UserError(f"line {number} of {path}: there is no file {file}")
-        parted = _SPLIT in names and label != _SPLIT
-        split = _named_split(row[_SPLIT], f"line {number} of {path}") if parted else "train"
+        split = _named_split(row[column], f"line {number} of {path}") if column else "train"
         rows.append((file, row[label], split))
     _know_heic(file for file, _, _ in rows)
     return _by_split(rows)

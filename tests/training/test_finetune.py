@@ -264,6 +264,41 @@ def test_a_zip_may_hold_one_folder_of_all(tmp_path: Path) -> None:
             assert part.classes == tuple(COLOURS) and part.digests() == whole[split].digests()
 
 
+def test_zips_of_windows_part_folders_by_backslashes(tmp_path: Path) -> None:
+    folder = layout(tmp_path / "things", "train/cat", "train/dog", "test/cat", "test/dog")
+
+    def written(name: str) -> Path:
+        target = tmp_path / name
+        with zipfile.ZipFile(target, "w") as archive:
+            for file in sorted(folder.rglob("*.*")):
+                entry = zipfile.ZipInfo(str(file.relative_to(tmp_path)).replace("/", "\\"))
+                archive.writestr(entry, file.read_bytes())
+        return target
+
+    expected = own_pictures.load_own_pictures(folder)
+    plain = own_pictures.load_own_pictures(written("plain.zip"))
+    for split in ("train", "test"):
+        rows = [f"{c}/{i}.png,{c}" for c in ("cat", "dog") for i in range(2)]
+        (folder / split / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    for found in (plain, own_pictures.load_own_pictures(written("tables.zip"))):
+        assert {*found} == {"train", "test"}
+        for split, part in expected.items():
+            assert found[split].classes == ("cat", "dog")
+            assert found[split].digests() == part.digests()
+
+
+def test_paths_in_parquet_are_relative_to_it(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "things", count=2)
+    files = sorted(folder.rglob("*.png"))
+    labels = [file.parent.name for file in files]
+    for table in (tmp_path / "t.parquet", folder / "t.parquet"):
+        paths = [str(file.relative_to(table.parent)) for file in files]
+        pq.write_table(pa.table({"path": paths, "label": labels}), table)
+        source = table if table.parent == tmp_path else folder
+        found = own_pictures.load_own_pictures(source)["train"]
+        assert [found.content(row) for row in range(6)] == [f.read_bytes() for f in files]
+
+
 @pytest.mark.parametrize("inside", ["", "all"])
 def test_zips_have_the_tables_of_folders(tmp_path: Path, inside: str) -> None:
     """metadata.csv by split, with labels that differ from the folders' names; parquet files."""
@@ -306,17 +341,17 @@ def test_a_column_of_a_table_parts_it(tmp_path: Path, layout: str) -> None:
     folder = write_folder(tmp_path / "things", count=3)
     files = sorted(folder.rglob("*.png"))
 
-    def loaded(splits: list) -> dict:
+    def loaded(splits: list, name: str = "split") -> dict:
         place = {"csv": "t.csv", "parquet": "t.parquet", "metadata": "metadata.csv"}[layout]
         if layout == "parquet":
             cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
             labels = [file.parent.name for file in files]
-            table = pa.table({"image": cells, "label": labels, "split": splits})
+            table = pa.table({"image": cells, "label": labels, name: splits})
             pq.write_table(table, folder / place)
         else:
             rows = zip(files, splits, strict=True)
             lines = [f"{f.relative_to(folder)},{f.parent.name},{split}" for f, split in rows]
-            (folder / place).write_text("\n".join(["file_name,label,split", *lines]))
+            (folder / place).write_text("\n".join([f"file_name,label,{name}", *lines]))
         return own_pictures.load_own_pictures(folder if layout == "metadata" else folder / place)
 
     found = loaded(["train", "Val", "testing"] * 3)
@@ -329,6 +364,8 @@ def test_a_column_of_a_table_parts_it(tmp_path: Path, layout: str) -> None:
         loaded(["train", "test", "fold 2"] * 3)
     with pytest.raises(UserError, match="in the column split"):
         loaded(["train", "test", None if layout == "parquet" else ""] * 3)
+    found = loaded(["train", "Val", "testing"] * 3, "Split")
+    assert {split: len(part) for split, part in found.items()} == dict.fromkeys(own.SPLITS, 3)
 
 
 def test_files_of_splits_whose_column_says_another_are_refused(tmp_path: Path) -> None:
@@ -395,6 +432,14 @@ def test_tables_are_read_as_people_write_them(tmp_path: Path) -> None:
     assert found.classes == ("red", "sky, blue") and found.labels.tolist() == [0, 0, 1]
     capitals = own_pictures.load_own_pictures(table.rename(tmp_path / "table.CSV"))["train"]
     assert capitals.classes == found.classes
+    table.write_text(f"Image_Path;LABEL;Split\r\n{files[0]};sky, blue;test\r\n{files[1]};red;Train")
+    found = own_pictures.load_own_pictures(table)
+    assert {s: (p.classes, p.labels.tolist()) for s, p in found.items()} == {
+        "test": (("red", "sky, blue"), [1]), "train": (("red", "sky, blue"), [0]),
+    }  # fmt: skip
+    assert own_pictures.load_own_pictures(table, label_column="Split")["train"].classes == (
+        "Train", "test",
+    )  # fmt: skip
     table.write_text(f"path,label\n{files[0]},sky, blue\n")
     with pytest.raises(UserError, match="line 2 .* has 3 fields"):
         own_pictures.load_own_pictures(table)
