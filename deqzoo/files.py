@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 
 from deqzoo.errors import UserError, as_user_error
 
@@ -103,20 +105,26 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def visible_files(folder: Path, *, links: bool = False) -> Iterator[Path]:
-    """Files below a folder in the order of their names, without hidden ones.
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Files below a folder and those linked there, in the order of their names, no hidden ones.
 
-    Args:
-        folder: to look into.
-        links: look into folders that are linked there, too.
+    Links that lead nowhere are among them, so that nothing is passed over unsaid.
     """
-    inside: Iterable[Path] = folder.rglob("*")
-    if links:
-        inside = _through_links(folder)
-    for path in sorted(inside):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
+    for path in sorted(_through_links(folder)):
+        if not is_hidden(path.relative_to(folder)) and (path.is_file() or not path.exists()):
             yield path
+
+
+def is_hidden(file: PurePath) -> bool:
+    """Whether a file, relative to its folder, is hidden, or left there by macOS or Windows."""
+    left = ("__macosx", "thumbs.db", "desktop.ini")
+    return any(part.startswith(".") or part.casefold() in left for part in file.parts)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, but not again where a command reads the same files twice."""
+    logging.getLogger(__name__).warning(message)
 
 
 def _through_links(folder: Path) -> Iterator[Path]:

@@ -9,7 +9,6 @@ import bz2
 import codecs
 import gzip
 import json
-import logging
 import lzma
 import re
 import sys
@@ -21,9 +20,8 @@ import pyarrow.parquet as pq
 from pyarrow.lib import ArrowException
 
 from deqzoo.errors import UserError, as_user_error
-from deqzoo.files import visible_files
+from deqzoo.files import visible_files, warn_once
 
-logger = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 16  # characters; longer lines are read in fragments
 COLUMNS = ("text", "sentence", "content", "document", "article", "body")
@@ -62,12 +60,25 @@ def text_files(source: str | Path) -> list[Path]:
     files = [file for file in inside if _suffix(file) in SUFFIXES]
     if not files:
         raise UserError(f"folder {path} holds no text ({', '.join(SUFFIXES)})")
-    if tables := [file for file in inside if _suffix(file) in _OTHERS]:
-        logger.warning(
-            "%d file(s) of %s are passed over, as %s: give .parquet or .jsonl with a column of "
-            "texts", len(tables), path, tables[0].name,
-        )  # fmt: skip
+    if others := [file for file in inside if _suffix(file) not in SUFFIXES]:
+        warn_once(
+            f"{len(others)} file(s) of {path} are passed over, as {others[0].name}: give .txt or "
+            ".md, or .parquet or .jsonl with a column of texts"
+        )
     return files
+
+
+def require_table(files: Sequence[str | Path], column: str | Sequence[str] | None) -> None:
+    """Refuse a column that somebody names where there is no table to have it.
+
+    Raises:
+        UserError: none of the files has columns.
+    """
+    if isinstance(column, str) and not any(holds_records(Path(file)) for file in files):
+        raise UserError(
+            f"the column {column!r} is to be read, but {files[0]} is no table (.jsonl, .parquet): "
+            "leave --column out"
+        )
 
 
 def read_lines(source: str | Path, column: str | Sequence[str] | None = None) -> Iterator[str]:

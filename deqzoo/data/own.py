@@ -128,6 +128,19 @@ def require_texts(task: str | None) -> None:
         )
 
 
+def require_pictures(task: str | None) -> None:
+    """Refuse a column of labels for a model of another task.
+
+    Raises:
+        UserError: it is one.
+    """
+    if task != "image-classification":
+        raise UserError(
+            "--label-column names the labels in a table of pictures, but the model reads none; "
+            "leave it out"
+        )
+
+
 def rows_of_split(digests: Sequence[str], record: dict[str, Any], split: str) -> list[int]:
     """Rows of a split, see `unseen`; there may be none."""
     if split == "all":

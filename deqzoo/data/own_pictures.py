@@ -31,7 +31,7 @@ from deqzoo.data.pictures import HEIC, decode_picture, register_heic
 from deqzoo.data.shards import open_dataset, parquet_shards
 from deqzoo.data.splits import SPELLINGS, SPLIT_OF, split_of
 from deqzoo.errors import UserError, as_user_error
-from deqzoo.files import visible_files
+from deqzoo.files import is_hidden, visible_files, warn_once
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
 _PICTURES = (
@@ -141,14 +141,14 @@ def load_own_pictures(
         label_column: of a table, where its name is unusual; of several, the first that it has.
 
     Raises:
-        UserError: nothing there, no labels, labels that are none of `classes`, or `datasets` is
-            missing.
+        UserError: nothing there, no labels, labels that are none of `classes`, a label column but
+            no table, or `datasets` is missing.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"there is no file or folder {path}")
     name = path.stem if path.is_file() else path.resolve().name
-    inside = list(visible_files(path, links=True)) if path.is_dir() else []
+    inside = list(visible_files(path)) if path.is_dir() else []
     _know_heic(inside)
     tables: dict[str, _Table]
     if path.suffix.lower() in _TABLES and path.is_file():
@@ -156,6 +156,7 @@ def load_own_pictures(
     elif path.suffix.lower() == ".zip" and path.is_file():
         tables = _pictures_of_zip(path, name, label_column)
     elif path.is_dir() and not _hold_tables(inside):
+        _require_no_column(path, label_column)
         files = (file.relative_to(path) for file in inside)
         tables = _by_class(files, path, name, path.joinpath)
     else:
@@ -184,6 +185,14 @@ def load_own_pictures(
 def _hold_tables(files: Iterable[PurePath]) -> bool:
     """Whether files of a folder or zip are, or come with, tables that `datasets` reads."""
     return any(file.match(name) for file in files for name in ("*.parquet", "metadata.*"))
+
+
+def _require_no_column(path: Path, label_column: str | Sequence[str] | None) -> None:
+    if isinstance(label_column, str):
+        raise UserError(
+            f"the labels are to be in the column {label_column!r}, but {path} holds no table: "
+            "leave --label-column out"
+        )
 
 
 def _natural(name: str) -> tuple[int, str]:
@@ -263,12 +272,7 @@ def _visible_entries(archive: zipfile.ZipFile) -> dict[PurePath, zipfile.ZipInfo
         entry.filename = entry.filename.replace("\\", "/")  # as old programs of Windows part them
         if not entry.is_dir():
             files[PurePosixPath(entry.filename)] = entry
-    hidden = (".", "__MACOSX")
-    return {
-        file: files[file]
-        for file in sorted(files)
-        if not any(part.startswith(hidden) for part in file.parts)
-    }
+    return {file: files[file] for file in sorted(files) if not is_hidden(file)}
 
 
 def _by_class(
@@ -291,9 +295,15 @@ def _by_class(
     formats = Image.registered_extensions().items()
     known = {suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _NO_PICTURES}
     known |= {*HEIC}
-    pictures = [file for file in files if file.suffix.lower() in known]
+    every = [*files]
+    pictures = [file for file in every if file.suffix.lower() in known]
     if not pictures:
         raise UserError(f"{_unreadable(path)}: it holds no pictures")
+    if others := [file for file in every if file.suffix.lower() not in known]:
+        warn_once(
+            f"{len(others)} file(s) of {path} are passed over, as {others[0]}: save pictures as "
+            "PNG or JPEG"
+        )
     inner = [tuple(map(_composed, file.parts[:-1])) for file in pictures]
     around = min(_around(inner), max(min(map(len, inner)) - 1, 0))
     inner = [parts[around:] for parts in inner]
@@ -416,7 +426,7 @@ def _cells_by_split(
 ) -> dict[str, _Table]:
     """Pictures and labels of parquet files, or of a folder with tables; see `_open`."""
     if path.is_dir():
-        inner = [file.relative_to(path).parts[:-1] for file in visible_files(path, links=True)]
+        inner = [file.relative_to(path).parts[:-1] for file in visible_files(path)]
         path = path.joinpath(*inner[0][: _around(inner)])
     opened = _open(path, cache)
     tables: dict[str, _Table] = {}
@@ -473,6 +483,8 @@ def _pictures_of_zip(
         _know_heic(entries)
         if _hold_tables(entries):
             return _unpacked(archive, entries.values(), path, label_column)
+
+        _require_no_column(path, label_column)
 
         def content(file: PurePath) -> bytes:
             if entries[file].file_size > _LARGEST_FILE:
@@ -555,6 +567,16 @@ def contradictions(found: dict[str, OwnPictures]) -> list[str]:
     names = " and ".join(classes[label] for label in doubtful[0])
     what = "picture has" if len(doubtful) == 1 else "pictures have"
     return [f"{len(doubtful)} {what} copies under another label ({names}, say): mend the data"]
+
+
+def unlearnt(found: dict[str, OwnPictures]) -> list[str]:
+    """What to say where other splits hold classes that the one to train on lacks."""
+    learnt = {*found["train"].labels.tolist()}
+    missing = sorted({label for part in found.values() for label in part.labels.tolist()} - learnt)
+    if not missing:
+        return []
+    names = ", ".join(found["train"].classes[label] for label in missing[:5])
+    return [f"{len(missing)} of the classes have no picture to learn ({names}): mend the data"]
 
 
 def _to_train_on(found: dict[str, OwnPictures]) -> OwnPictures:
@@ -648,6 +670,9 @@ def pictures_of_split(
         (whole,) = found.values()
         return whole.part(unseen(whole.digests(), record or {}, split), split)
     if split in found and (split != "train" or record is None):
+        learnt = {*(record or {}).get("train", ())}
+        if count := sum(digest in learnt for digest in found[split].digests()):
+            warn_once(f"{count} picture(s) of the {split} split were learnt: its figure flatters")
         return found[split]
     if record is not None and "train" in found and split in SPLITS:
         whole = found["train"]

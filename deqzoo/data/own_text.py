@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from deqzoo.data.lines import Fragment, bare_stem, read_lines, text_files
+from deqzoo.data.lines import Fragment, bare_stem, read_lines, require_table, text_files
 from deqzoo.data.own import FEWEST, HELD_OUT, require_split
 from deqzoo.data.shards import parquet_shards
 from deqzoo.data.splits import SPLIT_OF, split_of
 from deqzoo.data.text import END, UNKNOWN, Corpus, TextSource, count_vocabulary, encode_rows
 from deqzoo.errors import UserError
+from deqzoo.files import warn_once
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text
 
 _SHARD = re.compile(r"([A-Za-z]+)-\d+(?:-of-\d+)?(?:-[0-9a-f]{8,})?")
@@ -118,16 +119,19 @@ def load_own_text(path: str | Path, column: str | Sequence[str] | None = None) -
     """The lines of a text file, a table of texts, or a folder of them.
 
     Files of a folder that are named by splits (`train.txt`, `Valid/a.txt`, `wiki.test.tokens`,
-    `train-00000-of-00001.parquet`) are those splits.
+    `train-00000-of-00001.parquet`) are those splits, and so are those that all have a word of one
+    in their names (`my_train.txt`, `my_test.txt`). Copies of a file are passed over.
 
     Args:
         path: of the file or folder.
         column: of tables, see `text_column`.
 
     Raises:
-        UserError: nothing there that is text, or only some files are named by splits.
+        UserError: nothing there that is text, only some files are named by splits, or there is no
+            table to have the column.
     """
     files = text_files(path)
+    require_table(files, column)
     path = Path(path).expanduser()
     parts = _by_split(path, files) if path.is_dir() else {"train": files}
     read = {split: _all_lines(inside, column) for split, inside in parts.items()}
@@ -143,14 +147,18 @@ def _by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     Raises:
         UserError: only some are, or a part of a split is missing.
     """
-    found: dict[str | None, list[Path]] = {}
-    for file in files:
-        found.setdefault(_split_of_file(file.relative_to(folder)), []).append(file)
-    others = found.pop(None, [])
-    if not found:
-        return {"train": others}
     # A README tells of the data, as in a copy from the Hub.
-    if others := [file for file in others if bare_stem(file).casefold() != "readme"]:
+    texts = [file for file in files if bare_stem(file).casefold() != "readme"]
+    named = {file: _split_of_file(file.relative_to(folder)) for file in files}
+    if not any(named.values()):
+        named = {file: split_of(re.split(r"[\W_]+", bare_stem(file))) for file in texts}
+        seen = {*named.values()}
+        if None in seen or "train" not in seen or len(seen) == 1:
+            return {"train": list(files)}
+    found: dict[str | None, list[Path]] = {}
+    for file, split in named.items():
+        found.setdefault(split, []).append(file)
+    if others := [file for file in found.pop(None, []) if file in texts]:
         raise UserError(
             f"{others[0]} is named by no split, as others are ({', '.join(map(str, found))}): name "
             "it, or a folder around it, train, validation or test, or take it away"
@@ -168,7 +176,19 @@ def _split_of_file(file: Path) -> str | None:
 
 
 def _all_lines(files: Sequence[Path], column: str | Sequence[str] | None) -> list[str]:
-    lines = [line for file in files for line in _whole_lines(read_lines(file, column))]
+    lines: list[str] = []
+    seen: set[str] = set()
+    copies = []
+    for file in files:
+        inside = list(_whole_lines(read_lines(file, column)))
+        digest = text_digest(inside)
+        if digest in seen and len(inside) > FEWEST:  # its lines would be learnt and measured
+            copies.append(file)
+            continue
+        seen.add(digest)
+        lines += inside
+    if copies:
+        warn_once(f"{len(copies)} file(s) are copies of others and passed over, as {copies[0]}")
     while lines and not lines[-1].strip():
         lines.pop()
     return lines
@@ -257,7 +277,13 @@ def lines_of_split(text: OwnText, split: str, record: dict[str, Any] | None) -> 
         return text.lines[cut : cut + apart]
     if known:
         rest = text.lines[cut + apart :]
-    else:  # a model without a record may have learnt what is stored to train on
+    else:
+        if record is not None and record.get("name") == text.name:
+            warn_once(
+                f"{text.name} has changed since the model was trained on it, or is another text of "
+                "that name: lines that it learnt may be among those that are measured"
+            )
+        # A model without a record may have learnt what is stored to train on.
         rest = [] if record is None and text.stored else text.lines
     return rest or text.stored.get("validation", [])
 

@@ -116,12 +116,13 @@ def perplexity(
 ) -> None:
     """Say how well a language model predicts texts."""
     with Waiting("loading PyTorch and transformers ..."):
-        from deqzoo.data.lines import text_files
+        from deqzoo.data.lines import require_table, text_files
 
     inputs = Inputs(trace)
     texts = inputs.files(files, text_files)
     if not texts:
         inputs.end()
+    require_table(texts, column)
     name = model or default_text_model()
     with Waiting(f"loading {name} ..."):
         loaded = deqzoo.DEQModel.from_pretrained(name)

@@ -31,8 +31,10 @@ from deqzoo.data.own_pictures import (
     divide_in_three,
     divide_own,
     load_own_pictures,
+    unlearnt,
 )
 from deqzoo.errors import UserError
+from deqzoo.files import warn_once
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
 from deqzoo.models.mdeq.modeling_mdeq import MDEQForImageClassification
 from deqzoo.models.names import family_class
@@ -131,7 +133,10 @@ class ImageClassificationTask(Task):
         path = own_path(self.recipe, data)
         check_options(_own_options, self.recipe.data.options)
         options = {"size": 64, "seed": 0, **self.recipe.data.options}
-        training, held_out = divide_own(load_own_pictures(path), seed=options["seed"])
+        found = load_own_pictures(path)
+        training, held_out = divide_own(found, seed=options["seed"])
+        for line in (*contradictions(found), *unlearnt(found)):
+            warn_once(line)
         if len(training) < self.recipe.batch_size * self.recipe.accumulate:
             raise UserError(
                 f"a step takes {self.recipe.batch_size * self.recipe.accumulate} pictures, but "
@@ -426,5 +431,6 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
         notes=[
             f"to learn: {listed if len(names) < 20 else f'{len(names)} classes'}",
             *contradictions(found),
+            *unlearnt(found),
         ],
     )

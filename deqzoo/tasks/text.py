@@ -74,6 +74,9 @@ class LanguageModelingTask(Task):
         if own:
             path = own_path(recipe, data)
             self.corpus, self.record = own_corpus(path, **recipe.data.options)
+            streams = self.corpus.streams
+            if recipe.evaluation.keep == "best" and streams["test"] is streams["validation"]:
+                self.record["one_hold_out"] = True
         elif stand_in:
             self.corpus = stand_in_corpus(source_of(recipe.data.name))
         else:

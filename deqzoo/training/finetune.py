@@ -61,6 +61,8 @@ def prepare(name: str | Path, data: str | Path, settings: Settings) -> Job:
         raise UserError(f"{name} is of class {kind}, which learns no data of one's own")
     if settings.column is not None:
         own.require_texts(task)
+    if settings.label_column is not None:
+        own.require_pictures(task)
     make = load(info.finetuning)
     set_seed(settings.seed)
     return make(lambda **changes: DEQModel.from_pretrained(name, **changes), data, settings)

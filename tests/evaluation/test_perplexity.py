@@ -135,7 +135,7 @@ def test_records_with_nothing_and_with_half_a_character(tmp_path: Path) -> None:
 
 
 def test_suffixes_in_capitals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Read as what they say; tables that no text is taken from are told of."""
+    """Read as what they say; files that no text is taken from are told of, once."""
     record = json.dumps({"text": "a b"}).encode()
     (tmp_path / "a.JSONL").write_bytes(record)
     (tmp_path / "b.Jsonl.GZ").write_bytes(gzip.compress(record))
@@ -146,11 +146,26 @@ def test_suffixes_in_capitals(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert [list(read_lines(file)) for file in files] == [["a b"]] * 4 and not caplog.records
     assert [reading.holds_records(file) for file in files] == [True, True, False, True]
     assert reading.text_column(tmp_path / "b.Jsonl.GZ") == "text"
-    for name in ("e.CSV", "f.json"):
+    for name in ("e.CSV", "f.json", "g.docx", ".hidden", "Thumbs.db"):
         (tmp_path / name).write_text("{}")
-    assert reading.text_files(tmp_path) == files
+    for _ in range(2):
+        assert reading.text_files(tmp_path) == files
     (said,) = (record.getMessage() for record in caplog.records)
-    assert said.startswith("2 file(s) of ") and "as e.CSV: give .parquet or .jsonl" in said
+    assert said.startswith("3 file(s) of ") and "as e.CSV: give .txt or .md, or .parquet" in said
+
+
+def test_linked_texts(tmp_path: Path) -> None:
+    """Folders behind links are read, and links that lead nowhere are not passed over."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b.txt").write_text("the cat")
+    near = tmp_path / "near"
+    near.mkdir()
+    (near / "a.txt").write_text("the dog")
+    (near / "more").symlink_to(tmp_path / "far")
+    assert [file.name for file in reading.text_files(near)] == ["a.txt", "b.txt"]
+    (near / "c.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(UserError, match="no file .*c.txt"):
+        [list(read_lines(file)) for file in reading.text_files(near)]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.tsv", "a.csv.gz", "a.CSV"])

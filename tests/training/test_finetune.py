@@ -228,6 +228,27 @@ def test_folders_that_leave_a_class_open_are_refused(tmp_path: Path, places) -> 
             own_pictures.load_own_pictures(source)
 
 
+def test_nothing_of_a_folder_is_passed_over_unsaid(tmp_path: Path, caplog) -> None:
+    """But what systems and programs leave there in hiding."""
+    folder = layout(tmp_path / "things", "cat", "dog")
+    expected = own_pictures.load_own_pictures(folder)["train"].digests()
+    layout(folder, ".ipynb_checkpoints", "__MACOSX/cat")
+    (folder / ".ipynb_checkpoints" / "metadata.csv").write_text("file_name,label\n0.png,x\n")
+    (folder / ".a.heic").write_bytes(b"of an iPhone")
+    (folder / "cat" / "Thumbs.db").write_bytes(b"of Windows")
+    assert own_pictures.load_own_pictures(folder)["train"].digests() == expected
+    assert not caplog.records
+    (folder / "dog" / "a.svg").write_text("<svg/>")
+    for source in (folder, zipped(folder)):
+        assert own_pictures.load_own_pictures(source)["train"].digests() == expected
+    for said in (record.getMessage() for record in caplog.records):
+        assert said.startswith("1 file(s) of ") and "as dog/a.svg: save pictures as" in said
+    assert len(caplog.records) == 2
+    (folder / "dog" / "b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UserError, match="cannot read .*b.png: No such file"):
+        own_pictures.load_own_pictures(folder)["train"].digests()
+
+
 def test_splits_may_lie_in_the_folders_of_classes(tmp_path: Path) -> None:
     folder = layout(tmp_path / "things", *(f"{c}/{s}" for c in ("cat", "dog") for s in own.SPLITS))
     for source in (folder, zipped(folder, "all")):
@@ -385,6 +406,48 @@ def test_copies_under_another_label_are_said(tmp_path: Path) -> None:
     (said,) = own_pictures.contradictions(own_pictures.load_own_pictures(folder))
     assert said.startswith("1 picture has copies under another label")
     assert first.name in said and second.name in said
+
+
+def test_classes_that_only_other_splits_hold_are_said(tmp_path: Path) -> None:
+    folder = layout(tmp_path / "things", "train/cat", "train/dog", "test/cat", "test/dog")
+    assert own_pictures.unlearnt(own_pictures.load_own_pictures(folder)) == []
+    layout(folder, "test/Cat")
+    (said,) = own_pictures.unlearnt(own_pictures.load_own_pictures(folder))
+    assert said == "1 of the classes have no picture to learn (Cat): mend the data"
+
+
+def test_stored_pictures_that_were_learnt_are_said(tmp_path: Path, caplog) -> None:
+    """Also where the data were parted after the training."""
+    folder = layout(tmp_path / "things", "train/cat", "train/dog", "test/cat", "test/dog")
+    found = own_pictures.load_own_pictures(folder)
+    record = {"train": found["train"].digests()}
+    classes = ("cat", "dog")
+    own_pictures.pictures_of_split(folder, "test", classes, record)
+    assert not caplog.records
+    shutil.copy(folder / "train" / "cat" / "0.png", folder / "test" / "cat" / "copy.png")
+    assert len(own_pictures.pictures_of_split(folder, "test", classes, record)) == 5
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said == "1 picture(s) of the test split were learnt: its figure flatters"
+
+
+def test_a_column_without_a_table_is_refused(tmp_path: Path, tiny_mdeq: Path, capsys) -> None:
+    pictures, text = write_folder(tmp_path / "things"), tmp_path / "t.txt"
+    text.write_text("the dog\n" * 30)
+    base, output = tiny_text(tmp_path / "base"), tmp_path / "out"
+    capsys.readouterr()
+    for source in (pictures, zipped(pictures)):
+        with pytest.raises(UserError, match="holds no table: leave --label-column out"):
+            own_pictures.load_own_pictures(source, label_column="kind")
+    for refused in (
+        ["finetune", tiny_mdeq, "--data", pictures, "--output", output, "--label-column", "kind"],
+        ["finetune", base, "--data", text, "--output", output, "--label-column", "kind"],
+        ["finetune", base, "--data", text, "--output", output, "--column", "story"],
+        ["evaluate", base, "--data", text, "--output", output, "--column", "story"],
+        ["perplexity", text, "--model", base, "--column", "story"],
+    ):
+        assert run(list(map(str, refused))) == 2
+        said = capsys.readouterr().err
+        assert "column" in said and "leave" in said and said.count("\n") == 1, said
 
 
 def test_a_column_of_labels_is_remembered(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:
@@ -608,6 +671,49 @@ def test_stored_splits_of_texts(tmp_path: Path, form: str, names: tuple[str, ...
     (folder / "more.txt").write_text("and the cat")
     with pytest.raises(UserError, match="more.txt is named by no split, as others are"):
         own_text.load_own_text(folder)
+
+
+def test_splits_may_be_words_in_the_names_of_texts(tmp_path: Path) -> None:
+    """Where every file has one; a text about a train is none."""
+    folder = write_splits(tmp_path / "sp", "my_{}-data.txt")
+    (folder / "README.md").write_text("what they are")
+    text = own_text.load_own_text(folder)
+    assert [len(part) for part in text.divided_in_three()] == [60, 4, 4]
+    assert text.stored["test"] == ["the te dog"] * 4
+    (folder / "README.md").unlink()
+    (folder / "journeys.txt").write_text("by train")
+    text = own_text.load_own_text(folder)
+    assert not text.stored and len(text.lines) == 60 + 4 + 4 + 1
+
+
+def test_copies_of_texts_are_passed_over(tmp_path: Path, caplog) -> None:
+    """Else the lines that are measured were learnt."""
+    lines = [f"line {i}" for i in range(20)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "b (copy).txt").write_text("\n".join(lines))
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "\n".join(lines)}))
+    (tmp_path / "d.txt").write_text("another")
+    assert own_text.load_own_text(tmp_path).lines == [*lines, "another"]
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("2 file(s) are copies of others and passed over, as ")
+
+
+def test_a_text_that_has_changed_is_said(tmp_path: Path, caplog) -> None:
+    file = tmp_path / "notes.txt"
+    lines = [f"line {i}" for i in range(60)]
+    file.write_text("\n".join(lines))
+    text = own_text.load_own_text(file)
+    training, choosing, test = text.divided_in_three()
+    record = text.record(training, choosing)
+    file.write_text("\n".join([*lines, "one more"]))
+    text = own_text.load_own_text(file)
+    assert own_text.lines_of_split(text, "test", record) == [*test, "one more"]
+    assert not caplog.records
+    file.write_text("\n".join(["before", *lines]))
+    text = own_text.load_own_text(file)
+    assert len(own_text.lines_of_split(text, "test", record)) == 61
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("notes has changed since the model was trained on it")
 
 
 def test_what_texts_do_not_store_is_drawn(tmp_path: Path) -> None:
@@ -960,12 +1066,13 @@ def test_text_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         },
         "optimizer": {"name": "adamw", "lr": 0.01},
         "batch_size": 4,
-        "evaluation": {"snapshots": 0},
+        "evaluation": {"snapshots": 0, "keep": "best"},
         "stages": [{"epochs": 2, "solver": {"name": "anderson", "max_steps": 3}}],
     }  # fmt: skip
     model = scratch(tmp_path, content, capsys)
     record = evaluated(model, file, tmp_path)
     assert record["data"]["samples"] == 5 * (7 + 11) and record["data"]["unknown_share"] == 0
+    assert record["data"]["chose_weights"] is True
     (row,) = lines(capsys, "perplexity", file, "--model", model)
     assert row["unknown_share"] == 0
 
