@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from deqzoo.data.tu import GraphEncoding, find_tu_folder, find_tu_sets, read_tu
-from deqzoo.errors import UserError
-from deqzoo.models.ignn.inputs import joined
+from deqzoo.errors import UserError, as_user_error
+from deqzoo.models.ignn.configuration_ignn import IGNNConfig
+from deqzoo.models.ignn.inputs import GraphBatch, graph_fields, joined
 
 PUBLISHED_SEED = 42
 N_FOLDS = 10
@@ -54,6 +55,16 @@ class GraphSet:
     def batch(self, index: Sequence[int] | Tensor) -> Any:
         """Return the chosen graphs as one torch_geometric `Batch`."""
         return joined([self.graphs[int(i)] for i in index])
+
+    def require_readable(self, config: IGNNConfig, index: Sequence[int] | None = None) -> None:
+        """Check the graphs, or the chosen ones, before a model reads them in batches.
+
+        Raises:
+            UserError: the model cannot read one; the message says its number.
+        """
+        for number in range(len(self.graphs)) if index is None else index:
+            with as_user_error(f"graph {number} of {self.name}", UserError):
+                GraphBatch.build(config, **graph_fields(self.graphs[number]))
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,10 @@ def _saved_graphs(
     if isinstance(graphs, Data):
         graphs = [graphs]
     if not isinstance(graphs, (list, tuple)) or not graphs:
-        raise UserError(f"{path} holds no list of graphs but {type(graphs).__name__}")
+        raise UserError(
+            f"{path} holds no list of graphs but {type(graphs).__name__}: save one by "
+            "torch.save([Data(...), ...], file)"
+        )
     stored: list[int | None] = []
     for number, graph in enumerate(graphs):
         where = f"graph {number} of {path}"
@@ -196,6 +210,8 @@ def _complete(graph: Any, where: str) -> None:
         raise UserError(f"{where} needs real node features x (n, p), p at least 1, got {shown}")
     graph.x = graph.x.detach().to_dense().float()
     if graph.edge_weight is not None:
+        if not isinstance(graph.edge_weight, Tensor):
+            raise UserError(f"{where} needs edge_weight as a tensor (e,)")
         graph.edge_weight = graph.edge_weight.detach()
     elif isinstance(graph.edge_attr, Tensor) and graph.edge_attr.is_floating_point():
         if graph.edge_attr.numel() == len(graph.edge_attr):

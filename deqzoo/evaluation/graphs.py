@@ -56,6 +56,7 @@ def predict_graphs(
         UserError: the model classifies no graphs, or reads other features.
     """
     require_graph_classifier(model)
+    data.require_readable(model.config, index)
     model.eval()
     for start in range(0, len(index), batch_size):
         chosen = index[start : start + batch_size]
@@ -151,6 +152,7 @@ class GraphEvaluator(_GraphData):
                 raise UserError(f"{root} has graphs without labels: nothing to measure against")
             digests = graph_digests(self.graphs.graphs, record)
             rows = unseen(digests, record or {}, split)
+            self.graphs.require_readable(self.model.config, rows)
             fold = {"data": self.graphs.name, split: rows}
             chose = chose_weights(record, [digests[row] for row in rows])
         part: dict[str, Any] = {key: fold[key] for key in ("protocol", "fold") if key in fold}

@@ -313,6 +313,7 @@ class GraphClassificationTask(GraphTask):
         self.config = self._config(
             num_features=self.graphs.num_features, **class_settings(self.graphs)
         )
+        self.graphs.require_readable(self.config)
         held_out = fold.validation or fold.test
         self.training = self._parts(fold.train)
         self.validation = self._parts(held_out, symmetrize=not fold.validation)
@@ -495,6 +496,7 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
     model = load(
         num_features=graphs.num_features, **class_settings(graphs), ignore_mismatched_sizes=True
     )
+    graphs.require_readable(model.config)
     share, digests = settings.held_out, graph_digests(graphs.graphs)
     rows, choosing, test = three_parts(graphs.labels, share, share / 2, settings.seed, digests)
     if not test:

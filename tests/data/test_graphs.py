@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from deqzoo.data.graphs import (
+    GraphSet,
     collate_graphs,
     honest_folds,
     load_citations,
@@ -24,6 +25,7 @@ from deqzoo.data.graphs import (
 from deqzoo.data.own import graph_digests
 from deqzoo.data.tu import GraphEncoding
 from deqzoo.errors import UserError
+from deqzoo.evaluation.graphs import predict_graphs
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification
 from deqzoo.tasks.metrics import (
@@ -407,3 +409,40 @@ def test_features_of_any_storage(tmp_path, caplog):
         torch.save(graphs, tmp_path / "g.pt")
         with pytest.raises(UserError, match="graph 1 .*real node features"):
             load_own_graphs(tmp_path / "g.pt")
+
+
+def test_what_only_some_graphs_hold_is_left_out(tmp_path):
+    """Names, positions, even labels: torch_geometric fails where another graph lacks them."""
+    graphs = [weighted(number, weights=False) for number in range(3)]
+    graphs[0].pos, graphs[1].name, graphs[2].adjacency = torch.rand(4, 3), "a", torch.rand(4, 4)
+    del graphs[1].y
+    torch.manual_seed(0)
+    model = IGNNForGraphClassification(IGNNConfig(num_features=4, hidden_sizes=[8])).eval()
+    for order in ((0, 1, 2), (1, 2, 0)):
+        chosen = [graphs[i] for i in order]
+        with torch.no_grad():
+            assert model(chosen).logits.shape == (3, 2)
+        torch.save(chosen, tmp_path / "g.pt")
+        loaded = load_own_graphs(tmp_path / "g.pt", GraphEncoding((0, 1)))
+        answers = list(predict_graphs(model, loaded, [0, 1, 2]))
+        assert [a.target for a in answers] == [None if i == 1 else i % 2 for i in order]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("x", torch.full((4, 4), float("nan")), "NaN"),
+        ("x", torch.ones(4, 3), "reads .nodes, 4."),
+        ("edge_index", torch.tensor([[0], [1]]), "no equal reverse edge"),
+        ("edge_weight", -torch.ones(12), "not negative"),
+        ("edge_weight", torch.ones(11), "11 entries for 12 edges"),
+    ],
+)
+def test_graphs_that_a_model_cannot_read_are_named(name, value, said):
+    graphs = [weighted(number, weights=False) for number in range(3)]
+    graphs[1][name] = value
+    data = GraphSet("mine", graphs, torch.tensor([0, 1, 0]), 4, 2)
+    model = IGNNForGraphClassification(IGNNConfig(num_features=4, hidden_sizes=[8]))
+    with pytest.raises(UserError, match=f"^graph 1 of mine: .*{said}"):
+        list(predict_graphs(model, data, [0, 1, 2]))
+    assert len(list(predict_graphs(model, data, [0, 2]))) == 2

@@ -842,6 +842,14 @@ def test_graphs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert content["data"]["samples"] == 8
     model = deqzoo.DEQModel.from_pretrained(output)
     assert model.config.graph_encoding["classes"] == [3, 7]
+    # The last one is only measured; it is refused before anything is trained.
+    graphs[-1].edge_weight = torch.ones(3)
+    torch.save(graphs, tmp_path / "rings.pt")
+    arguments = ["finetune", base, "--data", tmp_path / "rings.pt", "--output", tmp_path / "out"]
+    capsys.readouterr()
+    assert run(list(map(str, arguments))) == 2
+    assert "graph 39 of rings: edge_weight has 3 entries" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(

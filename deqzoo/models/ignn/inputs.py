@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -99,20 +98,24 @@ class GraphBatch:
 def joined(graphs: Sequence[Any]) -> Any:
     """A torch_geometric `Batch` of graphs, whose edges weigh 1 where only others have weights.
 
-    torch_geometric goes by the first graph: it would drop the weights of all, or find none.
+    It holds what models read alone, and labels where all graphs have them. torch_geometric goes by
+    the first graph: it would drop the weights of all, or find none, and fail where one has a name
+    or positions that another lacks.
     """
-    from torch_geometric.data import Batch
+    from torch_geometric.data import Batch, Data
 
-    weighted = [getattr(graph, "edge_weight", None) is not None for graph in graphs]
-    graphs = list(graphs)
-    if any(weighted) and not all(weighted):
-        like = graphs[weighted.index(True)].edge_weight
-        for number, graph in enumerate(graphs):
-            if not weighted[number]:
-                graphs[number] = graph = copy(graph)
-                n_edges = graph.edge_index.shape[1]
-                graph.edge_weight = like.new_ones((n_edges, *like.shape[1:]))
-    return Batch.from_data_list(graphs)
+    def all_have(name: str) -> bool:
+        return all(getattr(graph, name, None) is not None for graph in graphs)
+
+    names = [name for name in ("x", "edge_index", "y") if all_have(name)]
+    plain = [Data(**{name: getattr(graph, name) for name in names}) for graph in graphs]
+    weights = [getattr(graph, "edge_weight", None) for graph in graphs]
+    like = next((weight for weight in weights if weight is not None), None)
+    if like is not None:
+        for graph, weight in zip(plain, weights, strict=True):
+            ones = like.new_ones((graph.edge_index.shape[1], *like.shape[1:]))
+            graph.edge_weight = ones if weight is None else weight
+    return Batch.from_data_list(plain)
 
 
 def graph_fields(data: Any) -> dict[str, Any]:
@@ -123,7 +126,9 @@ def graph_fields(data: Any) -> dict[str, Any]:
     Raises:
         UserError: it has no node features or no edges attribute.
     """
+    attributes = None
     if isinstance(data, (list, tuple)) and data and all(hasattr(d, "edge_index") for d in data):
+        attributes = getattr(data[0], "edge_attr", None)
         data = joined(data)
     read = data.get if isinstance(data, dict) else partial(getattr, data)
     fields = {"edge_weight": None, "batch": None}
@@ -140,7 +145,7 @@ def graph_fields(data: Any) -> dict[str, Any]:
                 "edge_index (2, edges), a torch_geometric Data, or a list of them"
             )
         fields[name] = value
-    attributes = read("edge_attr", None)
+    attributes = read("edge_attr", attributes)
     if fields["edge_weight"] is None and isinstance(attributes, Tensor):
         if attributes.is_floating_point() and attributes.numel() == attributes.shape[0]:
             logger.warning_once(
