@@ -184,7 +184,8 @@ def load_own_pictures(
 
 def _hold_tables(files: Iterable[PurePath]) -> bool:
     """Whether files of a folder or zip are, or come with, tables that `datasets` reads."""
-    return any(file.match(name) for file in files for name in ("*.parquet", "metadata.*"))
+    tables = ("*.parquet", "metadata.csv", "metadata.jsonl")
+    return any(file.match(name) for file in files for name in tables)
 
 
 def _require_no_column(path: Path, label_column: str | Sequence[str] | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deqzoo.data.lines import Fragment, bare_stem, read_lines, require_table, text_files
-from deqzoo.data.own import FEWEST, HELD_OUT, require_split
+from deqzoo.data.own import FEWEST, HELD_OUT, RECORD, require_split
 from deqzoo.data.shards import parquet_shards
 from deqzoo.data.splits import SPLIT_OF, split_of
 from deqzoo.data.text import END, UNKNOWN, Corpus, TextSource, count_vocabulary, encode_rows
@@ -130,7 +130,8 @@ def load_own_text(path: str | Path, column: str | Sequence[str] | None = None) -
         UserError: nothing there that is text, only some files are named by splits, or there is no
             table to have the column.
     """
-    files = text_files(path)
+    # Cards of models are no text of one's own, also where a run writes among its data.
+    files = [file for file in text_files(path) if not _is_card(file)]
     require_table(files, column)
     path = Path(path).expanduser()
     parts = _by_split(path, files) if path.is_dir() else {"train": files}
@@ -139,6 +140,10 @@ def load_own_text(path: str | Path, column: str | Sequence[str] | None = None) -
     stored = {split: part for split, part in read.items() if part}
     name = path.stem if path.is_file() else path.resolve().name
     return OwnText(lines, name, stored, column if isinstance(column, str) else None)
+
+
+def _is_card(file: Path) -> bool:
+    return file.name == "README.md" and (file.parent / RECORD).is_file()
 
 
 def _by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:

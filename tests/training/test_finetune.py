@@ -238,6 +238,13 @@ def test_nothing_of_a_folder_is_passed_over_unsaid(tmp_path: Path, caplog) -> No
     (folder / "cat" / "Thumbs.db").write_bytes(b"of Windows")
     assert own_pictures.load_own_pictures(folder)["train"].digests() == expected
     assert not caplog.records
+    (folder / "metadata.txt").write_text("no table")
+    (folder / "cat" / "more").symlink_to(folder / "dog")  # a link leads to a folder of a class
+    with pytest.raises(UserError, match="leaves their class open"):
+        own_pictures.load_own_pictures(folder)
+    (folder / "cat" / "more").unlink()
+    (folder / "metadata.txt").unlink()
+    caplog.clear()
     (folder / "dog" / "a.svg").write_text("<svg/>")
     for source in (folder, zipped(folder)):
         assert own_pictures.load_own_pictures(source)["train"].digests() == expected
@@ -686,15 +693,18 @@ def test_splits_may_be_words_in_the_names_of_texts(tmp_path: Path) -> None:
     assert not text.stored and len(text.lines) == 60 + 4 + 4 + 1
 
 
-def test_copies_of_texts_are_passed_over(tmp_path: Path, caplog) -> None:
+def test_copies_and_cards_are_no_texts(tmp_path: Path, caplog) -> None:
     """Else the lines that are measured were learnt."""
     lines = [f"line {i}" for i in range(20)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     (tmp_path / "b (copy).txt").write_text("\n".join(lines))
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": "\n".join(lines)}))
     (tmp_path / "d.txt").write_text("another")
+    # Nor is the card of a model that was written among its data one of them.
+    own.write_record(tmp_path, {"kind": "text"})
+    (tmp_path / "README.md").write_text("about the model")
     assert own_text.load_own_text(tmp_path).lines == [*lines, "another"]
-    (said,) = (record.getMessage() for record in caplog.records)
+    said = caplog.records[-1].getMessage()
     assert said.startswith("2 file(s) are copies of others and passed over, as ")
 
 
