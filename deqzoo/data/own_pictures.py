@@ -101,7 +101,8 @@ class OwnPictures:
 
     def describe(self) -> dict[str, Any]:
         """What evaluation files and training records hold about the data."""
-        joined = "".join(sorted(self.digests())).encode()
+        labels = [self.classes[label] for label in self.labels.tolist()]
+        joined = "".join(sorted(map("{} {}\n".format, self.digests(), labels))).encode()
         return {
             "name": self.name,
             "split": self.split,
@@ -361,7 +362,7 @@ def _require_one_place(path: Path, places: Iterable[tuple[str, ...]]) -> None:
 
 def _composed(name: str) -> str:
     """A name whose accents are written as everywhere, not as macOS writes those of files."""
-    return unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", name).strip()
 
 
 def _named_split(word: Any, where: str) -> str:
@@ -463,7 +464,7 @@ def _cells(
         if isinstance(value, (list, dict)):
             raise UserError(f"row {number} of {path} has no single label, but {value!r}")
         missing = value is None or value != value  # NaN, as pandas writes what is missing
-        if missing or (classes and not 0 <= value < len(classes)):
+        if missing or not str(value).strip() or (classes and not 0 <= value < len(classes)):
             raise UserError(f"row {number} of {path} has no label")
         labels.append(classes[value] if classes else str(value))
     splits = [split] * len(labels)

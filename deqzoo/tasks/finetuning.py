@@ -94,6 +94,7 @@ class Job:
         accuracy: whether the figure is one.
         solver: of training steps where nobody says.
         notes: what a user should know about the data.
+        fingerprints: of what `record` does not tell from other data, for a run that is resumed.
     """
 
     model: PreTrainedModel
@@ -110,6 +111,7 @@ class Job:
     least_steps: int = LEAST_STEPS
     solver: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    fingerprints: list[str] = field(default_factory=list)
 
 
 def warnings_of(job: Job) -> list[str]:

@@ -433,4 +433,5 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
             *contradictions(found),
             *unlearnt(found),
         ],
+        fingerprints=[part.describe()["fingerprint"] for part in (training, held_out)],
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deqzoo.data.own import write_record
-from deqzoo.data.own_text import load_own_text, own_corpus
+from deqzoo.data.own_text import load_own_text, own_corpus, text_digest
 from deqzoo.data.text import (
     END,
     UNKNOWN,
@@ -352,6 +352,7 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
         measured=len(test) if choosing else 0,
         accuracy=False,
         notes=[note],
+        fingerprints=[text_digest(choosing or test)],
     )
 
 

@@ -236,7 +236,8 @@ def _resumable(output: Path, job: Job, settings: Settings, resume: bool) -> str 
     """
     begun = output / BEGUN
     model = job.model.config._name_or_path
-    now = {"model": model, "settings": asdict(settings), "data": job.record}
+    data = {"data": job.record, "fingerprints": job.fingerprints}
+    now = {"model": model, "settings": asdict(settings), **data}
     last = latest_checkpoint(output / "checkpoints") if resume else None
     if last is not None:
         if differences(read_json(begun), now):

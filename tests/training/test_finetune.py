@@ -484,7 +484,11 @@ def test_pictures_without_a_class_are_refused(tmp_path: Path) -> None:
         (folder / place).unlink()
         assert len(own_pictures.load_own_pictures(folder)["train"]) == 3
     cell = {"bytes": first.read_bytes(), "path": None}
-    for label, message in ((float("nan"), "has no label"), (["a"], "has no single label")):
+    for label, message in (
+        (float("nan"), "has no label"),
+        (" ", "has no label"),
+        (["a"], "has no single label"),
+    ):
         pq.write_table(pa.table({"image": [cell], "label": [label]}), tmp_path / "t.parquet")
         with pytest.raises(UserError, match=message):
             own_pictures.load_own_pictures(tmp_path / "t.parquet")
@@ -885,6 +889,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert "add --resume" in capsys.readouterr().err
     assert run([*command, str(tmp_path / "cut"), "--resume", "--seed", "1"]) == 2
     assert "other data or settings" in capsys.readouterr().err
+    # The same pictures in the same order, but with other labels.
+    before = own_pictures.load_own_pictures(data)["train"].describe()["fingerprint"]
+    (data / "red thing").rename(data / "rose thing")
+    assert own_pictures.load_own_pictures(data)["train"].describe()["fingerprint"] != before
+    assert run([*command, str(tmp_path / "cut"), "--resume"]) == 2
+    assert "other data or settings" in capsys.readouterr().err
+    (data / "rose thing").rename(data / "red thing")
     assert run([*command, str(tmp_path / "cut"), "--resume"]) == 0
     assert "going on from" in capsys.readouterr().err
     results = []
