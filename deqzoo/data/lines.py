@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import json
 import lzma
@@ -109,10 +110,17 @@ def read_lines(source: str | Path, column: str | Sequence[str] | None = None) ->
         for row in parquet_rows(path, text_column(path, column)):
             yield from _row_lines(row)
         return
+    with _opened(path) as stream:
+        lines = _decoded_lines(stream, str(path))
+        yield from _records(lines, path, column) if _suffix(path) in RECORDS else lines
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file's bytes, unpacked; damage is one line."""
     with as_user_error(f"cannot read {path}", OSError, EOFError, lzma.LZMAError):
         with _COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as stream:
-            lines = _decoded_lines(stream, str(path))
-            yield from _records(lines, path, column) if _suffix(path) in RECORDS else lines
+            yield stream
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[str]:
@@ -149,6 +157,18 @@ def text_column(path: Path, column: str | Sequence[str] | None = None) -> str:
     return _choose(names, column, path)
 
 
+def table_columns(path: Path) -> list[str]:
+    """Names of a table's columns; of JSON lines those of the first record.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if _suffix(path) == ".parquet":
+        with as_user_error(f"cannot read {path}", ArrowException, OSError, most=160):
+            return list(pq.ParquetFile(path).schema_arrow.names)
+    return list(next(_first_records(path), {}))
+
+
 def _choose(names: Sequence[str], column: str | Sequence[str] | None, path: Path) -> str:
     if isinstance(column, str):
         if column in names:
@@ -172,7 +192,7 @@ def _string_columns(parquet: pq.ParquetFile) -> list[str]:
 
 
 def _first_records(path: Path) -> Iterator[dict[str, Any]]:
-    with _COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as stream:
+    with _opened(path) as stream:
         for line in _decoded_lines(stream, str(path)):
             if line.strip():
                 yield _record(line, path)

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from deqzoo.data.lines import Fragment, bare_stem, read_lines, require_table, text_files
+from deqzoo.data.lines import (
+    Fragment,
+    bare_stem,
+    holds_records,
+    read_lines,
+    require_table,
+    table_columns,
+    text_files,
+)
 from deqzoo.data.own import FEWEST, HELD_OUT, RECORD, require_split
 from deqzoo.data.shards import parquet_shards
 from deqzoo.data.splits import SPLIT_OF, split_of
@@ -185,6 +193,11 @@ def _all_lines(files: Sequence[Path], column: str | Sequence[str] | None) -> lis
     seen: set[str] = set()
     copies = []
     for file in files:
+        if holds_records(file) and "split" in map(str.casefold, table_columns(file)):
+            warn_once(
+                f"the column split of {file} is not read: write the rows to files named train, "
+                "validation and test, or what is to be measured is learnt"
+            )
         inside = list(_whole_lines(read_lines(file, column)))
         digest = text_digest(inside)
         if digest in seen and len(inside) > FEWEST:  # its lines would be learnt and measured

@@ -154,6 +154,13 @@ def test_suffixes_in_capitals(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert said.startswith("3 file(s) of ") and "as e.CSV: give .txt or .md, or .parquet" in said
 
 
+def test_cut_off_tables_are_one_line(tmp_path: Path) -> None:
+    whole = gzip.compress(json.dumps({"text": "a b", "n": list(range(99))}).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot read .*a.jsonl.gz: Compressed file ended"):
+        reading.text_column(tmp_path / "a.jsonl.gz")
+
+
 def test_linked_texts(tmp_path: Path) -> None:
     """Folders behind links are read, and links that lead nowhere are not passed over."""
     (tmp_path / "far").mkdir()

@@ -712,6 +712,20 @@ def test_copies_and_cards_are_no_texts(tmp_path: Path, caplog) -> None:
     assert said.startswith("2 file(s) are copies of others and passed over, as ")
 
 
+@pytest.mark.parametrize("suffix", (".jsonl", ".parquet"))
+def test_a_column_that_parts_no_texts_is_said(tmp_path: Path, caplog, suffix: str) -> None:
+    file = tmp_path / f"t{suffix}"
+    for name in ("kind", "Split"):
+        rows = [{"text": "the dog", name: "train"}, {"text": "the cat", name: "test"}]
+        if suffix == ".jsonl":
+            file.write_text("\n".join(map(json.dumps, rows)))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        assert own_text.load_own_text(file).lines == ["the dog", "the cat"]
+        assert len(caplog.records) == (name == "Split")
+    assert "files named train, validation and test" in caplog.text
+
+
 def test_a_text_that_has_changed_is_said(tmp_path: Path, caplog) -> None:
     file = tmp_path / "notes.txt"
     lines = [f"line {i}" for i in range(60)]
