@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from typer.core import TyperGroup
 import deqzoo
 import deqzoo.zoo
 from deqzoo.errors import UserError, as_user_error, one_line
-from deqzoo.evaluation.options import DataFolder, ModelName, SolverName
+from deqzoo.evaluation.options import DataFolder, ModelName, SolverName, complete_model
 from deqzoo.models.names import FAMILIES
 from deqzoo.models.registration import after_import
 from deqzoo.tasks import load
@@ -79,7 +80,9 @@ def options(
 
 @app.command("list", rich_help_panel="Use models")
 def list_command(
-    pattern: Annotated[str, typer.Argument(help='Names with wildcards, as "mdeq*".')] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help='A part of the name, or wildcards, as "mdeq*".')
+    ] = "*",
     task: Annotated[
         str | None, typer.Option(help="Only models of a task, or of a part of its name.")
     ] = None,
@@ -90,7 +93,7 @@ def list_command(
     as_json: AsJson = False,
 ) -> None:
     """List the bundled checkpoints."""
-    from deqzoo.hub.catalogue import ORDERS, entries, results_csv
+    from deqzoo.hub.catalogue import ORDERS, entries, results_csv, short_count
     from deqzoo.zoo import bare_name, check_withdrawn
 
     if sort not in ORDERS:
@@ -115,16 +118,21 @@ def list_command(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif not rows:
-        typer.echo("No such checkpoint is bundled.")
+        typer.echo("No such checkpoint is bundled.", err=True)
     else:
         width = max(len(row["name"]) for row in rows)
         for row in rows:
-            size = f"{row['parameters'] / 1e6:.2f}M"
-            typer.echo(f"{row['name']:<{width}}  {size:>8}  {row['task']:<22}  {row['result']}")
+            size = short_count(row["parameters"])
+            typer.echo(f"{row['name']:<{width}}  {size:>6}  {row['task']:<22}  {row['result']}")
 
 
 @app.command(rich_help_panel="Use models")
-def info(name: ModelName, as_json: AsJson = False) -> None:
+def info(
+    name: Annotated[
+        str, typer.Argument(help="Zoo name or local folder.", autocompletion=complete_model)
+    ],
+    as_json: AsJson = False,
+) -> None:
     """Show what a checkpoint is and what it scores."""
     from deqzoo.hub.catalogue import entry as find
     from deqzoo.hub.catalogue import main_figure
@@ -144,6 +152,9 @@ def info(name: ModelName, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
+    facts["parameters"] = f"{entry.parameters:,}"
+    figures = facts["evaluations"].values()
+    facts["evaluations"] = ", ".join(figure for figure in figures if figure) or "none"
     for key, value in facts.items():
         if isinstance(value, dict):
             shown = (f"{k} {v}" for k, v in value.items() if v is not None)
@@ -304,6 +315,8 @@ def ignn_table() -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. Every mistake of the user is one line on stderr and a 2."""
     after_import({"transformers.utils.logging": _quiet})
+    # PyTorch Geometric still scripts functions; that is nothing a user could mend.
+    warnings.filterwarnings("ignore", r".*torch\.jit\.script.* is deprecated", FutureWarning)
     # The commands print convergence themselves.
     logging.getLogger("deqzoo.models").setLevel(logging.ERROR)
     try:

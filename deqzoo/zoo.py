@@ -106,7 +106,7 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
     """Names of the bundled checkpoints, sorted.
 
     Args:
-        pattern: with wildcards, as "mdeq*" or "*cifar*".
+        pattern: with wildcards, as "mdeq*" or "*-upg"; without any, a part of the name ("cifar").
         task: in words, or a part of them ("image").
 
     Raises:
@@ -123,7 +123,7 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
         for folder in root.iterdir()  # a name with a dot is a checkpoint that is being stored
         if not folder.name.startswith(".") and (folder / "config.json").is_file()
     )
-    names = fnmatch.filter(names, pattern)
+    names = fnmatch.filter(names, pattern if set(pattern) & set("*?[") else f"*{pattern}*")
     if task is None:
         return names
     return [name for name in names if task in task_words(_architecture(root / name))]

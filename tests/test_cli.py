@@ -76,6 +76,19 @@ def test_python_m_prints_one_line_on_mistakes() -> None:
     assert "--nonsense" in line and "Traceback" not in done.stderr
 
 
+def test_names_in_another_encoding_and_signs_the_terminal_lacks_are_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9-\xcf\x81")
+    deqzoo.IGNNConfig(num_features=3, hidden_sizes=[8]).save_pretrained(folder)
+    for encoding in ("utf-8", "cp1252"):
+        done = subprocess.run(
+            [sys.executable, "-m", "deqzoo", "info", folder],
+            env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        shown = "ρ".encode() if encoding == "utf-8" else b"\\u03c1"
+        assert b"caf\\udce9-" + shown in done.stdout
+
+
 @pytest.mark.parametrize("module", ["deqzoo.cli", "typer", "torch", "transformers", "PIL.Image"])
 def test_ctrl_c_while_importing_ends_in_one_line(module: str) -> None:
     """The signal comes as the module is looked for, whatever imports it."""
@@ -318,7 +331,8 @@ def test_evaluate_writes_the_file(
     output = tmp_path / "evaluation.json"
     arguments = ["evaluate", "mdeq-test", "--data", str(cifar_folder), "--output", str(output)]
     assert run(arguments) == 0
-    assert "% on cifar10 test" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "% on cifar10 test" in printed.out and "%|" not in printed.err  # no bar in a file
     content = json.loads(output.read_text())
     assert content["data"]["samples"] == 40 and content["data"]["complete"] is False
     assert content["budget"] is None  # only where it is asked for

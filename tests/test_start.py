@@ -62,6 +62,16 @@ assert type(Images.from_pretrained("deqzoo/mdeq-tiny-cifar-upg")).__name__.start
     assert "transformers" in loaded(statement + checks)
 
 
+def test_graph_commands_are_silent_about_what_other_packages_deprecate() -> None:
+    pytest.importorskip("torch_geometric")
+    done = subprocess.run(
+        [sys.executable, "-m", "deqzoo", "predict-graphs", "ignn-proteins-upg", str(PICTURE)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if not line.startswith("loading ")]
+    assert done.returncode == 2 and len(said) == 1 and "chelsea.png" in said[0]
+
+
 def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     broken = tmp_path / "torchvision"
     broken.mkdir()

@@ -164,7 +164,8 @@ def forward_all(
     """Forward all batches without gradients; Ctrl-C ends it with what there is by then."""
     parts: list[tuple[Tensor, ...]] = []
     seconds, complete = 0.0, True
-    bar = tqdm(batches.inputs, desc=title, total=batches.count, unit="batch", disable=not progress)
+    hidden = None if progress else True  # None: in a terminal only
+    bar = tqdm(batches.inputs, desc=title, total=batches.count, unit="batch", disable=hidden)
     try:
         for inputs, rows in bar:
             began = time.perf_counter()

@@ -180,7 +180,7 @@ def _progress(file: str) -> Any:
     suffix = Path(file).suffix.lower()
     counted = suffix not in ("", ".parquet", ".gz", ".bz2", ".xz") and file != "-"
     total = Path(file).expanduser().stat().st_size if counted else None
-    return tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
 
 
 def _summary(name: str, report: Any) -> str:

@@ -185,7 +185,8 @@ def score(
     began = time.perf_counter()
     pieces = stream.split(scorer.length)
     try:
-        for piece in tqdm(pieces, desc=title, unit="segment", disable=not progress):
+        hidden = None if progress else True  # None: in a terminal only
+        for piece in tqdm(pieces, desc=title, unit="segment", disable=hidden):
             scorer.add(piece.tolist())
         report = scorer.finish()
     except KeyboardInterrupt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +57,7 @@ def gradients(
             require_writable(output / file)
     model = deqzoo.DEQModel.from_pretrained(name)
     batch, described = make_batch(model, data, split=split, size=batch_size, seed=seed)
-    bar = tqdm(desc="settings", disable=as_json or not sys.stderr.isatty())
+    bar = tqdm(desc="settings", disable=True if as_json else None)
     with bar:
         found = study(model, batch, seconds=seconds, on_row=lambda _: bar.update())
     best = found.recommendation(cosine)

@@ -32,6 +32,7 @@ from deqzoo.hub.catalogue import (
     main_value,
     rank,
     results_csv,
+    short_count,
 )
 from deqzoo.hub.integrity import NOTES
 from deqzoo.hub.metadata import measuring_command, metadata, own_repository
@@ -139,7 +140,7 @@ def _folded(title: str, *parts: str) -> str:
 def _summary(entry: Entry) -> str:
     """The main figure, the size, and what the equilibrium costs, in one paragraph."""
     tested = entry.tests() or list(entry.evaluations.values())
-    size = f"{_size(entry.parameters)} parameters, {entry.size / 2**20:.1f} MiB"
+    size = f"{short_count(entry.parameters)} parameters, {entry.size / 2**20:.1f} MiB"
     if not tested:
         return f"Not evaluated yet; {size}."
     evaluation = tested[0]
@@ -245,7 +246,7 @@ def render_table() -> str:
         (
             entry.task,
             _link(entry),
-            _size(entry.tests()[0]["model"]["parameters"]),
+            short_count(entry.tests()[0]["model"]["parameters"]),
             _headline(entry),
             _beside(entry),
         )
@@ -279,10 +280,6 @@ def _data_name(entry: Entry) -> str:
 
 def _link(entry: Entry) -> str:
     return f"[{entry.name}](model_cards/{entry.name}.md)"
-
-
-def _size(parameters: int) -> str:
-    return f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters / 1e3:.0f}k"
 
 
 def _headline(entry: Entry) -> str:

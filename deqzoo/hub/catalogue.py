@@ -141,6 +141,11 @@ def results_csv(found: Iterable[Entry]) -> str:
     return stream.getvalue()
 
 
+def short_count(parameters: int) -> str:
+    """ "11.1M" or "159k": a number of parameters as tables give it."""
+    return f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters / 1e3:.0f}k"
+
+
 def main_value(evaluation: dict[str, Any]) -> str | None:
     """ "85.20 %" or "perplexity 71.30": the figure without what it was measured on."""
     metric = evaluation.get("metric")

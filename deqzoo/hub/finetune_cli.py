@@ -58,7 +58,7 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was cut off.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no log lines.")] = False,
 ) -> None:
     """Train a model of the zoo further on pictures, texts or graphs of your own."""
     from deqzoo.tasks.finetuning import Settings, warnings_of

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 
 from deqzoo.errors import UserError, one_line
@@ -51,9 +51,11 @@ def verify_model(name: str, *, revision: str | None = None) -> list[str]:
 def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision))
+    except LocalEntryNotFoundError:
+        reason = "the Hub cannot be reached or is switched off, and it is not cached"
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = one_line(error, 160)
-        raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})") from error
+    raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})")
 
 
 def _files(found: Entry) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -52,8 +53,9 @@ def train(
     """Train a checkpoint from a recipe."""
     if queue is not None:
         raise UserError(f"a queue is worked through by: python recipes/work.py {queue}")
-    if recipe is None:
-        raise UserError("name a recipe, as in: deqzoo train recipes/NAME.yaml")
+    if recipe is None or recipe.is_dir() or not recipe.exists():
+        what = "" if recipe is None else f"{recipe} is no recipe file; "
+        raise UserError(f"{what}name a recipe, as in: deqzoo train recipes/NAME.yaml")
     from deqzoo.recipe import load_recipe, seconds_of, with_seed
     from deqzoo.tasks import build_task
     from deqzoo.training.arguments import check_report_to
@@ -75,7 +77,13 @@ def train(
 
         task = build_task(loaded, data, stand_in=True)
         alone = bool(loaded.time_budget) or task.one_process
-        figures = {**estimate(loaded, task), "commands": commands(str(recipe), alone)}
+        given = {"--data": data, "--output": output, "--seed": seed, "--time-budget": time_budget,
+                 "--deadline": deadline}  # fmt: skip
+        options = (str(part) for pair in given.items() if pair[1] is not None for part in pair)
+        figures = {
+            **estimate(loaded, task),
+            "commands": commands(shlex.join([str(recipe), *options]), alone),
+        }
         typer.echo(json.dumps(figures, indent=2))
         return
     folder = run_recipe(

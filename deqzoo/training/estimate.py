@@ -65,9 +65,9 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     }
 
 
-def commands(path: str, alone: bool) -> dict[str, str]:
+def commands(arguments: str, alone: bool) -> dict[str, str]:
     """Command lines that train a recipe on one device and, unless `alone`, on several GPUs."""
-    train = f"deqzoo train {path} --resume"
+    train = f"deqzoo train {arguments} --resume"
     several = {} if alone else {"several": f"torchrun --nproc_per_node 8 -m {train}"}
     return {"one": train, **several}
 

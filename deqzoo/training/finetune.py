@@ -176,7 +176,7 @@ def _arguments(job: Job, output: Path, settings: Settings, progress: bool) -> DE
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=False,
-        disable_tqdm=not progress,
+        disable_tqdm=not (progress and sys.stderr.isatty()),
         prediction_loss_only=not job.accuracy,
         solver=settings.solver or job.solver,
         gradient=settings.gradient,

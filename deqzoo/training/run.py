@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -283,7 +284,7 @@ def _trainer(
         eval_strategy="no",
         report_to=check_report_to(recipe.report_to),
         remove_unused_columns=False,
-        disable_tqdm=not progress,
+        disable_tqdm=not (progress and sys.stderr.isatty()),
         dataloader_num_workers=0,
         ddp_find_unused_parameters=False,
     )

@@ -197,7 +197,8 @@ class TimedRun:
             UserError: the run diverges however small its learning rate.
         """
         total = self.budget.seconds
-        bar = tqdm(total=round(total), unit="s", disable=not self.progress, desc=self.recipe.name)
+        hidden = None if self.progress else True  # None: in a terminal only
+        bar = tqdm(total=round(total), unit="s", disable=hidden, desc=self.recipe.name)
         while (number := self.budget.stage) is not None and not self.stopped:
             if number != self.stage_number or self.count == 0:
                 self.stage_number, self.stage_start = number, self.count

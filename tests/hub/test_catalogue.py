@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def test_damaged_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     with pytest.raises(deqzoo.UserError, match="no sound safetensors"):
         count_parameters(tmp_path / "model.safetensors")
+
+
+def test_sizes_and_figures_are_those_of_readme_s_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list", "ignn-proteins-upg"]) == 0
+    assert capsys.readouterr().out.split()[1] == "25k"
+    assert run(["info", "ignn-proteins-upg"]) == 0
+    facts = capsys.readouterr().out
+    assert re.search(r"^parameters +24,\d{3}$", facts, flags=re.MULTILINE)
+    assert re.search(r"^evaluations +\S+ % on proteins test, fold 0, ", facts, flags=re.MULTILINE)
 
 
 def test_info_refuses_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -76,6 +77,16 @@ def test_no_loader_asks_the_hub_about_a_bundled_name() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_verify_without_a_network_is_told_in_words(monkeypatch, capsys) -> None:
+    def unreachable(*arguments, **keywords):
+        raise LocalEntryNotFoundError("Got: ConnectError: [Errno -2] Name or service not known")
+
+    monkeypatch.setattr("deqzoo.hub.verify.snapshot_download", unreachable)
+    assert run(["verify", "nobody/nothing"]) == 2
+    error = capsys.readouterr().err
+    assert "the Hub cannot be reached" in error and "Errno" not in error
+
+
 def test_a_folder_and_a_revision_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bundled_source(IMAGES) != IMAGES
     assert bundled_source(IMAGES, "v1") == IMAGES
@@ -104,7 +115,10 @@ def test_withdrawn_names_say_what_to_use(
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
     assert bundled_source(name) == name
+    capsys.readouterr()
     assert run(["list", "*no-such-name*"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "" and "No such checkpoint" in printed.err  # nothing for a pipe to count
 
 
 def test_what_replaces_a_withdrawn_name_is_there() -> None:
@@ -116,7 +130,8 @@ def test_what_replaces_a_withdrawn_name_is_there() -> None:
 
 def test_names_by_pattern_and_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert list_models("mdeq*") == list_models(task="image classification") != []
-    assert list_models("mdeq*") == list_models(task="image")
+    assert list_models("mdeq*") == list_models(task="image") == list_models("mdeq")
+    assert list_models("tiny") == list_models("*tiny*") != []
     assert set(list_models("ignn*")) <= set(list_models()) - set(list_models("mdeq*"))
     assert list_models("mdeq*", task="node") == []
     with pytest.raises(deqzoo.UserError, match="image classification"):

@@ -100,6 +100,14 @@ def test_pictures(tiny_mdeq: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert run(again) == 2 and "already holds a model" in capsys.readouterr().err
 
 
+def test_a_log_in_a_file_has_lines_and_no_bar(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:
+    data = write_folder(tmp_path / "things")
+    arguments = ["finetune", tiny_mdeq, "--data", data, "--output", tmp_path / "tuned"]
+    assert run([*map(str, arguments), "--max-steps", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "'eval_loss'" in printed.out and "%|" not in printed.err
+
+
 def test_every_layout_of_pictures_gives_the_same(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "things", count=2)
     files = sorted(folder.rglob("*.png"))

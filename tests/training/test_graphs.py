@@ -159,6 +159,7 @@ def test_a_node_run_evaluates_and_is_stored(nodes, tmp_path, monkeypatch, capsys
     planned = json.loads(capsys.readouterr().out)
     assert planned["parameters"] > 0 and planned["pflop"] > 0
     assert list(planned["commands"]) == ["one"]  # several processes are refused
+    assert f"--data {nodes}" in planned["commands"]["one"]
     assert run([*command, "--output", str(tmp_path / "run")]) == 0
     assert "learning_rate" not in capsys.readouterr().out  # quiet
     model = tmp_path / "run" / "model"

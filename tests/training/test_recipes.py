@@ -173,6 +173,20 @@ def test_bundled_recipes_pass_a_dry_run(path, capsys):
     assert all("torchrun" in figures["commands"][name] for name in several)
 
 
+def test_the_commands_of_a_dry_run_keep_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(RECIPES / "mdeq-tiny-cifar-upg.yaml")
+    options = ["--output", "my runs", "--seed", "3"]
+    assert run(["train", path, *options, "--dry-run"]) == 0
+    for command in json.loads(capsys.readouterr().out)["commands"].values():
+        assert command.endswith(f"train {path} --output 'my runs' --seed 3 --resume")
+
+
+def test_a_recipe_that_is_no_file_says_what_one_is(tmp_path: Path, capsys) -> None:
+    for given in ("mdeq-tiny-cifar-upg", str(tmp_path)):
+        assert run(["train", given]) == 2
+        assert "as in: deqzoo train recipes/NAME.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("base", "other"),
     [

@@ -57,10 +57,12 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_ends_with_its_time_evaluated_and_at_rate_zero(pictures, tmp_path) -> None:
+def test_a_run_ends_with_its_time_evaluated_and_at_rate_zero(pictures, tmp_path, capsys) -> None:
     # Long enough for some steps of each stage on a machine that is busy with other work.
     recipe = make_recipe(time_budget="6s")
-    model = run_recipe(recipe, None, tmp_path / "run", progress=False)
+    model = run_recipe(recipe, None, tmp_path / "run")
+    printed = capsys.readouterr()
+    assert "eval_accuracy" in printed.out and "%|" not in printed.err  # no bar in a file
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["finished"] and record["steps"] > 2
     assert 5.0 <= record["training_seconds"] < 60.0
@@ -150,13 +152,16 @@ def test_a_run_that_only_diverges_ends_in_one_line(pictures, tmp_path, monkeypat
     DEQModel.from_pretrained(tmp_path / "run" / "model")
 
 
-def test_a_run_by_epochs_that_diverges_ends_in_one_line(pictures, tmp_path, monkeypatch) -> None:
+def test_a_run_by_epochs_that_diverges_ends_in_one_line(
+    pictures, tmp_path, monkeypatch, capsys
+) -> None:
     def loss(self, outputs, batch):
         return outputs.loss * torch.inf
 
     monkeypatch.setattr(ImageClassificationTask, "loss", loss)
     with pytest.raises(UserError, match="the training has diverged"):
-        run_recipe(make_recipe(time_budget=None), None, tmp_path / "run", progress=False)
+        run_recipe(make_recipe(time_budget=None), None, tmp_path / "run")
+    assert "%|" not in capsys.readouterr().err  # no bar in a file
 
 
 def test_a_map_that_does_not_compile_is_no_end(pictures, tmp_path, monkeypatch) -> None:
