@@ -11,6 +11,7 @@ into the weights and saves a model that needs no PEFT. Needs `pip install peft`.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deqzoo import DEQModel
+from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_text, text_style
 from deqzoo.models.readers import load_tokenizer
 
@@ -39,7 +41,7 @@ TARGETS = {
 
 
 def pictures(model: PreTrainedModel) -> Callable[[], Batch]:
-    """Crops of the three bundled pictures, to be told apart."""
+    """Crops of three of the bundled pictures, to be told apart."""
     size = model.config.image_size
     files = sorted((HERE / "pictures").glob("*.*"))[:3]
     views = [Image.open(file).convert("RGB").resize((4 * size, 4 * size)) for file in files]
@@ -146,4 +148,8 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"lora.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -11,6 +11,7 @@ yourself; the script prints it and runs it.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     graphs = settings.graphs or Path("graphs.pt")
     if settings.graphs is None and not graphs.exists():
         make_graphs(graphs, settings.count)
-    recipe = Path("my-graphs.yaml")
-    recipe.write_text(RECIPE.format(path=graphs, epochs=settings.epochs), encoding="utf-8")
+    recipe, path = Path("my-graphs.yaml"), json.dumps(str(graphs))  # quoted, whatever is in it
+    recipe.write_text(RECIPE.format(path=path, epochs=settings.epochs), encoding="utf-8")
     print(f"\n# The recipe, {recipe}\n{recipe.read_text()}")
     model = settings.output / "model"
     step("Train from nothing.", "train", recipe, "--output", settings.output)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from deqzoo.models.ignn.configuration_ignn import IGNNConfig
 from deqzoo.models.ignn.modeling_ignn import IGNNForGraphClassification
 
 pytest.importorskip("peft")
+EXAMPLE = Path(__file__).parents[1] / "examples" / "lora.py"
 
 
 def stored(family: str, folder: Path) -> str:
@@ -37,8 +40,7 @@ def stored(family: str, folder: Path) -> str:
 def test_lora_learns_and_merges(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = Path(__file__).parents[1] / "examples" / "lora.py"
-    spec = importlib.util.spec_from_file_location("lora", path)
+    spec = importlib.util.spec_from_file_location("lora", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     model = "mdeq-tiny-cifar-upg" if family == "images" else stored(family, tmp_path / "model")
@@ -47,3 +49,12 @@ def test_lora_learns_and_merges(
     assert after < before
     assert f"held-out loss {after:.3f} merged" in capsys.readouterr().out
     assert DEQModel.from_pretrained(tmp_path / "out").config.model_type
+
+
+def test_a_mistake_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["lora.py", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lora.py: ") and "no config.json" in line

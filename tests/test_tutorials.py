@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import deqzoo
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
@@ -82,3 +83,14 @@ def test_graphs(hub, tmp_path: Path) -> None:
     pytest.importorskip("torch_geometric")
     printed = tutorial(hub, tmp_path, "own_graphs", "--count", 10, "--epochs", 3)
     assert "on graphs test" in printed and "of 30 as stored" in printed
+
+
+def test_paths_of_graphs_are_quoted_in_the_recipe(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("torch_geometric")
+    spec = importlib.util.spec_from_file_location("own_graphs", EXAMPLES / "own_graphs.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "step", lambda *arguments: None)
+    monkeypatch.chdir(tmp_path)
+    example.main(["mine, all: #1.pt"])
+    assert yaml.safe_load(Path("my-graphs.yaml").read_text())["data"]["path"] == "mine, all: #1.pt"

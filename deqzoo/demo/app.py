@@ -53,13 +53,21 @@ deleted within two hours.
 
 ```python
 from gradio_client import Client, handle_file
-client = Client("http://127.0.0.1:7860")
+client = Client("http://127.0.0.1:7860")  # or where this page is
 label, report = client.predict(handle_file("cat.png"), api_name="/classify")
 figures = client.predict("The river rises in the hills .", api_name="/perplexity")
 text, report = client.predict("The river", 40, api_name="/generate")
 ```
 
 The link *Use via API* at the bottom lists all arguments.
+
+### Read more
+
+[Deep Equilibrium Models](https://arxiv.org/abs/1909.01377) is the paper of the idea, which
+[Multiscale Deep Equilibrium Models](https://arxiv.org/abs/2006.08656) takes to pictures and
+[Implicit Graph Neural Networks](https://arxiv.org/abs/2009.06211) to graphs.
+[On Training Implicit Models](https://arxiv.org/abs/2111.05177) has the gradients that most of these
+checkpoints were trained with.
 """
 
 

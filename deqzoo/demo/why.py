@@ -129,10 +129,10 @@ def effort_html(measured: Measured) -> str:
     easy, hard = steps.index(min(steps)), steps.index(max(steps))
     chart = page_chart(
         {
-            f"{kind}: {measured.names[measured.truths[i]]}": [
+            kind: [
                 (k + 1.0, float(measured.found.residuals[k, i])) for k in range(max(steps[i], 1))
             ]
-            for kind, i in (("easy", easy), ("hard", hard))
+            for kind, i in (("the easiest", easy), ("the hardest", hard))
         },
         title="Distance to the equilibrium", tip="step {x:.0f}: residual {y:.1e}", log_y=True,
         level=measured.tolerance,

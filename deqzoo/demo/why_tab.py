@@ -12,9 +12,9 @@ from .controls import checkpoint_menu, in_place, missing_checkpoint
 from .shelf import IMAGES, Shelf
 
 WAITING = (
-    '<div class="dz-waiting">Three measurements, made on this machine when you press the button: '
-    "what a training step keeps in memory, how many steps easy and hard pictures take, and what "
-    "happens to the answers when you stop early. They take a few seconds.</div>"
+    '<div class="dz-waiting">Three measurements are made on this machine now: what a training '
+    "step keeps in memory, how many steps easy and hard pictures take, and what happens to the "
+    "answers when you stop early. They take a few seconds.</div>"
 )
 
 

@@ -43,7 +43,11 @@ def finetune(
         str | None, typer.Option(help="Column of the texts in .jsonl and .parquet files.")
     ] = None,
     held_out: Annotated[
-        float, typer.Option(help="Share kept to be measured; half as much chooses the weights.")
+        float,
+        typer.Option(
+            help="Share kept to be measured; half as much chooses the weights. Of texts, half of "
+            "it is measured, and half chooses."
+        ),
     ] = 0.2,
     augment: Annotated[
         bool, typer.Option("--augment/--no-augment", help="Crop and mirror pictures at random.")

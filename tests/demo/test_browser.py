@@ -162,6 +162,9 @@ def test_why_tab_measures(page, served) -> None:
     page.tab("Why a DEQ")
     page.page.wait_for_selector(".dz-minis")
     page.shot("why")
+    effort = page.page.inner_text("#why-effort")
+    # The cards and the key of the chart: classes may be the same, or wrong.
+    assert [effort.count(kind) for kind in ("the easiest", "the hardest")] == [2, 2]
     memory = page.page.inner_text("#why-memory")
     unrolled, flat = (float(x) for x in re.findall(r"([\d.]+) MiB", memory)[:2])
     assert unrolled > flat > 0

@@ -17,7 +17,14 @@ from deqzoo.cli import run
 from deqzoo.evaluation.dispatch import evaluate_model
 from deqzoo.evaluation.files import write_evaluation
 from deqzoo.hub import cards
-from deqzoo.hub.card_texts import CONVERTED, DATA_TEXTS, FAMILY_TEXTS, TASK_LIMITS, TASK_USES
+from deqzoo.hub.card_texts import (
+    CONVERTED,
+    DATA_TEXTS,
+    FAMILY_TEXTS,
+    PAPERS,
+    TASK_LIMITS,
+    TASK_USES,
+)
 from deqzoo.hub.catalogue import Entry, best_first, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
 from deqzoo.hub.metadata import eval_results_yaml
@@ -156,6 +163,12 @@ def test_accuracy_stands_beside_the_majority_rate() -> None:
     assert "accuracy on these" not in better
     ranked = made_entry("twitch", accuracy=0.5, majority=0.6, samples=47, auc=0.7)
     assert "the measure here is AUC" in cards.render_card(ranked)
+
+
+def test_papers_that_cards_cite_can_be_opened() -> None:
+    texts = [*FAMILY_TEXTS.values(), *CONVERTED.values()]
+    cited = [PAPERS[key] for text in texts for key in text.papers]
+    assert cited and all("url       = {https://arxiv.org/abs/" in paper for paper in cited)
 
 
 def test_text_cards_say_their_language() -> None:
