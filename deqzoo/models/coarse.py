@@ -19,7 +19,9 @@ from deqzoo.equilibrium.state import State, leaves, rebuild
 COARSE_TOL = 2e-2
 """Relative residual at which float32 takes over; a step in bfloat16 rounds to 4e-3."""
 COARSE_SHARE = 1 / 3
-"""Of the most steps that the coarse part may take, with what does not come that near."""
+"""Of the most steps that the coarse part may take, with what does not come that near, and at most
+`_MOST_STEPS`: the steps that it leaves are lost to float32, where hard samples need them."""
+_MOST_STEPS = 15
 _FEWEST_STEPS = 12
 
 
@@ -72,7 +74,7 @@ def solve_from_coarse(
         solver: settings for which `can_start_coarsely` holds.
         layout: what one independent sample is.
     """
-    share = int(COARSE_SHARE * solver.max_steps)
+    share = min(int(COARSE_SHARE * solver.max_steps), _MOST_STEPS)
     first = fixed_point(
         coarse, z0, solver=replace(solver, tol=COARSE_TOL, max_steps=share), layout=layout
     )

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from deqzoo.equilibrium import FixedPointIteration, fixed_point
 from deqzoo.evaluation.options import recorded_traces
 from deqzoo.evaluation.watch import watch
 from deqzoo.models import coarse
@@ -106,6 +107,20 @@ def test_no_more_steps_than_asked_for(bf16_units):
     model = tiny_model(contraction=30.0, solver={"max_steps": 12, "tol": 1e-6})
     output = model(pictures())
     assert not output.converged.any() and (output.n_steps == 12).all()
+
+
+@torch.no_grad()
+def test_a_long_budget_is_kept_for_float32():
+    """The few steps in bfloat16 that are enough leave most of the others to what is hard."""
+
+    def f(z):
+        return 0.8 * z + 1
+
+    start, solver = torch.zeros(2, 4, dtype=torch.float64), FixedPointIteration(57, 3e-6)
+    plain = fixed_point(f, start, solver=solver)
+    found = coarse.solve_from_coarse(f, f, start, solver)
+    assert plain.converged.all() and (plain.n_steps > 45).all()
+    assert found.converged.all() and (found.n_steps <= plain.n_steps + 1).all()
 
 
 @torch.no_grad()
