@@ -4,7 +4,8 @@
 
 A solver is a dataclass with a `name` and a rule for one step; a gradient is one with a `name` and
 `attach`. Both are passed to a model as they are. To use their names too (in configs, recipes and
-`set_solver`), add the classes to `deqzoo.equilibrium.SOLVERS` and `GRADIENTS`.
+`set_solver`), add the classes to `deqzoo.equilibrium.SOLVERS` and `GRADIENTS`. The command line
+knows them in a script that does so and then calls it: `deqzoo.cli.run(["train", "recipe.yaml"])`.
 """
 
 from __future__ import annotations

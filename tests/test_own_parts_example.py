@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 
 from deqzoo import DEQModel
+from deqzoo.cli import run
 from deqzoo.equilibrium import GRADIENTS, SOLVERS, UPG, Anderson, fixed_point, gradient_fidelity
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_parts.py"
@@ -132,3 +135,20 @@ def test_example_runs_and_answers_mistakes_in_a_line(example, tiny_mdeq, capsys)
         [sys.executable, EXAMPLE, "absent.png"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_recipe_trains_with_a_solver_of_ones_own(example, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(SOLVERS, "heavy_ball", example.HeavyBall)
+    path, file = EXAMPLE.parents[1] / "recipes" / "mdeq-tiny-cifar-upg.yaml", tmp_path / "mine.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    (stage, *_) = recipe["stages"]
+    stage["solver"] = {"name": "heavy_ball", "max_steps": 7, "tol": 0.0}
+    recipe["stages"] = [stage]
+    file.write_text(yaml.safe_dump(recipe))
+    assert run(["train", str(file), "--dry-run"]) == 0
+    (planned,) = json.loads(capsys.readouterr().out)["stages"]
+    assert planned["steps"] > 0 and planned["evaluations"] > 7
+    stage["solver"]["name"] = "heavy_bell"
+    file.write_text(yaml.safe_dump(recipe))
+    assert run(["train", str(file), "--dry-run"]) == 2
+    assert "heavy_ball" in capsys.readouterr().err  # one of those to choose from

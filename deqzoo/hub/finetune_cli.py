@@ -24,7 +24,8 @@ def finetune(
     ],
     output: Annotated[Path, typer.Option("--output", help="Folder of the new model.")],
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the data; at least 200 steps.")
+        float | None,
+        typer.Option(help="Passes over the data; else 3, or what makes 200 steps (graphs: 800)."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -84,6 +85,12 @@ def train(
             **estimate(loaded, task),
             "commands": commands(shlex.join([str(recipe), *options]), alone),
         }
+        if loaded.time_budget:
+            print(
+                f"the run ends by its clock ({loaded.time_budget}); epochs are shares of that, "
+                "and steps, pflop and hours are those of whole epochs",
+                file=sys.stderr,
+            )
         typer.echo(json.dumps(figures, indent=2))
         return
     folder = run_recipe(

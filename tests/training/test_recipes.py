@@ -162,8 +162,9 @@ TASKS = [
 def test_bundled_recipes_pass_a_dry_run(path, capsys):
     """The model is built in full; cost and memory are printed, with the commands."""
     assert run(["train", str(path), "--dry-run"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    recipe = load_recipe(path)
+    printed, recipe = capsys.readouterr(), load_recipe(path)
+    figures = json.loads(printed.out)
+    assert ("ends by its clock" in printed.err) == bool(recipe.time_budget)
     budget = recipe.budget_pflop or float("inf")
     assert figures["parameters"] > 1e5 and 0 < figures["pflop"] <= budget
     memory = figures["memory_mib"]
