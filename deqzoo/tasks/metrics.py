@@ -57,7 +57,7 @@ METRICS = {
     ),
     "micro_f1": Metric(
         "micro-F1",
-        "micro-F1 {value:.4f}",
+        "micro-F1 {percent:.2f} %",
         share=True,
         hub=("f1", "Micro-averaged F1"),
         baseline="constant_micro_f1",

@@ -30,6 +30,7 @@ from deqzoo.hub.integrity import check_checksums, check_golden
 from deqzoo.hub.metadata import eval_results_yaml
 from deqzoo.hub.verify import verify_model
 from deqzoo.records import upgraded
+from deqzoo.tasks.metrics import METRICS
 from deqzoo.zoo import TASKS
 
 
@@ -163,6 +164,11 @@ def test_accuracy_stands_beside_the_majority_rate() -> None:
     assert "accuracy on these" not in better
     ranked = made_entry("twitch", accuracy=0.5, majority=0.6, samples=47, auc=0.7)
     assert "the measure here is AUC" in cards.render_card(ranked)
+
+
+def test_figures_have_the_unit_of_the_baselines_beside_them() -> None:
+    shown = [metric.show(0.5) for metric in METRICS.values() if metric.baseline]
+    assert shown and all(text.endswith("50.00 %") for text in shown)
 
 
 def test_papers_that_cards_cite_can_be_opened() -> None:
