@@ -19,8 +19,9 @@ def arguments() -> argparse.Namespace:
     """The command line's options."""
     in_space = "SPACE_ID" in os.environ
     parser = argparse.ArgumentParser(description="The demo of deqzoo in the browser.")
-    parser.add_argument("--host", default="0.0.0.0" if in_space else "127.0.0.1")
-    parser.add_argument("--port", type=int, default=7860)
+    host, what = "0.0.0.0" if in_space else "127.0.0.1", "address to listen on; 0.0.0.0 for all"
+    parser.add_argument("--host", default=host, help=f"{what} (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     parser.add_argument("--share", action="store_true", help="also make a public link")
     parser.add_argument(
         "--graph-data", type=Path, metavar="DIR", default=HERE / "graphs",

@@ -190,8 +190,10 @@ def suggestion(name: str) -> str:
     return f"the zoo's models are {', '.join(known)}" if known else "no checkpoint is bundled"
 
 
-def resolve_folder(name: str | os.PathLike[str]) -> Path | None:
+def resolve_folder(name: str | os.PathLike[str], revision: str | None = None) -> Path | None:
     """The local folder or bundled checkpoint of a name; None where only the Hub could have it.
+
+    A bundled checkpoint is that of today: another revision is the Hub's.
 
     Raises:
         UserError: a path to something else than a folder with a configuration, or a withdrawn name.
@@ -203,7 +205,7 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path | None:
         return path.resolve()
     if path.is_file():
         raise UserError(f"{path} is a file; name the folder that holds config.json and the weights")
-    return bundled_folder(str(name))
+    return bundled_folder(str(name)) if revision in (None, "main") else None
 
 
 def resolve_bundled(name: str | os.PathLike[str]) -> Path:

@@ -178,6 +178,16 @@ def test_no_answer_is_made_up_where_no_state_is_finite(
     assert all(math.isnan(row["score"]) for row in classifier(str(CAT)))
 
 
+def test_every_picture_that_is_named_is_answered_and_no_drawing_breaks_json(zoo, capsys) -> None:
+    command = ["classify", str(CAT), str(CAT), "--model", "mdeq-test", "--json"]
+    assert run(command) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["file"] for row in rows] == [str(CAT)] * 2
+    assert run([*command, "--trace", "-"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "name a file for the trace" in printed.err
+
+
 def test_classify_goes_on_after_a_bad_picture(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:

@@ -50,14 +50,14 @@ def classify(
         from deqzoo.evaluation.classify import classify as classify_pictures
         from deqzoo.models.readers import load_processor
 
-    inputs = Inputs(trace)
+    inputs = Inputs(trace, as_json)
     files = inputs.files(images, picture_files)
     loaded = None
     for start in range(0, len(files), PICTURES_AT_ONCE):
-        pictures = {}
+        pictures = []
         for file in files[start : start + PICTURES_AT_ONCE]:
             with inputs.one():
-                pictures[str(file)] = read_picture(file)
+                pictures.append((str(file), read_picture(file)))
         if not pictures:
             continue
         if loaded is None:  # mistakes in files are said without waiting for the model
@@ -67,9 +67,9 @@ def classify(
             settings = solver_settings(loaded, solver, max_steps, tol)
         with recorded_traces(loaded, trace is not None) as traces:
             found = classify_pictures(
-                loaded, list(pictures.values()), top_k=top_k, processor=processor, solver=settings
+                loaded, [p for _, p in pictures], top_k=top_k, processor=processor, solver=settings
             )
-        for row, (name, result) in enumerate(zip(pictures, found, strict=True)):
+        for row, ((name, _), result) in enumerate(zip(pictures, found, strict=True)):
             _show_classification(name, result, as_json)
             if traces:
                 inputs.curves[name] = traces[0][row, : result.n_steps].tolist()
@@ -118,7 +118,7 @@ def perplexity(
     with Waiting("loading PyTorch and transformers ..."):
         from deqzoo.data.lines import require_table, text_files
 
-    inputs = Inputs(trace)
+    inputs = Inputs(trace, as_json)
     texts = inputs.files(files, text_files)
     if not texts:
         inputs.end()

@@ -57,7 +57,7 @@ def predict_graphs(
 
     if bool(graphs) == (data is not None):
         raise UserError("name either graphs, or the folder of the checkpoint's data with --data")
-    inputs = Inputs(trace)
+    inputs = Inputs(trace, as_json)
     with Waiting(f"loading {name} ..."):
         model = deqzoo.DEQModel.from_pretrained(name)
     evaluation.require_graph_classifier(model)

@@ -91,13 +91,16 @@ class Inputs:
 
     Args:
         trace: as `--trace` says.
+        as_json: whether the answers are printed as JSON, which a drawing must not break.
 
     Raises:
         UserError: the trace cannot be written there.
     """
 
-    def __init__(self, trace: str | None) -> None:
+    def __init__(self, trace: str | None, as_json: bool = False) -> None:
         _require_trace_file(trace)
+        if as_json and trace == "-":
+            raise UserError("--trace - draws among the lines of --json; name a file for the trace")
         self.trace, self.good, self.bad = trace, 0, 0
         self.curves: dict[str, Sequence[float]] = {}
 

@@ -63,7 +63,9 @@ def verify(
     names: Annotated[
         list[str] | None, typer.Argument(help="Zoo names, folders or Hub names; all by default.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of Hub names.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Revision on the Hub, in place of what is bundled.")
+    ] = None,
 ) -> None:
     """Check files, weights, golden prediction and card snippet of checkpoints."""
     from deqzoo.hub.verify import verify_model

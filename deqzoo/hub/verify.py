@@ -20,7 +20,7 @@ from deqzoo.hub.catalogue import Entry, entry
 from deqzoo.hub.integrity import check_checksums, check_golden
 from deqzoo.models.auto import DEQModel
 from deqzoo.sealed import require_inside
-from deqzoo.zoo import resolve_folder, suggestion
+from deqzoo.zoo import ORGANISATION, resolve_folder, suggestion
 
 
 def verify_model(name: str, *, revision: str | None = None) -> list[str]:
@@ -28,12 +28,12 @@ def verify_model(name: str, *, revision: str | None = None) -> list[str]:
 
     Args:
         name: zoo name, local folder, or repository on the Hub (then downloaded).
-        revision: of a repository on the Hub.
+        revision: of a repository on the Hub, which is then asked for bundled names, too.
 
     Raises:
         UserError: there is no such checkpoint, it cannot be fetched, or it is none of the zoo's.
     """
-    folder = resolve_folder(name) or _download(name, revision)
+    folder = resolve_folder(name, revision) or _download(name, revision)
     try:
         require_inside(folder, deep=True)
     except UserError as error:  # and nothing of it is read
@@ -50,7 +50,8 @@ def verify_model(name: str, *, revision: str | None = None) -> list[str]:
 
 def _download(name: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(name, revision=revision))
+        repository = name if "/" in name else f"{ORGANISATION}/{name}"
+        return Path(snapshot_download(repository, revision=revision))
     except LocalEntryNotFoundError:
         reason = "the Hub cannot be reached or is switched off, and it is not cached"
     except (HfHubHTTPError, HFValidationError, OSError) as error:

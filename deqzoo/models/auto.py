@@ -75,7 +75,8 @@ class DEQModel:
         Args:
             name: a local folder; else a zoo name (`deqzoo/NAME` or bare) among the bundled
                 checkpoints; else a repository of the Hub.
-            revision: branch, tag or commit on the Hub; the next three also concern the Hub only.
+            revision: branch, tag or commit on the Hub, asked for although the name is bundled; the
+                next three concern the Hub only.
             cache_dir: where downloads are kept.
             token: access token, or whether to use the stored one.
             local_files_only: look only into the download cache.
@@ -93,7 +94,9 @@ class DEQModel:
             "local_files_only": local_files_only,
             "subfolder": subfolder,
         }
-        folder = _subfolder(name, subfolder) if subfolder else resolve_folder(name)
+        folder = (
+            _subfolder(name, subfolder, revision) if subfolder else resolve_folder(name, revision)
+        )
         if folder is not None:
             return _load(_class_of(folder / "config.json"), str(folder), kwargs)
         repository = str(name) if "/" in str(name) else f"{ORGANISATION}/{name}"
@@ -103,11 +106,11 @@ class DEQModel:
         return loaded
 
 
-def _subfolder(name: str | os.PathLike[str], subfolder: str) -> Path | None:
+def _subfolder(name: str | os.PathLike[str], subfolder: str, revision: str | None) -> Path | None:
     """As `resolve_folder`, of a model that is not at the top of a folder."""
     path = Path(name).expanduser()
     if not path.is_dir():
-        bundled = resolve_folder(name)  # None: the Hub may have it
+        bundled = resolve_folder(name, revision)  # None: the Hub may have it
         if bundled is None:
             return None
         path = bundled

@@ -92,6 +92,22 @@ def test_a_folder_and_a_revision_go_first(tmp_path: Path, monkeypatch: pytest.Mo
     assert bundled_source(IMAGES, "v1") == IMAGES
     assert bundled_source("resnet-50") == "resnet-50"
     monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def fetched(name, repository, hub):
+        asked.append((repository, hub["revision"]))
+        raise deqzoo.UserError("no such revision")
+
+    monkeypatch.setattr("deqzoo.models.auto._fetch_config", fetched)
+    monkeypatch.setattr(
+        "deqzoo.hub.verify.snapshot_download",
+        lambda repository, revision: fetched("", repository, {"revision": revision}),
+    )
+    for options in ({}, {"subfolder": "inner"}):
+        with pytest.raises(deqzoo.UserError, match="no such revision"):
+            deqzoo.DEQModel.from_pretrained(IMAGES, revision="v1", **options)
+    assert run(["verify", IMAGES, "--revision", "v1"]) == 2
+    assert asked == [(f"deqzoo/{IMAGES}", "v1")] * 3
     (tmp_path / IMAGES).mkdir()
     assert bundled_source(IMAGES) == IMAGES
 
