@@ -27,7 +27,14 @@ from deqzoo.errors import UserError, one_line
 from deqzoo.models.names import CLASSES, FAMILIES, FAMILY_CLASSES, family_class, load_class
 from deqzoo.models.registration import register_heads
 from deqzoo.sealed import CHECKSUMS, require_weights_as_sealed
-from deqzoo.zoo import ORGANISATION, read_json, resolve_folder, suggestion
+from deqzoo.zoo import (
+    ORGANISATION,
+    bare_name,
+    list_models,
+    read_json,
+    resolve_folder,
+    suggestion,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +82,8 @@ class DEQModel:
         Args:
             name: a local folder; else a zoo name (`deqzoo/NAME` or bare) among the bundled
                 checkpoints; else a repository of the Hub.
-            revision: branch, tag or commit on the Hub, asked for although the name is bundled; the
-                next three concern the Hub only.
+            revision: branch, tag or commit on the Hub, which is asked for bundled names, too, where
+                it is not "main"; the next three also concern the Hub only.
             cache_dir: where downloads are kept.
             token: access token, or whether to use the stored one.
             local_files_only: look only into the download cache.
@@ -143,6 +150,9 @@ def _fetch_config(name: str, repository: str, hub: dict[str, Any]) -> Path:
         reason = f"{repository} on the Hub has no config.json"
     except HfHubHTTPError as error:
         reason = f"the Hub answered: {one_line(error)}"
+    if bare_name(name) in list_models():
+        asked = f"{name!r} of revision {hub['revision']!r}"
+        raise UserError(f"{asked}: {reason}; the bundled one loads without revision")
     raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})")
 
 

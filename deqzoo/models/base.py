@@ -137,11 +137,17 @@ class DEQConfigMixin:
 
         Here `from_pretrained(name, solver={"max_steps": 50})` changes single settings of the
         stored solver, and likewise of the gradient.
+
+        Raises:
+            StrictDataclassError: settings that contradict each other, or a value out of range.
         """
         names = ("solver", "gradient")
         changes: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
         config: Any = super()
-        return config.from_dict(cls.merged(config_dict, changes), **kwargs)
+        result = config.from_dict(cls.merged(config_dict, changes), **kwargs)
+        # The other keywords were set one by one, on a configuration that had been checked before.
+        (result[0] if isinstance(result, tuple) else result).validate()
+        return result
 
     @classmethod
     def merged(cls, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

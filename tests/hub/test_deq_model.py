@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     pipeline,
 )
@@ -113,6 +115,35 @@ def fails(*arguments: object, **keywords: object) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_settings_of_a_call_are_checked_like_stored_ones(folder: Path, tmp_path: Path) -> None:
+    """transformers sets them one by one, on a configuration that it has checked before."""
+    assert DEQModel.from_pretrained(folder, dropout=0.5).config.dropout == 0.5
+    assert "dropout=1.5 must be in [0, 1)" in fails(folder, dropout=1.5)
+    assert "one entry per branch" in fails(folder, head_channels=[2])
+    with pytest.raises(StrictDataclassError, match="dropout=1.5"):
+        AutoModelForImageClassification.from_pretrained(folder, dropout=1.5)
+    deqzoo.IGNNConfig().save_pretrained(tmp_path / "graphs")
+    with pytest.raises(StrictDataclassError, match="kappa=3"):  # no equilibrium would be certain
+        AutoConfig.from_pretrained(tmp_path / "graphs", kappa=3)
+
+
+def test_a_revision_of_a_bundled_name_is_asked_of_the_hub(zoo: Path) -> None:
+    assert "of revision 'v1': the Hub cannot be reached" in fails("mdeq-test", revision="v1")
+    assert DEQModel.from_pretrained("mdeq-test", revision="main").config.image_size == 32
+    assert DEQModel.from_pretrained(zoo / "mdeq-test", revision="v1").config.image_size == 32
+
+
+def test_a_variant_of_the_weights_is_none_of_the_block(tmp_path: Path) -> None:
+    config = deqzoo.DEQTransformerConfig(
+        vocab_size=20, d_model=8, d_embed=8, n_head=2, d_inner=8, cutoffs=[]
+    )
+    deqzoo.DEQTransformerForCausalLM(config).save_pretrained(tmp_path, variant="fp16")
+    for loader in (DEQModel, AutoModelForCausalLM, AutoModel):
+        assert loader.from_pretrained(tmp_path, variant="fp16").config.variant == config.variant
+    changed = AutoConfig.from_pretrained(tmp_path, variant="torchdeq-seq")
+    assert changed.variant == "torchdeq-seq"
 
 
 def test_misspelt_names_list_the_nearest_without_waiting(zoo: Path, monkeypatch) -> None:

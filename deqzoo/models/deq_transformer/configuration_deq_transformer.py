@@ -143,6 +143,14 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
         return self.fixed_iterations is None
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `DEQConfigMixin.from_dict`, but the `variant` that a model is loaded with is that of
+        the file of its weights, as with every model of transformers, and handed on."""
+        files = kwargs.pop("variant", None) if kwargs.get("return_unused_kwargs") else None
+        result: Any = super().from_dict(config_dict, **kwargs)
+        return result if files is None else (result[0], {**result[1], "variant": files})
+
+    @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DEQTransformerConfig":
         """A named configuration, with any setting replaced.
 
