@@ -570,6 +570,9 @@ def test_wrong_calls() -> None:
         model(ids, cache=object())
     with pytest.raises(UserError, match="window of 4, this model sees 9"):
         model(ids, cache=DEQTransformerCache(4))
+    for past in ({"memory": memory}, {"cache": model(ids, use_cache=True).cache}):
+        with pytest.raises(UserError, match="holds 2 texts, input_ids 3"):
+            model(random_ids(3, 6), **past)
     with pytest.raises(UserError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(2, 3))
 

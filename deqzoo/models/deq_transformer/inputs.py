@@ -179,6 +179,7 @@ def reordered(tensor: Tensor, order: Tensor) -> Tensor:
 
 def check_past(
     config: DEQTransformerConfig,
+    tokens: Tensor,
     cache: Any,
     memory: Any,
     use_cache: bool | None,
@@ -188,7 +189,8 @@ def check_past(
 
     Raises:
         UserError: another model's cache or one for another window, a cache without an
-            equilibrium, cache and memory, or a mask that is not that of the memory.
+            equilibrium, cache and memory, another number of texts than ``tokens`` (B, T) has, or a
+            mask that is not that of the memory.
     """
     if memory_mask is not None:
         expected = None if memory is None else tuple(memory[0].shape[:2])
@@ -216,6 +218,12 @@ def check_past(
         )
     if (cache is not None or use_cache) and memory is not None:
         raise UserError("Give either cache (or use_cache) or memory, not both.")
+    past = memory[0] if memory is not None else None if cache is None else cache.layer.keys
+    if past is not None and past.shape[0] != tokens.shape[0]:
+        raise UserError(
+            f"the cache or memory holds {past.shape[0]} texts, input_ids {tokens.shape[0]}; pass "
+            "the past of the same texts (batch_repeat_interleave(n) repeats those of a cache)"
+        )
 
 
 def past_length(cache: DEQTransformerCache | None, memory: Any) -> int:

@@ -335,7 +335,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         check_keywords(self, keywords)
         tokens = read_tokens(self.config, input_ids, inputs_embeds, self.training)
         cache = past_key_values if cache is None else cache
-        check_past(self.config, cache, memory, use_cache, memory_mask)
+        check_past(self.config, tokens, cache, memory, use_cache, memory_mask)
         if use_cache and cache is None:
             cache = DEQTransformerCache(self.config.window)
         valid = valid_tokens(attention_mask, tokens)
