@@ -458,7 +458,9 @@ class Loop:
             self.rule.restart(books.broken)
             proposed = torch.where(spread(books.broken).unsqueeze(1), self.kept(), proposed)
         if self.layout.holds_frozen and not (self.all_improved or self.all_active):
-            proposed = torch.where(spread(books.active).unsqueeze(1), proposed, self.kept())
+            # Who has stopped is where he stays, unless he broke.
+            stays = z if books.broken is self.none else self.kept()
+            proposed = torch.where(spread(books.active).unsqueeze(1), proposed, stays)
         return proposed
 
     def drop(
