@@ -103,6 +103,63 @@ def test_sequences_of_any_scale_stop_together(name: str, scale: float) -> None:
     torch.testing.assert_close(found.state / scale, usual.state, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fixed_point", "anderson", "broyden"])
+@pytest.mark.parametrize("scale", [1e-30, 1e16, 1e18, 1e30])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_token_of_any_scale_leaves_others_alone(name: str, scale: float, bounded: bool) -> None:
+    """Other sequences, and what precedes it in its own, are solved as beside an ordinary one.
+
+    What follows, which may grow to where squares overflow, is right where it counts as converged.
+    """
+    weight = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(2)))[0]
+    x = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1))
+    solver = {"name": name, "tol": 1e-5, "max_steps": 300}
+
+    def read(h: Tensor) -> Tensor:
+        return 0.3 * (torch.tanh(h) if bounded else h)
+
+    def solved(scale: float) -> tuple[Tensor, Solution]:
+        token = x.clone()
+        token[0, 3] *= scale
+
+        def f(h: Tensor) -> Tensor:
+            before = torch.nn.functional.pad(h[:, :-1], (0, 0, 1, 0))
+            return 0.9 * (h @ weight) + token + read(before)
+
+        return token, fixed_point(f, torch.zeros_like(x), layout=Causal(), solver=solver)
+
+    token, found = solved(scale)
+    _, usual = solved(1.0)
+    assert found.converged[:, :4].all() and (found.converged.all() or not bounded)
+    for others in (lambda t: t[1:], lambda t: t[0, :3]):
+        assert torch.equal(others(found.n_steps), others(usual.n_steps))
+        assert torch.equal(others(found.state), others(usual.state))
+    exact = x[0, 0].double() * 0
+    system = torch.eye(6).double() - 0.9 * weight.double().T
+    for k in range(7):
+        exact = torch.linalg.solve(system, token[0, k].double() + read(exact))
+        error = (found.state[0, k].double() - exact).norm() / exact.norm()
+        assert error < 1e-3 or not found.converged[0, k]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fixed_point", "anderson", "broyden"])
+@pytest.mark.parametrize("scale", [1e10, 1e17, 1e19, 1e20, 1e30])
+def test_a_token_that_grows_until_its_squares_overflow(name: str, scale: float) -> None:
+    """Its residual was 0 then, which did not show behind that of the token before it."""
+
+    def f(h: Tensor) -> Tensor:
+        before = torch.nn.functional.pad(h[:, :-1], (0, 0, 1, 0))
+        return 0.5 * h + 1 + torch.tensor([0.0, scale, 0.0])[:, None] * before
+
+    solver = {"name": name, "tol": 1e-4, "max_steps": 100}
+    found = fixed_point(f, torch.zeros(2, 3, 4), layout=Causal(), solver=solver)
+    exact = torch.tensor([2, 2 + 4 * scale, 2])[:, None].expand(2, 3, 4)
+    assert found.converged.all()
+    torch.testing.assert_close(found.state, exact, rtol=1e-3, atol=0)
+
+
 class Slow(Averaging):
     """The first position takes hundreds of steps, and what the others read comes from it."""
 

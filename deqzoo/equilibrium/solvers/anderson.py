@@ -277,7 +277,7 @@ class _SingleMixing(StepRule):
         better = square < ENOUGH**2 * self.lowest
         self.lowest = min(self.lowest, square)
         self.waited = 0 if better else self.waited + 1
-        return better
+        return better or not math.isfinite(square)  # where squares overflow, nothing was measured
 
     def weights(self, filled: int) -> list[float] | None:
         """Mixing weights (n) by elimination; None where the system has no solution."""
@@ -369,6 +369,7 @@ class _Stall:
         stuck = late | (back & (count > 0))
         if stuck.device.type == "cpu" and not bool(stuck.any()):
             return None
+        stuck = stuck & square.isfinite()  # where squares overflow, nothing was measured
         enough.masked_fill_(stuck, math.inf)
         return stuck
 

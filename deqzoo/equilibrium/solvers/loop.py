@@ -255,7 +255,7 @@ class Loop:
         found = self.plain_residuals(own, size)
         before = self.all_improved
         # The usual case before the first cell stops, at a fraction of the operations.
-        self.all_improved = before and self.all_better(found.chosen)
+        self.all_improved = before and self.all_better(found)
         if self.all_improved:
             self.books.broken = self.none
             if k > 0:
@@ -336,12 +336,11 @@ class Loop:
         self, own: Tensor, size: Tensor, residual: Tensor, fz: Tensor
     ) -> Residuals:
         """Residuals where some are not finite, or so small that their squares are not exact."""
-        active = self.books.active
         relative = quotient(own, size)
         absolute, chosen = self.choose(own, size)
-        small = torch.minimum(absolute, chosen) < self.least
-        odd = active & (small | (chosen == math.inf))
-        if self.on_cpu and bool(odd.any()):
+        small = torch.minimum(absolute, relative) < self.least
+        odd = small | (chosen == math.inf)  # of stopped cells too, which decide about others
+        if self.on_cpu and bool((odd & self.books.active).any()):
             exact = scaled_norm(residual, self.layout)
             exact_size = scaled_norm(fz, self.layout)
             relative = torch.where(odd, quotient(exact, exact_size).to(relative), relative)
@@ -358,12 +357,15 @@ class Loop:
         chosen = torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf)
         return absolute, self.layout.worst(chosen)
 
-    def all_better(self, chosen: Tensor) -> bool:
+    def all_better(self, found: Residuals) -> bool:
         """Whether every cell got better and none meets the tolerance."""
-        lowest = self.books.lowest
+        lowest, chosen = self.books.lowest, found.chosen
         if chosen.numel() == 1:
             return self.tol < chosen.item() < lowest.item()
-        return bool(((chosen < lowest) & (chosen > self.tol)).all())
+        better = (chosen < lowest) & (chosen > self.tol)
+        if self.layout.holds_frozen:  # 0 over a norm that overflows hides behind those before it
+            better = better & (found.relative > 0)
+        return bool(better.all())
 
     def lowest_ordinary(self, found: Residuals) -> float | None:
         """The least residual, if all are numbers of a size that squares can have; on the CPU."""
@@ -371,8 +373,8 @@ class Loop:
         if not self.on_cpu or not chosen.numel():
             return None
         low, high = (end.item() for end in chosen.aminmax())
-        ordinary = high < math.inf and min(low, found.absolute.min().item()) >= self.least
-        return low if ordinary else None
+        least = torch.minimum(found.absolute, found.relative).min().item()
+        return low if high < math.inf and min(low, least) >= self.least else None
 
     def choose_unit(self, f: _Map, z: Tensor, fz: Tensor) -> tuple[_Map, Tensor, Tensor]:
         """Where squares of a state would leave the dtype's range, go on in other units."""
@@ -380,8 +382,8 @@ class Loop:
         if size.numel() and self.least < size.min().item() and size.max().item() < self.most:
             return f, z, fz
         size = torch.maximum(scaled_norm(fz, self.layout), scaled_norm(z, self.layout))
-        if self.layout.holds_frozen:  # its cells share sums
-            size = size.amax().expand_as(size) if size.numel() else size
+        # A tiny cell may grow to the size of those it reads; others keep their own.
+        size = torch.where(size > self.least, size, self.layout.worst(size))
         usual = (size > self.least) & (size < self.most) | (size == 0) | ~size.isfinite()
         if bool(usual.all()):
             return f, z, fz
