@@ -54,8 +54,11 @@ class ImageEvaluator(ClassifierEvaluator):
         self.processor = load_processor(self.model)
         self.description = self.pictures.describe()
         if isinstance(self.pictures, OwnPictures):
-            record = read_record(self.model.config._name_or_path)
-            self.description |= chose_weights(record, self.pictures.digests())
+            record, digests = read_record(self.model.config._name_or_path), self.pictures.digests()
+            self.description |= chose_weights(record, digests)
+            # Folders are in the order of their classes: the first so many would be of one alone.
+            order = sorted(range(len(digests)), key=digests.__getitem__)
+            self.pictures = self.pictures.part(order, self.pictures.split)
         self.count = len(self.pictures)
         self.limit_to(limit)
         _speed_up(self.model, self.count)

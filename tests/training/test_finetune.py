@@ -25,6 +25,7 @@ import deqzoo
 from deqzoo.cli import run
 from deqzoo.data import own, own_pictures, own_text
 from deqzoo.errors import UserError
+from deqzoo.evaluation.dispatch import evaluator_of
 from deqzoo.models.deq_transformer.tokenization_deq_transformer import build_tokenizer
 from deqzoo.tasks.finetuning import Settings
 from deqzoo.tasks.text import with_words
@@ -991,6 +992,32 @@ def test_the_figure_is_not_of_what_chose_the_weights(
     file = tmp_path / "e.json"
     assert run(["evaluate", str(output), "--data", str(data), "--output", str(file)]) == 0
     assert "chose_weights" not in json.loads(file.read_text())["data"]
+
+
+def test_a_limit_takes_samples_of_all_classes(tiny_mdeq: Path, tmp_path: Path) -> None:
+    """Folders and lists of one's own are sorted by class."""
+    data_class = pytest.importorskip("torch_geometric.data").Data
+    folder = tmp_path / "things"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(30):
+            Image.new("RGB", (8, 8), (i, len(name), ord(name[0]))).save(folder / name / f"{i}.png")
+    edges = torch.tensor([[0, 1], [1, 0]])
+    torch.manual_seed(0)
+    graphs = [data_class(x=torch.rand(2, 3), edge_index=edges, y=i // 30) for i in range(60)]
+    torch.save(graphs, tmp_path / "g.pt")
+    config = deqzoo.IGNNConfig(num_features=3, hidden_sizes=[4], num_labels=2)
+    pictures = deqzoo.DEQModel.from_pretrained(tiny_mdeq)
+    for model, data in (
+        (pictures, folder),
+        (deqzoo.IGNNForGraphClassification(config), tmp_path / "g.pt"),
+    ):
+        whole = evaluator_of(model, data=data)
+        some = evaluator_of(model, data=data, limit=20)
+        labels = some.batches(None).labels
+        assert len(labels) == 20 and 2 < labels.eq(labels[0]).sum() < 18
+        assert torch.equal(whole.batches(None).labels[:20], labels)
+        assert whole.batches(None).labels.eq(labels[0]).sum() == 30
 
 
 def test_copies_of_a_sample_are_in_one_part() -> None:
