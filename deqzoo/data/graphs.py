@@ -163,16 +163,25 @@ def _saved_graphs(
             "torch.save([Data(...), ...], file)"
         )
     stored: list[int | None] = []
+    counted_by_edges: list[int] = []  # the first node of each such graph
     for number, graph in enumerate(graphs):
         where = f"graph {number} of {path}"
         if not isinstance(graph, Data) or not isinstance(graph.edge_index, Tensor):
             raise UserError(f"{where} is no torch_geometric Data with edge_index (2, e)")
+        uncounted = graph.x is None and "num_nodes" not in graph
         _complete(graph, where)
+        if uncounted and graph.edge_index.numel():
+            counted_by_edges.append(int(graph.edge_index.min()))
         if graph.x.shape[1] != graphs[0].x.shape[1]:
             raise UserError(
                 f"{where} has {graph.x.shape[1]} node features, the first {graphs[0].x.shape[1]}"
             )
         stored.append(_stored_label(graph, where))
+    if counted_by_edges and min(counted_by_edges) > 0:
+        raise UserError(
+            f"the nodes of {path} are numbered from {min(counted_by_edges)}: number them from 0, "
+            "or give num_nodes where the first ones have no edges"
+        )
     if encoding is None:
         missing = [i for i, label in enumerate(stored) if label is None]
         if missing:

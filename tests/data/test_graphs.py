@@ -411,6 +411,25 @@ def test_features_of_any_storage(tmp_path, caplog):
             load_own_graphs(tmp_path / "g.pt")
 
 
+def test_nodes_are_numbered_from_0(tmp_path):
+    """Where edges alone count them, a node 0 that no graph uses would be one more."""
+    data_class = pytest.importorskip("torch_geometric.data").Data
+    edges = torch.tensor([[1, 2], [2, 1]])
+    for fields, said in (
+        ({}, "numbered from 1: number them from 0"),
+        ({"num_nodes": 3}, None),
+        ({"x": torch.rand(3, 2)}, None),
+        ({"x": torch.rand(2, 2)}, "has 2 nodes, which its edge_index does not fit"),
+    ):
+        graphs = [data_class(edge_index=edges, y=i, **fields) for i in range(2)]
+        torch.save(graphs, tmp_path / "g.pt")
+        if said is None:
+            assert len(load_own_graphs(tmp_path / "g.pt").graphs[0].x) == 3
+        else:
+            with pytest.raises(UserError, match=said):
+                load_own_graphs(tmp_path / "g.pt")
+
+
 def test_what_only_some_graphs_hold_is_left_out(tmp_path):
     """Names, positions, even labels: torch_geometric fails where another graph lacks them."""
     graphs = [weighted(number, weights=False) for number in range(3)]
