@@ -104,5 +104,6 @@ def finish(folder: Path, data: Path) -> str:
     write_evaluation(folder / "evaluation" / f"{content['data']['name']}-test.json", content)
     write_golden(folder, model)
     write_checksums(folder)
-    (folder / "README.md").write_text(render_card(entry(str(folder))), encoding="utf-8")
+    card = render_card(entry(str(folder)), str(folder))  # until it is published, it is there
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return main_figure(content) or "trained"

@@ -78,7 +78,9 @@ def test_pictures(tiny_mdeq: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert content["results"]["accuracy"] == 1 and content["data"]["samples"] == 3
     record = json.loads((output / "run.json").read_text())
     assert record["samples"] == 15 and record["held_out"] == 3 and record["curve"]
-    assert "things" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "things" in card and "deqzoo/tuned" not in card  # which is no repository
+    assert f'DEQModel.from_pretrained("{output}")' in card and f"evaluate {output} --data" in card
     assert not (output / "checkpoints").exists()
     rows = lines(capsys, "classify", data, "--model", output)
     assert [row["labels"][0]["label"] for row in rows] == [
