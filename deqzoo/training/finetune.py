@@ -61,6 +61,8 @@ def prepare(name: str | Path, data: str | Path, settings: Settings) -> Job:
         raise UserError(f"{name} is of class {kind}, which learns no data of one's own")
     if settings.column is not None:
         own.require_texts(task)
+    if settings.tokenizer != "keep" and task != "language-modeling":
+        raise UserError("--tokenizer is for texts, and this model reads none; leave it out")
     if settings.label_column is not None:
         own.require_pictures(task)
     make = load(info.finetuning)

@@ -797,6 +797,21 @@ def test_the_stored_test_split_of_a_text_is_measured(tmp_path: Path, capsys) -> 
     assert json.loads((output / "own_data.json").read_text())["stored"]["test"] == test
 
 
+def test_options_of_another_task_are_refused(tiny_mdeq: Path, tmp_path: Path, capsys) -> None:
+    deqzoo.IGNNForGraphClassification(
+        deqzoo.IGNNConfig(num_features=3, hidden_sizes=[8], num_labels=2)
+    ).save_pretrained(tmp_path / "graphs")
+    for model, option, value in (
+        (tiny_mdeq, "--tokenizer", "extend"),
+        (tiny_mdeq, "--column", "story"),
+        (tmp_path / "graphs", "--label-column", "kind"),
+    ):
+        arguments = [model, "--data", tmp_path, "--output", tmp_path / "tuned", option, value]
+        assert run(["finetune", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert option in error and "leave it out" in error and not (tmp_path / "tuned").exists()
+
+
 def test_a_column_of_texts_is_remembered(tmp_path: Path, tiny_mdeq: Path, capsys) -> None:
     base, output = tiny_text(tmp_path / "base"), tmp_path / "tuned"
     table, others = tmp_path / "t.jsonl", tmp_path / "others"
