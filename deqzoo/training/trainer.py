@@ -114,7 +114,12 @@ class DEQTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        given = inputs.get("labels")
         inputs = self.smoothed_inputs(inputs)
+        if num_items_in_batch is not None and given is not None and inputs["labels"] is not given:
+            both = (given, inputs["labels"])
+            counted, scored = ((x[:, 1:] != -100).sum().clamp(min=1) for x in both)
+            num_items_in_batch = num_items_in_batch * scored / counted  # padding is no item
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalised = self.wants_penalty()

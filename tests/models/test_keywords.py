@@ -102,6 +102,11 @@ def test_shifted_labels_and_the_number_of_items(text: PreTrainedModel, ids: Tens
     mean = text(ids, labels=ids).loss
     torch.testing.assert_close(text(ids, shift_labels=shifted).loss, mean)
     torch.testing.assert_close(text(ids, labels=ids, num_items_in_batch=44).loss, mean / 2)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[1, 9:] = 0
+    padded = text(ids, attention_mask=mask, labels=ids, num_items_in_batch=22).loss
+    torch.testing.assert_close(padded, text(ids, attention_mask=mask, labels=ids).loss)
+    assert text(ids[:, :1], labels=ids[:, :1], num_items_in_batch=22).loss == 0
 
 
 def trained(model: PreTrainedModel, folder: Path, batch: int, accumulate: int) -> Tensor:

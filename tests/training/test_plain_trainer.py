@@ -266,6 +266,30 @@ def test_label_smoothing(tmp_path: Path) -> None:
     assert found == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "smoothing"), [(Trainer, 0.0), (DEQTrainer, 0.0), (DEQTrainer, 1e-9)]
+)
+def test_padding_does_not_lower_the_loss(
+    tmp_path: Path, kind: type[Trainer], smoothing: float
+) -> None:
+    """Trainer counts labels at padding, and the first word behind it, which are not scored."""
+    torch.manual_seed(0)
+    config = DEQTransformerConfig(
+        vocab_size=30, d_model=16, d_embed=16, n_head=2, d_inner=16, initializer_range=0.2
+    )
+    text = DEQTransformerForCausalLM(config).eval()
+    ids = torch.arange(16).reshape(2, 8) * 7 % 30
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    for labels in (ids, ids.masked_fill(mask == 0, -100)):
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        rows = [{key: value[i] for key, value in batch.items()} for i in range(2)]
+        settings = arguments(tmp_path, label_smoothing_factor=smoothing)
+        found = kind(text, settings, eval_dataset=rows).evaluate()["eval_loss"]
+        with torch.no_grad():
+            assert found == pytest.approx(float(text(**batch).loss), rel=1e-4)
+
+
 def test_arguments_are_read_from_a_command_line(tmp_path: Path) -> None:
     line = ["--output_dir", str(tmp_path), "--solver", '{"name": "broyden", "max_steps": 7}',
             "--gradient", "jfb", "--jacobian_weight", "0.5", "--jacobian_every", "3"]  # fmt: skip

@@ -632,7 +632,8 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
 
             shift_labels: (B, T) the words after each token, as labels with shift=False.
             num_items_in_batch: divide the summed loss by this number instead of that of the
-                scored words; Trainer counts them over all batches of a step.
+                scored words; Trainer counts them over all batches of a step. Labels at padding
+                are meant to be counted, too: the scored words of the batch stand for them.
 
         The other arguments are those of :meth:`DEQTransformerModel.forward`.
 
@@ -671,10 +672,13 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             waits = not (self.transformer.fixed_steps and self.training)
             score = self.lm_head.nll if waits else self.lm_head.dense_nll
             nll = score(hidden, targets)
-            scored = (
-                (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-            )
+            scored = (targets != IGNORED).sum()
             loss = nll.sum() / scored
+            if num_items_in_batch is not None and labels is not None:
+                # Trainer knows no padding: it counts labels that are not scored, e.g. the first
+                # word behind padding on the left, or padding that is left in the labels.
+                counted = (targets_of(labels, shift, None) != IGNORED).sum()
+                loss = nll.sum() * (counted / scored.clamp(min=1)) / num_items_in_batch
         if return_logits:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
