@@ -654,6 +654,9 @@ def test_the_vocabulary_keeps_its_size() -> None:
         model.resize_token_embeddings(61, pad_to_multiple_of=8)
     with pytest.raises(NotImplementedError, match="from 60 to 61"):
         model.transformer.resize_token_embeddings(61)
+    model.set_input_embeddings(embedding)
+    with pytest.raises(UserError, match="not by Embedding; .* inputs_embeds"):
+        model.set_input_embeddings(torch.nn.Embedding(60, 32))
 
 
 @pytest.mark.parametrize(

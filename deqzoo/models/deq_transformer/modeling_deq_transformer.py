@@ -278,7 +278,16 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         return self.embedding
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Replace the clustered embedding."""
+        """Replace the clustered embedding.
+
+        Raises:
+            UserError: by something else than an `AdaptiveEmbedding`.
+        """
+        if not isinstance(value, AdaptiveEmbedding):
+            raise UserError(
+                f"the words of this model are embedded by an AdaptiveEmbedding, not by "
+                f"{type(value).__name__}; vectors of your own go in as inputs_embeds"
+            )
         self.embedding = value
 
     @can_return_tuple
