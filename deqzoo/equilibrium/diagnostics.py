@@ -47,7 +47,7 @@ def spectral_radius(
         (B,), or (graphs,) for `Segments`, in float32 or wider.
 
     Raises:
-        ValueError: unknown estimator or n_iter < 1.
+        ValueError: unknown estimator, n_iter < 1, or a start that does not fit the state or is 0.
     """
     if estimator not in ("growth", "rayleigh"):
         raise ValueError(f"unknown estimator {estimator!r}; choose growth or rayleigh")
@@ -60,6 +60,8 @@ def spectral_radius(
         v = torch.randn(point.shape, generator=generator, dtype=point.dtype).to(point.device)
     else:
         v = layout.to_matrix(v0)
+        if v.shape != point.shape:
+            raise ValueError(f"v0 must have {point.shape[0]} rows as the state, got {v.shape[0]}")
     # Positions pass v on to those before them: a factor for each would be another iteration.
     cells = layout.adjoint() if isinstance(layout, Causal) else layout
     wide = torch.promote_types(point.dtype, torch.float32)
@@ -68,7 +70,11 @@ def spectral_radius(
     tiny = torch.finfo(wide).tiny
     logs = []
     quotient = v.new_zeros(())
-    v = _unit(_unpadded(v, layout), cells)
+    v = _unpadded(v, layout)
+    rows = cells.total(_unpadded(v.new_ones(len(v)), layout))
+    if v0 is not None and bool(((scaled_norm(v, cells) == 0) & (rows > 0)).any()):
+        raise ValueError("v0 must not be 0 in any sample: every product would be 0")
+    v = _unit(v, cells)
     for _ in range(n_iter):
         (w,) = torch.autograd.grad(out, point, v, retain_graph=True, materialize_grads=True)
         w = _unpadded(w, layout)
@@ -156,7 +162,8 @@ def gradient_fidelity(
         One `Fidelity` per mode.
 
     Raises:
-        ValueError: arguments for maps without `loss`, or a map without parameters.
+        ValueError: arguments for maps without `loss`, a map without parameters, or a loss that is
+            no scalar or does not depend on them.
     """
     group_of = groups or (lambda name: name.split(".", 1)[0])
     if isinstance(gradients, (str, Mapping, Gradient)):
@@ -230,6 +237,8 @@ def _gradients(
         started = time.perf_counter()
         with SavedTensors() as saved:
             loss = model(**batch, solver=solver, gradient=gradient).loss
+        if loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError("the loss must be one number that depends on the parameters")
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         seconds = time.perf_counter() - started
     with torch.no_grad():

@@ -24,7 +24,7 @@ from deqzoo.equilibrium.maps import (
 from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, Status, make_solver
 from deqzoo.equilibrium.solvers.loop import Residuals, StepCallback, residuals
 from deqzoo.equilibrium.state import State, leaves, rebuild
-from deqzoo.equilibrium.transforms import forward_mode, transformed, underived
+from deqzoo.equilibrium.transforms import forward_mode, graded, transformed, underived
 
 SolverSpec = Solver | str | Mapping[str, Any]
 GradientSpec = Gradient | str | Mapping[str, Any]
@@ -79,13 +79,17 @@ def fixed_point(
     Raises:
         ValueError: unknown names or options, states that do not fit, inputs that are not
             batch-first with `compact`, sample steps below 1, or `checkpoint` with a gradient that
-            records f only once.
+            records f only once, or under grad, vjp or jacrev of torch.func.
     """
     chosen_solver, chosen_gradient = make_solver(solver), make_gradient(gradient)
     if checkpoint and not chosen_gradient.can_checkpoint:
         raise ValueError(
             f"gradient {chosen_gradient.name!r} keeps a single graph of the map and needs no "
             "gradient checkpointing; switch it off, or use 'upg' or 'unrolled'"
+        )
+    if checkpoint and graded():
+        raise ValueError(
+            "torch.func.grad, vjp and jacrev cannot recompute steps; leave checkpoint out"
         )
     layout = layout or Rows()
     if compact is None:

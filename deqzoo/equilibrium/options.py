@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from math import isfinite
 from typing import Any
 
 
@@ -51,6 +52,11 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True, which is 1 to Python, is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
 def is_damping(value: Any) -> bool:
     """Whether a value is a number in (0, 1]."""
-    return isinstance(value, (int, float)) and 0 < value <= 1
+    return is_number(value) and 0 < value <= 1

@@ -39,7 +39,7 @@ def jacobian_penalty(
         Scalar, float32 or wider.
 
     Raises:
-        ValueError: n_probes < 1.
+        ValueError: n_probes < 1, no probes, or probes or answers of other shapes than the state's.
     """
     if probes is None and n_probes < 1:
         raise ValueError(f"n_probes must be at least 1, got {n_probes}")
@@ -47,9 +47,11 @@ def jacobian_penalty(
         f = f.twice_differentiable()
     points = [t.detach().clone().requires_grad_() for t in leaves(state)]
     found = f(rebuild(state, [t.clone() for t in points]))  # f may work in place
-    outputs = leaves(in_order_of(found, state))
+    outputs = _leaves_like(state, found, "the map must return a state like its input")
     if probes is not None:
-        drawn = [leaves(in_order_of(probe, state)) for probe in probes]
+        if not probes:
+            raise ValueError("probes must hold at least one state; None draws them")
+        drawn = [_leaves_like(state, probe, "a probe must be like the state") for probe in probes]
     else:
         drawn = [
             [torch.randn(t.shape, generator=generator).to(t) for t in points]
@@ -75,6 +77,15 @@ def jacobian_penalty(
         squares = torch.stack([p.to(wide).square().sum() for p in products])
         terms.append(squares.sum() / size)
     return torch.stack(terms).mean()
+
+
+def _leaves_like(state: State, found: State, wanted: str) -> list[Tensor]:
+    """The tensors of a state in the order of another one, whose shapes they must have."""
+    tensors = leaves(in_order_of(found, state))
+    shapes, expected = ([tuple(t.shape) for t in each] for each in (tensors, leaves(state)))
+    if shapes != expected:
+        raise ValueError(f"expected tensors of shapes {expected}, got {shapes}: {wanted}")
+    return tensors
 
 
 def correction_weights(

@@ -17,6 +17,11 @@ def transformed() -> bool:
     return bool(get_interpreter_stack())
 
 
+def graded() -> bool:
+    """Whether one of them is grad, vjp or jacrev, which know no saved-tensor hooks."""
+    return any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())
+
+
 def batched(value: Any = None) -> bool:
     """Whether one of them is vmap, or `value` the cotangents of a batch of backward passes
     (`is_grads_batched`): nothing can depend on values then."""

@@ -16,6 +16,7 @@ from deqzoo.equilibrium import (
     Rows,
     Segments,
     fixed_point,
+    gradient_fidelity,
     jacobian_penalty,
     spectral_radius,
 )
@@ -148,6 +149,15 @@ def half(h: Tensor, *inputs: object) -> Tensor:
 
 
 Z = torch.ones(3, 2)
+
+
+def fidelity(loss: Callable[[Tensor], Tensor]) -> object:
+    weight = torch.ones(2, requires_grad=True)
+    return gradient_fidelity(
+        lambda h: 0.5 * h + weight, Z, "jfb", loss=loss, parameters={"weight": weight}
+    )
+
+
 REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "complex start": (lambda: fixed_point(half, Z * 1j), ValueError, "must be real"),
     "complex answer": (lambda: fixed_point(lambda h: h * 1j, Z), ValueError, "view_as_real"),
@@ -180,6 +190,28 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"shape \(2, 3\)",
     ),
     "list of cells": (lambda: Segments([0, 0, 1], 2), TypeError, "got list"),  # type: ignore[arg-type]
+    "start of no length": (lambda: spectral_radius(half, Z, v0=Z.tril(-1)), ValueError, "not be 0"),
+    "start of another shape": (lambda: spectral_radius(half, Z, v0=Z[:1]), ValueError, "3 rows"),
+    "no probes": (lambda: jacobian_penalty(half, Z, probes=[]), ValueError, "at least one"),
+    "probe of another shape": (
+        lambda: jacobian_penalty(half, Z, probes=[Z[:1]]),
+        ValueError,
+        r"\[\(3, 2\)\], got \[\(1, 2\)\]: a probe",
+    ),
+    "answer of another shape": (
+        lambda: jacobian_penalty(lambda h: h[:1], Z),
+        ValueError,
+        "the map must return a state like its input",
+    ),
+    "loss of a state's shape": (lambda: fidelity(lambda h: h), ValueError, "one number"),
+    "loss of nothing": (lambda: fidelity(lambda h: Z.sum()), ValueError, "depends on the param"),
+    "steps recomputed": (
+        lambda: torch.func.grad(
+            lambda x: fixed_point(half, Z, x, gradient="upg", checkpoint=True).state.sum()
+        )(Z),
+        ValueError,
+        "leave checkpoint out",
+    ),
     "fractions of cells": (lambda: Segments(torch.zeros(3), 1), TypeError, "got torch.float32"),
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout, Selection, is_single
-from deqzoo.equilibrium.options import is_count, require
+from deqzoo.equilibrium.options import is_count, is_number, require
 from deqzoo.equilibrium.solvers.base import Solver, StepRule
 from deqzoo.equilibrium.solvers.fixed_point import damped_step
 from deqzoo.equilibrium.solvers.traced import default_ridge
@@ -51,7 +51,7 @@ class Anderson(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(is_count(self.window), self, "window", "an int ≥ 1")
-        ok = self.ridge is None or (isinstance(self.ridge, (int, float)) and self.ridge >= 0)
+        ok = self.ridge is None or (is_number(self.ridge) and self.ridge >= 0)
         require(ok, self, "ridge", "None or a number ≥ 0")
         ok = self.escape is None or is_count(self.escape)
         require(ok, self, "escape", "None or an int ≥ 1")

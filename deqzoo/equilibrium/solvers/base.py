@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from deqzoo.equilibrium.layout import Causal, Layout, Rows, Selection, begin, is_single
 from deqzoo.equilibrium.maps import BatchMap, Matrices, keeps_positions
-from deqzoo.equilibrium.options import is_count, is_damping, require
+from deqzoo.equilibrium.options import is_count, is_damping, is_number, require
 from deqzoo.equilibrium.solvers.loop import Loop, StepCallback
 from deqzoo.equilibrium.solvers.single import SingleLoop
 from deqzoo.equilibrium.solvers.solution import Solution, joined
@@ -73,8 +72,7 @@ class Solver(ABC):
 
     def __post_init__(self) -> None:
         require(is_count(self.max_steps), self, "max_steps", "an int ≥ 1")
-        ok = isinstance(self.tol, (int, float)) and self.tol >= 0 and math.isfinite(self.tol)
-        require(ok, self, "tol", "a number ≥ 0")
+        require(is_number(self.tol) and self.tol >= 0, self, "tol", "a number ≥ 0")
         require(self.stop_mode in ("rel", "abs"), self, "stop_mode", "'rel' or 'abs'")
         ok = self.criterion in ("per token", "per sequence")
         require(ok, self, "criterion", "'per token' or 'per sequence'")
