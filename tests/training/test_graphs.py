@@ -474,14 +474,17 @@ def test_recipes_of_version_0_1_are_told_what_to_write(text, tmp_path):
 
 def test_bundled_recipes_of_graphs():
     recipes = {path.stem: load_recipe(path) for path in RECIPES.glob("ignn-*.yaml")}
-    assert len(recipes) == 10 and all(name == r.name for name, r in recipes.items())
+    assert len(recipes) == 11 and all(name == r.name for name, r in recipes.items())
     for recipe in recipes.values():
         config = build_config(IGNNConfig, recipe.model, num_features=3)
         assert config.gradient["name"] in recipe.name
-    kept = json.loads((RECIPES.parent / "benchmarks" / "ignn" / "results.json").read_text())
-    settings = kept["folds"]["COX2-upg-5-0.5-honest-0"]["settings"]
+    results = RECIPES.parent / "benchmarks" / "ignn"
+    kept = json.loads((results / "results.json").read_text())["folds"]
+    settings = kept["COX2-upg-5-0.5-honest-0"]["settings"]
     assert table.settings_of(recipes["ignn-cox2-upg"]) == settings
     assert table.settings_of(recipes["ignn-proteins-upg"]) == settings
+    tuned = json.loads((results / "mutag" / "results.json").read_text())["folds"].values()
+    assert all(table.settings_of(recipes["ignn-mutag-upg"]) == f["settings"] for f in tuned)
 
 
 def test_copies_of_a_graph_are_held_out_together(tmp_path):
