@@ -21,6 +21,7 @@ from PIL import Image
 
 from deqzoo import MDEQConfig, MDEQForImageClassification, MDEQImageProcessor
 from deqzoo.data import CIFAR10
+from deqzoo.evaluation.options import Waiting
 from deqzoo.models.mdeq.native_norm import native_norm_available
 
 
@@ -43,6 +44,12 @@ def one_thread() -> None:
 def warnings_of_models() -> None:
     """Commands silence the models' warnings for the rest of their process; tests share one."""
     logging.getLogger("deqzoo.models").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of stderr are counted; on a loaded machine one more would say that a command waits."""
+    monkeypatch.setattr(Waiting, "after", 600.0)
 
 
 @pytest.fixture(scope="session")

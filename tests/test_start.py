@@ -91,10 +91,13 @@ def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2 and reason in line and "pip uninstall torchvision" in line
 
 
-def test_a_long_wait_says_what_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_wait_says_what_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Waiting("loading nothing ..."):
         pass
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr(Waiting, "after", 0.1)
     with Waiting("loading a model ...") as waiting:
         waiting.timer.join(10)
     assert capsys.readouterr().err == "loading a model ...\n"

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -68,10 +68,13 @@ def solver_settings(
 
 
 class Waiting:
-    """Says on stderr what a command is doing, should that take more than a second."""
+    """Says on stderr what a command is doing, should that take more than `after` seconds."""
+
+    after: ClassVar[float] = 1.0
 
     def __init__(self, what: str) -> None:
-        self.timer = threading.Timer(1.0, print, (what,), {"file": sys.stderr, "flush": True})
+        shown = {"file": sys.stderr, "flush": True}
+        self.timer = threading.Timer(self.after, print, (what,), shown)
         self.timer.daemon = True
         self.timer.start()
 
