@@ -115,30 +115,33 @@ def require_split(split: str) -> None:
         )
 
 
-def require_texts(task: str | None) -> None:
-    """Refuse a column of texts for a model of another task.
+_OPTIONS = {
+    "--column": (
+        "language-modeling",
+        "names the texts in a table, but the model reads none; leave it out (the labels of "
+        "pictures are named by finetune --label-column)",
+    ),
+    "--label-column": (
+        "image-classification",
+        "names the labels in a table of pictures, but the model reads none; leave it out",
+    ),
+    "--tokenizer": (
+        "language-modeling",
+        "is for texts, and this model reads none; leave it out",
+    ),
+}
+"""Options of one task only: which, and what to say of it to the others."""
+
+
+def require_task_of(option: str, task: str | None) -> None:
+    """Refuse an option for a model of another task than it is for.
 
     Raises:
-        UserError: it is one.
+        UserError: the model's task is another one.
     """
-    if task != "language-modeling":
-        raise UserError(
-            "--column names the texts in a table, but the model reads none; leave it out (the "
-            "labels of pictures are named by finetune --label-column)"
-        )
-
-
-def require_pictures(task: str | None) -> None:
-    """Refuse a column of labels for a model of another task.
-
-    Raises:
-        UserError: it is one.
-    """
-    if task != "image-classification":
-        raise UserError(
-            "--label-column names the labels in a table of pictures, but the model reads none; "
-            "leave it out"
-        )
+    wanted, reason = _OPTIONS[option]
+    if task != wanted:
+        raise UserError(f"{option} {reason}")
 
 
 def rows_of_split(digests: Sequence[str], record: dict[str, Any], split: str) -> list[int]:

@@ -71,9 +71,10 @@ def spectral_radius(
     logs = []
     quotient = v.new_zeros(())
     v = _unpadded(v, layout)
-    rows = cells.total(_unpadded(v.new_ones(len(v)), layout))
-    if v0 is not None and bool(((scaled_norm(v, cells) == 0) & (rows > 0)).any()):
-        raise ValueError("v0 must not be 0 in any sample: every product would be 0")
+    if v0 is not None:
+        rows = cells.total(_unpadded(v.new_ones(len(v)), layout))
+        if bool(((scaled_norm(v, cells) == 0) & (rows > 0)).any()):
+            raise ValueError("v0 must not be 0 in any sample: every product would be 0")
     v = _unit(v, cells)
     for _ in range(n_iter):
         (w,) = torch.autograd.grad(out, point, v, retain_graph=True, materialize_grads=True)

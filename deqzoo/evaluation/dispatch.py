@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from deqzoo.data.own import require_texts
+from deqzoo.data.own import require_task_of
 from deqzoo.errors import UserError
 from deqzoo.evaluation.base import Evaluator
 from deqzoo.evaluation.files import describe_environment, describe_model
@@ -45,7 +45,7 @@ def evaluator_of(
         raise UserError(f"{type(model).__name__} has no evaluation here")
     make = load(info.evaluator)
     if column is not None:
-        require_texts(task)
+        require_task_of("--column", task)
     how: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "progress": progress}
     return make(model, split, data, **how, **({} if column is None else {"column": column}))
 

@@ -59,12 +59,13 @@ def prepare(name: str | Path, data: str | Path, settings: Settings) -> Job:
     info = TASKS.get(task or "")
     if info is None or info.finetuning is None:
         raise UserError(f"{name} is of class {kind}, which learns no data of one's own")
-    if settings.column is not None:
-        own.require_texts(task)
-    if settings.tokenizer != "keep" and task != "language-modeling":
-        raise UserError("--tokenizer is for texts, and this model reads none; leave it out")
-    if settings.label_column is not None:
-        own.require_pictures(task)
+    for option, given in (
+        ("--column", settings.column is not None),
+        ("--tokenizer", settings.tokenizer != "keep"),
+        ("--label-column", settings.label_column is not None),
+    ):
+        if given:
+            own.require_task_of(option, task)
     make = load(info.finetuning)
     set_seed(settings.seed)
     return make(lambda **changes: DEQModel.from_pretrained(name, **changes), data, settings)
