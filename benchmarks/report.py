@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.cells import markdown_table
+from studies.intervals import T_95
 
 from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.hub.catalogue import Entry, below_baseline, entries, main_value
@@ -22,8 +23,6 @@ from deqzoo.tasks.metrics import METRICS
 from deqzoo.zoo import list_models
 
 HERE = Path(__file__).resolve().parent
-T_95 = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262}
-"""97.5 % quantile of Student's t for the mean of so many values."""
 
 
 def cells(name: str) -> dict[str, Any]:

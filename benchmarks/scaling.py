@@ -1,9 +1,9 @@
 """How the time of a solve grows with its input: `python benchmarks/scaling.py`.
 
 Twenty steps of plain iteration on one IGNN layer of 64 numbers a node, over random graphs of degree
-10 whose nodes have no order, and ten Anderson steps of `deq-transformer-wikitext2-jr-upg` on random
-words without a memory. An exponent is the slope of log time over log size from the row before; a
-linear algorithm has 1.
+10 whose nodes have no order; the sparse products of these solves alone; and ten Anderson steps of
+`deq-transformer-wikitext2-jr-upg` on random words without a memory. An exponent is the slope of log
+time over log size from the row before; a linear algorithm has 1.
 
 From some hundred thousand nodes on, the rows that a product gathers lie in more pages of memory
 than the processor remembers the places of. `THP_MEM_ALLOC_ENABLE=1`, a setting of PyTorch that has
@@ -35,23 +35,43 @@ SIZES = {
     "nodes": (1_000, 3_000, 10_000, 30_000, 100_000, 300_000),
     "words": (32, 64, 128, 256, 512, 1_024, 2_048),
 }
+SIZES["products"] = SIZES["nodes"]
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-SERIES = {"nodes": "nodes", "nodes, huge pages": "nodes", "words": "words"}
+SERIES = {
+    "nodes": "nodes",
+    "nodes, huge pages": "nodes",
+    "products": "products",
+    "products, huge pages": "products",
+    "words": "words",
+}
+STEPS = 20
 
 
-def nodes(n: int) -> Callable[[], Any]:
-    """The solve of a random graph of n nodes."""
+def graph(n: int) -> tuple[Any, ...]:
+    """Solver, map, start and layout of a random graph of n nodes."""
     torch.manual_seed(0)
     config = IGNNConfig(
         num_features=16, hidden_sizes=[64], num_labels=2,
-        solver={"name": "fixed_point", "max_steps": 20, "tol": 0.0},
+        solver={"name": "fixed_point", "max_steps": STEPS, "tol": 0.0},
     )  # fmt: skip
     model = IGNNForNodeClassification(config).eval()
     with recorded() as calls:
         edges = torch.randint(n, (2, 5 * n))
         model(x=torch.randn(n, 16), edge_index=torch.cat([edges, edges.flip(0)], dim=1))
-    ((solver, f, z0, layout),) = calls
+    return calls[0]
+
+
+def nodes(n: int) -> Callable[[], Any]:
+    """The solve of a random graph of n nodes."""
+    solver, f, z0, layout = graph(n)
     return lambda: solver.solve(f, z0, layout, True)
+
+
+def products(n: int) -> Callable[[], Any]:
+    """The products of that solve alone."""
+    _, f, z0, _ = graph(n)
+    state, spread = torch.randn_like(z0), f.adjacency.transposed
+    return lambda: [spread.product(state) for _ in range(STEPS + 1)]
 
 
 def words(n: int) -> Callable[[], Any]:
@@ -66,7 +86,7 @@ def words(n: int) -> Callable[[], Any]:
 def measure(kind: str, seconds: float) -> dict[int, float]:
     """Least CPU seconds of every size, in this process."""
     torch.set_num_threads(1)
-    build = {"nodes": nodes, "words": words}[kind]
+    build = {"nodes": nodes, "products": products, "words": words}[kind]
     return stable_minima({n: build(n) for n in SIZES[kind]}, seconds)
 
 
@@ -111,7 +131,7 @@ def main() -> None:
     text = (
         "Process CPU time of one solve, one thread, least of several. `nodes`: one IGNN layer on a "
         "random graph of degree 10, twenty steps; `huge pages`: with "
-        f"{HUGE_PAGES}=1; `words`: one text, ten steps.\n\n"
+        f"{HUGE_PAGES}=1; `products`: its sparse products alone; `words`: one text, ten steps.\n\n"
     )
     write_results(options.output, "scaling", results, text + markdown_table(columns, table))
 

@@ -53,12 +53,12 @@ class _Watched:
     def __init__(self, f: Map, tol: float | None) -> None:
         self.f, self.tol = f, tol
         self.evals = 0
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.last = torch.empty(0)
 
     def __call__(self, z: Tensor) -> Tensor:
         fz = self.f(z)
         self.evals += 1
-        self.last = z, fz
+        self.last = z
         if self.tol is not None and bool((token_residual(z, fz) <= self.tol).all()):
             raise _Done
         return fz
@@ -73,7 +73,7 @@ def solve_ours(model: PreTrainedModel, problem: Problem, tol: float, criterion: 
         "evals": solution.n_evals,
         "rows": solution.row_evals / z0[..., 0].numel(),
         "steps": int(solution.n_steps.max()),
-        "states": (solution.state, f(solution.state)),
+        "state": solution.state,
     }
 
 
@@ -87,13 +87,13 @@ def solve_peer(problem: Problem, tol: float, criterion: str) -> dict:
     except _Done:
         pass
     evals = watched.evals
-    return {"evals": evals, "rows": evals, "steps": evals - 1, "states": watched.last}
+    return {"evals": evals, "rows": evals, "steps": evals - 1, "state": watched.last}
 
 
-def unmet(states: tuple[Tensor, Tensor], tol: float) -> int:
+def unmet(f: Map, state: Tensor, tol: float) -> int:
     """Tokens above the tolerance, or behind one that is."""
     # A hundredth for the rounding of a residual that is computed in other shapes.
-    return int((token_residual(*states).cummax(1).values > 1.01 * tol).sum())
+    return int((token_residual(state, f(state)).cummax(1).values > 1.01 * tol).sum())
 
 
 def measure(
@@ -114,7 +114,9 @@ def measure(
             "evals": sum(s["evals"] for s in parts) / len(parts),
             "rows": sum(s["rows"] for s in parts) / len(parts),
             "steps": max(s["steps"] for s in parts),
-            "unmet": sum(unmet(s["states"], tol) for s in parts),
+            "unmet": sum(
+                unmet(f, s["state"], tol) for s, (f, _) in zip(parts, problems, strict=True)
+            ),
             "ms": 1e3 * least[side] / BATCH,
         }
         for side, parts in found.items()

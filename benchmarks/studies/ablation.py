@@ -1,6 +1,6 @@
 """Ablation: final accuracy of short training runs by λ, k and kind of phantom gradient.
 
-    python benchmarks/studies/ablation.py --data CIFAR [--epochs 0.5] [--seeds 3] [--limit-cells N]
+    python benchmarks/studies/ablation.py --data CIFAR [--epochs 0.4] [--seeds 3] [--variants V ...]
 
 Every cell is a run of the recipe `mdeq-tiny-cifar-upg` cut down to one stage at 16 × 16 pixels,
 with its own gradient and seed, scored on the first 2,000 validation pictures. Cells are kept as
@@ -16,11 +16,12 @@ from short_runs import main, shortened
 
 from deqzoo.recipe import Recipe
 
+IMPLICIT = "implicit tol 1e-3"
 GRADIENTS: dict[str, dict[str, Any]] = {
     "upg k=5 λ=0.5": {"name": "upg", "steps": 5, "damping": 0.5},
     "npg k=5 λ=0.5": {"name": "npg", "steps": 5, "damping": 0.5},
     "jfb": {"name": "jfb"},
-    "implicit tol 1e-3": {
+    IMPLICIT: {
         "name": "implicit", "solver": {"name": "anderson", "max_steps": 20, "tol": 1e-3},
     },
     "npg k=5 λ=1": {"name": "npg", "steps": 5, "damping": 1.0},
@@ -44,4 +45,4 @@ def recipe_of(gradient: str, epochs: float) -> Recipe:
 
 
 if __name__ == "__main__":
-    main("ablation", __doc__.splitlines()[0], GRADIENTS, recipe_of)
+    main("ablation", __doc__.splitlines()[0], GRADIENTS, recipe_of, against=IMPLICIT)

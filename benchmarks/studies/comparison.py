@@ -22,6 +22,7 @@ import torch
 from cells import HERE, Cells, markdown_table, write_text
 from cost import clocked
 from dots import dot_chart
+from intervals import paired, spread
 
 from deqzoo import DEQModel
 from deqzoo.evaluation.dispatch import evaluate_model
@@ -35,8 +36,6 @@ GRADIENTS = {
 }
 SEEDS = (0, 1, 2)
 BATCH = 64
-T_95 = {2: 12.706, 3: 4.303}
-"""97.5 % quantile of Student's t for the mean of so many values."""
 
 
 def run_folder(runs: Path, gradient: str, seed: int) -> Path:
@@ -108,7 +107,7 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
                 gradient,
                 str(len(runs)),
                 spread([100 * run["accuracy"] for run in runs]),
-                paired(cells, gradient),
+                against_implicit(cells, gradient),
                 spread([100 * run["validation_accuracy"] for run in runs]),
                 f"{statistics.mean(run['residual_median'] for run in runs):.1e}",
                 f"{statistics.mean(run['evaluations_per_step'] for run in runs):.1f}",
@@ -127,31 +126,13 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
     return markdown_table(head, rows)
 
 
-def paired(cells: dict[str, dict[str, Any]], gradient: str) -> str:
-    """Difference of test accuracy to the implicit run of the same seed, in points.
-
-    Mean ± standard deviation and the interval of the mean by Student's t; "" for implicit itself
-    and fewer than two pairs.
-    """
-    found = [
-        100 * (cells[mine]["accuracy"] - cells[other]["accuracy"])
-        for seed in SEEDS
-        if (mine := f"{gradient}, seed {seed}") in cells
-        and (other := f"implicit, seed {seed}") in cells
-    ]
-    if gradient == "implicit" or len(found) < 2:
-        return ""
-    mean, half = (
-        statistics.mean(found),
-        T_95[len(found)] * statistics.stdev(found) / len(found) ** 0.5,
+def against_implicit(cells: dict[str, dict[str, Any]], gradient: str) -> str:
+    """Differences of test accuracy to the implicit runs of the same seeds, in points."""
+    mine, other = (
+        {str(s): 100 * cells[key]["accuracy"] for s in SEEDS if (key := f"{g}, seed {s}") in cells}
+        for g in (gradient, "implicit")
     )
-    return f"{spread(found)} ({mean - half:.1f} to {mean + half:.1f})"
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and the sample standard deviation where there are several values."""
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+    return "" if gradient == "implicit" else paired(mine, other)
 
 
 def plot(cells: dict[str, dict[str, Any]]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cells import HERE, Cells, markdown_table, write_text
 from dots import dot_chart
+from intervals import paired, spread
 
 from deqzoo.recipe import Recipe, load_recipe
 from deqzoo.training.run import run_recipe
@@ -48,51 +49,73 @@ def train(recipe: Recipe, data: Path, out: Path) -> dict[str, float]:
 
 def by_variant(
     cells: dict[str, dict[str, float]], variants: Iterable[str]
-) -> dict[str, list[dict[str, float]]]:
-    """The cells of every variant that has some, in the order of the variants."""
-    return {
-        variant: found
-        for variant in variants
-        if (found := [c for key, c in cells.items() if key.rsplit(" seed ", 1)[0] == variant])
-    }
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The cells by seed of every variant that has some, in the order of the variants."""
+    found: dict[str, dict[str, dict[str, float]]] = {variant: {} for variant in variants}
+    for key, cell in cells.items():
+        variant, seed = key.rsplit(" seed ", 1)
+        if variant in found:
+            found[variant][seed] = cell
+    return {variant: seeds for variant, seeds in found.items() if seeds}
+
+
+def accuracies(seeds: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Accuracy in % by seed."""
+    return {seed: 100 * cell["accuracy"] for seed, cell in seeds.items()}
 
 
 def plot(cells: dict[str, dict[str, float]], variants: Iterable[str], description: str) -> str:
     """Accuracy of every run by variant as SVG."""
     rows = {
-        variant: {"": [100 * cell["accuracy"] for cell in found]}
-        for variant, found in by_variant(cells, variants).items()
+        variant: {"": list(accuracies(seeds).values())}
+        for variant, seeds in by_variant(cells, variants).items()
     }
     title = description.split(":", 1)[0]
     return dot_chart(rows, title=title, x_label="validation accuracy of each run, %; bar: mean")
 
 
-def report(cells: dict[str, dict[str, float]], variants: Iterable[str]) -> str:
-    """Mean and standard deviation over seeds, in the order of the variants."""
+def report(
+    cells: dict[str, dict[str, float]], variants: Iterable[str], against: str | None = None
+) -> str:
+    """Mean and standard deviation over seeds, in the order of the variants.
+
+    Args:
+        against: a variant; differences to it, by seed, get a column.
+    """
+    table = by_variant(cells, variants)
     rows = []
-    for variant, found in by_variant(cells, variants).items():
-        accuracies = [100 * cell["accuracy"] for cell in found]
-        spread = f"{statistics.stdev(accuracies):.1f}" if len(found) > 1 else "–"
+    for variant, seeds in table.items():
+        mine = accuracies(seeds)
+        row = [variant, str(len(seeds)), spread(list(mine.values()))]
+        if against is not None:
+            same = variant == against or against not in table
+            row.append("" if same else paired(mine, accuracies(table[against])))
         means = {
-            k: statistics.mean(cell[k] for cell in found) for k in ("nll", "residual", "pflop")
+            k: statistics.mean(cell[k] for cell in seeds.values())
+            for k in ("epochs", "nll", "residual", "pflop")
         }
         rows.append(
             [
-                variant,
-                str(len(found)),
-                f"{statistics.mean(accuracies):.1f} ± {spread}",
+                *row,
+                f"{means['epochs']:.2f}",
                 f"{means['nll']:.3f}",
                 f"{means['residual']:.0e}",
                 f"{1000 * means['pflop']:.1f}",
             ]
         )
-    head = ["variant", "seeds", "validation accuracy, %", "validation loss"]
-    head += ["median relative residual", "TFLOP"]
+    head = ["variant", "seeds", "validation accuracy, %"]
+    if against is not None:
+        head.append(f"against {against}, same seeds (95 % interval of the mean)")
+    head += ["epochs", "validation loss", "median relative residual", "TFLOP"]
     return markdown_table(head, rows)
 
 
 def main(
-    name: str, description: str, variants: Iterable[str], recipe: Callable[[str, float], Recipe]
+    name: str,
+    description: str,
+    variants: Iterable[str],
+    recipe: Callable[[str, float], Recipe],
+    against: str | None = None,
 ) -> None:
     """The command line of a study.
 
@@ -101,15 +124,17 @@ def main(
         description: for `--help`.
         variants: names of what is compared.
         recipe: gives the recipe of a variant for a number of epochs.
+        against: the variant that others are held against.
     """
+    variants = list(variants)
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10")
-    parser.add_argument("--epochs", type=float, default=0.5)
+    parser.add_argument("--epochs", type=float, default=0.4)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=variants, help="train these; default: all")
     parser.add_argument("--runs", type=Path, default=Path("runs") / name)
     parser.add_argument("--limit-cells", type=int, help="stop after so many new cells")
     arguments = parser.parse_args()
-    variants = list(variants)
 
     def measure(key: str) -> dict[str, Any]:
         variant, seed = key.rsplit(" seed ", 1)
@@ -117,11 +142,13 @@ def main(
         return train(wanted, arguments.data, arguments.runs / key.replace(" ", "_"))
 
     cells = Cells(name)
-    wanted = [f"{v} seed {s}" for s in range(arguments.seeds) for v in variants]
+    wanted = [
+        f"{v} seed {s}" for s in range(arguments.seeds) for v in arguments.variants or variants
+    ]
     fresh = [key for key in wanted if key not in cells.done][: arguments.limit_cells]
     cells.fill(fresh, measure)
     missing = cells.save(wanted)
-    table = report(cells.done, variants)
+    table = report(cells.done, variants, against)
     print(table)
     print("missing:", ", ".join(missing) or "nothing")
     write_text(f"{name}_table.md", table)

@@ -27,10 +27,10 @@ def test_gradients_are_paired_by_seed(study: Callable[[str], ModuleType]) -> Non
         for gradient, values in (("implicit", (50, 60, 70)), ("JFB", (51, 62, 76)))
         for seed, value in enumerate(values)
     }
-    assert comparison.paired(cells, "JFB") == "3.0 ± 2.6 (-3.6 to 9.6)"
-    assert comparison.paired(cells, "implicit") == ""
+    assert comparison.against_implicit(cells, "JFB") == "3.0 ± 2.6 (-3.6 to 9.6)"
+    assert comparison.against_implicit(cells, "implicit") == ""
     del cells["implicit, seed 1"], cells["JFB, seed 2"]
-    assert comparison.paired(cells, "JFB") == ""
+    assert comparison.against_implicit(cells, "JFB") == ""
 
 
 def test_readme_quotes_the_paired_differences(study: Callable[[str], ModuleType]) -> None:
@@ -40,7 +40,9 @@ def test_readme_quotes_the_paired_differences(study: Callable[[str], ModuleType]
     for gradient in comparison.GRADIENTS:
         runs = comparison.by_gradient(cells)[gradient]
         accuracy = comparison.spread([100 * run["accuracy"] for run in runs])
-        assert f"| {gradient} | {accuracy} | {comparison.paired(cells, gradient)} |" in text
+        assert (
+            f"| {gradient} | {accuracy} | {comparison.against_implicit(cells, gradient)} |" in text
+        )
     assert comparison.report(cells) == (FOLDER / "comparison_table.md").read_text(encoding="utf-8")
 
 
