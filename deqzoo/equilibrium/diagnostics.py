@@ -70,15 +70,15 @@ def spectral_radius(
     tiny = torch.finfo(wide).tiny
     logs = []
     quotient = v.new_zeros(())
-    v = _unpadded(v, layout)
+    v = _without_padding(v, layout)
     if v0 is not None:
-        rows = cells.total(_unpadded(v.new_ones(len(v)), layout))
+        rows = cells.total(_without_padding(v.new_ones(len(v)), layout))
         if bool(((scaled_norm(v, cells) == 0) & (rows > 0)).any()):
             raise ValueError("v0 must not be 0 in any sample: every product would be 0")
     v = _unit(v, cells)
     for _ in range(n_iter):
         (w,) = torch.autograd.grad(out, point, v, retain_graph=True, materialize_grads=True)
-        w = _unpadded(w, layout)
+        w = _without_padding(w, layout)
         norm = scaled_norm(v, cells).to(wide).clamp_min(tiny)  # 1, but for rounding
         quotient = (cells.total((w.to(wide) * v).sum(1)) / norm.square()).abs()
         logs.append((scaled_norm(w, cells).to(wide) / norm).clamp_min(tiny).log())
@@ -94,7 +94,7 @@ def _unit(v: Tensor, cells: Layout) -> Tensor:
     return (v / cells.spread(torch.where(norm > 0, norm, 1)).unsqueeze(1)).to(v.dtype)
 
 
-def _unpadded(v: Tensor, layout: Layout) -> Tensor:
+def _without_padding(v: Tensor, layout: Layout) -> Tensor:
     return layout.total(v) if isinstance(layout, Causal) else v
 
 
@@ -176,16 +176,16 @@ def gradient_fidelity(
         solver = _TIGHT if solver is None else solver
     elif parameters is not None or layout is not None or not isinstance(model, nn.Module):
         raise ValueError("for a map of your own, pass loss=, a function of the solution")
-    chosen = None if solver is None else make_solver(solver)
+    forward_solver = None if solver is None else make_solver(solver)
     modes = [make_gradient(spec) for spec in gradients]  # mistakes come before any work
-    reference, _, _ = _gradients(owner, inputs, chosen, make_gradient(exact))
+    reference, _, _ = _gradients(owner, inputs, forward_solver, make_gradient(exact))
     results = []
     for gradient in modes:
-        found, seconds, saved = _gradients(owner, inputs, chosen, gradient)
+        mode_gradients, seconds, saved_bytes = _gradients(owner, inputs, forward_solver, gradient)
         cosine, error, ratio = compare_gradients(
-            found, reference, lambda name: ("all", group_of(name))
+            mode_gradients, reference, lambda name: ("all", group_of(name))
         )
-        results.append(Fidelity(gradient.to_dict(), cosine, error, ratio, seconds, saved))
+        results.append(Fidelity(gradient.to_dict(), cosine, error, ratio, seconds, saved_bytes))
     return results
 
 
@@ -235,26 +235,26 @@ def _gradients(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        started = time.perf_counter()
-        with SavedTensors() as saved:
+        start_time = time.perf_counter()
+        with SavedTensors() as saved_tensors:
             loss = model(**batch, solver=solver, gradient=gradient).loss
         if loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("the loss must be one number that depends on the parameters")
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        seconds = time.perf_counter() - started
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        seconds = time.perf_counter() - start_time
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
-    return gradients_by_name(parameters, found), seconds, saved.bytes
+    return gradients_by_name(parameters, gradients), seconds, saved_tensors.bytes
 
 
 def gradients_by_name(
-    parameters: Mapping[str, Tensor], found: Sequence[Tensor | None]
+    parameters: Mapping[str, Tensor], gradients: Sequence[Tensor | None]
 ) -> dict[str, Tensor]:
     """Gradients by parameter name; zero where a parameter plays no part."""
     return {
         name: torch.zeros_like(p) if g is None else g.detach()
-        for (name, p), g in zip(parameters.items(), found, strict=True)
+        for (name, p), g in zip(parameters.items(), gradients, strict=True)
     }
 
 
@@ -275,7 +275,8 @@ class SavedTensors:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._beside:
                 self._storages[storage.data_ptr()] = storage.nbytes()
-        # An operation that saves its own output would else hold itself, where no collector sees it.
+        # An operation that saves its own output would otherwise hold itself, in a cycle that
+        # Python's collector does not see.
         return tensor.detach()
 
     @property
@@ -292,14 +293,14 @@ class SavedTensors:
 
 
 def compare_gradients(
-    found: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
     groups_of: Callable[[str], Sequence[str]],
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """Hold gradients against exact ones, by parameter name.
 
     Args:
-        found: gradients; names that `exact` lacks are an error.
+        gradients: gradients; names that `exact` lacks are an error.
         exact: what they should be.
         groups_of: the groups that a parameter counts in.
 
@@ -308,7 +309,7 @@ def compare_gradients(
         a norm is zero.
     """
     sums: dict[str, Tensor] = {}
-    for name, g in found.items():
+    for name, g in gradients.items():
         a, b = g.double().flatten(), exact[name].double().flatten()
         entry = torch.stack((a @ a, b @ b, a @ b, (a - b) @ (a - b)))
         for group in groups_of(name):

@@ -72,10 +72,11 @@ def fixed_point_of_steps(
     if window == 1 and solver.damping == 1 and precision is not None:
         # Plain iterates are values of F: kept in its precision they lose nothing.
         first = _map(lambda t: t.to(precision), start)
-    alone = f.detached() if isinstance(f, DetachableMap) else f  # compiled code records no graph
+    # Compiled code records no graph.
+    solve_map = f.detached() if isinstance(f, DetachableMap) else f
     with torch.no_grad():
         z = fixed_steps(
-            alone, first, solver.max_steps,
+            solve_map, first, solver.max_steps,
             window=window, damping=solver.damping, ridge=ridge, layout=layout,
         )  # fmt: skip
     z = rebuild(z, [t.detach().to(s.dtype) for t, s in zip(leaves(z), leaves(start), strict=True)])
@@ -87,7 +88,7 @@ def fixed_point_of_steps(
         state, first = recorded_fixed_steps(f, z, 1, 1.0)
     absolute, relative = _residuals(z, first, layout)
     n_steps = torch.full_like(absolute, solver.max_steps, dtype=torch.int64)
-    recorded = gradient.steps if isinstance(gradient, UPG) else 1
+    n_recorded = gradient.steps if isinstance(gradient, UPG) else 1
     return Solution(
         state=state,
         status=torch.full_like(n_steps, int(Status.MAX_STEPS)),
@@ -95,8 +96,8 @@ def fixed_point_of_steps(
         abs_residual=absolute,
         rel_residual=relative,
         residual=relative if solver.stop_mode == "rel" else absolute,
-        n_evals=solver.max_steps + recorded,
-        row_evals=(solver.max_steps + recorded) * absolute.numel(),
+        n_evals=solver.max_steps + n_recorded,
+        row_evals=(solver.max_steps + n_recorded) * absolute.numel(),
     )
 
 
@@ -130,7 +131,7 @@ def fixed_steps(
     gram: list[list[Tensor]] = []  # gram[i][j], j <= i, of the kept evaluations, oldest first
     z = start
     for _ in range(steps):
-        fz = _evaluated(f, z, [t for kept in maps for t in kept])
+        fz = _evaluate(f, z, [t for answer in maps for t in answer])
         if window == 1:
             z = _step(z, fz, damping)
             continue
@@ -146,11 +147,11 @@ def fixed_steps(
         weights = mixing_weights(gram, ridge)
         if isinstance(layout, Segments):
             weights = [layout.spread(w) for w in weights]
-        mixed = _mix(maps, weights)
+        mixture = _mix(maps, weights)
         if damping != 1:
             shift = _mix(residuals, [w * (1 - damping) for w in weights])
-            mixed = [a - b.to(a.dtype) for a, b in zip(mixed, shift, strict=True)]
-        z = rebuild(fz, [m.to(t.dtype) for m, (_, t) in zip(mixed, pairs, strict=True)])
+            mixture = [a - b.to(a.dtype) for a, b in zip(mixture, shift, strict=True)]
+        z = rebuild(fz, [m.to(t.dtype) for m, (_, t) in zip(mixture, pairs, strict=True)])
     return z
 
 
@@ -158,7 +159,7 @@ def recorded_fixed_steps(f: Map, z: State, steps: int, damping: float) -> tuple[
     """The recorded steps of `upg` from a state without a graph; also F at that state, detached."""
     first = None
     for _ in range(steps):
-        fz = _evaluated(f, z, [] if first is None else leaves(first))
+        fz = _evaluate(f, z, [] if first is None else leaves(first))
         first = _map(Tensor.detach, fz) if first is None else first
         z = _step(z, fz, damping)
     return z, first
@@ -174,7 +175,7 @@ def attach_series(f: Map, z: State, steps: int, damping: float) -> tuple[State, 
     points = [t.detach().requires_grad_() for t in leaves(z)]
     with torch.enable_grad():
         value = leaves(f(rebuild(z, points)))
-    for point in points:  # the last backward pass reaches them too, for nobody
+    for point in points:  # their gradients, which the last backward pass fills, are not used
         point.register_post_accumulate_grad_hook(forget_grad)
     state = _Series.apply(steps, damping, len(points), *value, *points)
     return rebuild(z, state), rebuild(z, [t.detach() for t in value])
@@ -211,14 +212,14 @@ class _Series(torch.autograd.Function):
         raise RuntimeError(FORWARD)
 
 
-def _evaluated(f: Map, z: State, kept: Sequence[Tensor]) -> State:
-    """F(z), from a map that must not write into z nor into the answers `kept`."""
+def _evaluate(f: Map, z: State, answers: Sequence[Tensor]) -> State:
+    """F(z), from a map that must not write into z nor into the `answers` of earlier calls."""
     if torch.compiler.is_compiling():  # nothing counts writes there
         return f(z)
-    held = [*leaves(z), *kept]
-    before = [writes(t) for t in held]
+    tensors = [*leaves(z), *answers]
+    counts = [writes(t) for t in tensors]
     fz = f(z)
-    if before != [writes(t) for t in held]:
+    if counts != [writes(t) for t in tensors]:
         raise ValueError(WROTE)
     return fz
 
@@ -246,9 +247,10 @@ def difference_penalty(f: Map, state: State, size: float) -> Tensor:
     """
     points = [t.detach() for t in leaves(state)]
     value = leaves(f(rebuild(state, points)))
-    moved = leaves(f(rebuild(state, [z + size * torch.randn_like(z) for z in points])))
+    nearby_value = leaves(f(rebuild(state, [z + size * torch.randn_like(z) for z in points])))
     change = [
-        (a.to(_wide(a)) - b.to(_wide(b))).square().sum() for a, b in zip(moved, value, strict=True)
+        (a.to(_wide(a)) - b.to(_wide(b))).square().sum()
+        for a, b in zip(nearby_value, value, strict=True)
     ]
     return torch.stack(change).sum() / (size * size * sum(z.numel() for z in points))
 
@@ -292,11 +294,11 @@ def _gram(x: Sequence[Tensor], y: Sequence[Tensor], layout: Layout | None) -> Te
 
 
 def _mix(parts: Sequence[Sequence[Tensor]], weights: Sequence[Tensor]) -> list[Tensor]:
-    mixed = []
+    mixture = []
     for leaf in zip(*parts, strict=True):
         shape = weights[0].shape + (1,) * (leaf[0].ndim - weights[0].ndim)
-        mixed.append(sum(t * w.reshape(shape) for t, w in zip(leaf, weights, strict=True)))
-    return mixed
+        mixture.append(sum(t * w.reshape(shape) for t, w in zip(leaf, weights, strict=True)))
+    return mixture
 
 
 def _map(function: Callable[[Tensor], Tensor], state: State) -> State:

@@ -24,7 +24,7 @@ from deqzoo.equilibrium.maps import (
 from deqzoo.equilibrium.solvers import BackwardReport, Solution, Solver, Status, make_solver
 from deqzoo.equilibrium.solvers.loop import Residuals, StepCallback, residuals
 from deqzoo.equilibrium.state import State, leaves, rebuild
-from deqzoo.equilibrium.transforms import forward_mode, graded, transformed, underived
+from deqzoo.equilibrium.transforms import forward_mode, no_derivatives, transformed, under_grad
 
 SolverSpec = Solver | str | Mapping[str, Any]
 GradientSpec = Gradient | str | Mapping[str, Any]
@@ -87,7 +87,7 @@ def fixed_point(
             f"gradient {chosen_gradient.name!r} keeps a single graph of the map and needs no "
             "gradient checkpointing; switch it off, or use 'upg' or 'unrolled'"
         )
-    if checkpoint and graded():
+    if checkpoint and under_grad():
         raise ValueError(
             "torch.func.grad, vjp and jacrev cannot recompute steps; leave checkpoint out"
         )
@@ -99,32 +99,32 @@ def fixed_point(
             inputs, z0, 2 if isinstance(layout, Causal) and keeps_positions(f) else 1
         )
     _check_steps(sample_steps)
-    derived = torch.is_grad_enabled() or forward_mode()
-    wrapped = inputs or (compact and not isinstance(f, BatchMap))
-    bound = BoundMap(f, inputs) if wrapped else f
-    if derived and not chosen_gradient.needs_solve:
+    is_differentiated = torch.is_grad_enabled() or forward_mode()
+    needs_binding = inputs or (compact and not isinstance(f, BatchMap))
+    bound = BoundMap(f, inputs) if needs_binding else f
+    if is_differentiated and not chosen_gradient.needs_solve:
         return _attach_to_start(
             bound, z0, chosen_solver, chosen_gradient, layout, checkpoint, trace, callback,
             sample_steps,
         )  # fmt: skip
     if torch.compiler.is_exporting():  # programs are for inference
         return chosen_solver.solve(bound, z0, layout)
-    kept: dict[int, Tensor] = {}
+    sample_states: dict[int, Tensor] = {}
     if sample_steps:
-        callback = _keeper(kept, sample_steps, callback)
+        callback = _keeper(sample_states, sample_steps, callback)
     start = rebuild(z0, [t.detach() for t in leaves(z0)])
     solution = chosen_solver.solve(bound, start, layout, compact, trace, callback)
-    if not derived and not sample_steps:
+    if not is_differentiated and not sample_steps:
         return solution
     layout, matrix = begin(layout, solution.state)
-    if derived:
-        recorded = Matrices(bound, layout, watched=not transformed())
-        problem = _problem(recorded, checkpoint, chosen_solver.max_steps)
+    if is_differentiated:
+        recorded_map = Matrices(bound, layout, watched=not transformed())
+        problem = _problem(recorded_map, checkpoint, chosen_solver.max_steps)
         solution.backward = problem.report
         solution.state = layout.to_state(chosen_gradient.attach(problem, matrix))
-        kept = {k: chosen_gradient.attach(problem, z) for k, z in kept.items()}
+        sample_states = {k: chosen_gradient.attach(problem, z) for k, z in sample_states.items()}
     if sample_steps:
-        solution.samples = [layout.to_state(z) for _, z in sorted(kept.items())]
+        solution.samples = [layout.to_state(z) for _, z in sorted(sample_states.items())]
     return solution
 
 
@@ -152,52 +152,52 @@ def _attach_to_start(
     sample_steps: Sequence[int],
 ) -> Solution:
     """Let a gradient that needs no solve make the state, and measure it with one evaluation."""
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     layout, start = begin(layout, z0)
     visible = not transformed()
-    recorded, watched = (Matrices(bound, layout, visible) for _ in range(2))
-    measured: list[Residuals] = []
+    recorded_map, measured_map = (Matrices(bound, layout, visible) for _ in range(2))
+    measurements: list[Residuals] = []
     samples = []
     latest: weakref.ref[Tensor] | None = None  # what was measured last
 
     def measure(z: Tensor) -> Tensor:
         nonlocal latest
         point, latest = z.detach(), weakref.ref(z)
-        with underived():
-            fz = watched(point)  # the next step evaluates F here again, but records it
-            measured.append(residuals(fz - point, fz, layout, solver))
-        return measured[-1].chosen
+        with no_derivatives():
+            fz = measured_map(point)  # the next step evaluates F here again, but records it
+            measurements.append(residuals(fz - point, fz, layout, solver))
+        return measurements[-1].stop_residual
 
     def visit(k: int, z: Tensor) -> None:
         if k in sample_steps:
             samples.append(layout.to_state(z))
         if trace or callback:
-            chosen = measure(z)
+            stop_residual = measure(z)
             if callback is not None:
-                callback(k, z.detach(), chosen)
+                callback(k, z.detach(), stop_residual)
 
-    problem = _problem(recorded, checkpoint, solver.max_steps, visit)
+    problem = _problem(recorded_map, checkpoint, solver.max_steps, visit)
     z = gradient.attach(problem, start)
-    n_steps = recorded.n_calls
+    n_steps = recorded_map.n_calls
     if latest is None or latest() is not z:
         measure(z)
-    absolute, relative, chosen = measured[-1]
+    absolute, relative, stop_residual = measurements[-1]
     shape = layout.cell_shape()
-    status = torch.full_like(chosen, int(Status.MAX_STEPS), dtype=torch.int64)
-    status = status.masked_fill(chosen <= solver.tol, int(Status.CONVERGED))
-    status = status.masked_fill(chosen == math.inf, int(Status.NONFINITE))
-    history = [found.chosen for found in measured]
-    n_evals = n_steps + watched.n_calls
+    status = torch.full_like(stop_residual, int(Status.MAX_STEPS), dtype=torch.int64)
+    status = status.masked_fill(stop_residual <= solver.tol, int(Status.CONVERGED))
+    status = status.masked_fill(stop_residual == math.inf, int(Status.NONFINITE))
+    history = [entry.stop_residual for entry in measurements]
+    n_evals = n_steps + measured_map.n_calls
     return Solution(
         state=layout.to_state(z),
         status=status.reshape(shape),
         n_steps=torch.full_like(status, n_steps).reshape(shape),
         abs_residual=absolute.reshape(shape),
         rel_residual=relative.reshape(shape),
-        residual=chosen.reshape(shape),
+        residual=stop_residual.reshape(shape),
         n_evals=n_evals,
         row_evals=n_evals * z.shape[0],
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - start_time,
         trace=torch.stack(history, dim=-1).reshape(*shape, len(history)) if trace else None,
         samples=samples if sample_steps else None,
         backward=problem.report,
@@ -212,16 +212,16 @@ def _check_batch_first(inputs: Sequence[Any], z0: State, dimensions: int) -> Non
             continue
         try:
             shapes = [tuple(t.shape) for t in leaves(item)]
-            fits, found = all(shape[:dimensions] == n for shape in shapes), f"shapes {shapes}"
+            fits, description = all(shape[:dimensions] == n for shape in shapes), f"shapes {shapes}"
         except TypeError:  # no tensor
-            fits, found = False, type(item).__name__
+            fits, description = False, type(item).__name__
         if not fits:
-            what, wanted = "rows", f"have {n[0]} of them"
+            what, requirement = "rows", f"have {n[0]} of them"
             if dimensions > 1:
-                what, wanted = "positions", f"begin with {n}"
+                what, requirement = "positions", f"begin with {n}"
             raise ValueError(
-                f"compact=True takes {what} out of every input, which must {wanted}, got "
-                f"{found}; let the map close over what does not belong to the batch"
+                f"compact=True takes {what} out of every input, which must {requirement}, got "
+                f"{description}; let the map close over what does not belong to the batch"
             )
 
 
@@ -231,11 +231,12 @@ def _check_steps(steps: Sequence[int]) -> None:
 
 
 def _keeper(
-    kept: dict[int, Tensor], steps: Sequence[int], callback: StepCallback | None
+    sample_states: dict[int, Tensor], steps: Sequence[int], callback: StepCallback | None
 ) -> StepCallback:
     def keep(k: int, matrix: Tensor, residual: Tensor) -> None:
         if k in steps:
-            kept[k] = matrix.clone()  # the map may answer in a few buffers of its own in turns
+            # A copy: the map may answer in a few buffers of its own in turns.
+            sample_states[k] = matrix.clone()
         if callback is not None:
             callback(k, matrix, residual)
 

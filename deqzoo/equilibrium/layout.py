@@ -22,7 +22,7 @@ from deqzoo.equilibrium.state import State, StatePacker
 from deqzoo.equilibrium.transforms import transformed
 
 LEAD = 10.0
-"""A position waits for none before it where its residual is as many times theirs."""
+"""A position whose residual is this many times those before it does not wait for them."""
 
 
 class Selection(Protocol):
@@ -75,7 +75,8 @@ class SuffixSelection:
     def state(self, tensor: Tensor) -> Tensor:
         if self.sequences is not None:
             tensor = tensor.index_select(0, self.sequences)
-        if not self.start and self.stop is None:  # all positions, of whatever has none, too
+        # All positions: the tensor may have no dimension for them.
+        if not self.start and self.stop is None:
             return tensor
         return tensor[:, self.start : self.stop]
 
@@ -214,12 +215,12 @@ class Rows(Layout):
         return cells
 
     def select(self, active: Tensor, matrix: Tensor) -> tuple[Layout, Selection] | None:
-        kept = active.nonzero().squeeze(1)
-        if kept.numel() > 0.9 * active.numel():
+        index = active.nonzero().squeeze(1)
+        if index.numel() > 0.9 * active.numel():
             return None
         layout = Rows()
-        layout._packer, layout._n = self._packer, kept.numel()
-        return layout, IndexSelection(kept, kept)
+        layout._packer, layout._n = self._packer, index.numel()
+        return layout, IndexSelection(index, index)
 
     def adjoint(self) -> Layout:
         return Rows()
@@ -240,8 +241,8 @@ class Segments(Layout):
             raise TypeError(f"index must be an int64 tensor (N,), got {_kind(index)}")
         if index.ndim != 1:
             raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}")
-        known = not (transformed() or torch.compiler.is_compiling())  # programs have no values
-        if index.device.type == "cpu" and index.numel() and known:
+        has_values = not (transformed() or torch.compiler.is_compiling())  # programs have no values
+        if index.device.type == "cpu" and index.numel() and has_values:
             low, high = (end.item() for end in index.aminmax())
             if low < 0 or high >= n:
                 raise ValueError(
@@ -285,10 +286,10 @@ class Segments(Layout):
         rows = keep_row.nonzero().squeeze(1)
         if rows.numel() > 0.9 * keep_row.numel():
             return None
-        kept = active.nonzero().squeeze(1)
+        cell_index = active.nonzero().squeeze(1)
         new_number = torch.cumsum(active, 0) - 1
-        layout = Segments(new_number[self.index[rows]], kept.numel())
-        return layout, IndexSelection(rows, kept)
+        layout = Segments(new_number[self.index[rows]], cell_index.numel())
+        return layout, IndexSelection(rows, cell_index)
 
     def adjoint(self) -> Layout:
         return self
@@ -300,8 +301,8 @@ class Causal(Layout):
     Mixing weights of a position come from Gram matrices summed over the prefix that ends there,
     and a position has converged when it and all before it have: nothing later is ever read.
     Converged positions stay in the sums with what they did before. Evaluations made while the
-    prefix still moved then get little weight: what a position learned from them is not about the
-    problem that is left to it.
+    prefix still moved then get little weight: they belong to another problem than the one that is
+    left to the position.
 
     Args:
         valid: (B, T) bool, False at padding; padding counts as converged and weighs nothing.
@@ -363,8 +364,8 @@ class Causal(Layout):
         residual = residual.reshape(self._shape)
         if torch.compiler.is_exporting():  # ONNX has no running maximum
             length = self._shape[1]
-            seen = torch.ones(length, length, dtype=torch.bool, device=residual.device).tril()
-            return torch.where(seen, residual.unsqueeze(1), 0).amax(2).flatten()
+            prefix = torch.ones(length, length, dtype=torch.bool, device=residual.device).tril()
+            return torch.where(prefix, residual.unsqueeze(1), 0).amax(2).flatten()
         return residual.cummax(1).values.flatten()
 
     def whole(self, norm: Tensor) -> Tensor:
@@ -390,8 +391,8 @@ class Causal(Layout):
         enough = max(16, 0.1 * n * length)
         if active.numel() - int(active.sum()) < enough:
             return None
-        waiting = active.reshape(self._shape)
-        sequences, positions = waiting.any(1).nonzero().squeeze(1), waiting.any(0).nonzero()
+        active_grid = active.reshape(self._shape)
+        sequences, positions = active_grid.any(1).nonzero().squeeze(1), active_grid.any(0).nonzero()
         if not len(positions):
             return None
         start, stop = int(positions[0]), int(positions[-1]) + 1  # behind the last one is padding
@@ -399,9 +400,9 @@ class Causal(Layout):
             start, stop = 0, length
         if n * length - len(sequences) * (stop - start) < enough:
             return None
-        return self._kept(start, stop, matrix, sequences if len(sequences) < n else None)
+        return self._keep(start, stop, matrix, sequences if len(sequences) < n else None)
 
-    def _kept(
+    def _keep(
         self, start: int, stop: int, matrix: Tensor, sequences: Tensor | None
     ) -> tuple[Layout, Selection]:
         selection = self.part(start, stop, self.to_state(matrix), sequences)
@@ -419,9 +420,9 @@ class Causal(Layout):
         dropped = state[:, :start]
         if sequences is not None:
             every, dropped = every[sequences], dropped[sequences]
-        kept = every[:, start:stop].flatten()
+        cell_index = every[:, start:stop].flatten()
         end = None if stop == length else stop
-        return SuffixSelection(start, kept, kept, dropped, sequences, end)
+        return SuffixSelection(start, cell_index, cell_index, dropped, sequences, end)
 
     def adjoint(self) -> Layout:
         """Whole sequences: gradients may flow from later positions to earlier ones."""

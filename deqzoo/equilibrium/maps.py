@@ -29,8 +29,8 @@ def recording() -> Iterator[None]:
 class BatchMap(ABC):
     """A map bound to one batch, which can be cut down to a part of it.
 
-    Any callable can be solved; one of this class also lets converged samples leave the batch. Being
-    asked for by class, neither method is ever found by its name on somebody's module.
+    Any callable can be solved; one of this class also lets converged samples leave the batch. The
+    solver asks for the class: a method of these names on a module of another class has no meaning.
     """
 
     @abstractmethod
@@ -107,7 +107,7 @@ def keeps_positions(f: Any) -> bool:
     """Whether a map, cut down to some positions of its sequences, still knows those before them.
 
     A function of (state, *inputs) reads earlier positions in the state itself, so that they must
-    stay there; a `BatchMap` of somebody's own takes them from its selection.
+    stay there; a `BatchMap` takes them from its selection.
     """
     while isinstance(f, BoundMap):
         f = f.f
@@ -118,8 +118,8 @@ class Matrices:
     """A map on states, seen as one on matrices (R, D).
 
     A map may work in place (`nn.ReLU(inplace=True)`) or answer in a buffer of its own: both are
-    found out at the first two calls, which work on copies, and given copies from then on. Where
-    that cannot be seen, in programs and under torch.func (`watched` False), every call gets one.
+    noticed at the first two calls, which work on copies, and get copies from then on. Where this
+    cannot be noticed, in programs and under torch.func (`watched` False), every call gets one.
 
     Raises:
         ValueError: (when called) the map returns a state of another shape than its argument's, or
@@ -140,17 +140,17 @@ class Matrices:
     def __call__(self, matrix: Tensor) -> Tensor:
         layout = self.layout
         self.n_calls += 1
-        copied = self.n_calls == 1 or self._in_place or not self.watched
-        given = _copy(matrix) if copied else matrix
-        version = writes(given)
-        state, cells = layout.to_state(given), layout.cell_shape()
-        found = self.f(state)
-        out = layout.to_matrix(found)
+        needs_copy = self.n_calls == 1 or self._in_place or not self.watched
+        argument = _copy(matrix) if needs_copy else matrix
+        version = writes(argument)
+        state, cells = layout.to_state(argument), layout.cell_shape()
+        answer = self.f(state)
+        out = layout.to_matrix(answer)
         # Sums with one row in place of many would go through, and a causal layout, which takes its
         # sequences from the state, would have others.
         if out.shape != matrix.shape or layout.cell_shape() != cells:
             raise ValueError(
-                f"expected tensors of shapes {_shapes(state)}, got {_shapes(found)}: the map must "
+                f"expected tensors of shapes {_shapes(state)}, got {_shapes(answer)}: the map must "
                 "return a state like its input"
             )
         if out.is_complex():
@@ -159,26 +159,26 @@ class Matrices:
                 "imaginary parts as two real tensors (torch.view_as_real)"
             )
         if self.watched:
-            out = self._owned(matrix, given, version, out)
+            out = self._own_answer(matrix, argument, version, out)
         return out if out.dtype == matrix.dtype else out.to(matrix.dtype)
 
-    def _owned(self, matrix: Tensor, given: Tensor, version: int, out: Tensor) -> Tensor:
+    def _own_answer(self, matrix: Tensor, argument: Tensor, version: int, out: Tensor) -> Tensor:
         """Return the answer in memory that the map will not write to again."""
-        changed = writes(given) != version
-        recording = torch.is_grad_enabled()
+        was_written = writes(argument) != version
+        is_recording = torch.is_grad_enabled()
         if self.n_calls == 1:
-            self._in_place = changed or _differ(given, matrix)
+            self._in_place = was_written or _differ(argument, matrix)
             self._first, out = out.detach(), out.clone()
-        elif changed and not self._in_place or writes(self._before) != self._version:
+        elif was_written and not self._in_place or writes(self._before) != self._version:
             raise ValueError(WROTE)
         else:
             if self._first is not None:
                 self._reuses = out.numel() > 0 and out.data_ptr() == self._first.data_ptr()
                 self._first = None
             out = out.clone() if self._reuses else out
-        # A recorded argument would hold the graph that holds this map; there autograd looks.
-        self._before = None if recording else matrix
-        self._version = version if given is self._before else writes(self._before)
+        # A recorded argument would hold the graph that holds this map; autograd checks it itself.
+        self._before = None if is_recording else matrix
+        self._version = version if argument is self._before else writes(self._before)
         return out
 
     def select(self, selection: Selection, layout: Layout) -> Matrices:
@@ -196,9 +196,9 @@ def _copy(matrix: Tensor) -> Tensor:
     return copy.copy_(matrix)
 
 
-def _differ(given: Tensor, matrix: Tensor) -> bool:
+def _differ(argument: Tensor, matrix: Tensor) -> bool:
     """Whether a copy was written to where no version counts it (`.data`, numpy); on the CPU."""
-    return given.device.type == "cpu" and not torch.equal(given, matrix)
+    return argument.device.type == "cpu" and not torch.equal(argument, matrix)
 
 
 def writes(tensor: Tensor | None) -> int:

@@ -18,8 +18,8 @@ def build(kind: str, registry: Mapping[str, type], spec: str | Mapping[str, Any]
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        found = f"the class {spec.__name__}" if isinstance(spec, type) else type(spec).__name__
-        raise TypeError(f"a {kind} is a name, a dict or an object of its class, not {found}")
+        type_name = f"the class {spec.__name__}" if isinstance(spec, type) else type(spec).__name__
+        raise TypeError(f"a {kind} is a name, a dict or an object of its class, not {type_name}")
     settings = dict(spec)
     if "name" not in settings:
         raise ValueError(f'a {kind} needs a "name"; choose one of {", ".join(registry)}')
@@ -37,14 +37,16 @@ def build(kind: str, registry: Mapping[str, type], spec: str | Mapping[str, Any]
     return cls(**settings)
 
 
-def require(ok: bool, owner: Any, field: str, wanted: str) -> None:
-    """Refuse a setting that is not what is wanted.
+def require(ok: bool, owner: Any, field: str, requirement: str) -> None:
+    """Refuse a setting that does not meet its requirement.
 
     Raises:
         ValueError: the owner's name, the field and its value.
     """
     if not ok:
-        raise ValueError(f"{owner.name}: {field} must be {wanted}, got {getattr(owner, field)!r}")
+        raise ValueError(
+            f"{owner.name}: {field} must be {requirement}, got {getattr(owner, field)!r}"
+        )
 
 
 def is_count(value: Any) -> bool:

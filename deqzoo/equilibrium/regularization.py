@@ -46,14 +46,16 @@ def jacobian_penalty(
     if isinstance(f, OnceDifferentiableMap):
         f = f.twice_differentiable()
     points = [t.detach().clone().requires_grad_() for t in leaves(state)]
-    found = f(rebuild(state, [t.clone() for t in points]))  # f may work in place
-    outputs = _leaves_like(state, found, "the map must return a state like its input")
+    answer = f(rebuild(state, [t.clone() for t in points]))  # f may work in place
+    outputs = _leaves_like(state, answer, "the map must return a state like its input")
     if probes is not None:
         if not probes:
             raise ValueError("probes must hold at least one state; None draws them")
-        drawn = [_leaves_like(state, probe, "a probe must be like the state") for probe in probes]
+        probe_tensors = [
+            _leaves_like(state, probe, "a probe must be like the state") for probe in probes
+        ]
     else:
-        drawn = [
+        probe_tensors = [
             [torch.randn(t.shape, generator=generator).to(t) for t in points]
             if generator is not None
             else [torch.randn_like(t) for t in points]
@@ -61,15 +63,15 @@ def jacobian_penalty(
         ]
     size = max(sum(t.numel() for t in points), 1)
     wide = torch.promote_types(points[0].dtype, torch.float32)  # half-precision sums overflow
-    moving = [i for i, t in enumerate(outputs) if t.requires_grad]
-    if not moving:
+    indices = [i for i, t in enumerate(outputs) if t.requires_grad]
+    if not indices:
         return points[0].new_zeros((), dtype=wide)
     terms = []
-    for directions in drawn:
+    for directions in probe_tensors:
         products = torch.autograd.grad(
-            [outputs[i] for i in moving],
+            [outputs[i] for i in indices],
             points,
-            [directions[i] for i in moving],
+            [directions[i] for i in indices],
             retain_graph=True,
             create_graph=True,
             materialize_grads=True,
@@ -79,12 +81,14 @@ def jacobian_penalty(
     return torch.stack(terms).mean()
 
 
-def _leaves_like(state: State, found: State, wanted: str) -> list[Tensor]:
+def _leaves_like(state: State, other: State, requirement: str) -> list[Tensor]:
     """The tensors of a state in the order of another one, whose shapes they must have."""
-    tensors = leaves(in_order_of(found, state))
-    shapes, expected = ([tuple(t.shape) for t in each] for each in (tensors, leaves(state)))
-    if shapes != expected:
-        raise ValueError(f"expected tensors of shapes {expected}, got {shapes}: {wanted}")
+    tensors = leaves(in_order_of(other, state))
+    shapes, expected_shapes = ([tuple(t.shape) for t in each] for each in (tensors, leaves(state)))
+    if shapes != expected_shapes:
+        raise ValueError(
+            f"expected tensors of shapes {expected_shapes}, got {shapes}: {requirement}"
+        )
     return tensors
 
 
@@ -102,9 +106,9 @@ def correction_weights(
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     rules: dict[str, Callable[[int], float]] = {
-        "exp": lambda left: gamma**left,
-        "linear": lambda left: 1 - gamma * left / n,
-        "const": lambda left: gamma if left else 1.0,
+        "exp": lambda distance: gamma**distance,
+        "linear": lambda distance: 1 - gamma * distance / n,
+        "const": lambda distance: gamma if distance else 1.0,
     }
     if kind not in rules:
         raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(rules)}")

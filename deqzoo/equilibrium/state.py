@@ -145,14 +145,14 @@ def in_order_of(state: State, like: State) -> State:
         return state
     if isinstance(like, dict):
         if not isinstance(state, dict) or state.keys() != like.keys():
-            found = sorted(state) if isinstance(state, dict) else type(state).__name__
+            keys = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(
-                f"expected a state with the keys {sorted(like)}, got {found}: the map must return "
+                f"expected a state with the keys {sorted(like)}, got {keys}: the map must return "
                 "a state like its input"
             )
         return {key: in_order_of(state[key], item) for key, item in like.items()}
     if not isinstance(state, (tuple, list)) or len(state) != len(like):
-        return state  # what reads the shapes will refuse it
+        return state  # the check of shapes will refuse it
     return [in_order_of(item, other) for item, other in zip(state, like, strict=True)]
 
 

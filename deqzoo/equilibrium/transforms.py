@@ -17,7 +17,7 @@ def transformed() -> bool:
     return bool(get_interpreter_stack())
 
 
-def graded() -> bool:
+def under_grad() -> bool:
     """Whether one of them is grad, vjp or jacrev, which know no saved-tensor hooks."""
     return any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())
 
@@ -42,7 +42,7 @@ def has_tangent(tensor: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def underived() -> Iterator[None]:
+def no_derivatives() -> Iterator[None]:
     """No derivative of what happens inside, in backward or in forward mode."""
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         yield

@@ -12,15 +12,15 @@ import torch
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """As `torch.compiler.disable`, without its import of the compiler, which takes seconds."""
-    disabled: Callable[..., Any] | None = None
+    disabled_function: Callable[..., Any] | None = None
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal disabled
+        nonlocal disabled_function
         if "torch._dynamo" not in sys.modules:  # nothing has been compiled
             return function(*args, **kwargs)
-        if disabled is None:
-            disabled = torch.compiler.disable(function)
-        return disabled(*args, **kwargs)
+        if disabled_function is None:
+            disabled_function = torch.compiler.disable(function)
+        return disabled_function(*args, **kwargs)
 
     return call

@@ -161,7 +161,7 @@ class _WeightPass(torch.autograd.Function):
 def recorded_steps(problem: Problem, z: Tensor, steps: int, damping: float) -> Tensor:
     """Apply h ← h + damping · (F(h) − h) `steps` times, recording the graph."""
 
-    f = problem.f  # alone: a graph that held the problem would be held by what the problem holds
+    f = problem.f  # not `problem`: a graph that holds it would make a reference cycle
 
     def step(h: Tensor) -> Tensor:
         fh = f(h)
@@ -189,11 +189,11 @@ def attach_cotangent(
     point = state.detach().requires_grad_()
     with torch.enable_grad():
         if problem.products is problem.f:
-            # The full backward also reaches `point`: nobody reads that gradient.
+            # The full backward also reaches `point`, whose gradient is not used.
             point.register_post_accumulate_grad_hook(forget_grad)
-            value = recorded = problem.f(point)
+            value = recorded_value = problem.f(point)
         else:
-            recorded = problem.products(point)
+            recorded_value = problem.products(point)
             value = problem.f(state.detach())
     if has_tangent(value):
         raise RuntimeError(FORWARD)
@@ -201,11 +201,11 @@ def attach_cotangent(
         return state.detach()
 
     def product(vector: Tensor) -> Tensor:
-        if not recorded.requires_grad:  # a map that does not read its state
+        if not recorded_value.requires_grad:  # a map that does not read its state
             return torch.zeros_like(point)
         with torch.enable_grad():
             (out,) = torch.autograd.grad(
-                recorded, point, vector, retain_graph=True, allow_unused=True
+                recorded_value, point, vector, retain_graph=True, allow_unused=True
             )
         return torch.zeros_like(point) if out is None else out
 
@@ -217,33 +217,33 @@ def _attach_functional(
 ) -> Tensor:
     """`attach_cotangent` under the transforms of torch.func, whose tensors have no hooks."""
 
-    def cotangent(given: Tensor) -> Tensor:
+    def cotangent(grad_output: Tensor) -> Tensor:
         pull = torch.func.vjp(problem.products, state)[1]
         with torch.no_grad():
-            return solve(lambda vector: pull(vector)[0], given)
+            return solve(lambda vector: pull(vector)[0], grad_output)
 
     return _Functional.apply(problem.f(state), state, cotangent)
 
 
 def _reaches_more_than(value: Tensor, point: Tensor) -> bool:
     """Whether a backward pass of `value` ends anywhere but at `point`: with frozen weights and
-    inputs the adjoint system would be solved for nobody."""
-    seen, waiting = set(), [value.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
+    inputs the adjoint system need not be solved."""
+    visited_nodes, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited_nodes:
             continue
-        seen.add(node)
+        visited_nodes.add(node)
         if getattr(node, "variable", point) is not point:
             return True
         if type(node).__name__ == "CheckpointFunctionBackward":  # weights do not show behind it
             return True
-        waiting.extend(following for following, _ in node.next_functions)
+        stack.extend(next_node for next_node, _ in node.next_functions)
     return False
 
 
 def forget_grad(tensor: Tensor) -> None:
-    """Hook for a leaf whose gradient nobody reads."""
+    """Hook for a leaf whose gradient is not used."""
     tensor.grad = None
 
 
@@ -276,9 +276,9 @@ class _Functional(torch.autograd.Function):
         ctx.save_for_backward(value)
 
     @staticmethod
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (value,) = ctx.saved_tensors
-        return _Refused.apply(TWICE, ctx.cotangent(given), value, given), None, None
+        return _Refused.apply(TWICE, ctx.cotangent(grad_output), value, grad_output), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -288,12 +288,12 @@ class _Functional(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], value: Tensor, state: Tensor, cotangent: Any
     ) -> tuple[Tensor, Any]:
-        """What differentiates outside of vmap would find the map gone."""
+        """Derivatives taken outside of vmap are refused: the map is gone by then."""
         return _Refused.apply(_OUTSIDE, state, value), in_dims[1]
 
 
 class _Refused(torch.autograd.Function):
-    """The first tensor; whoever differentiates it, or others through it, gets an error."""
+    """The first tensor; differentiating it, or the others through it, is an error."""
 
     generate_vmap_rule = True
 

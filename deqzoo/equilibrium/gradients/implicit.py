@@ -86,7 +86,7 @@ class Implicit(Gradient):
             unit = (cotangent / size).to(cotangent.dtype)
             solution = solver.solve(lambda w: product(w) + unit, unit, layout=layout)
             adjoint = (solution.state * size).to(cotangent.dtype)
-            if batched(cotangent):  # nobody can look
+            if batched(cotangent):  # its values cannot be read
                 return adjoint
             problem.report.residual = solution.rel_residual
             problem.report.status = solution.status
@@ -98,8 +98,8 @@ class Implicit(Gradient):
         return attach_cotangent(problem, state, solve)
 
     def _complain(self, solution: Solution) -> None:
-        left = int((~solution.converged).sum())
-        if not left:
+        n_unsolved = int((~solution.converged).sum())
+        if not n_unsolved:
             return
         message = (
             "the adjoint system of an implicit gradient did not converge: the gradient is not "
@@ -108,5 +108,5 @@ class Implicit(Gradient):
         if self.unsolved == "raise":
             worst = float(solution.rel_residual.max())
             n = solution.status.numel()
-            raise RuntimeError(f"{message} ({left} of {n} cells, residual up to {worst:.1e})")
+            raise RuntimeError(f"{message} ({n_unsolved} of {n} cells, residual up to {worst:.1e})")
         warnings.warn(message, stacklevel=2)  # the same text each time, which is shown once

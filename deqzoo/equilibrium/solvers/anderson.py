@@ -87,8 +87,8 @@ class _Mixing(StepRule):
         self.ridges = self.ridge * torch.eye(
             self.window, dtype=self.work_dtype, device=matrix.device
         )
-        self.masked = layout.holds_frozen  # some cells have stopped, as far as is known
-        self.active: Tensor | None = None  # what was active when that was found out
+        self.has_stopped_cells = layout.holds_frozen  # as far as is known
+        self.active: Tensor | None = None  # active cells when that was checked
         # (C, window) bool, what a cell may mix; None: everything.
         self.valid: Tensor | None = None
         self.stall = None
@@ -113,43 +113,43 @@ class _Mixing(StepRule):
             return damped_step(z, fz, self.damping, scale, self.layout)
         slot = self.step % self.window
         self.step += 1
-        filled = min(self.step, self.window)
+        n_filled = min(self.step, self.window)
         self.maps[:, slot] = fz
         if self.valid is not None:
             self.valid[:, slot] = active
             on_cpu = active.device.type == "cpu"
             if slot == self.window - 1 and on_cpu and bool((self.valid.all(1) | ~active).all()):
                 self.valid = None  # cells that stopped mix nothing any more
-        products = row_products(self.residuals[:, :filled], self.residuals[:, slot])
+        products = row_products(self.residuals[:, :n_filled], self.residuals[:, slot])
         if self.layout.holds_frozen and active is not self.active:
             self.active = active
-            self.masked = active.device.type != "cpu" or not bool(active.all())
-        if self.masked:  # in the sums of others, what has converged is at rest
+            self.has_stopped_cells = active.device.type != "cpu" or not bool(active.all())
+        if self.has_stopped_cells:  # in the sums of others, a stopped cell's residual counts as 0
             products = torch.where(active.unsqueeze(1), products, 0)
         sums = self.layout.gram(products)
-        self.gram[:, slot, :filled] = sums
-        self.gram[:, :filled, slot] = sums
-        if filled == 1:
+        self.gram[:, slot, :n_filled] = sums
+        self.gram[:, :n_filled, slot] = sums
+        if n_filled == 1:
             return damped_step(z, fz, self.damping, scale, self.layout)
         late = False
         if self.stall is not None:
             square, stalled = self.layout.total(products[:, slot]), None
             late = self.stall.enter(square, self.layout.waiting(square))
-        weights = self.layout.spread(self.weights(slot, filled, stalled))
+        weights = self.layout.spread(self.weights(slot, n_filled, stalled))
         weights = weights.unsqueeze(1)  # (R, 1, n)
-        mixed = torch.bmm(weights.to(z.dtype), self.maps[:, :filled]).squeeze(1)
+        mixture = torch.bmm(weights.to(z.dtype), self.maps[:, :n_filled]).squeeze(1)
         if self.damping != 1 or scale is not None:
             rest = 1 - self.damping * (1 if scale is None else self.layout.spread(scale))
             shares = weights * (rest.reshape(-1, 1, 1) if isinstance(rest, Tensor) else rest)
-            mixed -= torch.bmm(shares, self.residuals[:, :filled]).squeeze(1).to(z.dtype)
+            mixture -= torch.bmm(shares, self.residuals[:, :n_filled]).squeeze(1).to(z.dtype)
         if self.stall is not None and late:
-            along = self.layout.total(((mixed - z) * residual).sum(1))
+            along = self.layout.total(((mixture - z) * residual).sum(1))
             stuck = self.stall.cells(square, along < 0)
             if stuck is not None:
                 rows = self.layout.spread(stuck).unsqueeze(1)
-                mixed = torch.where(rows, _long_step(z, fz, residual), mixed)
+                mixture = torch.where(rows, _long_step(z, fz, residual), mixture)
                 self.forget(stuck)
-        return mixed
+        return mixture
 
     def forget(self, cells: Tensor) -> None:
         """Let cells (C,) mix nothing that was evaluated so far."""
@@ -157,18 +157,18 @@ class _Mixing(StepRule):
             self.valid = cells.new_ones(cells.shape[0], self.window)
         self.valid.masked_fill_(cells.unsqueeze(1), False)
 
-    def weights(self, slot: int, filled: int, stalled: Tensor | None) -> Tensor:
+    def weights(self, slot: int, n_filled: int, stalled: Tensor | None) -> Tensor:
         """Solve for the mixing weights (C, n) of every cell."""
-        gram = self.gram[:, :filled, :filled]
-        valid = None if self.valid is None else self.valid[:, :filled]
+        gram = self.gram[:, :n_filled, :n_filled]
+        valid = None if self.valid is None else self.valid[:, :n_filled]
         if valid is not None:
             # A slot that a cell has forgotten is cut out of its system and gets weight zero.
             gram = gram * (valid.unsqueeze(1) & valid.unsqueeze(2))
             gram.diagonal(dim1=1, dim2=2).add_((~valid).to(gram.dtype) * _mean_diagonal(gram))
         scale = _mean_diagonal(gram)
-        system = torch.addcmul(gram, scale.unsqueeze(2), self.ridges[:filled, :filled])
+        system = torch.addcmul(gram, scale.unsqueeze(2), self.ridges[:n_filled, :n_filled])
         # In the units of the system, whose inverse might leave the dtype's range.
-        right = scale.expand(-1, filled) if valid is None else scale * valid
+        right = scale.expand(-1, n_filled) if valid is None else scale * valid
         # LAPACK's column order would make the batched mix fall back to a loop over the batch.
         solution = torch.linalg.solve_ex(system, right).result.contiguous()
         weights = solution / solution.sum(1, keepdim=True)
@@ -220,9 +220,9 @@ class _SingleMixing(StepRule):
         self.maps = matrix.new_empty(self.window, matrix.numel())
         self.residuals = torch.empty_like(self.maps)
         self.gram = [[0.0] * self.window for _ in range(self.window)]
-        self.valid = [True] * self.window  # what may be mixed
+        self.valid = [True] * self.window  # slots that may be mixed
         self.escape = solver.escape if layout.holds_frozen else None
-        self.lowest, self.waited = math.inf, 0  # of `_Stall`
+        self.lowest, self.stall_count = math.inf, 0  # of `_Stall`
 
     def residual(self, z: Tensor, fz: Tensor) -> Tensor:
         row = self.residuals[self.step % self.window].view(fz.shape)
@@ -241,60 +241,61 @@ class _SingleMixing(StepRule):
         self.step += 1
         if self.window == 1:
             return damped_step(z, fz, self.damping, scale, self.layout)
-        filled = min(self.step, self.window)
+        n_filled = min(self.step, self.window)
         self.maps[slot] = fz.reshape(-1)
         self.valid[slot] = True
-        products = torch.mv(self.residuals[:filled], self.residuals[slot]).tolist()
+        products = torch.mv(self.residuals[:n_filled], self.residuals[slot]).tolist()
         for i, product in enumerate(products):
             self.gram[slot][i] = self.gram[i][slot] = product
-        if filled == 1:
+        if n_filled == 1:
             return damped_step(z, fz, self.damping, scale, self.layout)
         if self.escape is not None:
             stalled = None
         weights = None
         if stalled is None or not bool(stalled):
-            weights = self.weights(filled)
+            weights = self.weights(n_filled)
         if weights is None:
-            weights = [float(i == slot) for i in range(filled)]
+            weights = [float(i == slot) for i in range(n_filled)]
         shares = z.new_tensor(weights)
-        mixed = torch.mv(self.maps[:filled].t(), shares)
+        mixture = torch.mv(self.maps[:n_filled].t(), shares)
         damping = self.damping if scale is None else self.damping * float(scale)
         if damping != 1:
-            back = torch.mv(self.residuals[:filled].t(), shares)
-            mixed.sub_(back, alpha=1 - damping)
-        mixed = mixed.view(z.shape)
+            back = torch.mv(self.residuals[:n_filled].t(), shares)
+            mixture.sub_(back, alpha=1 - damping)
+        mixture = mixture.view(z.shape)
         if self.escape is not None and not self.got_better(products[slot]):
             leapt = products[slot] > LEAP**2 * self.lowest
-            late = self.waited >= (2 * self.escape if leapt else self.escape)
-            if late or ((mixed - z) * residual).sum().item() < 0:
-                self.lowest, self.waited = math.inf, 0
+            late = self.stall_count >= (2 * self.escape if leapt else self.escape)
+            if late or ((mixture - z) * residual).sum().item() < 0:
+                self.lowest, self.stall_count = math.inf, 0
                 self.valid = [False] * self.window
                 return _long_step(z, fz, residual)
-        return mixed
+        return mixture
 
     def got_better(self, square: float) -> bool:
         """Enter a squared residual; see `_Stall`."""
         better = square < ENOUGH**2 * self.lowest
         self.lowest = min(self.lowest, square)
-        self.waited = 0 if better else self.waited + 1
+        self.stall_count = 0 if better else self.stall_count + 1
         return better or not math.isfinite(square)  # where squares overflow, nothing was measured
 
-    def weights(self, filled: int) -> list[float] | None:
+    def weights(self, n_filled: int) -> list[float] | None:
         """Mixing weights (n) by elimination; None where the system has no solution."""
-        which = [i for i in range(filled) if self.valid[i]]
-        total = sum(self.gram[i][i] for i in which)
-        scale = total * (2 * filled - len(which)) / filled**2  # as where others have to be cut out
+        slots = [i for i in range(n_filled) if self.valid[i]]
+        total = sum(self.gram[i][i] for i in slots)
+        # As in `_Mixing`, where the slots that are not valid are cut out of the system.
+        scale = total * (2 * n_filled - len(slots)) / n_filled**2
         if not 0 < scale < math.inf:
             return None
-        system = [[self.gram[i][j] / scale for j in which] for i in which]
+        system = [[self.gram[i][j] / scale for j in slots] for i in slots]
         for i, row in enumerate(system):
             row[i] += self.ridge
-        found = _solved(system)
-        whole = sum(found) if found else 0.0
+        solution = _solve(system)
+        whole = sum(solution) if solution else 0.0
         if not whole or not math.isfinite(whole):
             return None
-        weights = [0.0] * filled
-        for i, weight in zip(which, found or [], strict=True):
+        weights = [0.0] * n_filled
+        for i, weight in zip(slots, solution or [], strict=True):
             weights[i] = weight / whole
         return weights
 
@@ -309,14 +310,14 @@ class _SingleMixing(StepRule):
         self.layout = layout
 
 
-def _solved(system: list[list[float]]) -> list[float] | None:
+def _solve(system: list[list[float]]) -> list[float] | None:
     """Solution of a symmetric system with ones on the right; None where a pivot vanishes.
 
     Rounding may make the last pivot of a nearly singular system negative: the solution is large
     then, and its direction, which is all that matters, still right.
     """
     n = len(system)
-    found = [1.0] * n
+    solution = [1.0] * n
     for k, row in enumerate(system):
         if row[k] == 0:
             return None
@@ -324,11 +325,11 @@ def _solved(system: list[list[float]]) -> list[float] | None:
             factor, other = row[i] / row[k], system[i]
             for j in range(i, n):
                 other[j] -= factor * row[j]
-            found[i] -= factor * found[k]
+            solution[i] -= factor * solution[k]
     for k in range(n - 1, -1, -1):
         row = system[k]
-        found[k] = (found[k] - sum(row[j] * found[j] for j in range(k + 1, n))) / row[k]
-    return found
+        solution[k] = (solution[k] - sum(row[j] * solution[j] for j in range(k + 1, n))) / row[k]
+    return solution
 
 
 class _Stall:
@@ -346,7 +347,7 @@ class _Stall:
         # evaluations for which it has not.
         self.books: tuple[Tensor, Tensor] | None = None
 
-    def enter(self, square: Tensor, waiting: Tensor) -> bool:
+    def enter(self, square: Tensor, waiting_cells: Tensor) -> bool:
         """Enter squared residuals (C,), and which cells (C,) wait for others.
 
         Returns whether any cell may be stuck.
@@ -354,8 +355,8 @@ class _Stall:
         if self.books is None:
             self.books = torch.full_like(square, math.inf), torch.zeros_like(square)
         enough, count = self.books
-        count = (count + 1).masked_fill_(square < enough, 0).masked_fill_(waiting, 0)
-        enough = torch.minimum(enough, ENOUGH**2 * square).masked_fill_(waiting, math.inf)
+        count = (count + 1).masked_fill_(square < enough, 0).masked_fill_(waiting_cells, 0)
+        enough = torch.minimum(enough, ENOUGH**2 * square).masked_fill_(waiting_cells, math.inf)
         self.books = enough, count
         return count.device.type != "cpu" or bool(count.any())
 

@@ -16,10 +16,10 @@ from deqzoo.equilibrium.maps import BatchMap, Matrices, keeps_positions
 from deqzoo.equilibrium.options import is_count, is_damping, is_number, require
 from deqzoo.equilibrium.solvers.loop import Loop, StepCallback
 from deqzoo.equilibrium.solvers.single import SingleLoop
-from deqzoo.equilibrium.solvers.solution import Solution, joined
+from deqzoo.equilibrium.solvers.solution import Solution, join_parts
 from deqzoo.equilibrium.solvers.traced import traced_solution
 from deqzoo.equilibrium.state import State
-from deqzoo.equilibrium.transforms import batched, transformed, underived
+from deqzoo.equilibrium.transforms import batched, no_derivatives, transformed
 from deqzoo.equilibrium.uncompiled import uncompiled
 
 
@@ -31,7 +31,7 @@ class Solver(ABC):
         max_steps: updates of each cell's state; at most max_steps + 1 evaluations of F, the last
             of which measures what is returned.
             The start comes back only for a cell without any finite evaluation, with status
-            NONFINITE; everybody else gets a later iterate.
+            NONFINITE; every other cell gets a later iterate.
         tol: a cell has converged when its residual is at most this.
         stop_mode: "rel" tests ‖F(h) − h‖ / ‖F(h)‖, "abs" tests ‖F(h) − h‖.
         damping: β in h + β (F(h) − h), in (0, 1].
@@ -130,7 +130,7 @@ class Solver(ABC):
         return self._solve(f, z0, layout, compact, trace, callback)
 
     @uncompiled  # how often the loop turns depends on values; compiling f is up to f
-    @underived()
+    @no_derivatives()
     def _solve(
         self,
         f: Callable[[State], State],
@@ -149,21 +149,23 @@ class Solver(ABC):
             if layout.cuts and self.criterion == "per token" and not layout.whole_sequences:
                 return self._solve_parts(f, z0, layout)
         matrices = Matrices(f, layout, not transformed())
-        watched = callback is not None or trace or (self.check_every or 1) > 1
-        if not watched and is_single(layout, matrix):
+        needs_loop = callback is not None or trace or (self.check_every or 1) > 1
+        if not needs_loop and is_single(layout, matrix):
             return SingleLoop(self, layout, matrix).run(matrices)
         return Loop(self, layout, matrix, trace).run(matrices, matrix, compact, callback)
 
     def _solve_parts(self, f: Any, z0: Tensor, layout: Causal) -> Solution:
         """Solve the parts of a causal layout one after another."""
-        found: list[Solution] = []
-        solved = z0[:, :0]
+        solutions: list[Solution] = []
+        solved_prefix = z0[:, :0]
         for start, stop in itertools.pairwise((0, *layout.cuts, z0.shape[1])):
-            selection = layout.part(start, stop, solved)
+            selection = layout.part(start, stop, solved_prefix)
             part = Causal(None if layout.valid is None else selection.state(layout.valid))
-            found.append(self.solve(f.select(selection), selection.state(z0), part, compact=True))
-            solved = torch.cat((solved, found[-1].state), dim=1)
-        return joined(found)
+            solutions.append(
+                self.solve(f.select(selection), selection.state(z0), part, compact=True)
+            )
+            solved_prefix = torch.cat((solved_prefix, solutions[-1].state), dim=1)
+        return join_parts(solutions)
 
 
 class StepRule(ABC):

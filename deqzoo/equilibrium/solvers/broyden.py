@@ -83,14 +83,14 @@ class _QuasiNewton(StepRule):
         n = self.rank
         self.rank += 1
         if n == 0:
-            proposed = damped_step(z, fz, self.damping, scale, self.layout)
-            if proposed is not fz:
-                torch.sub(proposed, z, out=self.steps[:, 0])
-            return proposed
+            proposal = damped_step(z, fz, self.damping, scale, self.layout)
+            if proposal is not fz:
+                torch.sub(proposal, z, out=self.steps[:, 0])
+            return proposal
         damping = self.damping if scale is None else self.damping * scale.unsqueeze(1)
-        known = self.steps[:, : n + 1]
+        vectors = self.steps[:, : n + 1]
         shares = self.layout.spread(self.learn(n, damping, stalled))
-        step = torch.bmm(shares.unsqueeze(1), known).squeeze(1)
+        step = torch.bmm(shares.unsqueeze(1), vectors).squeeze(1)
         self.steps[:, n] = step
         return step.add_(z) if step.dtype == z.dtype else (z + step).to(z.dtype)
 
@@ -100,8 +100,8 @@ class _QuasiNewton(StepRule):
         `damping` is a number, or one per cell (C, 1).
         """
         # Inner products of the last step and of r, which lie side by side, with everything.
-        known = self.steps[:, : n + 1]
-        dots = self.layout.total(torch.bmm(known[:, n - 1 :], known.transpose(1, 2)))
+        vectors = self.steps[:, : n + 1]
+        dots = self.layout.total(torch.bmm(vectors[:, n - 1 :], vectors.transpose(1, 2)))
         last, current = dots[:, 0, :n], dots[:, 1, :n]
         kappa, inverse = self.kappa[:, :n], self.inverse[:, :n, :n]
         inverse[:, n - 1] = 0
@@ -123,12 +123,12 @@ class _QuasiNewton(StepRule):
         if stalled is not None:
             kappa.masked_fill_(stalled.unsqueeze(1), 0)
         shares = torch.zeros_like(dots[:, 1])
-        weighted = torch.where(kappa == 0, 0, kappa * c)
+        coefficients = torch.where(kappa == 0, 0, kappa * c)
         shares[:, n] = 1
-        shares[:, 1:n] = weighted[:, :-1]
+        shares[:, 1:n] = coefficients[:, :-1]
         if not isinstance(damping, float) or damping != 1:
-            shares[:, :n] -= (1 - damping) * weighted
-        return shares * (damping / (1 - damping * weighted[:, n - 1 :]))
+            shares[:, :n] -= (1 - damping) * coefficients
+        return shares * (damping / (1 - damping * coefficients[:, n - 1 :]))
 
     def restart(self, cells: Tensor) -> None:
         # Zeros in the steps too: a share of zero would not silence what is not finite.

@@ -25,10 +25,10 @@ StepCallback = Callable[[int, Tensor, Tensor], None]
 def cell_norm(rows: Tensor, layout: Layout) -> Tensor:
     """Euclidean norms of the cells (C,), in float32 or wider, from rows (R, D).
 
-    Where squares under- or overflow on the CPU, `scaled_norm` has to be asked.
+    On the CPU squares may under- or overflow; `scaled_norm` is for such rows.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
-    if rows.device.type != "cpu":  # limited by memory there: range is for nothing
+    if rows.device.type != "cpu":  # memory-bound there: the wide range costs nothing
         return scaled_norm(rows, layout).to(wide)
     return layout.norm(rows, wide)
 
@@ -55,24 +55,24 @@ def quotient(absolute: Tensor, size: Tensor) -> Tensor:
 
 
 class Residuals(NamedTuple):
-    """Residuals of the cells, each (C,): in both measures, and those that decide."""
+    """Residuals of the cells, each (C,): in both measures, and as compared with the tolerance."""
 
     absolute: Tensor
     relative: Tensor
-    chosen: Tensor
+    stop_residual: Tensor
 
 
 def residuals(residual: Tensor, fz: Tensor, layout: Layout, solver: Solver) -> Residuals:
     """Measure F(h) − h (R, D) at any scale of the state."""
     absolute, size = scaled_norm(residual, layout), scaled_norm(fz, layout)
     relative = quotient(absolute, size)
-    chosen = torch.nan_to_num(deciding(absolute, size, layout, solver), nan=math.inf)
+    stop_residual = torch.nan_to_num(stop_residuals(absolute, size, layout, solver), nan=math.inf)
     wide = torch.promote_types(fz.dtype, torch.float32)
-    found = (absolute, relative, layout.worst(chosen))
-    return Residuals(*(each.to(wide) for each in found))
+    measures = (absolute, relative, layout.worst(stop_residual))
+    return Residuals(*(each.to(wide) for each in measures))
 
 
-def deciding(absolute: Tensor, size: Tensor, layout: Layout, solver: Solver) -> Tensor:
+def stop_residuals(absolute: Tensor, size: Tensor, layout: Layout, solver: Solver) -> Tensor:
     """What a solver compares with its tolerance (C,), from ‖F(h) − h‖ and ‖F(h)‖ of the cells."""
     if solver.criterion == "per sequence":
         absolute, size = layout.whole(absolute), layout.whole(size)
@@ -80,8 +80,8 @@ def deciding(absolute: Tensor, size: Tensor, layout: Layout, solver: Solver) -> 
 
 
 @lru_cache
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    """A number as tensors of a dtype are compared with it."""
+def _round_to(value: float, dtype: torch.dtype) -> float:
+    """A number rounded to a dtype, as comparisons with its tensors see it."""
     return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
@@ -128,27 +128,29 @@ class Books:
     @classmethod
     def open(cls, n: int, max_steps: int, like: Tensor) -> Books:
         infinite = like.new_full((n,), math.inf)
-        whole = torch.zeros(n, dtype=torch.int64, device=like.device)
+        zeros = torch.zeros(n, dtype=torch.int64, device=like.device)
         return cls(
             infinite,
             infinite,
             infinite,
-            whole + Status.MAX_STEPS,
-            whole + max_steps,
-            whole == 0,
-            whole != 0,
-            whole,
+            zeros + Status.MAX_STEPS,
+            zeros + max_steps,
+            zeros == 0,
+            zeros != 0,
+            zeros,
             infinite,
         )
 
-    def update(self, k: int, kept: Tensor | None, improved: Tensor, found: Residuals) -> None:
-        """Enter the residuals of evaluation k for the cells `kept` (C,), or for all."""
-        self.lowest = torch.minimum(self.lowest, found.chosen)
-        if kept is not None:
+    def update(
+        self, k: int, kept_cells: Tensor | None, improved: Tensor, new_residuals: Residuals
+    ) -> None:
+        """Enter the residuals of evaluation k for the mask `kept_cells` (C,), or for all."""
+        self.lowest = torch.minimum(self.lowest, new_residuals.stop_residual)
+        if kept_cells is not None:
             mine = (self.abs_residual, self.rel_residual, self.residual)
-            pairs = zip(found, mine, strict=True)
-            found = Residuals(*(torch.where(kept, new, old) for new, old in pairs))
-        self.abs_residual, self.rel_residual, self.residual = found
+            pairs = zip(new_residuals, mine, strict=True)
+            new_residuals = Residuals(*(torch.where(kept_cells, new, old) for new, old in pairs))
+        self.abs_residual, self.rel_residual, self.residual = new_residuals
         self.best_at = self.best_at.masked_fill(improved, k)
 
     def stop_stalled(self, k: int, patience: int, layout: Layout) -> None:
@@ -190,10 +192,10 @@ class Loop:
         self.row_index: Tensor | None = None
         # The iterate that a cell keeps is its best one. Where cells read each other it is the last
         # finite one: the best of each would belong to different evaluations, with a residual that
-        # nobody measured. It is the current iterate (`pending`) or has been copied to `saved`: as
-        # long as residuals fall, nothing has to be copied.
-        self.saved = self.whole_saved = matrix
-        self.owns_saved = False
+        # nobody measured. It is the current iterate (`pending`) or has been copied to
+        # `saved_iterate`: as long as residuals fall, nothing has to be copied.
+        self.saved_iterate = self.whole_saved_iterate = matrix
+        self.owns_saved_iterate = False
         self.last = matrix
         self.pending = torch.zeros(n_cells, dtype=torch.bool, device=matrix.device)
         self.none, self.every = self.pending, ~self.pending
@@ -201,17 +203,17 @@ class Loop:
         self.unit: Tensor | None = None  # (C,) of what is left, where states are huge or tiny
         self.whole_unit: Tensor | None = None
         self.least, self.most = safe_range(like.dtype)
-        self.tol = _rounded(float(solver.tol), like.dtype)
+        self.tol = _round_to(float(solver.tol), like.dtype)
         self.trace: list[Tensor] | None = [] if trace else None
         self.n_evals = self.row_evals = 0
-        self.started = time.perf_counter()
+        self.start_time = time.perf_counter()
         self.on_cpu = matrix.device.type == "cpu"
         self.check_every = solver.check_every or (1 if self.on_cpu else 4)
         self.autocast = torch.is_autocast_enabled(matrix.device.type)
-        self.all_active = False  # known to be, at the last look
-        self.looked_at: Tensor | None = None  # what was active then,
-        self.looked = True, True  # and whether all were and any was
-        self.stays: Tensor | None = None  # what was active when too few had stopped to leave
+        self.all_active = False  # as far as the last look at the flags showed
+        self.last_active: Tensor | None = None  # active cells at the last look,
+        self.last_flags = True, True  # and whether all and any were active
+        self.undroppable: Tensor | None = None  # active cells when too few had stopped to leave
         self.all_improved = self.on_cpu  # every cell has got better at every evaluation
 
     def run(
@@ -252,63 +254,63 @@ class Loop:
     ) -> None:
         """Enter evaluation k, made at iterate z, into the books; that of the start is not kept."""
         own, size = cell_norm(residual, self.layout), cell_norm(fz, self.layout)
-        found = self.plain_residuals(own, size)
+        new_residuals = self.plain_residuals(own, size)
         before = self.all_improved
         # The usual case before the first cell stops, at a fraction of the operations.
-        self.all_improved = before and self.all_better(found)
+        self.all_improved = before and self.all_better(new_residuals)
         if self.all_improved:
             self.books.broken = self.none
             if k > 0:
-                self.enter_improved(found)
+                self.enter_improved(new_residuals)
         else:
             if before and k > 0:
                 self.books.best_at = self.books.best_at + (k - 1)
-            lowest = self.lowest_ordinary(found)
+            lowest = self.lowest_ordinary(new_residuals)
             if lowest is None:
-                found = self.careful_residuals(own, size, residual, fz)
-                self.books.broken = self.books.active & (found.chosen == math.inf)
+                new_residuals = self.careful_residuals(own, size, residual, fz)
+                self.books.broken = self.books.active & (new_residuals.stop_residual == math.inf)
             else:
                 self.books.broken = self.none
             if k > 0:
-                self.enter(k, found, lowest)
-        self.all_active = False  # until somebody looks
+                self.enter(k, new_residuals, lowest)
+        self.all_active = False  # until the flags are read
         if k > 0:
             self.last = z
             if callback is not None:
-                callback(k, self.in_own_units(z), found.chosen)
+                callback(k, self.in_own_units(z), new_residuals.stop_residual)
 
-    def enter_improved(self, found: Residuals) -> None:
+    def enter_improved(self, new_residuals: Residuals) -> None:
         """Enter residuals that are the lowest of every cell so far."""
         books = self.books
         if self.trace is not None:
-            self.trace.append(found.chosen)
-        books.abs_residual, books.rel_residual, books.residual = found
-        books.lowest = found.chosen
+            self.trace.append(new_residuals.stop_residual)
+        books.abs_residual, books.rel_residual, books.residual = new_residuals
+        books.lowest = new_residuals.stop_residual
         self.pending = self.every
 
-    def enter(self, k: int, found: Residuals, lowest: float | None) -> None:
+    def enter(self, k: int, new_residuals: Residuals, lowest: float | None) -> None:
         """Enter the residuals of evaluation k, and stop cells for which it is the last.
 
         Args:
             lowest: the least of them, where all are ordinary numbers.
         """
-        books, active, chosen = self.books, self.books.active, found.chosen
+        books, active, stop_residual = self.books, self.books.active, new_residuals.stop_residual
         if self.trace is not None:
-            self.trace.append(torch.where(active, chosen, books.residual))
-        improved = chosen < books.lowest
+            self.trace.append(torch.where(active, stop_residual, books.residual))
+        improved = stop_residual < books.lowest
         if not self.layout.holds_frozen:
-            kept = improved = active & improved
+            kept_cells = improved = active & improved
         elif lowest is None:
-            kept = active & (chosen < math.inf)
+            kept_cells = active & (stop_residual < math.inf)
         else:
-            kept = active
-        if kept is not self.pending:
-            self.save(self.pending & ~kept)
-        self.pending = kept
-        every = self.all_active and kept is active
-        books.update(k, None if every else kept, improved, found)
+            kept_cells = active
+        if kept_cells is not self.pending:
+            self.save(self.pending & ~kept_cells)
+        self.pending = kept_cells
+        every = self.all_active and kept_cells is active
+        books.update(k, None if every else kept_cells, improved, new_residuals)
         if lowest is None or lowest <= self.tol:
-            books.stop(books.active & (chosen <= self.solver.tol), Status.CONVERGED, k)
+            books.stop(books.active & (stop_residual <= self.solver.tol), Status.CONVERGED, k)
         if self.solver.patience is not None:
             books.stop_stalled(k, self.solver.patience, self.layout)
 
@@ -327,53 +329,53 @@ class Loop:
             own, size = own * self.unit, size * self.unit
         relative = own / size if solver.stop_mode == "rel" else quotient(own, size)
         if solver.criterion == "per sequence":
-            chosen = deciding(own, size, self.layout, solver)
+            stop_residual = stop_residuals(own, size, self.layout, solver)
         else:
-            chosen = relative if solver.stop_mode == "rel" else own
-        return Residuals(own, relative, self.layout.worst(chosen))
+            stop_residual = relative if solver.stop_mode == "rel" else own
+        return Residuals(own, relative, self.layout.worst(stop_residual))
 
     def careful_residuals(
         self, own: Tensor, size: Tensor, residual: Tensor, fz: Tensor
     ) -> Residuals:
         """Residuals where some are not finite, or so small that their squares are not exact."""
         relative = quotient(own, size)
-        absolute, chosen = self.choose(own, size)
+        absolute, stop_residual = self.choose(own, size)
         small = torch.minimum(absolute, relative) < self.least
-        odd = small | (chosen == math.inf)  # of stopped cells too, which decide about others
+        odd = small | (stop_residual == math.inf)  # of stopped cells too, on which others depend
         if self.on_cpu and bool((odd & self.books.active).any()):
             exact = scaled_norm(residual, self.layout)
             exact_size = scaled_norm(fz, self.layout)
             relative = torch.where(odd, quotient(exact, exact_size).to(relative), relative)
             own = torch.where(odd, exact.to(own), own)
             size = torch.where(odd, exact_size.to(size), size)
-            absolute, chosen = self.choose(own, size)
-        return Residuals(absolute, relative, chosen)
+            absolute, stop_residual = self.choose(own, size)
+        return Residuals(absolute, relative, stop_residual)
 
     def choose(self, absolute: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """Return absolute residuals in the map's own units, and those that decide."""
+        """Return absolute residuals in the map's own units, and those compared with `tol`."""
         if self.unit is not None:
             absolute, size = absolute * self.unit, size * self.unit
-        chosen = deciding(absolute, size, self.layout, self.solver)
-        chosen = torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf)
-        return absolute, self.layout.worst(chosen)
+        stop_residual = stop_residuals(absolute, size, self.layout, self.solver)
+        stop_residual = torch.nan_to_num(stop_residual, nan=math.inf, posinf=math.inf)
+        return absolute, self.layout.worst(stop_residual)
 
-    def all_better(self, found: Residuals) -> bool:
+    def all_better(self, new_residuals: Residuals) -> bool:
         """Whether every cell got better and none meets the tolerance."""
-        lowest, chosen = self.books.lowest, found.chosen
-        if chosen.numel() == 1:
-            return self.tol < chosen.item() < lowest.item()
-        better = (chosen < lowest) & (chosen > self.tol)
-        if self.layout.holds_frozen:  # 0 over a norm that overflows hides behind those before it
-            better = better & (found.relative > 0)
+        lowest, stop_residual = self.books.lowest, new_residuals.stop_residual
+        if stop_residual.numel() == 1:
+            return self.tol < stop_residual.item() < lowest.item()
+        better = (stop_residual < lowest) & (stop_residual > self.tol)
+        if self.layout.holds_frozen:  # where F(h) overflows, a 0 is hidden by the cells before
+            better = better & (new_residuals.relative > 0)
         return bool(better.all())
 
-    def lowest_ordinary(self, found: Residuals) -> float | None:
+    def lowest_ordinary(self, new_residuals: Residuals) -> float | None:
         """The least residual, if all are numbers of a size that squares can have; on the CPU."""
-        chosen = found.chosen
-        if not self.on_cpu or not chosen.numel():
+        stop_residual = new_residuals.stop_residual
+        if not self.on_cpu or not stop_residual.numel():
             return None
-        low, high = (end.item() for end in chosen.aminmax())
-        least = torch.minimum(found.absolute, found.relative).min().item()
+        low, high = (end.item() for end in stop_residual.aminmax())
+        least = torch.minimum(new_residuals.absolute, new_residuals.relative).min().item()
         return low if high < math.inf and min(low, least) >= self.least else None
 
     def choose_unit(self, f: _Map, z: Tensor, fz: Tensor) -> tuple[_Map, Tensor, Tensor]:
@@ -392,7 +394,7 @@ class Loop:
         unit = torch.ldexp(torch.ones_like(size), exponent).masked_fill(usual, 1)
         self.unit = self.whole_unit = unit.to(self.books.residual)
         rows = self.layout.spread(unit).unsqueeze(1).to(z)
-        self.saved = self.whole_saved = self.last = z = z / rows
+        self.saved_iterate = self.whole_saved_iterate = self.last = z = z / rows
         return _Scaled(f, rows), z, fz / rows
 
     def save(self, cells: Tensor) -> None:
@@ -402,30 +404,32 @@ class Loop:
             index = rows.nonzero().squeeze(1)
             if not index.numel():
                 return
-            self.own_saved()
-            self.saved.index_copy_(0, index, self.last.index_select(0, index))
+            self.own_saved_iterate()
+            self.saved_iterate.index_copy_(0, index, self.last.index_select(0, index))
         else:
-            self.own_saved()
-            torch.where(rows.unsqueeze(1), self.last, self.saved, out=self.saved)
+            self.own_saved_iterate()
+            torch.where(rows.unsqueeze(1), self.last, self.saved_iterate, out=self.saved_iterate)
 
-    def own_saved(self) -> None:
+    def own_saved_iterate(self) -> None:
         """Stop using the caller's start in place of saved iterates."""
-        if not self.owns_saved:
-            self.saved = self.whole_saved = self.saved.clone()
-            self.owns_saved = True
+        if not self.owns_saved_iterate:
+            self.saved_iterate = self.whole_saved_iterate = self.saved_iterate.clone()
+            self.owns_saved_iterate = True
 
-    def kept(self) -> Tensor:
+    def kept_iterate(self) -> Tensor:
         """The iterate (R, D) that every cell would return now."""
-        return torch.where(self.layout.spread(self.pending).unsqueeze(1), self.last, self.saved)
+        return torch.where(
+            self.layout.spread(self.pending).unsqueeze(1), self.last, self.saved_iterate
+        )
 
     def look(self) -> tuple[bool, bool]:
         """Read (any cell active, any broken) from the device in one transfer."""
         books = self.books
         if self.on_cpu:
-            if books.active is not self.looked_at:
-                self.looked_at = books.active
-                self.looked = bool(books.active.all()), bool(books.active.any())
-            self.all_active, running = self.looked
+            if books.active is not self.last_active:
+                self.last_active = books.active
+                self.last_flags = bool(books.active.all()), bool(books.active.any())
+            self.all_active, running = self.last_flags
             broken = books.broken is not self.none and bool(books.broken.any())
             return running, broken
         running, broken = torch.stack((books.active.any(), books.broken.any())).tolist()
@@ -453,32 +457,32 @@ class Loop:
         arguments = (z, fz, residual, books.active, stalled, self.scale)
         if self.autocast:
             with torch.autocast(z.device.type, enabled=False):  # the mixing keeps its precision
-                proposed = self.rule.propose(*arguments)
+                proposal = self.rule.propose(*arguments)
         else:
-            proposed = self.rule.propose(*arguments)
+            proposal = self.rule.propose(*arguments)
         if back is not None:
             self.rule.restart(books.broken)
-            proposed = torch.where(spread(books.broken).unsqueeze(1), self.kept(), proposed)
+            proposal = torch.where(spread(books.broken).unsqueeze(1), self.kept_iterate(), proposal)
         if self.layout.holds_frozen and not (self.all_improved or self.all_active):
-            # Who has stopped is where he stays, unless he broke.
-            stays = z if books.broken is self.none else self.kept()
-            proposed = torch.where(spread(books.active).unsqueeze(1), proposed, stays)
-        return proposed
+            # A stopped cell stays where it is, unless it broke.
+            frozen_iterate = z if books.broken is self.none else self.kept_iterate()
+            proposal = torch.where(spread(books.active).unsqueeze(1), proposal, frozen_iterate)
+        return proposal
 
     def drop(
         self, f: _Map, z: Tensor, fz: Tensor, residual: Tensor
     ) -> tuple[_Map, Tensor, Tensor, Tensor]:
         """Let stopped cells leave where enough of them have stopped."""
         active = self.books.active
-        if self.all_active or active is self.stays or bool(active.all()):
+        if self.all_active or active is self.undroppable or bool(active.all()):
             return f, z, fz, residual
-        final = self.in_own_units(self.kept()) if self.layout.holds_frozen else z
-        chosen = self.layout.select(active, final)
-        if chosen is None:
-            self.stays = active
+        final = self.in_own_units(self.kept_iterate()) if self.layout.holds_frozen else z
+        remainder = self.layout.select(active, final)
+        if remainder is None:
+            self.undroppable = active
             return f, z, fz, residual
-        layout, selection = chosen
-        self.own_saved()
+        layout, selection = remainder
+        self.own_saved_iterate()
         self.write_back()
         cells, rows = selection.cell_index, selection.rows
         self.cell_index = cells if self.cell_index is None else self.cell_index[cells]
@@ -488,7 +492,7 @@ class Loop:
         self.none = ~self.every
         self.scale = None if self.scale is None else self.scale[cells]
         self.unit = None if self.unit is None else self.unit[cells]
-        self.saved = self.saved.index_select(0, rows)
+        self.saved_iterate = self.saved_iterate.index_select(0, rows)
         self.rule.select(layout, selection)
         self.layout = layout
         z, fz, residual = (t.index_select(0, rows) for t in (z, fz, residual))
@@ -500,14 +504,14 @@ class Loop:
         self.save(self.pending)
         if self.cell_index is not None and self.row_index is not None:
             self.whole_books.scatter(self.cell_index, self.books)
-            self.whole_saved.index_copy_(0, self.row_index, self.saved)
+            self.whole_saved_iterate.index_copy_(0, self.row_index, self.saved_iterate)
 
     def finish(self) -> Solution:
         self.books.stop(self.books.broken & self.books.active, Status.NONFINITE, self.n_evals - 1)
-        if self.on_cpu and not self.owns_saved and bool(self.pending.all()):
-            self.whole_saved = self.last.clone()
+        if self.on_cpu and not self.owns_saved_iterate and bool(self.pending.all()):
+            self.whole_saved_iterate = self.last.clone()
         else:
-            self.own_saved()
+            self.own_saved_iterate()
             self.write_back()
         books, shape = self.whole_books, self.whole_layout.cell_shape()
         if self.layout is not self.whole_layout:  # what a cell reads may have left before it
@@ -516,10 +520,10 @@ class Loop:
         trace = None
         if self.trace is not None:
             trace = books.residual.new_empty(*shape, len(self.trace))
-            for k, chosen in enumerate(self.trace):
-                trace[..., k] = chosen.reshape(shape)
+            for k, stop_residual in enumerate(self.trace):
+                trace[..., k] = stop_residual.reshape(shape)
         return Solution(
-            state=self.layout.to_state(self.in_own_units(self.whole_saved)),
+            state=self.layout.to_state(self.in_own_units(self.whole_saved_iterate)),
             status=books.status.reshape(shape),
             n_steps=books.n_steps.reshape(shape),
             abs_residual=books.abs_residual.reshape(shape),
@@ -527,6 +531,6 @@ class Loop:
             residual=books.residual.reshape(shape),
             n_evals=self.n_evals,
             row_evals=self.row_evals,
-            seconds=time.perf_counter() - self.started,
+            seconds=time.perf_counter() - self.start_time,
             trace=trace,
         )

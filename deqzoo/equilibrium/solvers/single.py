@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout
 from deqzoo.equilibrium.maps import Matrices
-from deqzoo.equilibrium.solvers.loop import Loop, deciding, quotient, safe_range, scaled_norm
+from deqzoo.equilibrium.solvers.loop import Loop, quotient, safe_range, scaled_norm, stop_residuals
 from deqzoo.equilibrium.solvers.solution import Solution, Status
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class SingleLoop:
     """One solve of one cell that `Layout.is_one_cell` accepts; books and rules are `Loop`'s."""
 
     def __init__(self, solver: Solver, layout: Layout, matrix: Tensor) -> None:
-        self.started = time.perf_counter()
+        self.start_time = time.perf_counter()
         self.solver = solver
         self.layout = layout
         self.start = matrix
@@ -34,11 +34,11 @@ class SingleLoop:
         self.least, self.most = safe_range(matrix.dtype)
         # The iterate that would be returned now; a copy as soon as others have followed it, since
         # a map may answer in a few buffers of its own in turns.
-        self.kept, self.owned = matrix, False
-        # Of that iterate: absolute and relative residual, and the one that decides.
+        self.iterate, self.owns_iterate = matrix, False
+        # Of that iterate: absolute and relative residual, and the one compared with `tol`.
         self.residuals = (math.inf, math.inf, math.inf)
-        self.lowest = self.chosen = math.inf
-        self.waited = 0
+        self.lowest = self.stop_residual = math.inf
+        self.stall_count = 0
         self.scale: Tensor | None = None
         self.active = True
         self.status, self.n_steps = Status.MAX_STEPS, solver.max_steps
@@ -53,50 +53,52 @@ class SingleLoop:
             if not self.measure(k, z, fz, residual):
                 loop = Loop(solver, self.layout, z, trace=False)
                 return loop.run(f, z, compact=False, callback=None, first=fz)
-            broken = self.chosen == math.inf
+            broken = self.stop_residual == math.inf
             if k == solver.max_steps or not (self.goes_back(k) if broken else self.active):
                 break
             stalled = None
-            if solver.patience is not None and self.waited >= solver.patience:
+            if solver.patience is not None and self.stall_count >= solver.patience:
                 stalled = every
             z = rule.propose(z, fz, residual, every, stalled, self.scale)
             if broken:
                 rule.restart(every)
-                z = self.kept
+                z = self.iterate
         if self.active and broken:
             self.stop(Status.NONFINITE, k)
         return self.solution(k + 1)
 
     def measure(self, k: int, z: Tensor, fz: Tensor, residual: Tensor) -> bool:
         """Enter evaluation k, made at iterate z; False if the first one asks for other units."""
-        relatively = self.solver.stop_mode == "rel"
+        is_relative = self.solver.stop_mode == "rel"
         absolute = torch.linalg.vector_norm(residual).item()
         size = torch.linalg.vector_norm(fz).item()
         if k == 0 and not self.least < size < self.most:
             return False
         relative = absolute / size if size > 0 else math.nan
-        chosen = relative if relatively else absolute
+        stop_residual = relative if is_relative else absolute
         if not (absolute >= self.least and self.least <= relative < math.inf):
             exact, exact_size = scaled_norm(residual, self.layout), scaled_norm(fz, self.layout)
             own, whole = exact.to(z.dtype), exact_size.to(z.dtype)
             absolute, relative = own.item(), quotient(exact, exact_size).to(z.dtype).item()
-            chosen = deciding(own, whole, self.layout, self.solver).item()
-        self.chosen = chosen = math.inf if math.isnan(chosen) else chosen
+            stop_residual = stop_residuals(own, whole, self.layout, self.solver).item()
+        self.stop_residual = stop_residual = (
+            math.inf if math.isnan(stop_residual) else stop_residual
+        )
         if k == 0:
             return True
-        improved = chosen < self.lowest
-        if improved or self.layout.holds_frozen and chosen < math.inf:
-            self.kept, self.owned = z, False
-            self.residuals = (absolute, relative, chosen)
-        elif not self.owned:
-            self.kept, self.owned = self.kept.clone(), True
-        self.waited += 1
+        improved = stop_residual < self.lowest
+        if improved or self.layout.holds_frozen and stop_residual < math.inf:
+            self.iterate, self.owns_iterate = z, False
+            self.residuals = (absolute, relative, stop_residual)
+        elif not self.owns_iterate:
+            self.iterate, self.owns_iterate = self.iterate.clone(), True
+        self.stall_count += 1
         if improved:
-            self.lowest, self.waited = chosen, 0
+            self.lowest, self.stall_count = stop_residual, 0
         patience = self.solver.patience
-        if chosen <= self.solver.tol:
+        if stop_residual <= self.solver.tol:
             self.stop(Status.CONVERGED, k)
-        elif patience is not None and self.waited >= 3 * patience:
+        elif patience is not None and self.stall_count >= 3 * patience:
             self.stop(Status.STALLED, k)
         return True
 
@@ -113,15 +115,17 @@ class SingleLoop:
 
     def solution(self, n_evals: int) -> Solution:
         shape, like = self.layout.cell_shape(), self.start
-        absolute, relative, chosen = (like.new_full(shape, number) for number in self.residuals)
+        absolute, relative, stop_residual = (
+            like.new_full(shape, number) for number in self.residuals
+        )
         return Solution(
-            state=self.layout.to_state(self.kept.clone()),
+            state=self.layout.to_state(self.iterate.clone()),
             status=torch.full(shape, int(self.status), device=like.device),
             n_steps=torch.full(shape, self.n_steps, device=like.device),
             abs_residual=absolute,
             rel_residual=relative,
-            residual=chosen,
+            residual=stop_residual,
             n_evals=n_evals,
             row_evals=n_evals * like.shape[0],
-            seconds=time.perf_counter() - self.started,
+            seconds=time.perf_counter() - self.start_time,
         )

@@ -85,7 +85,7 @@ class Solution:
         return self.n_steps + 1
 
 
-def joined(parts: list[Solution]) -> Solution:
+def join_parts(parts: list[Solution]) -> Solution:
     """The solution of sequences that were solved part by part.
 
     A position has converged when all before it have; behind one that has not it gets the status of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deqzoo.equilibrium.layout import Layout, begin
 from deqzoo.equilibrium.maps import Matrices
-from deqzoo.equilibrium.solvers.loop import cell_norm, deciding, quotient, scaled_norm
+from deqzoo.equilibrium.solvers.loop import cell_norm, quotient, scaled_norm, stop_residuals
 from deqzoo.equilibrium.solvers.solution import Solution, Status
 from deqzoo.equilibrium.state import State
 
@@ -47,10 +47,10 @@ def traced_solution(
     fz = step(z)
     norm = _norm()
     absolute, size = norm(fz - z, layout), norm(fz, layout)
-    chosen = layout.worst(deciding(absolute, size, layout, solver))
-    chosen = torch.nan_to_num(chosen, nan=math.inf, posinf=math.inf)
-    status = torch.where(chosen <= solver.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
-    status = torch.where(chosen == math.inf, int(Status.NONFINITE), status)
+    stop_residual = layout.worst(stop_residuals(absolute, size, layout, solver))
+    stop_residual = torch.nan_to_num(stop_residual, nan=math.inf, posinf=math.inf)
+    status = torch.where(stop_residual <= solver.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    status = torch.where(stop_residual == math.inf, int(Status.NONFINITE), status)
     n_evals, shape = solver.max_steps + 1, layout.cell_shape()
     wide = torch.promote_types(z.dtype, torch.float32)
     relative = quotient(absolute, size).to(wide)
@@ -60,7 +60,7 @@ def traced_solution(
         n_steps=torch.full_like(status, solver.max_steps).reshape(shape),
         abs_residual=absolute.to(wide).reshape(shape),
         rel_residual=relative.reshape(shape),
-        residual=chosen.to(wide).reshape(shape),
+        residual=stop_residual.to(wide).reshape(shape),
         n_evals=n_evals,
         row_evals=n_evals * z.shape[0],
     )
@@ -86,22 +86,22 @@ def _steps(f: Callable[[Tensor], Tensor], z: Tensor, solver: Solver, layout: Lay
             if len(maps) == 1:
                 gram = row.unsqueeze(2)
             else:
-                kept = gram[:, first:, first:] if first else gram
-                beside = torch.cat((kept, row[:, :-1].unsqueeze(2)), 2)
-                gram = torch.cat((beside, row.unsqueeze(1)), 1)
+                old_gram = gram[:, first:, first:] if first else gram
+                old_rows = torch.cat((old_gram, row[:, :-1].unsqueeze(2)), 2)
+                gram = torch.cat((old_rows, row.unsqueeze(1)), 1)
         if len(maps) == 1:
-            moved = fz if solver.damping == 1 else torch.lerp(z, fz, solver.damping)
+            next_z = fz if solver.damping == 1 else torch.lerp(z, fz, solver.damping)
         else:
             weights = layout.spread(solved_weights(gram, ridge)).unsqueeze(1)
-            moved = torch.matmul(weights, torch.stack(maps, 1)).squeeze(1)
+            next_z = torch.matmul(weights, torch.stack(maps, 1)).squeeze(1)
             if solver.damping != 1:
                 back = torch.matmul(weights, history).squeeze(1)
-                moved = moved - (1 - solver.damping) * back
+                next_z = next_z - (1 - solver.damping) * back
         if solver.tol > 0:
             own, size = norm(residual, layout), norm(fz, layout)
-            met = layout.worst(deciding(own, size, layout, solver)) <= solver.tol
-            moved = torch.where(layout.spread(met).unsqueeze(1), z, moved)
-        z = moved
+            has_converged = layout.worst(stop_residuals(own, size, layout, solver)) <= solver.tol
+            next_z = torch.where(layout.spread(has_converged).unsqueeze(1), z, next_z)
+        z = next_z
     return z
 
 
@@ -129,8 +129,8 @@ def solved_weights(gram: Tensor, ridge: float | None) -> Tensor:
         system = system - (system[..., k : k + 1] - unit[:, k : k + 1]) * row
     weights = system[..., n]
     weights = weights / weights.sum(-1, keepdim=True)
-    unsolved = (scale[..., 0] == 0) | ~torch.isfinite(weights.sum(-1, keepdim=True))
-    return torch.where(unsolved, unit[n - 1], weights)
+    is_singular = (scale[..., 0] == 0) | ~torch.isfinite(weights.sum(-1, keepdim=True))
+    return torch.where(is_singular, unit[n - 1], weights)
 
 
 def default_ridge(dtype: torch.dtype) -> float:
