@@ -43,7 +43,7 @@ class AdjointSystem:
 
     def receive(self, product: Map, cotangent: Tensor) -> None:
         """Take the cotangent of a backward pass; products of an equal one are kept."""
-        self.product = watched(product, self.on_evaluation)
+        self.product = with_callback(product, self.on_evaluation)
         if not self.powers or not torch.equal(self.powers[0], cotangent):
             self.powers = [cotangent]
 
@@ -84,7 +84,7 @@ Rule = Callable[[AdjointSystem], Tensor]
 
 
 def no_rule(system: AdjointSystem) -> Tensor:
-    """Nothing passes the equilibrium: what is left is the gradient of the head."""
+    """No gradient passes the equilibrium: only that of the head is left."""
     return torch.zeros_like(system.powers[0])
 
 
@@ -121,7 +121,7 @@ class Switchable(Gradient):
 
 
 @dataclass(frozen=True)
-class Held(Solver):
+class HeldSolution(Solver):
     """A solver that returns a solution found earlier."""
 
     solution: Solution | None = None
@@ -138,7 +138,7 @@ class Held(Solver):
 
 @contextlib.contextmanager
 def intercepted(model: nn.Module, solve: Callable[..., Solution]) -> Iterator[None]:
-    """Let `solve(owner, f, z0, layout, solver, gradient)` answer the equilibria of a model."""
+    """Solve the equilibria of a model by `solve(owner, f, z0, layout, solver, gradient)`."""
     owners = [m for m in model.modules() if isinstance(m, DEQPreTrainedModel)]
 
     def answer(
@@ -192,14 +192,14 @@ class RecordedModel:
         self._switch = Switchable(on_evaluation=on_evaluation)
 
         def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, __: Any) -> Solution:
-            f = watched(f, on_evaluation)
+            f = with_callback(f, on_evaluation)
             with torch.no_grad():
                 solution = fixed_point(f, z0, solver=owner.resolve_solver(solver), layout=layout)
             self.maps.append(f)
             self.solutions.append(solution)
             self.layouts.append(layout)
             return fixed_point(
-                f, z0, solver=Held(solution=solution), gradient=self._switch, layout=layout
+                f, z0, solver=HeldSolution(solution=solution), gradient=self._switch, layout=layout
             )
 
         with seeded(), intercepted(model, solve):
@@ -208,10 +208,10 @@ class RecordedModel:
     def gradients(self, rule: Rule) -> dict[str, Tensor]:
         """Gradient of the loss by parameter name."""
         self._switch.current[-1] = rule
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             self.loss, list(self.parameters.values()), retain_graph=True, allow_unused=True
         )
-        return gradients_by_name(self.parameters, found)
+        return gradients_by_name(self.parameters, gradients)
 
     def residuals(self) -> tuple[float, float]:
         """Largest relative residual of the forward solves, and of the last adjoint solves."""
@@ -227,19 +227,19 @@ class RecordedModel:
         if len(self.solutions) != 1 or gradient["name"] == "unrolled":
             return self.model(**self.batch, gradient=dict(gradient)).loss
 
-        def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, change: Any) -> Solution:
-            held = Held(solution=self.solutions[0])
-            f = watched(f, self.on_evaluation)
+        def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, spec: Any) -> Solution:
+            solver = HeldSolution(solution=self.solutions[0])
+            f = with_callback(f, self.on_evaluation)
             return fixed_point(
-                f, z0, solver=held, gradient=owner.resolve_gradient(change), layout=layout
+                f, z0, solver=solver, gradient=owner.resolve_gradient(spec), layout=layout
             )
 
         with intercepted(self.model, solve):
             return self.model(**self.batch, gradient=dict(gradient)).loss
 
 
-def watched(f: Callable[[Any], Any], on_evaluation: Callable[[], None] | None) -> Any:
-    """A function that announces every call."""
+def with_callback(f: Callable[[Any], Any], on_evaluation: Callable[[], None] | None) -> Any:
+    """A function that calls `on_evaluation` before every call."""
     if on_evaluation is None:
         return f
 
@@ -252,7 +252,7 @@ def watched(f: Callable[[Any], Any], on_evaluation: Callable[[], None] | None) -
 
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """Draw random masks alike in every pass, with gradients on."""
+    """The same random masks in every pass, with gradients on."""
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         yield

@@ -46,13 +46,13 @@ def part(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     """Some pictures or sequences of a batch, with their memories; graphs stay together."""
     if "x" in batch:
         return dict(batch)
-    found = dict(batch)
+    subset = dict(batch)
     for name, value in batch.items():
         if isinstance(value, Tensor):
-            found[name] = value[rows]
+            subset[name] = value[rows]
         elif isinstance(value, tuple):
-            found[name] = tuple(tensor[rows] for tensor in value)
-    return found
+            subset[name] = tuple(tensor[rows] for tensor in value)
+    return subset
 
 
 def _pictures(
@@ -171,9 +171,9 @@ def _graphs(
     fold = read_fold(folder)
     graphs = load_graph_set(fold["data"], data, encoding_of(model))
     order = torch.randperm(len(fold[split]), generator=generator)[: size or 16].tolist()
-    chosen = [fold[split][i] for i in order]
-    batch = {"x": graphs.batch(chosen), "labels": torch.as_tensor(graphs.labels)[chosen]}
-    return batch, f"{len(chosen)} graphs of {fold['data']}"
+    numbers = [fold[split][i] for i in order]
+    batch = {"x": graphs.batch(numbers), "labels": torch.as_tensor(graphs.labels)[numbers]}
+    return batch, f"{len(numbers)} graphs of {fold['data']}"
 
 
 def _random_graphs(

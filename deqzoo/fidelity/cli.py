@@ -16,7 +16,7 @@ from deqzoo.zoo import own_name
 if TYPE_CHECKING:
     from deqzoo.fidelity.study import Row, Study
 
-_DOUBTFUL = 1e-3  # residual above which the exact gradient does not deserve its name
+_DOUBTFUL_RESIDUAL = 1e-3  # residual above which the exact gradient is not trusted
 _FILES = ("gradients.json", "gradients.svg")
 _SHOWN_STEPS = (1, 2, 3, 5, 10, 20)
 _SHOWN_DAMPINGS = (0.5, 0.8, 1.0)
@@ -56,28 +56,28 @@ def gradients(
         for file in _FILES:
             require_writable(output / file)
     model = deqzoo.DEQModel.from_pretrained(name)
-    batch, described = make_batch(model, data, split=split, size=batch_size, seed=seed)
+    batch, batch_description = make_batch(model, data, split=split, size=batch_size, seed=seed)
     bar = tqdm(desc="settings", disable=True if as_json else None)
     with bar:
-        found = study(model, batch, seconds=seconds, on_row=lambda _: bar.update())
-    best = found.recommendation(cosine)
+        result = study(model, batch, seconds=seconds, on_row=lambda _: bar.update())
+    best = result.recommendation(cosine)
     content = finite(
         {
             "format": 1,
             "model": describe_model(model, own_name(name)),
-            "batch": described,
-            **found.to_dict(),
+            "batch": batch_description,
+            **result.to_dict(),
             "threshold": cosine,
             "recommendation": None if best is None else best.gradient,
             "environment": describe_environment(model),
         }
     )
     if output is not None:
-        _write(output, content, plot(found, own_name(name)))
+        _write(output, content, plot(result, own_name(name)))
     if as_json:
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
-    typer.echo(report(found, content, cosine))
+    typer.echo(report(result, content, cosine))
     if output is not None:
         typer.echo("written to " + " and ".join(str(output / file) for file in _FILES))
 
@@ -90,57 +90,57 @@ def _write(folder: Path, content: dict[str, Any], drawing: str) -> None:
             replace_text(folder / file, content_of_file)
 
 
-def report(found: Study, content: dict[str, Any], threshold: float) -> str:
-    """The table, and what to make of it."""
+def report(study: Study, content: dict[str, Any], threshold: float) -> str:
+    """The table, and the recommendation that follows from it."""
     from deqzoo.fidelity.study import describe
 
-    radii = found.spectral_radius
+    radii = study.spectral_radius
     lines = [
         f"batch       {content['batch']}",
-        f"solve       {found.solve['steps_mean']:.1f} steps, relative residual at most "
-        f"{found.solve['residual_max']:.1e}, {found.solve['seconds']:.2f} s",
+        f"solve       {study.solve['steps_mean']:.1f} steps, relative residual at most "
+        f"{study.solve['residual_max']:.1e}, {study.solve['seconds']:.2f} s",
         "radius      ρ(∂F/∂h) at the solution: "
         + (f"{min(radii):.3f} to {max(radii):.3f}" if radii else "left out for time"),
         "",
-        *_table(found),
+        *_table(study),
         "",
     ]
-    if max(found.exact_residuals) > _DOUBTFUL:
-        forward, adjoint = found.exact_residuals
+    if max(study.exact_residuals) > _DOUBTFUL_RESIDUAL:
+        forward, adjoint = study.exact_residuals
         lines.append(
             f"The exact gradient is itself uncertain: relative residuals {forward:.1e} of the "
             f"equilibrium, {adjoint:.1e} of the adjoint."
         )
-    if found.missing:
-        lines.append(f"{found.missing} settings were left out for time (--seconds).")
-    best = found.recommendation(threshold)
+    if study.missing:
+        lines.append(f"{study.missing} settings were left out for time (--seconds).")
+    best = study.recommendation(threshold)
     if best is None:
         lines.append(f"No timed setting reaches a cosine of {threshold:g}.")
     else:
         lines.append(
             f"Recommended: {describe(best.gradient)}, the cheapest with a cosine of at least "
-            f"{threshold:g} ({best.agreement:.3f} in {best.seconds:.2f} s{_saving(found, best)})."
+            f"{threshold:g} ({best.agreement:.3f} in {best.seconds:.2f} s{_speedup(study, best)})."
         )
     return "\n".join(lines)
 
 
-def _saving(found: Study, best: Row) -> str:
-    implicit = [r for r in found.rows if r.gradient["name"] == "implicit" and r.agreement > 0.999]
+def _speedup(study: Study, best: Row) -> str:
+    implicit = [r for r in study.rows if r.gradient["name"] == "implicit" and r.agreement > 0.999]
     cheapest = min((r.seconds for r in implicit if r.seconds), default=None)
     if not cheapest or not best.seconds or best.gradient["name"] == "implicit":
         return ""
     return f", {cheapest / best.seconds:.1f} times as fast as the implicit gradient"
 
 
-def _table(found: Study) -> list[str]:
+def _table(study: Study) -> list[str]:
     from deqzoo.fidelity.study import EQUILIBRIUM, describe
 
-    shown = [row for row in found.rows if _is_shown(row.gradient)]
-    groups = [g for g in shown[0].cosine if g not in ("all", EQUILIBRIUM)] if shown else []
+    rows = [row for row in study.rows if _is_shown(row.gradient)]
+    groups = [g for g in rows[0].cosine if g not in ("all", EQUILIBRIUM)] if rows else []
     head = f"{'gradient':<28}{'cosine':>8}{'error':>9}"
     head += "".join(f"{g[:14]:>16}" for g in groups)
     lines = [head + f"{'seconds':>9}{'saved MiB':>11}{'peak MiB':>10}"]
-    for row in shown:
+    for row in rows:
         error = row.relative_error.get(EQUILIBRIUM, row.relative_error["all"])
         line = f"{describe(row.gradient):<28}{row.agreement:>8.4f}{error:>9.3g}"
         line += "".join(f"{row.cosine[g]:>16.4f}" for g in groups)
@@ -160,13 +160,13 @@ def _is_shown(gradient: dict[str, Any]) -> bool:
     return gradient["steps"] in _SHOWN_STEPS and gradient["damping"] in _SHOWN_DAMPINGS
 
 
-def plot(found: Study, name: str) -> str:
+def plot(study: Study, name: str) -> str:
     """Cosine against k, a line for each λ."""
     from deqzoo.evaluation.chart import line_chart
 
     series: dict[str, list[tuple[float, float]]] = {}
     for mode in ("npg", "upg"):
-        for row in found.rows:
+        for row in study.rows:
             g = row.gradient
             if g["name"] == mode and (mode == "npg" or g["damping"] in (0.5, 1.0)):
                 key = f"{mode} λ={g['damping']:g}"

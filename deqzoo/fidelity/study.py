@@ -40,7 +40,7 @@ class Row:
 
     Attributes:
         gradient: its settings.
-        cosine, relative_error: by parameter group; "equilibrium" is all that counts.
+        cosine, relative_error: by parameter group; "equilibrium" holds all parameters behind it.
         seconds: recording the graph and the backward pass, head included, solve not; None where
             another row with the same work was timed.
         saved_bytes: what the recorded graph keeps for backward, weights not counted.
@@ -86,8 +86,8 @@ class Study:
 
         Times within a tenth of the cheapest count as equal; of those the most accurate is taken.
         """
-        timed = [(r.seconds, r) for r in self.rows if r.seconds is not None]
-        good = [(seconds, r) for seconds, r in timed if r.agreement >= threshold]
+        candidates = [(r.seconds, r) for r in self.rows if r.seconds is not None]
+        good = [(seconds, r) for seconds, r in candidates if r.agreement >= threshold]
         limit = 1.1 * min((seconds for seconds, _ in good), default=0.0)
         near = (r for seconds, r in good if seconds <= limit)
         return max(near, key=lambda row: row.agreement, default=None)
@@ -126,7 +126,7 @@ class Comparison:
             name for name, g in self.exact.items() if not bool(head[name].any()) and bool(g.any())
         }
         del tight
-        self.recorded = RecordedModel(model, batch, on_evaluation=on_evaluation)
+        self.recorded_model = RecordedModel(model, batch, on_evaluation=on_evaluation)
         self.prefix = f"{model.base_model_prefix}."
 
     def groups_of(self, name: str) -> tuple[str, ...]:
@@ -134,39 +134,39 @@ class Comparison:
         group = name.removeprefix(self.prefix).split(".", 1)[0]
         return ("all", group, EQUILIBRIUM) if name in self.behind else ("all", group)
 
-    def compare(self, found: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    def compare(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
         """Cosine and relative error by group."""
-        cosine, error, _ = compare_gradients(found, self.exact, self.groups_of)
+        cosine, error, _ = compare_gradients(gradients, self.exact, self.groups_of)
         return cosine, error
 
     def neumann(self, steps: int, damping: float) -> Row:
         """An NPG setting, without its cost."""
         gradient = {"name": "npg", "steps": steps, "damping": damping}
-        found = self.recorded.gradients(neumann_rule(steps, damping))
-        return Row(gradient, *self.compare(found))
+        gradients = self.recorded_model.gradients(neumann_rule(steps, damping))
+        return Row(gradient, *self.compare(gradients))
 
-    def measured(self, gradient: Mapping[str, Any]) -> Row:
+    def measure(self, gradient: Mapping[str, Any]) -> Row:
         """Any setting by running it, with its cost."""
         settings = make_gradient(gradient).to_dict()
         device = next(self.model.parameters()).device
         with seeded(), peak_memory(device) as peak:
-            started = time.perf_counter()
-            with SavedTensors(self.weights) as saved:
-                loss = self.recorded.replayed(settings)
-            parameters = self.recorded.parameters
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            start_time = time.perf_counter()
+            with SavedTensors(self.weights) as saved_tensors:
+                loss = self.recorded_model.replayed(settings)
+            parameters = self.recorded_model.parameters
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - start_time
         del loss
-        row = Row(settings, *self.compare(gradients_by_name(parameters, found)))
-        row.seconds, row.saved_bytes, row.peak_bytes = seconds, saved.bytes, peak.bytes
+        row = Row(settings, *self.compare(gradients_by_name(parameters, gradients)))
+        row.seconds, row.saved_bytes, row.peak_bytes = seconds, saved_tensors.bytes, peak.bytes
         return row
 
     def radius(self, n_iter: int = 40) -> list[float]:
         """Spectral radius of every sample at the exact equilibrium."""
-        f, layout = self.recorded.maps[0], self.recorded.layouts[0]
-        state = self.recorded.solutions[0].state
+        f, layout = self.recorded_model.maps[0], self.recorded_model.layouts[0]
+        state = self.recorded_model.solutions[0].state
         if isinstance(layout, Segments):  # the rows of a graph belong together
             whole = spectral_radius(lambda z: f(z[0])[None], state[None], n_iter)
             return [float(whole)]
@@ -197,8 +197,8 @@ def plan(steps: Sequence[int], dampings: Sequence[float], unrolled: int) -> list
         for x in reversed(xs)
     ]
     rest = [{"name": "unrolled", "steps": unrolled}]
-    ordered = cheap + implicit + phantom[: len(main_steps) * len(main_dampings)] + rest + phantom
-    return list({_key(settings): settings for settings in reversed(ordered)}.values())[::-1]
+    queue = cheap + implicit + phantom[: len(main_steps) * len(main_dampings)] + rest + phantom
+    return list({_key(settings): settings for settings in reversed(queue)}.values())[::-1]
 
 
 def _key(settings: Mapping[str, Any]) -> str:
@@ -231,7 +231,7 @@ def study(
     settings = plan(steps, dampings, model.config.solver["max_steps"])
     try:
         comparison = Comparison(model, batch, clock.check)
-        own = comparison.recorded.solutions
+        own = comparison.recorded_model.solutions
         result = Study(own=dict(model.config.gradient), exact_residuals=comparison.exact_residuals)
         result.rows.append(_row(comparison, settings[0], []))
     except OutOfTime as error:
@@ -275,12 +275,12 @@ class Clock:
             raise OutOfTime
 
 
-def _row(comparison: Comparison, gradient: dict[str, Any], before: Sequence[Row]) -> Row:
-    timed = gradient.pop("timed", False)
-    if gradient["name"] != "npg" or timed:
-        return comparison.measured(gradient)
+def _row(comparison: Comparison, gradient: dict[str, Any], measured_rows: Sequence[Row]) -> Row:
+    is_timed = gradient.pop("timed", False)
+    if gradient["name"] != "npg" or is_timed:
+        return comparison.measure(gradient)
     row = comparison.neumann(gradient["steps"], gradient["damping"])
-    for other in _same_work(row, before):  # λ has no influence on the cost
+    for other in _same_work(row, measured_rows):  # λ has no influence on the cost
         row.seconds, row.saved_bytes = other.seconds, other.saved_bytes
         row.peak_bytes = other.peak_bytes
     return row
