@@ -121,7 +121,7 @@ class Switchable(Gradient):
 
 
 @dataclass(frozen=True)
-class HeldSolution(Solver):
+class Held(Solver):
     """A solver that returns a solution found earlier."""
 
     solution: Solution | None = None
@@ -199,7 +199,7 @@ class RecordedModel:
             self.solutions.append(solution)
             self.layouts.append(layout)
             return fixed_point(
-                f, z0, solver=HeldSolution(solution=solution), gradient=self._switch, layout=layout
+                f, z0, solver=Held(solution=solution), gradient=self._switch, layout=layout
             )
 
         with seeded(), intercepted(model, solve):
@@ -228,7 +228,7 @@ class RecordedModel:
             return self.model(**self.batch, gradient=dict(gradient)).loss
 
         def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, spec: Any) -> Solution:
-            solver = HeldSolution(solution=self.solutions[0])
+            solver = Held(solution=self.solutions[0])
             f = with_callback(f, self.on_evaluation)
             return fixed_point(
                 f, z0, solver=solver, gradient=owner.resolve_gradient(spec), layout=layout
