@@ -66,10 +66,11 @@ class Evaluator(ABC):
 
     def describe(self) -> dict[str, Any]:
         """`name` of the data set, number of `samples`, and what identifies them."""
-        counted = ("name", "split", "pictures", "tokens")  # said elsewhere, or by `samples`
-        known = {k: v for k, v in self.description.items() if k not in counted}
+        # Repeated elsewhere, or in `samples`.
+        redundant_keys = ("name", "split", "pictures", "tokens")
+        identity = {k: v for k, v in self.description.items() if k not in redundant_keys}
         samples = {"samples": self.count, "unit": self.unit}
-        return {"name": self.description["name"], **samples, **known}
+        return {"name": self.description["name"], **samples, **identity}
 
     def environment(self) -> dict[str, Any]:
         """What else the figures depend on."""
@@ -164,8 +165,8 @@ def forward_all(
     """Forward all batches without gradients; Ctrl-C ends it with what there is by then."""
     parts: list[tuple[Tensor, ...]] = []
     seconds, complete = 0.0, True
-    hidden = None if progress else True  # None: in a terminal only
-    bar = tqdm(batches.inputs, desc=title, total=batches.count, unit="batch", disable=hidden)
+    disable = None if progress else True  # None: in a terminal only
+    bar = tqdm(batches.inputs, desc=title, total=batches.count, unit="batch", disable=disable)
     try:
         for inputs, rows in bar:
             began = time.perf_counter()

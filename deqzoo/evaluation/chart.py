@@ -57,7 +57,7 @@ def line_chart(
         x_ticks: instead of round ones.
     """
     frame = _FILE if list(series) != [""] else replace(_FILE, right=20)
-    kept = {
+    curves = {
         name: [
             (x, y)
             for x, y in points
@@ -66,7 +66,7 @@ def line_chart(
         ]
         for name, points in series.items()
     }  # fmt: skip
-    flat = [point for points in kept.values() for point in points] or [(1.0, 1.0)]
+    flat = [point for points in curves.values() for point in points] or [(1.0, 1.0)]
     right, bottom = frame.width - frame.right, frame.height - frame.bottom
     across = Axis([x for x, _ in flat], log_x, frame.left, right)
     up = Axis(y_range or [y for _, y in flat], log_y, bottom, frame.top)
@@ -84,13 +84,13 @@ def line_chart(
         y = up.place(value)
         parts.append(f'<path d="M{frame.left},{y} H{right}" stroke="#ddd"/>')
         parts.append(label(frame.left - 5, y + 4, f"{value:g}", anchor="end"))
-    for number, (name, points) in enumerate(kept.items()):
+    for number, (name, points) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
         dash = "" if number < len(COLOURS) else ' stroke-dasharray="5 3"'
         style = f'fill="none" stroke="{colour}" stroke-width="1.8"{dash}'
-        placed = [(across.place(x), up.place(y)) for x, y in points]
-        parts.append(f'<polyline points="{_path(placed)}" {style}/>')
-        parts += [f'<circle cx="{x}" cy="{y}" r="2.2" fill="{colour}"/>' for x, y in placed]
+        positions = [(across.place(x), up.place(y)) for x, y in points]
+        parts.append(f'<polyline points="{_path(positions)}" {style}/>')
+        parts += [f'<circle cx="{x}" cy="{y}" r="2.2" fill="{colour}"/>' for x, y in positions]
         if name:
             top, left = frame.top + 10 + 17 * number, frame.width - frame.right + 10
             parts.append(f'<path d="M{left},{top} h16" {style}/>')
@@ -123,11 +123,11 @@ def page_chart(
     """
     frame = _PAGE
     right, bottom = frame.width - frame.right, frame.height - frame.bottom
-    kept = {
+    curves = {
         name: [(x, max(y, LEAST) if log_y else y) for x, y in points if math.isfinite(y)]
         for name, points in series.items()
     }
-    values = [y for points in kept.values() for _, y in points]
+    values = [y for points in curves.values() for _, y in points]
     values += [level] if level else []
     last = int(max((x for points in series.values() for x, _ in points), default=1))
     whole = values or [1.0] if log_y else [0.0, *values, LEAST]
@@ -136,9 +136,9 @@ def page_chart(
     parts = []
     for value in (0.0, 0.25, 0.5, 0.75, 1.0) if percent else up.ticks():
         y = up.place(value)
-        shown = f"{100 * value:.0f} %" if percent else _power(value) if log_y else f"{value:g}"
+        tick_text = f"{100 * value:.0f} %" if percent else _power(value) if log_y else f"{value:g}"
         parts.append(f'<line class="dz-grid" x1="{frame.left}" x2="{right}" y1="{y}" y2="{y}"/>')
-        parts.append(_words(frame.left - 8, y + 4, shown, "end"))
+        parts.append(_words(frame.left - 8, y + 4, tick_text, "end"))
     stride = max(1, math.ceil(last / 8))
     for step in range(stride, last + 1, stride):
         parts.append(_words(across.place(step), bottom + 19, str(step)))
@@ -150,17 +150,17 @@ def page_chart(
         parts.append(f'<line class="dz-tolerance" {dashes}/>')
         legend.append(f'<span class="dz-key">dashed: tolerance {level:.2g}</span>')
     ends = []
-    for number, (name, points) in enumerate(kept.items()):
+    for number, (name, points) in enumerate(curves.items()):
         colour, before = number % PAGE_COLOURS, f"{name}, " if name else ""
-        placed = [(across.place(x), up.place(y)) for x, y in points]
-        said = [escape(before + tip.format(x=x, y=y)) for x, y in points]
-        parts.append(f'<polyline class="dz-line dz-stroke-{colour}" points="{_path(placed)}"/>')
+        positions = [(across.place(x), up.place(y)) for x, y in points]
+        tips = [escape(before + tip.format(x=x, y=y)) for x, y in points]
+        parts.append(f'<polyline class="dz-line dz-stroke-{colour}" points="{_path(positions)}"/>')
         parts += [
             f'<circle class="dz-fill-{colour}" cx="{x}" cy="{y}" r="3.2"><title>{text}</title>'
             "</circle>"
-            for (x, y), text in zip(placed, said, strict=True)
+            for (x, y), text in zip(positions, tips, strict=True)
         ]
-        ends += said[-1:]
+        ends += tips[-1:]
         if name:
             chip = f'<i class="dz-chip dz-fill-{colour}"></i>'
             legend.append(f'<span class="dz-key">{chip}{escape(name)}</span>')
@@ -189,8 +189,8 @@ def sheet(width: float, height: float) -> list[str]:
 
 def label(x: float, y: float, text: str, size: int = 11, anchor: str = "middle") -> str:
     """A text in a file."""
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;")
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}">{escaped}</text>'
+    escaped_text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}">{escaped_text}</text>'
 
 
 class Axis:
@@ -204,16 +204,16 @@ class Axis:
 
     def __init__(self, values: Sequence[float], log: bool, start: float, end: float) -> None:
         self.log, self.start, self.end = log, start, end
-        low, high = self._scaled(min(values)), self._scaled(max(values))
+        low, high = self._scale(min(values)), self._scale(max(values))
         margin = (high - low) * 0.04 or 0.5
         self.low, self.high = low - margin, high + margin
 
-    def _scaled(self, value: float) -> float:
+    def _scale(self, value: float) -> float:
         return math.log10(value) if self.log else value
 
     def place(self, value: float) -> float:
         """Position of a value, to a tenth."""
-        share = (self._scaled(value) - self.low) / (self.high - self.low)
+        share = (self._scale(value) - self.low) / (self.high - self.low)
         share = min(max(share, 0.0), 1.0)
         return round(self.start + share * (self.end - self.start), 1)
 

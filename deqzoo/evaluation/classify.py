@@ -57,11 +57,11 @@ def classify(
     """
     require_image_classifier(model)
     processor = processor or load_processor(model)
-    found: list[Classification] = []
+    results: list[Classification] = []
     for start in range(0, len(pictures), batch_size):
         batch = to_batch(processor, pictures[start : start + batch_size], model)
-        found += classify_pixels(model, batch, top_k=top_k, solver=solver)
-    return found
+        results += classify_pixels(model, batch, top_k=top_k, solver=solver)
+    return results
 
 
 @torch.inference_mode()
@@ -75,16 +75,16 @@ def classify_pixels(
     """Classify one batch of prepared pictures (B, 3, H, W), as `to_batch` makes them."""
     output = model.eval()(pixel_values=pixels, solver=solver)
     best = output.logits.float().softmax(-1).topk(min(top_k, model.config.num_labels))
-    found = []
+    results = []
     for row, (probabilities, classes) in enumerate(zip(*best, strict=True)):
-        answered = bool(probabilities.isfinite().all())
-        names = [model.config.id2label[index] for index in classes.tolist() if answered]
-        found.append(
+        has_answer = bool(probabilities.isfinite().all())
+        names = [model.config.id2label[index] for index in classes.tolist() if has_answer]
+        results.append(
             Classification(
-                labels=list(zip(names, probabilities.tolist(), strict=answered)),
+                labels=list(zip(names, probabilities.tolist(), strict=has_answer)),
                 n_steps=int(output.n_steps[row]),
                 residual=float(output.residual[row]),
                 converged=bool(output.converged[row]),
             )
         )
-    return found
+    return results

@@ -52,7 +52,7 @@ def classify(
 
     inputs = Inputs(trace, as_json)
     files = inputs.files(images, picture_files)
-    loaded = None
+    classifier = None
     for start in range(0, len(files), PICTURES_AT_ONCE):
         pictures = []
         for file in files[start : start + PICTURES_AT_ONCE]:
@@ -60,16 +60,20 @@ def classify(
                 pictures.append((str(file), read_picture(file)))
         if not pictures:
             continue
-        if loaded is None:  # mistakes in files are said without waiting for the model
+        if classifier is None:  # mistakes in files are reported without waiting for the model
             with Waiting(f"loading {model} ..."):
-                loaded = deqzoo.DEQModel.from_pretrained(model)
-                processor = load_processor(loaded)
-            settings = solver_settings(loaded, solver, max_steps, tol)
-        with recorded_traces(loaded, trace is not None) as traces:
-            found = classify_pictures(
-                loaded, [p for _, p in pictures], top_k=top_k, processor=processor, solver=settings
+                classifier = deqzoo.DEQModel.from_pretrained(model)
+                processor = load_processor(classifier)
+            settings = solver_settings(classifier, solver, max_steps, tol)
+        with recorded_traces(classifier, trace is not None) as traces:
+            results = classify_pictures(
+                classifier,
+                [p for _, p in pictures],
+                top_k=top_k,
+                processor=processor,
+                solver=settings,
             )
-        for row, ((name, _), result) in enumerate(zip(pictures, found, strict=True)):
+        for row, ((name, _), result) in enumerate(zip(pictures, results, strict=True)):
             _show_classification(name, result, as_json)
             if traces:
                 inputs.curves[name] = traces[0][row, : result.n_steps].tolist()
@@ -125,13 +129,13 @@ def perplexity(
     require_table(texts, column)
     name = model or default_text_model()
     with Waiting(f"loading {name} ..."):
-        loaded = deqzoo.DEQModel.from_pretrained(name)
-    if loaded.config.model_type != "deq_transformer" or not hasattr(loaded, "lm_head"):
+        text_model = deqzoo.DEQModel.from_pretrained(name)
+    if text_model.config.model_type != "deq_transformer" or not hasattr(text_model, "lm_head"):
         raise UserError(f"{name} is no language model; name one with --model")
-    settings = solver_settings(loaded, solver, max_steps, tol)
+    settings = solver_settings(text_model, solver, max_steps, tol)
     for text in texts:
-        with inputs.one(), recorded_traces(loaded, trace is not None) as traces:
-            report = _score(loaded, text, column, pretokenized, surprisal, settings)
+        with inputs.one(), recorded_traces(text_model, trace is not None) as traces:
+            report = _score(text_model, text, column, pretokenized, surprisal, settings)
             _show_perplexity(name, str(text), report, len(texts) > 1, as_json)
             if traces:  # the median over the first segment's tokens
                 inputs.curves[str(text)] = traces[0].flatten(0, -2).nanmedian(0).values.tolist()
@@ -178,8 +182,8 @@ def _progress(file: str) -> Any:
     from tqdm import tqdm
 
     suffix = Path(file).suffix.lower()
-    counted = suffix not in ("", ".parquet", ".gz", ".bz2", ".xz") and file != "-"
-    total = Path(file).expanduser().stat().st_size if counted else None
+    has_size = suffix not in ("", ".parquet", ".gz", ".bz2", ".xz") and file != "-"
+    total = Path(file).expanduser().stat().st_size if has_size else None
     return tqdm(total=total, unit="B", unit_scale=True, disable=None)
 
 
@@ -208,7 +212,7 @@ def default_text_model() -> str:
     from deqzoo.hub.catalogue import best_first, entries
 
     texts = [e for e in entries() if e.config.get("model_type") == "deq_transformer"]
-    found = best_first((e for e in texts if "wikitext2" in e.name), "perplexity")
-    if not found:
+    ranking = best_first((e for e in texts if "wikitext2" in e.name), "perplexity")
+    if not ranking:
         raise UserError("no language model is bundled; name one with --model")
-    return found[0].name
+    return ranking[0].name

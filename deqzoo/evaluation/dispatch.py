@@ -85,27 +85,27 @@ def evaluate_model(
     evaluator = evaluator_of(
         model, split, data, column=column, batch_size=batch_size, limit=limit, progress=progress
     )
-    described = evaluator.describe()
-    limited = limit is not None and described.get("limit") == limit
-    source = " --data ROOT" if described.pop("local", False) else ""
+    description = evaluator.describe()
+    is_limited = limit is not None and description.get("limit") == limit
+    source = " --data ROOT" if description.pop("local", False) else ""
     content: dict[str, Any] = {
         "format": FORMAT,
         "task": evaluator.task,
         "metric": evaluator.metric,
         "model": describe_model(model, name),
-        "data": {"name": described.pop("name"), "split": split, **described},
+        "data": {"name": description.pop("name"), "split": split, **description},
         "results": evaluator.measure(),
         "budget": None,
         "environment": describe_environment(model) | evaluator.environment(),
         "command": f"deqzoo evaluate {name}{source} --split {split}"
         + ("" if column is None else f" --column {shlex.quote(column)}")
-        + (f" --limit {limit}" if limited else ""),
+        + (f" --limit {limit}" if is_limited else ""),
     }
-    if measured := evaluator.interrupted:
-        content["data"] |= {"samples": measured, "complete": False, "interrupted": True}
+    if n_measured := evaluator.interrupted:
+        content["data"] |= {"samples": n_measured, "complete": False, "interrupted": True}
     if on_figures is not None:
         on_figures(content)
-    if measured:
+    if n_measured:
         raise KeyboardInterrupt
 
     def keep(curve: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ def evaluate_model(
             on_figures({**content, "budget": curve})
 
     content["budget"] = budget_curve(
-        evaluator, model, described["samples"], budget_samples, on_row=keep
+        evaluator, model, description["samples"], budget_samples, on_row=keep
     )
     return content
 
@@ -139,23 +139,23 @@ def budget_curve(
     samples = evaluator.budget_samples if samples is None else samples
     if samples == 0 or not getattr(model.config, "has_equilibrium", True):
         return None
-    taken = available if samples is None else min(samples, available)
+    n_samples = available if samples is None else min(samples, available)
     if budgets is None:
         own = model.config.solver["max_steps"]
         budgets = (*BUDGETS, own) if own > BUDGETS[-1] else BUDGETS
     curve: dict[str, Any] = {
-        "samples": taken,
+        "samples": n_samples,
         "tol": BUDGET_TOLERANCE,
-        "default": evaluator.measure(None, taken)[evaluator.metric],
+        "default": evaluator.measure(None, n_samples)[evaluator.metric],
         "steps": [],
     }
     for steps in budgets:
         solver = {"max_steps": steps, "tol": BUDGET_TOLERANCE}
-        figures = evaluator.measure(solver, taken, f"{steps} steps")
+        figures = evaluator.measure(solver, n_samples, f"{steps} steps")
         if evaluator.interrupted:
             raise KeyboardInterrupt
-        kept = {key: figures[key] for key in (evaluator.metric, *_CURVE)}
-        curve["steps"].append({"max_steps": steps, **kept})
+        row = {key: figures[key] for key in (evaluator.metric, *_CURVE)}
+        curve["steps"].append({"max_steps": steps, **row})
         if on_row is not None:
             on_row(curve)
     return curve

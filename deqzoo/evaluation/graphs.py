@@ -59,10 +59,10 @@ def predict_graphs(
     data.require_readable(model.config, index)
     model.eval()
     for start in range(0, len(index), batch_size):
-        chosen = index[start : start + batch_size]
-        output = model(data.batch(chosen), solver=solver)
+        numbers = index[start : start + batch_size]
+        output = model(data.batch(numbers), solver=solver)
         probabilities, labels = output.logits.softmax(1).max(1)
-        for i, number in enumerate(chosen):
+        for i, number in enumerate(numbers):
             yield GraphPrediction(
                 number=number,
                 label=int(labels[i]),
@@ -157,8 +157,8 @@ class GraphEvaluator(_GraphData):
             fold = {"data": self.graphs.name, split: rows}
             chose = chose_weights(record, [digests[row] for row in rows])
         part: dict[str, Any] = {key: fold[key] for key in ("protocol", "fold") if key in fold}
-        known = {"complete": True, "local": True, **chose}
-        self.description = {"name": fold["data"].lower(), **part, **known}
+        flags = {"complete": True, "local": True, **chose}
+        self.description = {"name": fold["data"].lower(), **part, **flags}
         self.count = len(fold[split])
         self.limit_to(limit)
         self.index = fold[split][: self.count]

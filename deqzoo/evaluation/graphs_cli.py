@@ -64,24 +64,26 @@ def predict_graphs(
     settings = solver_settings(model, solver, max_steps, tol)
     encoding = evaluation.encoding_of(model)
 
-    def predict(source: str, loaded: Any, index: list[int] | None) -> None:
-        chosen = list(range(len(loaded.graphs))) if index is None else index
-        if not chosen:
+    def predict(source: str, graph_set: Any, index: list[int] | None) -> None:
+        numbers = list(range(len(graph_set.graphs))) if index is None else index
+        if not numbers:
             raise UserError(f"{source}: the {split} split is empty")
         with recorded_traces(model, trace is not None) as traces:
-            found = list(evaluation.predict_graphs(model, loaded, chosen, solver=settings))
-        for prediction in found:
+            predictions = list(
+                evaluation.predict_graphs(model, graph_set, numbers, solver=settings)
+            )
+        for prediction in predictions:
             _show(source, prediction, model.config, as_json)
         if not as_json:
-            _summarise(found)
+            _summarise(predictions)
         if traces:  # of the first layer, which solves for all graphs of the first batch at once
-            for row, prediction in zip(traces[0].tolist(), found, strict=False):
+            for row, prediction in zip(traces[0].tolist(), predictions, strict=False):
                 inputs.curves[f"{source} {prediction.number}"] = row
 
     if data is not None:
-        stored = data_set or read_fold(model.config._name_or_path)["data"]
-        index = None if split == "all" else evaluation.split_indices(model, stored, split)
-        predict(stored, load_graph_set(stored, data, encoding), index)
+        set_name = data_set or read_fold(model.config._name_or_path)["data"]
+        index = None if split == "all" else evaluation.split_indices(model, set_name, split)
+        predict(set_name, load_graph_set(set_name, data, encoding), index)
     else:
         for source in graphs or []:
             with inputs.one():
@@ -90,23 +92,23 @@ def predict_graphs(
 
 
 def _show(source: str, prediction: Any, config: Any, as_json: bool) -> None:
-    def named(number: int | None) -> str | None:
+    def class_name(number: int | None) -> str | None:
         return None if number is None else config.id2label[number]
 
     p = prediction
-    label, target = named(p.label), named(p.target)
+    label, target = class_name(p.label), class_name(p.target)
     if as_json:
         return show_json({"file": source, **asdict(p), "label": label, "target": target})
     state = "converged" if p.converged else "not converged"
-    stored = "" if target is None else f", stored {target}"
+    target_text = "" if target is None else f", stored {target}"
     typer.echo(
-        f"graph {p.number:>5}  class {label} ({p.probability:.1%}){stored}; "
+        f"graph {p.number:>5}  class {label} ({p.probability:.1%}){target_text}; "
         f"{p.n_steps} steps, residual {p.residual:.1e}, {state}"
     )
 
 
-def _summarise(found: list[Any]) -> None:
-    known = [p for p in found if p.target is not None]
-    if known:
-        right = sum(p.label == p.target for p in known)
-        typer.echo(f"{right} of {len(known)} as stored ({right / len(known):.1%})")
+def _summarise(predictions: list[Any]) -> None:
+    cases = [p for p in predictions if p.target is not None]
+    if cases:
+        right = sum(p.label == p.target for p in cases)
+        typer.echo(f"{right} of {len(cases)} as stored ({right / len(cases):.1%})")

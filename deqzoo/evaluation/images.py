@@ -73,8 +73,8 @@ class ImageEvaluator(ClassifierEvaluator):
         def inputs() -> Iterator[tuple[dict[str, Any], Any]]:
             for start in starts:
                 rows = range(start, min(start + self.batch_size, n))
-                opened = [self.pictures.picture(row) for row in rows]
-                pixels = to_batch(self.processor, opened, self.model)
+                pictures = [self.pictures.picture(row) for row in rows]
+                pixels = to_batch(self.processor, pictures, self.model)
                 yield {"pixel_values": pixels}, slice(None)
 
         return Batches(inputs(), len(starts), self.pictures.labels[:n])
@@ -108,9 +108,10 @@ def pictures_of(
         return pictures_of_split(Path(data), split, labels, record)
     if load is not None:
         return load(split, data)
+    titles = ", ".join(image_set.title for image_set, _ in _KNOWN)
     raise UserError(
         f"the model's labels ({', '.join(labels[:4])}, ...) are those of no known data set "
-        f"({', '.join(known.title for known, _ in _KNOWN)}): name pictures of your own with --data"
+        f"({titles}): name pictures of your own with --data"
     )
 
 

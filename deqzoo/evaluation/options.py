@@ -60,8 +60,8 @@ def solver_settings(
     Raises:
         UserError: no such solver, or a value out of range.
     """
-    given = {"name": name, "max_steps": max_steps, "tol": tol}
-    settings = {key: value for key, value in given.items() if value is not None}
+    options = {"name": name, "max_steps": max_steps, "tol": tol}
+    settings = {key: value for key, value in options.items() if value is not None}
     with as_user_error("--solver, --max-steps, --tol", ValueError, TypeError):
         model.resolve_solver(settings)
     return settings or None
@@ -73,8 +73,8 @@ class Waiting:
     after: ClassVar[float] = 1.0
 
     def __init__(self, what: str) -> None:
-        shown = {"file": sys.stderr, "flush": True}
-        self.timer = threading.Timer(self.after, print, (what,), shown)
+        print_options = {"file": sys.stderr, "flush": True}
+        self.timer = threading.Timer(self.after, print, (what,), print_options)
         self.timer.daemon = True
         self.timer.start()
 
@@ -121,12 +121,12 @@ class Inputs:
         self, sources: Sequence[str], files_of: Callable[[str], Sequence[Path]]
     ) -> list[str | Path]:
         """The files that sources name, "-" for standard input; bad sources count as bad inputs."""
-        found: list[str | Path] = []
+        paths: list[str | Path] = []
         for source in sources:
             with self.one():
-                found += [source] if source == "-" else files_of(source)
+                paths += [source] if source == "-" else files_of(source)
         self.good = 0
-        return found
+        return paths
 
     def end(self) -> None:
         """Write the trace; leave with exit code 1 if some inputs were bad, 2 if all were."""
@@ -137,21 +137,21 @@ class Inputs:
 
 
 @contextmanager
-def recorded_traces(model: Any, wanted: bool = True) -> Iterator[list[Any]]:
+def recorded_traces(model: Any, enabled: bool = True) -> Iterator[list[Any]]:
     """A list that receives the trace (*cells, steps) of every solve of a model inside."""
     traces: list[Any] = []
-    owners = [part for part in model.modules() if hasattr(type(part), "solve")] if wanted else []
+    owners = [part for part in model.modules() if hasattr(type(part), "solve")] if enabled else []
 
-    def recording(solve: Any) -> Any:
-        def traced(*arguments: Any, **keywords: Any) -> Any:
+    def record(solve: Any) -> Any:
+        def solve_with_trace(*arguments: Any, **keywords: Any) -> Any:
             solution = solve(*arguments, **{**keywords, "trace": True})
             traces.append(solution.trace.detach().float().cpu())
             return solution
 
-        return traced
+        return solve_with_trace
 
     for owner in owners:
-        owner.solve = recording(owner.solve)
+        owner.solve = record(owner.solve)
     try:
         yield traces
     finally:

@@ -109,20 +109,20 @@ class Scorer:
         self.report = PerplexityReport()
         self.memory: tuple[Tensor, Tensor] | None = None
         self.context = _first_end(model)
-        self.waiting: list[int] = []
+        self.pending_tokens: list[int] = []
 
     def add(self, tokens: Iterable[int]) -> None:
         """Take tokens; whole segments are scored at once."""
-        self.waiting.extend(tokens)
-        while len(self.waiting) >= self.length:
-            self._score(self.waiting[: self.length])
-            del self.waiting[: self.length]
+        self.pending_tokens.extend(tokens)
+        while len(self.pending_tokens) >= self.length:
+            self._score(self.pending_tokens[: self.length])
+            del self.pending_tokens[: self.length]
 
     def finish(self) -> PerplexityReport:
         """Score what is left and return the sums."""
-        if self.waiting:
-            self._score(self.waiting)
-            self.waiting = []
+        if self.pending_tokens:
+            self._score(self.pending_tokens)
+            self.pending_tokens = []
         return self.report
 
     @torch.inference_mode()
@@ -189,13 +189,13 @@ def perplexity(
     """
     vocabulary, style = tokenizer.get_vocab(), text_style(tokenizer)
     unknown, end = vocabulary[UNKNOWN], vocabulary[END]
-    kept: list[tuple[str, float]] = []
+    surprisals: list[tuple[str, float]] = []
     words_of_index = {index: word for word, index in vocabulary.items()} if keep_surprisal else {}
 
     def keep(targets: Tensor, outputs: Any) -> None:
         values = outputs.nll[0].double().tolist()
         words = (words_of_index[index] for index in targets.tolist())
-        kept.extend(zip(words, values, strict=True))
+        surprisals.extend(zip(words, values, strict=True))
 
     def take(targets: Tensor, outputs: Any) -> None:
         if keep_surprisal:
@@ -219,5 +219,5 @@ def perplexity(
     if n_words == 0:
         raise UserError("the text is empty: it holds no word to score")
     report = scorer.finish()
-    report.characters, report.unknown, report.surprisal = characters, n_unknown, kept
+    report.characters, report.unknown, report.surprisal = characters, n_unknown, surprisals
     return report

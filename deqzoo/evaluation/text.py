@@ -78,8 +78,8 @@ class TextEvaluator(Evaluator):
     ) -> dict[str, Any]:
         stream = self.stream[:samples]
         figures = score(self.model, stream, solver, self.progress, title)
-        measured = figures.pop("tokens")
-        self.interrupted = measured if measured < len(stream) else 0
+        n_measured = figures.pop("tokens")
+        self.interrupted = n_measured if n_measured < len(stream) else 0
         return figures
 
 
@@ -98,21 +98,21 @@ def _stream_of(
         source = corpus_of(tokenizer)
         stream = corpus_stream(source, split, data, tokenizer)
         return stream, describe_stream(source, split, stream)
-    remembered = (record or {}).get("column")
-    text = load_own_text(Path(data), column or ([remembered] if remembered else None))
+    recorded_column = (record or {}).get("column")
+    text = load_own_text(Path(data), column or ([recorded_column] if recorded_column else None))
     lines = lines_of_split(text, split, record)
     vocabulary, style = tokenizer.get_vocab(), text_style(tokenizer)
-    prepared = prepare_text("\n".join(lines), vocabulary, style)
-    if prepared.n_words == 0:
+    prepared_text = prepare_text("\n".join(lines), vocabulary, style)
+    if prepared_text.n_words == 0:
         raise UserError(f"{text.name} holds no word to score")
-    stream = _encoded(in_corpus_case(prepared.text, style).split("\n"), vocabulary)
+    stream = _encode(in_corpus_case(prepared_text.text, style).split("\n"), vocabulary)
     return stream, {
         "name": text.name,
         "split": split,
         "tokens": len(stream),
         "fingerprint": text_digest(lines),
         "complete": True,
-        "unknown_share": prepared.unknown_share,
+        "unknown_share": prepared_text.unknown_share,
         "local": True,
         **({"chose_weights": True} if split == "test" and _one_hold_out(text, record) else {}),
     }
@@ -159,12 +159,12 @@ def corpus_stream(
     tokenizer: PreTrainedTokenizerFast,
 ) -> Tensor:
     """Word indices (n,) int64 of a split of a corpus, in a tokenizer's numbering."""
-    return _encoded(load_rows(source, split, data), tokenizer.get_vocab())
+    return _encode(load_rows(source, split, data), tokenizer.get_vocab())
 
 
-def _encoded(rows: Iterable[str], vocabulary: dict[str, int]) -> Tensor:
-    encoded = encode_rows(rows, vocabulary, vocabulary[UNKNOWN])
-    return torch.tensor(list(itertools.chain.from_iterable(encoded)), dtype=torch.int64)
+def _encode(rows: Iterable[str], vocabulary: dict[str, int]) -> Tensor:
+    encoded_rows = encode_rows(rows, vocabulary, vocabulary[UNKNOWN])
+    return torch.tensor(list(itertools.chain.from_iterable(encoded_rows)), dtype=torch.int64)
 
 
 def score(
@@ -185,8 +185,8 @@ def score(
     began = time.perf_counter()
     pieces = stream.split(scorer.length)
     try:
-        hidden = None if progress else True  # None: in a terminal only
-        for piece in tqdm(pieces, desc=title, unit="segment", disable=hidden):
+        disable = None if progress else True  # None: in a terminal only
+        for piece in tqdm(pieces, desc=title, unit="segment", disable=disable):
             scorer.add(piece.tolist())
         report = scorer.finish()
     except KeyboardInterrupt:

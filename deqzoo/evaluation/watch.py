@@ -105,16 +105,16 @@ def training_memory(
         "equilibrium" (with the model's own gradient) and "unrolled", a figure for every depth.
     """
     weights = [*model.parameters(), *model.buffers()]
-    found: dict[str, list[int]] = {"equilibrium": [], "unrolled": []}
+    memory: dict[str, list[int]] = {"equilibrium": [], "unrolled": []}
     for depth in depths:
         for name, gradient in (("equilibrium", None), ("unrolled", {"name": "unrolled"})):
             settings: Any = gradient and {**gradient, "steps": depth}
-            with torch.enable_grad(), SavedTensors(weights) as saved:
+            with torch.enable_grad(), SavedTensors(weights) as saved_tensors:
                 model(
                     pixel_values=pixels,
                     labels=labels,
                     solver={"max_steps": depth, "tol": 0.0},
                     gradient=settings,
                 )
-            found[name].append(saved.bytes)
-    return found
+            memory[name].append(saved_tensors.bytes)
+    return memory
