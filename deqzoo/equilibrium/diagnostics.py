@@ -62,7 +62,7 @@ def spectral_radius(
         v = layout.to_matrix(v0)
         if v.shape != point.shape:
             raise ValueError(f"v0 must have {point.shape[0]} rows as the state, got {v.shape[0]}")
-    # Positions pass v on to those before them: a factor for each would be another iteration.
+    # Jᵀ carries v to earlier positions: a factor per position would change the iteration.
     cells = layout.adjoint() if isinstance(layout, Causal) else layout
     wide = torch.promote_types(point.dtype, torch.float32)
     if not out.requires_grad:  # a constant map

@@ -1,4 +1,4 @@
-"""The only place where a solver meets a gradient."""
+"""Fixed points: a solver for the forward pass, a gradient for the backward pass."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def begin(layout: Layout, start: State) -> tuple[Layout, Tensor]:
     """Return a layout of the solve's own and the matrix (R, D) in which it begins.
 
     The caller's layout may serve other solves before, inside, and at the same time as this one. It
-    is left as the solve's own is, so that callbacks can read matrices with it.
+    takes over the shapes of the solve's own, so that callbacks can read matrices with it.
 
     Raises:
         TypeError: the layout is none.

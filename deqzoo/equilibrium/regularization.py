@@ -26,7 +26,7 @@ def jacobian_penalty(
     differentiated with respect to whatever F depends on, but not through the state, which is
     detached; this needs F's double backward, so an F that was compiled must be run uncompiled, as
     an `OnceDifferentiableMap` is here.
-    What F does not depend on adds nothing: it is zero for a constant F.
+    It is zero for a constant F.
 
     Args:
         f: the map.

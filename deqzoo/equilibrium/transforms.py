@@ -13,17 +13,17 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """Whether there is any: tensors then have no memory of their own to look at."""
+    """Whether a call runs under a transform: its tensors have no memory of their own then."""
     return bool(get_interpreter_stack())
 
 
 def under_grad() -> bool:
-    """Whether one of them is grad, vjp or jacrev, which know no saved-tensor hooks."""
+    """Whether a transform is grad, vjp or jacrev, which support no saved-tensor hooks."""
     return any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())
 
 
 def batched(value: Any = None) -> bool:
-    """Whether one of them is vmap, or `value` the cotangents of a batch of backward passes
+    """Whether a transform is vmap, or `value` the cotangents of a batch of backward passes
     (`is_grads_batched`): nothing can depend on values then."""
     if isinstance(value, Tensor) and not torch.compiler.is_compiling():
         if is_legacy_batchedtensor(value):

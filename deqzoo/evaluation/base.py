@@ -1,4 +1,4 @@
-"""What an evaluation asks of a task: its data, and figures of them."""
+"""The interface of an evaluation: the data of a task, and figures measured on them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Evaluator(ABC):
         """
 
     def limit_to(self, limit: int | None) -> None:
-        """Measure the first so many samples only, and say so; None for all."""
+        """Measure the first `limit` samples only, and note it in the description; None for all."""
         if limit is not None and limit < self.count:
             self.count = limit
             self.description |= {"complete": False, "limit": limit}

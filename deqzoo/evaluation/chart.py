@@ -109,7 +109,7 @@ def page_chart(
     level: float | None = None,
     mark: int | None = None,
 ) -> str:
-    """A figure of the demo's page: coloured by its style sheet, light or dark, with a tip a point.
+    """A figure of the demo's page: coloured by its style sheet, light or dark; a tip per point.
 
     Args:
         series: points by name, x a whole number from 1 on; those that are not finite are left out.

@@ -1,4 +1,4 @@
-"""Commands that answer what a user brings."""
+"""The commands that classify pictures and score texts of a user."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from deqzoo.tasks import load
 from deqzoo.zoo import TASKS, task_of
 
 BUDGETS = (2, 4, 8, 16, 30)
-"""Solver steps of the budget curve; the model's own most steps come last if they are more."""
+"""Solver steps of the budget curve; the model's own `max_steps` comes last if it is larger."""
 # Budget curves show what a number of steps gives, so the tolerance must not end a solve earlier.
 BUDGET_TOLERANCE = 1e-7
 _CURVE = ("residual_median", "residual_p95", "seconds_per_sample")

@@ -151,7 +151,7 @@ class GraphEvaluator(_GraphData):
             if bool((self.graphs.labels < 0).any()):
                 raise UserError(f"{root} has graphs without labels: nothing to measure against")
             digests = graph_digests(self.graphs.graphs, record)
-            # Lists are often in the order of their classes: the first so many would be of one.
+            # Lists are often in the order of their classes: the first graphs would be of one class.
             rows = sorted(unseen(digests, record or {}, split), key=digests.__getitem__)
             self.graphs.require_readable(self.model.config, rows)
             fold = {"data": self.graphs.name, split: rows}

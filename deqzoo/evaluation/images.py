@@ -56,7 +56,7 @@ class ImageEvaluator(ClassifierEvaluator):
         if isinstance(self.pictures, OwnPictures):
             record, digests = read_record(self.model.config._name_or_path), self.pictures.digests()
             self.description |= chose_weights(record, digests)
-            # Folders are in the order of their classes: the first so many would be of one alone.
+            # Folders are in the order of their classes: the first pictures would be of one class.
             order = sorted(range(len(digests)), key=digests.__getitem__)
             self.pictures = self.pictures.part(order, self.pictures.split)
         self.count = len(self.pictures)
@@ -81,12 +81,12 @@ class ImageEvaluator(ClassifierEvaluator):
 
 
 def _path(model: Any) -> str:
-    """How a forward computes; models of others know one way."""
+    """The way in which a model computes; "plain" where it has only one."""
     return str(model.eval().inference_path()) if hasattr(model, "inference_path") else "plain"
 
 
 def _speed_up(model: Any, n_pictures: int) -> None:
-    """Lay a model out for the fast path, where it takes one; compile its norm for many pictures.
+    """Take the memory format of a fast path, if there is one; compile its norm for many pictures.
 
     Another process that compiles it is not waited for.
     """

@@ -1,4 +1,4 @@
-"""What the commands that answer share: solver options, traces, and going on after a bad input."""
+"""Shared by the commands that predict: solver options, traces, going on after a bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deqzoo.errors import UserError, as_user_error, one_line
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Names of the zoo that begin so, for the shell's completion."""
+    """Names of the zoo that begin with the text typed so far, for the shell's completion."""
     return [name for name in deqzoo.zoo.list_models() if name.startswith(incomplete)]
 
 
@@ -85,7 +85,7 @@ class Waiting:
         self.over()
 
     def over(self) -> None:
-        """It is done."""
+        """Say nothing any more: the work is done."""
         self.timer.cancel()
 
 

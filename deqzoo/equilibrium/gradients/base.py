@@ -98,7 +98,7 @@ class Gradient(ABC):
             max_steps: of the solver.
             checkpoint: whether recorded steps are recomputed, where the gradient can do that.
             detached: whether the map has a detached twin, as a compiled one does.
-            products: those that an adjoint solve spends, where they were counted; None assumes.
+            products: number that an adjoint solve spends; None assumes a typical one.
         """
         tally = _Tally()
         with recording():

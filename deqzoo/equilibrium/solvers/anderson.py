@@ -15,10 +15,10 @@ from deqzoo.equilibrium.solvers.base import Solver, StepRule
 from deqzoo.equilibrium.solvers.fixed_point import damped_step
 from deqzoo.equilibrium.solvers.traced import default_ridge
 
-LONG_STEP = 20.0  # of an escape, in residuals, at most,
-LONG_SHARE = 0.2  # nor more than this share of the state, where the residual is large
+LONG_STEP = 20.0  # longest step of an escape, in residuals,
+LONG_SHARE = 0.2  # and, where the residual is large, as a share of the state
 ENOUGH = 0.8  # a residual that falls to this share of the lowest one is no stall
-LEAP = 3.0  # a residual of so many times the lowest is on its way elsewhere, for a while
+LEAP = 3.0  # above so many times its lowest, a residual gets twice the patience
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class _Mixing(StepRule):
         usual = stalled is None and weights.device.type == "cpu"
         if usual and math.isfinite(weights.sum().item()):
             return weights
-        # Nothing was measured where squares underflow: not even which of them to take.
+        # Where squares underflow, the Gram matrix holds no information for weights.
         plain = ~torch.isfinite(weights.sum(1)) | (scale.squeeze(1) == 0)
         if stalled is not None:
             plain = plain | stalled
@@ -193,7 +193,7 @@ class _Mixing(StepRule):
         for history in (self.maps, self.residuals):
             history.masked_fill_(rows.reshape(-1, 1, 1), 0)
         self.gram.masked_fill_(cells.reshape(-1, 1, 1), 0)
-        if self.layout.holds_frozen:  # of one that others read it reached their sums, too
+        if self.layout.holds_frozen:  # what is not finite reached the sums of later cells, too
             self.gram.nan_to_num_(0.0, 0.0, 0.0)
         self.forget(cells)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def can_be_traced(solver: Solver) -> bool:
-    """Whether its class says how it mixes; another one made of it may do something else."""
+    """Whether the solver's own class defines its mixing: a subclass may take other steps."""
     return "mixing" in vars(type(solver)) and solver.mixing is not None
 
 
@@ -106,7 +106,7 @@ def _steps(f: Callable[[Tensor], Tensor], z: Tensor, solver: Solver, layout: Lay
 
 
 def _norm() -> Callable[[Tensor, Layout], Tensor]:
-    """Of any scale; programs for others' runtimes, which know states of scale one, stay simple."""
+    """A norm for states of any scale; the plain one in exported programs, to keep them simple."""
     return cell_norm if torch.compiler.is_exporting() else scaled_norm
 
 
@@ -125,7 +125,7 @@ def solved_weights(gram: Tensor, ridge: float | None) -> Tensor:
     system = torch.cat((system, torch.ones_like(system[..., :1])), -1)
     for k in range(n):
         row = system[..., k : k + 1, :] / system[..., k : k + 1, k : k + 1]
-        # Less one, so that row k itself is left as the quotient.
+        # Minus column k of the identity, so that row k itself becomes the quotient.
         system = system - (system[..., k : k + 1] - unit[:, k : k + 1]) * row
     weights = system[..., n]
     weights = weights / weights.sum(-1, keepdim=True)
