@@ -108,10 +108,9 @@ def pictures_of(
         return pictures_of_split(Path(data), split, labels, record)
     if load is not None:
         return load(split, data)
-    titles = ", ".join(image_set.title for image_set, _ in _KNOWN)
     raise UserError(
         f"the model's labels ({', '.join(labels[:4])}, ...) are those of no known data set "
-        f"({titles}): name pictures of your own with --data"
+        f"({', '.join(item.title for item, _ in _KNOWN)}): name pictures of your own with --data"
     )
 
 
