@@ -126,7 +126,7 @@ class Comparison:
             name for name, g in self.exact.items() if not bool(head[name].any()) and bool(g.any())
         }
         del tight
-        self.recorded_model = RecordedModel(model, batch, on_evaluation=on_evaluation)
+        self.recorded = RecordedModel(model, batch, on_evaluation=on_evaluation)
         self.prefix = f"{model.base_model_prefix}."
 
     def groups_of(self, name: str) -> tuple[str, ...]:
@@ -142,7 +142,7 @@ class Comparison:
     def neumann(self, steps: int, damping: float) -> Row:
         """An NPG setting, without its cost."""
         gradient = {"name": "npg", "steps": steps, "damping": damping}
-        gradients = self.recorded_model.gradients(neumann_rule(steps, damping))
+        gradients = self.recorded.gradients(neumann_rule(steps, damping))
         return Row(gradient, *self.compare(gradients))
 
     def measure(self, gradient: Mapping[str, Any]) -> Row:
@@ -152,8 +152,8 @@ class Comparison:
         with seeded(), peak_memory(device) as peak:
             start_time = time.perf_counter()
             with SavedTensors(self.weights) as saved_tensors:
-                loss = self.recorded_model.replayed(settings)
-            parameters = self.recorded_model.parameters
+                loss = self.recorded.replayed(settings)
+            parameters = self.recorded.parameters
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -165,8 +165,8 @@ class Comparison:
 
     def radius(self, n_iter: int = 40) -> list[float]:
         """Spectral radius of every sample at the exact equilibrium."""
-        f, layout = self.recorded_model.maps[0], self.recorded_model.layouts[0]
-        state = self.recorded_model.solutions[0].state
+        f, layout = self.recorded.maps[0], self.recorded.layouts[0]
+        state = self.recorded.solutions[0].state
         if isinstance(layout, Segments):  # the rows of a graph belong together
             whole = spectral_radius(lambda z: f(z[0])[None], state[None], n_iter)
             return [float(whole)]
@@ -231,7 +231,7 @@ def study(
     settings = plan(steps, dampings, model.config.solver["max_steps"])
     try:
         comparison = Comparison(model, batch, clock.check)
-        own = comparison.recorded_model.solutions
+        own = comparison.recorded.solutions
         result = Study(own=dict(model.config.gradient), exact_residuals=comparison.exact_residuals)
         result.rows.append(_row(comparison, settings[0], []))
     except OutOfTime as error:
