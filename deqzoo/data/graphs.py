@@ -121,14 +121,14 @@ def load_own_graphs(path: str | Path, encoding: GraphEncoding | None = None) -> 
         return _graph_set(path.stem, graphs, encoding)
     if not path.is_dir():
         raise UserError(f"there is no file or folder {path}")
-    found = find_tu_sets(path)
-    if len(found) != 1:
-        what = f"several sets ({', '.join(found)}); name one's folder" if found else "no graphs"
+    folders = find_tu_sets(path)
+    if len(folders) != 1:
+        what = f"several sets ({', '.join(folders)}); name one's folder" if folders else "no graphs"
         raise UserError(
             f"{path} holds {what}: files in TUDataset's format (NAME_A.txt, "
             "NAME_graph_indicator.txt, NAME_graph_labels.txt)"
         )
-    ((name, folder),) = found.items()
+    ((name, folder),) = folders.items()
     graphs, encoding = read_tu(name, folder, encoding)
     return _graph_set(name, graphs, encoding)
 
@@ -162,34 +162,34 @@ def _saved_graphs(
             f"{path} holds no list of graphs but {type(graphs).__name__}: save one by "
             "torch.save([Data(...), ...], file)"
         )
-    stored: list[int | None] = []
-    counted_by_edges: list[int] = []  # the first node of each such graph
+    labels: list[int | None] = []
+    first_nodes: list[int] = []  # of each graph whose nodes are counted by its edges
     for number, graph in enumerate(graphs):
         where = f"graph {number} of {path}"
         if not isinstance(graph, Data) or not isinstance(graph.edge_index, Tensor):
             raise UserError(f"{where} is no torch_geometric Data with edge_index (2, e)")
-        uncounted = graph.x is None and "num_nodes" not in graph
+        lacks_count = graph.x is None and "num_nodes" not in graph
         _complete(graph, where)
-        if uncounted and graph.edge_index.numel():
-            counted_by_edges.append(int(graph.edge_index.min()))
+        if lacks_count and graph.edge_index.numel():
+            first_nodes.append(int(graph.edge_index.min()))
         if graph.x.shape[1] != graphs[0].x.shape[1]:
             raise UserError(
                 f"{where} has {graph.x.shape[1]} node features, the first {graphs[0].x.shape[1]}"
             )
-        stored.append(_stored_label(graph, where))
-    if counted_by_edges and min(counted_by_edges) > 0:
+        labels.append(_stored_label(graph, where))
+    if first_nodes and min(first_nodes) > 0:
         raise UserError(
-            f"the nodes of {path} are numbered from {min(counted_by_edges)}: number them from 0, "
+            f"the nodes of {path} are numbered from {min(first_nodes)}: number them from 0, "
             "or give num_nodes where the first ones have no edges"
         )
     if encoding is None:
-        missing = [i for i, label in enumerate(stored) if label is None]
-        if missing:
-            raise UserError(f"graph {missing[0]} of {path} has no label y")
+        unlabelled_graphs = [i for i, label in enumerate(labels) if label is None]
+        if unlabelled_graphs:
+            raise UserError(f"graph {unlabelled_graphs[0]} of {path} has no label y")
         encoding = GraphEncoding(
-            tuple(sorted({int(label) for label in stored if label is not None}))
+            tuple(sorted({int(label) for label in labels if label is not None}))
         )
-    for number, (graph, label) in enumerate(zip(graphs, stored, strict=True)):
+    for number, (graph, label) in enumerate(zip(graphs, labels, strict=True)):
         if label is not None and label not in encoding.classes:
             raise UserError(
                 f"graph {number} of {path} has the label {label}, which is none of this model's "
@@ -215,8 +215,10 @@ def _complete(graph: Any, where: str) -> None:
     if not isinstance(graph.x, Tensor) or graph.x.ndim != 2:
         raise UserError(f"{where} has node features x that are no matrix (n, p)")
     if graph.x.is_complex() or not graph.x.shape[1]:
-        shown = f"{graph.x.dtype} of shape {list(graph.x.shape)}"
-        raise UserError(f"{where} needs real node features x (n, p), p at least 1, got {shown}")
+        description = f"{graph.x.dtype} of shape {list(graph.x.shape)}"
+        raise UserError(
+            f"{where} needs real node features x (n, p), p at least 1, got {description}"
+        )
     graph.x = graph.x.detach().to_dense().float()
     if graph.edge_weight is not None:
         if not isinstance(graph.edge_weight, Tensor):
@@ -239,8 +241,8 @@ def _stored_label(graph: Any, where: str) -> int | None:
     except (TypeError, ValueError, RuntimeError):
         y = torch.zeros(0)
     if y.numel() != 1 or y.is_complex() or not float(y).is_integer():
-        shown = " ".join(str(graph.y).split())[:60]
-        raise UserError(f"{where} needs one whole number as its label y, got {shown}")
+        description = " ".join(str(graph.y).split())[:60]
+        raise UserError(f"{where} needs one whole number as its label y, got {description}")
     return int(y)
 
 
@@ -249,7 +251,7 @@ def load_twitch(code: str, root: str | Path) -> Any:
     raw = Path(root) / "Twitch" / code / "raw" / f"{code}.npz"
     arrays = _read_npz(raw)
     graph = _data_class()(
-        edge_index=_undirected(torch.from_numpy(arrays["edges"].astype(np.int64).T)),
+        edge_index=_undirected_edges(torch.from_numpy(arrays["edges"].astype(np.int64).T)),
         y=torch.from_numpy(arrays["target"].astype(np.int64)),
     )
     graph.x = torch.from_numpy(arrays["features"]).float().to_sparse_coo()
@@ -262,7 +264,7 @@ def load_localization(name: str, root: str | Path) -> Any:
     arrays = _read_npz(Path(root) / name / f"{name.lower()}.npz")
     graph = _data_class()(
         x=torch.from_numpy(arrays["x"]),
-        edge_index=_undirected(torch.from_numpy(arrays["edge_index"].astype(np.int64))),
+        edge_index=_undirected_edges(torch.from_numpy(arrays["edge_index"].astype(np.int64))),
         y=torch.from_numpy(arrays["y"].astype(np.float32)),
     )
     for split in ("train", "val", "test"):
@@ -276,7 +278,7 @@ def load_citations(name: str, root: str | Path) -> Any:
     """Read Cora or CiteSeer as a `Data` with the masks of the public split."""
     with _scratch_copy(Path(root) / name / "raw", f"ind.{name.lower()}.x", name) as scratch:
         graph = _import_datasets().Planetoid(scratch, name)[0]
-    graph.edge_index = _undirected(graph.edge_index)
+    graph.edge_index = _undirected_edges(graph.edge_index)
     return graph
 
 
@@ -285,7 +287,7 @@ def load_photo(root: str | Path) -> Any:
     file = "amazon_electronics_photo.npz"
     with _scratch_copy(Path(root) / "Photo" / "raw", file, "Photo") as scratch:
         graph = _import_datasets().Amazon(scratch, "Photo")[0]
-    graph.edge_index = _undirected(graph.edge_index)
+    graph.edge_index = _undirected_edges(graph.edge_index)
     order = torch.randperm(len(graph.y), generator=torch.Generator().manual_seed(PUBLISHED_SEED))
     rank = torch.zeros_like(graph.y)
     for label in graph.y.unique():
@@ -305,10 +307,10 @@ def load_ppi(root: str | Path, split: str) -> list[Any]:
     datasets = _import_datasets()
     stem = {"train": "train", "val": "valid", "test": "test"}[split]
     source = Path(root) / "PPI" / "raw"
-    wanted = [f"{stem}_{part}" for part in _PPI_PARTS]
-    missing = [file for file in wanted if not (source / file).is_file()]
-    if missing:
-        raise UserError(f"{source} lacks {', '.join(missing)}; unpack PPI's files there")
+    files = [f"{stem}_{part}" for part in _PPI_PARTS]
+    missing_files = [file for file in files if not (source / file).is_file()]
+    if missing_files:
+        raise UserError(f"{source} lacks {', '.join(missing_files)}; unpack PPI's files there")
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copytree(source, Path(scratch) / "raw")
         for other in ("train", "valid", "test"):  # torch_geometric reads all three at once
@@ -317,8 +319,8 @@ def load_ppi(root: str | Path, split: str) -> list[Any]:
                 if not target.is_file():
                     shutil.copy(source / f"{stem}_{part}", target)
         with contextlib.redirect_stderr(io.StringIO()):
-            stored = datasets.PPI(scratch, split=split)
-        return [stored[i] for i in range(len(stored))]
+            dataset = datasets.PPI(scratch, split=split)
+        return [dataset[i] for i in range(len(dataset))]
 
 
 def published_folds(labels: Tensor) -> list[Fold]:
@@ -330,13 +332,14 @@ def published_folds(labels: Tensor) -> list[Fold]:
     generator = torch.Generator().manual_seed(PUBLISHED_SEED)
     order = torch.randperm(len(labels), generator=generator)
     return [
-        Fold(order[train].tolist(), [], order[test].tolist()) for train, test in _stratified(labels)
+        Fold(order[train].tolist(), [], order[test].tolist())
+        for train, test in _stratified_splits(labels)
     ]
 
 
 def honest_folds(labels: Tensor) -> list[Fold]:
     """Return ten stratified folds; the next fold of each test fold is its validation part."""
-    parts = [test for _, test in _stratified(labels)]
+    parts = [test for _, test in _stratified_splits(labels)]
     folds = []
     for i, test in enumerate(parts):
         validation = parts[(i + 1) % N_FOLDS]
@@ -363,7 +366,7 @@ def collate_graphs(graphs: Sequence[Any]) -> dict[str, Tensor]:
     return fields
 
 
-def _stratified(labels: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+def _stratified_splits(labels: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
     try:
         from sklearn.model_selection import StratifiedKFold
     except ImportError as error:
@@ -379,7 +382,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         return {key: arrays[key] for key in arrays.files}
 
 
-def _undirected(edge_index: Tensor) -> Tensor:
+def _undirected_edges(edge_index: Tensor) -> Tensor:
     """Return both directions of every edge once, without self loops."""
     pairs = torch.cat([edge_index, edge_index.flip(0)], dim=1)
     pairs = pairs[:, pairs[0] != pairs[1]]
@@ -387,10 +390,10 @@ def _undirected(edge_index: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _scratch_copy(raw: Path, wanted: str, name: str) -> Iterator[str]:
+def _scratch_copy(raw: Path, file_name: str, name: str) -> Iterator[str]:
     """Copy a raw folder to where torch_geometric may write beside it; yield the new root."""
-    if not (raw / wanted).is_file():
-        raise UserError(f"no {wanted} in {raw}: --data is the folder that holds {name}/")
+    if not (raw / file_name).is_file():
+        raise UserError(f"no {file_name} in {raw}: --data is the folder that holds {name}/")
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
         shutil.copytree(raw, Path(scratch) / name / "raw")
         yield scratch

@@ -54,14 +54,14 @@ _GROUP = 1000
 """Files that are read before they are decoded."""
 
 
-def _unpacked(folder: Path, stored: str) -> Iterator[tuple[list[bytes], list[str]]] | None:
+def _archive_groups(folder: Path, split: str) -> Iterator[tuple[list[bytes], list[str]]] | None:
     """Pictures and labels of the authors' unpacked archive; None if the folder is none."""
     inside = folder / "tiny-imagenet-200"
     folder = inside if inside.is_dir() else folder
     annotations = folder / "val" / "val_annotations.txt"
     if not annotations.is_file():
         return None
-    if stored == "train":
+    if split == "train":
         files = sorted((folder / "train").glob("*/images/*.JPEG"))
         labels = [file.parent.parent.name for file in files]
     else:
@@ -70,14 +70,14 @@ def _unpacked(folder: Path, stored: str) -> Iterator[tuple[list[bytes], list[str
             raise UserError(f"{annotations} is damaged: unpack the archive anew")
         files = [folder / "val" / "images" / name for name, _ in rows]
         labels = [label for _, label in rows]
-    strange = set(labels) - _WORDS.keys()
-    if strange:
-        raise UserError(f"{folder} does not hold Tiny ImageNet: class {min(strange)}")
+    unknown_classes = set(labels) - _WORDS.keys()
+    if unknown_classes:
+        raise UserError(f"{folder} does not hold Tiny ImageNet: class {min(unknown_classes)}")
 
     def groups() -> Iterator[tuple[list[bytes], list[str]]]:
         for i in range(0, len(files), _GROUP):
-            encoded = [file.read_bytes() for file in files[i : i + _GROUP]]
-            yield encoded, [_WORDS[label] for label in labels[i : i + _GROUP]]
+            contents = [file.read_bytes() for file in files[i : i + _GROUP]]
+            yield contents, [_WORDS[label] for label in labels[i : i + _GROUP]]
 
     return groups()
 
@@ -92,7 +92,7 @@ TINY_IMAGENET = ImageSource(
     rows={"train": 100_000, "valid": 10_000},
     validation_per_class=25,
     stored_names=_WORDS,
-    unpacked=_unpacked,
+    unpacked=_archive_groups,
 )
 """200 classes of ImageNet, photographs of 64 pixels (Stanford CS231n)."""
 

@@ -63,8 +63,8 @@ class StoredPictures:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over labels and lengths of the encoded pictures, which is read in seconds."""
-        encoded = pc.struct_field(self.dataset.data.column(self.column), "bytes")
-        lengths = np.asarray(pc.binary_length(encoded).to_numpy(), dtype=np.int64)[self.rows]
+        contents = pc.struct_field(self.dataset.data.column(self.column), "bytes")
+        lengths = np.asarray(pc.binary_length(contents).to_numpy(), dtype=np.int64)[self.rows]
         return hashlib.sha256(self.labels.numpy().tobytes() + lengths.tobytes()).hexdigest()
 
 
@@ -107,8 +107,8 @@ def load_imagenet(
     Raises:
         UserError: unknown split, `datasets` is missing, or data that cannot be had.
     """
-    stored, part = IMAGENET.part(split)
-    dataset = _open(stored, data, cache_dir)
+    stored_split, part = IMAGENET.part(split)
+    dataset = _open(stored_split, data, cache_dir)
     column = next((name for name in ("image", "img") if name in dataset.column_names), None)
     if column is None or "label" not in dataset.column_names:
         raise UserError(
@@ -126,12 +126,12 @@ def load_imagenet(
     return StoredPictures(dataset, column, rows, split)
 
 
-def _open(stored: str, data: str | os.PathLike[str] | None, cache_dir: str | None) -> Any:
+def _open(stored_split: str, data: str | os.PathLike[str] | None, cache_dir: str | None) -> Any:
     folder = local_folder(data)
     if folder is None:
-        options: dict[str, Any] = {"path": str(data or IMAGENET.repository), "split": stored}
+        options: dict[str, Any] = {"path": str(data or IMAGENET.repository), "split": stored_split}
     else:
-        files = [str(path) for path in split_files(IMAGENET, folder, stored)]
+        files = [str(path) for path in split_files(IMAGENET, folder, stored_split)]
         options = {"path": "parquet", "data_files": files, "split": "train"}
     fault = (
         f"{IMAGENET.title} cannot be opened; accept its terms on the Hub and log in, or pass the "
@@ -152,6 +152,6 @@ def _held_out(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     sizes = np.bincount(labels)
     starts = np.cumsum(sizes) - sizes
     rank = np.arange(len(labels)) - starts[labels[order]]
-    chosen = np.zeros(len(labels), dtype=bool)
-    chosen[order] = rank < np.minimum(per_class, sizes // 2)[labels[order]]
-    return chosen
+    mask = np.zeros(len(labels), dtype=bool)
+    mask[order] = rank < np.minimum(per_class, sizes // 2)[labels[order]]
+    return mask

@@ -42,10 +42,10 @@ class ImageSource:
     """What is known about a data set.
 
     `config` is the folder of the repository that holds the wanted variant; `test` is the stored
-    split that measures, "train" is divided into training and validation part. `fingerprints` are
-    those of the stored splits when complete; photographs have none, since what a decoder and a
-    scaler make of them differs in the last bit. `stored_names` maps the class names of the Hub's
-    files to those of `classes` where they differ; `unpacked` reads a stored split from a folder in
+    split to test on, "train" is divided into training and validation part. `fingerprints` are
+    those of the stored splits when complete; photographs have none, since decoders and scalers
+    differ in the last bit. `stored_names` maps the class names of the Hub's files to those of
+    `classes` where they differ; `unpacked` reads a stored split from a folder in
     the authors' own layout and returns None for any other folder.
     """
 
@@ -142,20 +142,20 @@ def load_pictures(
     Raises:
         UserError: unknown split, or data that cannot be had or are not this data set.
     """
-    stored, part = source.part(split)
+    stored_split, part = source.part(split)
     folder = data_folder(source.title, source.repository, data, source.config)
-    groups = source.unpacked(folder, stored) if source.unpacked else None
+    groups = source.unpacked(folder, stored_split) if source.unpacked else None
     if groups is None:
-        groups = _row_groups(source, split_files(source, folder, stored))
+        groups = _row_groups(source, split_files(source, folder, stored_split))
     pixels, labels = _decode(source, folder, groups, transform)
     digests = picture_digests(pixels, labels)
     fingerprint = _fingerprint(digests)
-    known = (source.fingerprints or {}).get(stored)
-    complete = fingerprint == known if known else len(labels) == source.rows[stored]
-    if len(labels) != source.rows[stored]:
+    reference = (source.fingerprints or {}).get(stored_split)
+    complete = fingerprint == reference if reference else len(labels) == source.rows[stored_split]
+    if len(labels) != source.rows[stored_split]:
         logger.warning(
             "%s holds %d pictures of %s %s, the published split has %d",
-            folder, len(labels), source.title, stored, source.rows[stored],
+            folder, len(labels), source.title, stored_split, source.rows[stored_split],
         )  # fmt: skip
     whole = Pictures(pixels, labels, source.classes, split, fingerprint, complete, source.name)
     if part is None:
@@ -177,29 +177,29 @@ def divide(
     return training, _part(whole, digests, "validation", held_out)
 
 
-def _part(whole: Pictures, digests: list[bytes], split: str, keep: Tensor) -> Pictures:
+def _part(whole: Pictures, digests: list[bytes], split: str, mask: Tensor) -> Pictures:
     """The pictures of a mask (N,), as a split of their own."""
-    kept = [digest for digest, here in zip(digests, keep.tolist(), strict=True) if here]
+    part_digests = [digest for digest, here in zip(digests, mask.tolist(), strict=True) if here]
     return replace(
         whole,
-        pixels=whole.pixels[keep],
-        labels=whole.labels[keep],
+        pixels=whole.pixels[mask],
+        labels=whole.labels[mask],
         split=split,
-        fingerprint=_fingerprint(kept),
+        fingerprint=_fingerprint(part_digests),
     )
 
 
-def split_files(source: ImageSource, folder: Path, stored: str) -> list[Path]:
+def split_files(source: ImageSource, folder: Path, stored_split: str) -> list[Path]:
     """Parquet files of a stored split, of the wanted variant where the folder holds several.
 
     Raises:
         UserError: there are none, not all of them, or those of several copies.
     """
     inside = folder / source.config if (folder / source.config).is_dir() else folder
-    files = parquet_shards(inside, stored)
+    files = parquet_shards(inside, stored_split)
     if not files:
         raise UserError(
-            f"folder {folder} does not hold {source.title}: it has no {stored}-*.parquet"
+            f"folder {folder} does not hold {source.title}: it has no {stored_split}-*.parquet"
         )
     return files
 
@@ -213,8 +213,8 @@ def _decode(
     """All pictures (N, 3, H, W) uint8 and labels (N,) int64 of a stored split."""
     index = {name: number for number, name in enumerate(source.classes)}
 
-    def to_array(encoded: bytes) -> np.ndarray:
-        picture = to_rgb(decode_picture(encoded, f"a picture of {source.title} in {folder}"))
+    def to_array(content: bytes) -> np.ndarray:
+        picture = to_rgb(decode_picture(content, f"a picture of {source.title} in {folder}"))
         return np.asarray(picture if transform is None else transform(picture))
 
     arrays: list[np.ndarray] = []
@@ -222,14 +222,14 @@ def _decode(
     fault = f"cannot read {source.title} from {folder}"
     with as_user_error(fault, ArrowException, OSError, most=160):
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for encoded, marks in groups:
-                arrays.extend(pool.map(to_array, encoded, chunksize=64))
+            for contents, marks in groups:
+                arrays.extend(pool.map(to_array, contents, chunksize=64))
                 labels.extend(index.get(mark, mark) for mark in marks)  # type: ignore[misc]
     if not arrays:
         raise UserError(f"folder {folder} holds no picture of {source.title}")
     sizes = {array.shape[:2] for array in arrays}
-    expected = {(source.side, source.side)} if transform is None and source.side else sizes
-    if sizes != expected or len(sizes) != 1:
+    expected_sizes = {(source.side, source.side)} if transform is None and source.side else sizes
+    if sizes != expected_sizes or len(sizes) != 1:
         raise UserError(
             f"folder {folder} does not hold {source.title}: pictures of "
             f"{len(sizes)} sizes, e.g. {sorted(sizes)[:2]}"
@@ -251,7 +251,7 @@ def _row_groups(source: ImageSource, files: list[Path]) -> Iterator[tuple[list[b
         numbers = _label_numbers(source, path, _class_names(path, schema.metadata))
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group, columns=[image, "label"])
-            encoded = [_encoded(path, cell) for cell in table.column(image).to_pylist()]
+            contents = [_file_content(path, cell) for cell in table.column(image).to_pylist()]
             labels = table.column("label").to_pylist()
             for label in labels:
                 if not isinstance(label, (int, str)) or label not in numbers:
@@ -259,11 +259,11 @@ def _row_groups(source: ImageSource, files: list[Path]) -> Iterator[tuple[list[b
                         f"{path} does not hold {source.title}: labels outside "
                         f"0..{len(source.classes) - 1}, e.g. {label!r}"
                     )
-            yield encoded, [numbers[label] for label in labels]
+            yield contents, [numbers[label] for label in labels]
 
 
-def _encoded(path: Path, cell: Any) -> bytes:
-    """The file of one picture: its bytes, or a mapping that holds them."""
+def _file_content(path: Path, cell: Any) -> bytes:
+    """Bytes of a picture's file, which a cell holds itself or in a mapping."""
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes):
         raise UserError(f"{path} has a row whose picture is empty or not stored in the file")
@@ -280,8 +280,8 @@ def _label_numbers(source: ImageSource, path: Path, names: list[str] | None) -> 
     if names is not None and source.stored_names is not None:
         names = [source.stored_names.get(name, name) for name in names]
     if names is None:
-        named = {name: number for number, name in enumerate(source.classes)}
-        return {number: number for number in range(len(source.classes))} | named
+        number_of_name = {name: number for number, name in enumerate(source.classes)}
+        return {number: number for number in range(len(source.classes))} | number_of_name
     if sorted(map(_plain, names)) != sorted(index):
         raise UserError(
             f"{path} does not hold {source.title}: its classes are {', '.join(names[:5])}, ..."
@@ -299,11 +299,11 @@ def _class_names(path: Path, metadata: Mapping[bytes, bytes] | None) -> list[str
     Raises:
         UserError: the description is damaged, so that the order of the classes is not known.
     """
-    stored = (metadata or {}).get(b"huggingface")
-    if not stored:
+    description = (metadata or {}).get(b"huggingface")
+    if not description:
         return None
     try:
-        label = json.loads(stored).get("info", {}).get("features", {}).get("label", {})
+        label = json.loads(description).get("info", {}).get("features", {}).get("label", {})
         names = label.get("names")
     except (ValueError, AttributeError) as error:
         raise UserError(
@@ -337,9 +337,9 @@ def validation_rows(digests: list[bytes], labels: Tensor, per_class: int, seed: 
     """
     salt = str(seed).encode()
     order = np.array([hashlib.sha256(salt + digest).hexdigest() for digest in digests])
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    mask = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = np.flatnonzero(labels.numpy() == label)
-        ranked = members[np.argsort(order[members], kind="stable")]
-        chosen[torch.from_numpy(ranked[: min(per_class, len(members) // 2)])] = True
-    return chosen
+        ranking = members[np.argsort(order[members], kind="stable")]
+        mask[torch.from_numpy(ranking[: min(per_class, len(members) // 2)])] = True
+    return mask

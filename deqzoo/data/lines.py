@@ -31,7 +31,7 @@ RECORDS = (".jsonl", ".ndjson")
 SUFFIXES = (".txt", ".text", ".md", ".tokens", *RECORDS, ".parquet")
 """Files of a folder that are read as texts, with or without a compression's suffix."""
 _OLD_END = re.compile(r"\r(?=[^\n])")
-"""The end of a line where nothing else marks it, as on old Macs; the next character tells."""
+"""A carriage return that alone ends a line, as on old Macs: no line feed follows it."""
 _OTHERS = (".json", ".csv", ".tsv")
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MARKS = (
@@ -110,14 +110,14 @@ def read_lines(source: str | Path, column: str | Sequence[str] | None = None) ->
         for row in parquet_rows(path, text_column(path, column)):
             yield from _row_lines(row)
         return
-    with _opened(path) as stream:
+    with _open_stream(path) as stream:
         lines = _decoded_lines(stream, str(path))
         yield from _records(lines, path, column) if _suffix(path) in RECORDS else lines
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A file's bytes, unpacked; damage is one line."""
+def _open_stream(path: Path) -> Iterator[Any]:
+    """A file's bytes, decompressed; a damaged file is an error in one line."""
     with as_user_error(f"cannot read {path}", OSError, EOFError, lzma.LZMAError):
         with _COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as stream:
             yield stream
@@ -173,16 +173,18 @@ def _choose(names: Sequence[str], column: str | Sequence[str] | None, path: Path
     if isinstance(column, str):
         if column in names:
             return column
-        raise UserError(f"{path} has no column of text {column!r}; it has {_listed(names)}")
+        raise UserError(f"{path} has no column of text {column!r}; it has {_name_list(names)}")
     usual = [name for name in (*(column or ()), *COLUMNS) if name in names]
     if usual or len(names) == 1:
         return (usual or names)[0]
     if not names:
         raise UserError(f"{path} has no column of text")
-    raise UserError(f"{path} has several columns of text; choose with --column: {_listed(names)}")
+    raise UserError(
+        f"{path} has several columns of text; choose with --column: {_name_list(names)}"
+    )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _name_list(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) or "none"
 
 
@@ -192,14 +194,14 @@ def _string_columns(parquet: pq.ParquetFile) -> list[str]:
 
 
 def _first_records(path: Path) -> Iterator[dict[str, Any]]:
-    with _opened(path) as stream:
+    with _open_stream(path) as stream:
         for line in _decoded_lines(stream, str(path)):
             if line.strip():
                 yield _record(line, path)
 
 
 def _records(lines: Iterator[str], path: Path, column: str | Sequence[str] | None) -> Iterator[str]:
-    """Lines of the texts of JSON lines: objects with a text, all under one key."""
+    """Lines of the texts in JSON lines: objects that hold their text under one key."""
     whole = ""
     for line in lines:
         whole += line
@@ -219,9 +221,9 @@ def _records(lines: Iterator[str], path: Path, column: str | Sequence[str] | Non
 
 
 def _text_names(record: dict[str, Any], column: str | Sequence[str] | None) -> list[str]:
-    """Keys of texts; one may be null, where its name says what it is."""
-    known = (*COLUMNS, *([column] if isinstance(column, str) else column or ()))
-    return [k for k, v in record.items() if isinstance(v, str) or v is None and k in known]
+    """Keys of texts; a null counts as a text where the key is a usual name or in `column`."""
+    text_keys = (*COLUMNS, *([column] if isinstance(column, str) else column or ()))
+    return [k for k, v in record.items() if isinstance(v, str) or v is None and k in text_keys]
 
 
 def _encodable(text: str, path: Path) -> str:

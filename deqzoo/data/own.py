@@ -23,7 +23,7 @@ RECORD = "own_data.json"
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.2
 FEWEST = 5
-"""Samples that can choose weights; where there would be fewer, those that are measured do it."""
+"""Smallest validation part; where it would be smaller, the test part selects the weights."""
 
 
 def stratified(
@@ -32,7 +32,7 @@ def stratified(
     seed: int = 0,
     digests: Sequence[str] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Rows to train on, and a hold-out with its share of every class (N,).
+    """Training rows, and a hold-out with its share of every class (N,).
 
     A class with at least two samples is in both; one with a single sample is only trained on.
     """
@@ -47,23 +47,23 @@ def three_parts(
     seed: int = 0,
     digests: Sequence[str] | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Rows to train on, to choose weights by, and to measure, class by class (N,).
+    """Training, validation and test rows, divided class by class (N,).
 
-    Copies of a sample, told by equal digests, are in one part.
+    Copies of a sample, which have equal digests, are in one part.
 
     Args:
         labels: int64 (N,).
-        share: to measure, at least one sample of a class that has two.
-        validation: share that chooses. Fewer than `FEWEST` rows in all choose nothing: they are
-            trained on.
+        share: of the test part, at least one sample of a class that has two.
+        validation: share of the validation part. Where it has fewer than `FEWEST` rows in all,
+            they are training rows.
         seed: of the draw.
         digests: of the samples.
     """
     draws = random.Random(seed)
     train: list[int] = []
-    choosing: list[int] = []
+    validation_rows: list[int] = []
     held_out: list[int] = []
-    placed: dict[str | int, list[int]] = {}
+    part_of_key: dict[str | int, list[int]] = {}
     for label in labels.unique().tolist():
         copies: dict[str | int, list[int]] = {}
         for row in (labels == label).nonzero().flatten().tolist():
@@ -73,15 +73,15 @@ def three_parts(
         count = min(max(round(share * len(distinct)), 1), len(distinct) - 1)
         end = min(count + round(validation * len(distinct)), len(distinct) - 1)
         for place, key in enumerate(distinct):
-            part = held_out if place < count else choosing if place < end else train
-            placed.setdefault(key, part).extend(copies[key])  # also where labels contradict
-    if len(choosing) < FEWEST:
-        train, choosing = train + choosing, []
-    return sorted(train), sorted(choosing), sorted(held_out)
+            part = held_out if place < count else validation_rows if place < end else train
+            part_of_key.setdefault(key, part).extend(copies[key])  # also where labels contradict
+    if len(validation_rows) < FEWEST:
+        train, validation_rows = train + validation_rows, []
+    return sorted(train), sorted(validation_rows), sorted(held_out)
 
 
 def chose_weights(record: dict[str, Any] | None, digests: Sequence[str]) -> dict[str, bool]:
-    """What an evaluation says where its samples also chose the weights that they measure."""
+    """The entry of an evaluation whose samples also selected the weights; else empty."""
     record = record or {}
     one = record.get("one_hold_out") and not set(digests).isdisjoint(record["validation"])
     return {"chose_weights": True} if one else {}
@@ -130,17 +130,17 @@ _OPTIONS = {
         "is for texts, and this model reads none; leave it out",
     ),
 }
-"""Options of one task only: which, and what to say of it to the others."""
+"""Options of one task only: the task, and the message for models of other tasks."""
 
 
 def require_task_of(option: str, task: str | None) -> None:
-    """Refuse an option for a model of another task than it is for.
+    """Refuse an option that is for models of another task.
 
     Raises:
         UserError: the model's task is another one.
     """
-    wanted, reason = _OPTIONS[option]
-    if task != wanted:
+    option_task, reason = _OPTIONS[option]
+    if task != option_task:
         raise UserError(f"{option} {reason}")
 
 
@@ -174,18 +174,20 @@ def graph_digests(graphs: Sequence[Any], record: dict[str, Any] | None = None) -
 
     Args:
         graphs: torch_geometric `Data`.
-        record: what the digests are to be found in; one that was written before weights were in
-            them has none that begins with "w", and gets those of its time.
+        record: what the digests are compared with. Digests with weights begin with "w"; for a
+            record without any, which is older, weights are left out here too.
     """
-    known = [] if record is None else [*record.get("train", ()), *record.get("validation", ())]
-    old = bool(known) and not any(digest.startswith("w") for digest in known)
-    found = []
+    record_digests = (
+        [] if record is None else [*record.get("train", ()), *record.get("validation", ())]
+    )
+    is_old = bool(record_digests) and not any(digest.startswith("w") for digest in record_digests)
+    digests = []
     for graph in graphs:
-        weights = None if old else graph.edge_weight
+        weights = None if is_old else graph.edge_weight
         digest = hashlib.sha256()
         for tensor in (graph.x, graph.edge_index, graph.y, weights):
             if tensor is not None:
                 digest.update(tensor.contiguous().numpy().tobytes())
         begin = "" if weights is None else "w"
-        found.append((begin + digest.hexdigest())[:16])
-    return found
+        digests.append((begin + digest.hexdigest())[:16])
+    return digests

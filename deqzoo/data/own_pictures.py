@@ -44,7 +44,7 @@ _SPLIT = "split"
 _Table = tuple[list[bytes | Path], list[str], list[str] | None]
 """Encoded pictures, the names of their labels, and the order of the classes where there is one."""
 _NO_PICTURES = ("MPEG", "HDF5", "GRIB", "BUFR")
-"""What Pillow only knows the names of."""
+"""Formats that Pillow names but cannot decode."""
 _LARGEST_FILE = 200_000_000
 _TABLES = {".csv": ",", ".tsv": "\t"}
 
@@ -94,31 +94,34 @@ class OwnPictures:
 
     def part(self, rows: Sequence[int], split: str) -> OwnPictures:
         """Some of the pictures, as a split of their own."""
-        chosen = list(rows)
+        indices = list(rows)
         return replace(
-            self, encoded=[self.encoded[i] for i in chosen], labels=self.labels[chosen], split=split
+            self,
+            encoded=[self.encoded[i] for i in indices],
+            labels=self.labels[indices],
+            split=split,
         )
 
     def describe(self) -> dict[str, Any]:
         """What evaluation files and training records hold about the data."""
         labels = [self.classes[label] for label in self.labels.tolist()]
-        joined = "".join(sorted(map("{} {}\n".format, self.digests(), labels))).encode()
+        lines = "".join(sorted(map("{} {}\n".format, self.digests(), labels))).encode()
         return {
             "name": self.name,
             "split": self.split,
             "pictures": len(self),
-            "fingerprint": hashlib.sha256(joined).hexdigest(),
+            "fingerprint": hashlib.sha256(lines).hexdigest(),
             "local": True,
         }
 
     def in_memory(self, side: int) -> Pictures:
         """All pictures scaled and cropped to side × side, as uint8 (N, 3, side, side)."""
 
-        def fitted(row: int) -> np.ndarray:
+        def crop(row: int) -> np.ndarray:
             picture = ImageOps.fit(self.picture(row), (side, side), Image.Resampling.BICUBIC)
             return np.asarray(picture)
 
-        arrays = np.stack([fitted(row) for row in range(len(self))])
+        arrays = np.stack([crop(row) for row in range(len(self))])
         about = self.describe()
         return Pictures(
             torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous(),
@@ -135,8 +138,9 @@ def load_own_pictures(
 
     Args:
         path: a folder with a folder of pictures per class (below train, test, ... if they are
-            parted), one with metadata.csv, parquet files, a .zip of any of these, or a .csv, .tsv
-            file with a column of paths and one of labels. A column "split" of a table parts it.
+            split), one with metadata.csv, parquet files, a .zip of any of these, or a .csv, .tsv
+            file with a column of paths and one of labels. A column "split" of a table names the
+            split of each row.
         classes: of the model that is to read them; the data may hold only these. Else the names of
             the data, sorted, or in the order that a parquet file gives.
         label_column: of a table, where its name is unusual; of several, the first that it has.
@@ -162,25 +166,25 @@ def load_own_pictures(
         tables = _by_class(files, path, name, path.joinpath)
     else:
         tables = _cells_by_split(path, label_column)
-    known = list(classes) if classes is not None else None
-    if known is None:
+    class_names = list(classes) if classes is not None else None
+    if class_names is None:
         order = next((names for _, _, names in tables.values() if names), None)
-        seen = {label for _, labels, _ in tables.values() for label in labels}
-        known = list(order) if order else sorted(seen, key=_natural)
-    index = {_composed(label): number for number, label in enumerate(known)}
-    found = {}
+        distinct_labels = {label for _, labels, _ in tables.values() for label in labels}
+        class_names = list(order) if order else sorted(distinct_labels, key=_natural)
+    index = {_normal_form(label): number for number, label in enumerate(class_names)}
+    parts = {}
     for split, (cells, labels, _) in tables.items():
-        strange = sorted({*labels} - {*index})
-        if strange:
+        unknown_labels = sorted({*labels} - {*index})
+        if unknown_labels:
             raise UserError(
-                f"{path} holds the class {strange[0]!r}, which is none of the model's: "
-                f"{', '.join(known[:12])}"
+                f"{path} holds the class {unknown_labels[0]!r}, which is none of the model's: "
+                f"{', '.join(class_names[:12])}"
             )
         numbers = torch.tensor([index[label] for label in labels], dtype=torch.int64)
-        found[split] = OwnPictures(cells, numbers, tuple(known), name, split)
-    if not sum(len(part) for part in found.values()):
+        parts[split] = OwnPictures(cells, numbers, tuple(class_names), name, split)
+    if not sum(len(part) for part in parts.values()):
         raise UserError(f"{path} holds no labelled pictures")
-    return found
+    return parts
 
 
 def _hold_tables(files: Iterable[PurePath]) -> bool:
@@ -205,12 +209,12 @@ def _know_heic(files: Iterable[PurePath]) -> None:
     """Read pictures of iPhones where there are any, which `datasets` would pass over in silence.
 
     Raises:
-        UserError: there are, and nothing at hand reads them.
+        UserError: there are, and no installed package reads them.
     """
-    found = next((file for file in files if file.suffix.lower() in HEIC), None)
-    if found is None:
+    picture = next((file for file in files if file.suffix.lower() in HEIC), None)
+    if picture is None:
         return
-    register_heic(found)
+    register_heic(picture)
     with contextlib.suppress(ImportError):
         from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -218,7 +222,7 @@ def _know_heic(files: Iterable[PurePath]) -> None:
 
 
 def _open(path: Path, cache: Path | None = None) -> dict[str, Any]:
-    """Splits as `datasets` opens them; `cache` is where it keeps its copy, None for its own."""
+    """Splits as `datasets` opens them; it keeps its copy in `cache`, None for its own folder."""
     with contextlib.suppress(ImportError):
         from datasets import disable_progress_bars
 
@@ -229,19 +233,19 @@ def _open(path: Path, cache: Path | None = None) -> dict[str, Any]:
         raise UserError(
             f"{path} is no table of pictures: give a folder, a .zip, .parquet, .csv or .tsv"
         )
-    kept = {"cache_dir": str(cache)} if cache else {}
-    options: dict[str, Any] = {"path": "imagefolder", "data_dir": str(path), **kept}
+    cache_options = {"cache_dir": str(cache)} if cache else {}
+    options: dict[str, Any] = {"path": "imagefolder", "data_dir": str(path), **cache_options}
     if parquet:
-        chosen = _parquet_by_split(path) if inside else {}
-        chosen = chosen or {"train": parquet}
-        named = {split: [str(file) for file in files] for split, files in chosen.items()}
-        options = {"path": "parquet", "data_files": named, **kept}
+        shards = _parquet_by_split(path) if inside else {}
+        shards = shards or {"train": parquet}
+        paths = {split: [str(file) for file in files] for split, files in shards.items()}
+        options = {"path": "parquet", "data_files": paths, **cache_options}
     else:  # `datasets` would take test-1.png for the test split, and leave out all others
         options["data_files"] = {"train": ["**"]}
         folders = [child.name for child in sorted(path.iterdir()) if child.is_dir()]
-        if parted := [name for name in folders if name.casefold() in SPLIT_OF]:
+        if split_folders := [name for name in folders if name.casefold() in SPLIT_OF]:
             options["data_files"] = {}
-            for name in parted:
+            for name in split_folders:
                 split = SPLIT_OF[name.casefold()]
                 options["data_files"].setdefault(split, []).append(f"{name}/**")
     return dict(open_dataset("pictures of one's own need", _unreadable(path), **options))
@@ -295,18 +299,20 @@ def _by_class(
             do not.
     """
     formats = Image.registered_extensions().items()
-    known = {suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _NO_PICTURES}
-    known |= {*HEIC}
-    every = [*files]
-    pictures = [file for file in every if file.suffix.lower() in known]
+    suffixes = {
+        suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _NO_PICTURES
+    }
+    suffixes |= {*HEIC}
+    all_files = [*files]
+    pictures = [file for file in all_files if file.suffix.lower() in suffixes]
     if not pictures:
         raise UserError(f"{_unreadable(path)}: it holds no pictures")
-    if others := [file for file in every if file.suffix.lower() not in known]:
+    if others := [file for file in all_files if file.suffix.lower() not in suffixes]:
         warn_once(
             f"{len(others)} file(s) of {path} are passed over, as {others[0]}: save pictures as "
             "PNG or JPEG"
         )
-    inner = [tuple(map(_composed, file.parts[:-1])) for file in pictures]
+    inner = [tuple(map(_normal_form, file.parts[:-1])) for file in pictures]
     around = min(_around(inner), max(min(map(len, inner)) - 1, 0))
     inner = [parts[around:] for parts in inner]
     splits = [split_of(parts) for parts in inner]
@@ -331,9 +337,9 @@ def _by_class(
 
 
 def _around(inner: Sequence[tuple[str, ...]]) -> int:
-    """How many folders are around everything, as zips often have one, up to that of a split."""
-    shared = os.path.commonprefix(list(inner))
-    return next((i for i, name in enumerate(shared) if split_of([name])), len(shared))
+    """Number of folders around all files, as zips often have one; a split's folder ends them."""
+    prefix = os.path.commonprefix(list(inner))
+    return next((i for i, name in enumerate(prefix) if split_of([name])), len(prefix))
 
 
 def _require_one_place(path: Path, places: Iterable[tuple[str, ...]]) -> None:
@@ -346,12 +352,12 @@ def _require_one_place(path: Path, places: Iterable[tuple[str, ...]]) -> None:
     Raises:
         UserError: two folders have the name of a class, or one lies in another.
     """
-    seen: dict[str, tuple[str, ...]] = {}
+    place_of_class: dict[str, tuple[str, ...]] = {}
     for place in sorted({*places} - {()}):
-        other = seen.setdefault(place[-1], place)
+        other = place_of_class.setdefault(place[-1], place)
         above = (place[:end] for end in range(1, len(place)))
         if other == place:
-            other = next((folder for folder in above if folder in seen.values()), place)
+            other = next((folder for folder in above if folder in place_of_class.values()), place)
         if other != place:
             raise UserError(
                 f"{path} has pictures in {'/'.join(other)} and in {'/'.join(place)}, which leaves "
@@ -360,8 +366,8 @@ def _require_one_place(path: Path, places: Iterable[tuple[str, ...]]) -> None:
             )
 
 
-def _composed(name: str) -> str:
-    """A name whose accents are written as everywhere, not as macOS writes those of files."""
+def _normal_form(name: str) -> str:
+    """A name in Unicode's form NFC; macOS writes the accents in names of files apart."""
     return unicodedata.normalize("NFC", name).strip()
 
 
@@ -385,11 +391,11 @@ def _by_split(
 ) -> dict[str, _Table]:
     """Rows of picture, label and split as a table per split."""
     tables: dict[str, _Table] = {}
-    order = classes and [*map(_composed, classes)]
+    order = classes and [*map(_normal_form, classes)]
     for cell, label, split in rows:
         cells, labels, _ = tables.setdefault(split, ([], [], order))
         cells.append(cell)
-        labels.append(_composed(label))
+        labels.append(_normal_form(label))
     return tables
 
 
@@ -398,8 +404,8 @@ def _columns(
 ) -> tuple[str, str]:
     """The columns of a table that hold its pictures, or their paths, and its labels."""
     image = _column(names, _PICTURES)
-    wanted = [label_column] if isinstance(label_column, str) else label_column or _LABELS
-    label = _column(names, wanted)
+    label_names = [label_column] if isinstance(label_column, str) else label_column or _LABELS
+    label = _column(names, label_names)
     if image is None or label is None:
         what = "pictures" if image is None else "labels"
         raise UserError(
@@ -410,15 +416,15 @@ def _columns(
     return image, label
 
 
-def _column(names: Sequence[str], wanted: Sequence[str]) -> str | None:
+def _column(names: Sequence[str], candidates: Sequence[str]) -> str | None:
     """The first of the wanted columns that a table has, in capitals or not."""
     plain = {name.casefold(): name for name in reversed(names)}
-    found = (name if name in names else plain.get(name.casefold()) for name in wanted)
-    return next((name for name in found if name), None)
+    matches = (name if name in names else plain.get(name.casefold()) for name in candidates)
+    return next((name for name in matches if name), None)
 
 
 def _split_column(names: Sequence[str], label: str) -> str | None:
-    """The column that parts a table, unless it is the one of its labels."""
+    """The column that names the split of each row, unless it is the column of the labels."""
     column = _column(names, [_SPLIT])
     return None if column == label else column
 
@@ -430,23 +436,23 @@ def _cells_by_split(
     if path.is_dir():
         inner = [file.relative_to(path).parts[:-1] for file in visible_files(path)]
         path = path.joinpath(*inner[0][: _around(inner)])
-    opened = _open(path, cache)
+    datasets = _open(path, cache)
     tables: dict[str, _Table] = {}
-    for split, dataset in opened.items():
-        found = _cells(dataset, split, path, label_column)
-        if len(opened) > 1 and {*found} - {split}:
+    for split, dataset in datasets.items():
+        split_tables = _cells(dataset, split, path, label_column)
+        if len(datasets) > 1 and {*split_tables} - {split}:
             raise UserError(
                 f"{path} has rows of other splits in its {split} split, by the column {_SPLIT}: "
                 "mend the column, or rename it if it means something else"
             )
-        tables |= found
+        tables |= split_tables
     return tables
 
 
 def _cells(
     dataset: Any, split: str, path: Path, label_column: str | Sequence[str] | None
 ) -> dict[str, _Table]:
-    """Pictures and labels of a table by split: what its column says, else the given one."""
+    """Pictures and labels of a table by split: as its split column says, else all in `split`."""
     from datasets import Image as ImageFeature
 
     image, label = _columns(dataset.column_names, path, label_column)
@@ -457,14 +463,14 @@ def _cells(
         if not cell or not (cell.get("bytes") or cell.get("path")):
             raise UserError(f"row {number} of {path} has no picture")
         content = cell.get("bytes")
-        beside = path if path.is_dir() else path.parent
-        cells.append(content if content else beside / cell["path"])
+        folder = path if path.is_dir() else path.parent
+        cells.append(content if content else folder / cell["path"])
     labels = []
     for number, value in enumerate(dataset[label]):
         if isinstance(value, (list, dict)):
             raise UserError(f"row {number} of {path} has no single label, but {value!r}")
-        missing = value is None or value != value  # NaN, as pandas writes what is missing
-        if missing or not str(value).strip() or (classes and not 0 <= value < len(classes)):
+        is_missing = value is None or value != value  # NaN, as pandas writes what is missing
+        if is_missing or not str(value).strip() or (classes and not 0 <= value < len(classes)):
             raise UserError(f"row {number} of {path} has no label")
         labels.append(classes[value] if classes else str(value))
     splits = [split] * len(labels)
@@ -484,7 +490,7 @@ def _pictures_of_zip(
         entries = _visible_entries(archive)
         _know_heic(entries)
         if _hold_tables(entries):
-            return _unpacked(archive, entries.values(), path, label_column)
+            return _tables_of_archive(archive, entries.values(), path, label_column)
 
         _require_no_column(path, label_column)
 
@@ -496,7 +502,7 @@ def _pictures_of_zip(
         return _by_class(entries, path, name, content)
 
 
-def _unpacked(
+def _tables_of_archive(
     archive: zipfile.ZipFile,
     entries: Iterable[zipfile.ZipInfo],
     path: Path,
@@ -556,40 +562,44 @@ def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> dic
     return _by_split(rows)
 
 
-def contradictions(found: dict[str, OwnPictures]) -> list[str]:
-    """What to say where the same picture lies under several labels; nothing where none does."""
+def contradictions(parts: dict[str, OwnPictures]) -> list[str]:
+    """Warnings about pictures with copies under another label; empty where there are none."""
     labels: dict[str, set[int]] = {}
-    for part in found.values():
+    for part in parts.values():
         for digest, label in zip(part.digests(), part.labels.tolist(), strict=True):
             labels.setdefault(digest, set()).add(label)
-    doubtful = [sorted(seen) for seen in labels.values() if len(seen) > 1]
-    if not doubtful:
+    conflicts = [sorted(group) for group in labels.values() if len(group) > 1]
+    if not conflicts:
         return []
-    classes = next(iter(found.values())).classes
-    names = " and ".join(classes[label] for label in doubtful[0])
-    what = "picture has" if len(doubtful) == 1 else "pictures have"
-    return [f"{len(doubtful)} {what} copies under another label ({names}, say): mend the data"]
+    classes = next(iter(parts.values())).classes
+    names = " and ".join(classes[label] for label in conflicts[0])
+    what = "picture has" if len(conflicts) == 1 else "pictures have"
+    return [f"{len(conflicts)} {what} copies under another label ({names}, say): mend the data"]
 
 
-def unlearnt(found: dict[str, OwnPictures]) -> list[str]:
-    """What to say where other splits hold classes that the one to train on lacks."""
-    learnt = {*found["train"].labels.tolist()}
-    missing = sorted({label for part in found.values() for label in part.labels.tolist()} - learnt)
-    if not missing:
+def unlearnt(parts: dict[str, OwnPictures]) -> list[str]:
+    """Warnings about classes that the training split lacks and other splits have."""
+    learnt_labels = {*parts["train"].labels.tolist()}
+    missing_labels = sorted(
+        {label for part in parts.values() for label in part.labels.tolist()} - learnt_labels
+    )
+    if not missing_labels:
         return []
-    names = ", ".join(found["train"].classes[label] for label in missing[:5])
-    return [f"{len(missing)} of the classes have no picture to learn ({names}): mend the data"]
+    names = ", ".join(parts["train"].classes[label] for label in missing_labels[:5])
+    return [
+        f"{len(missing_labels)} of the classes have no picture to learn ({names}): mend the data"
+    ]
 
 
-def _to_train_on(found: dict[str, OwnPictures]) -> OwnPictures:
-    """The split to train on.
+def _to_train_on(parts: dict[str, OwnPictures]) -> OwnPictures:
+    """The training split.
 
     Raises:
         UserError: there is none, or it has fewer than two classes.
     """
-    if "train" not in found:
-        raise UserError(f"the data have no split to train on, but {', '.join(found)}")
-    training = found["train"]
+    if "train" not in parts:
+        raise UserError(f"the data have no split to train on, but {', '.join(parts)}")
+    training = parts["train"]
     if len(training.labels.unique()) < 2:
         raise UserError(
             f"{training.name} holds pictures of {len(training.labels.unique())} class; at least "
@@ -598,14 +608,14 @@ def _to_train_on(found: dict[str, OwnPictures]) -> OwnPictures:
     return training
 
 
-def divide_own(found: dict[str, OwnPictures], seed: int = 0) -> tuple[OwnPictures, OwnPictures]:
-    """Pictures to train on and hold-out: stored splits where there are two, else stratified.
+def divide_own(parts: dict[str, OwnPictures], seed: int = 0) -> tuple[OwnPictures, OwnPictures]:
+    """Training pictures and a hold-out: stored splits where there are two, else stratified.
 
     Raises:
         UserError: fewer than two classes, or no class with two pictures.
     """
-    training = _to_train_on(found)
-    other = next((found[split] for split in ("validation", "test") if split in found), None)
+    training = _to_train_on(parts)
+    other = next((parts[split] for split in ("validation", "test") if split in parts), None)
     if other is not None and len(other):
         return training, other
     rows, held_out = stratified(training.labels, HELD_OUT, seed, training.digests())
@@ -615,41 +625,45 @@ def divide_own(found: dict[str, OwnPictures], seed: int = 0) -> tuple[OwnPicture
 
 
 def divide_in_three(
-    found: dict[str, OwnPictures], share: float = HELD_OUT, seed: int = 0
+    parts: dict[str, OwnPictures], share: float = HELD_OUT, seed: int = 0
 ) -> tuple[OwnPictures, OwnPictures | None, OwnPictures]:
-    """Pictures to train on, to choose weights by, and to measure.
+    """Training, validation and test pictures.
 
-    Stored splits where there are; what is missing is drawn class by class from the pictures to
-    train on. None to choose by: there are too few for that, see `FEWEST`.
+    Stored splits are used where there are any; missing ones are drawn class by class from the
+    training pictures. The validation part is None where it would be too small, see `FEWEST`.
 
     Args:
-        found: pictures by split.
-        share: to measure; half of it chooses.
+        parts: pictures by split.
+        share: of the test part; the validation part has half of it.
         seed: of the draw.
 
     Raises:
         UserError: fewer than two classes, or no class with two pictures.
     """
-    training = _to_train_on(found)
-    stored = {split: found[split] for split in ("validation", "test") if len(found.get(split, ()))}
-    validation = 0.0 if "validation" in stored else share / 2
+    training = _to_train_on(parts)
+    stored_parts = {
+        split: parts[split] for split in ("validation", "test") if len(parts.get(split, ()))
+    }
+    validation = 0.0 if "validation" in stored_parts else share / 2
     digests = training.digests()
-    if "test" in stored:
-        rows, choosing = list(range(len(training))), list[int]()
+    if "test" in stored_parts:
+        rows, validation_rows = list(range(len(training))), list[int]()
         if validation:
-            rows, choosing = stratified(training.labels, validation, seed, digests)
-            if len(choosing) < FEWEST:
-                rows, choosing = list(range(len(training))), list[int]()
+            rows, validation_rows = stratified(training.labels, validation, seed, digests)
+            if len(validation_rows) < FEWEST:
+                rows, validation_rows = list(range(len(training))), list[int]()
         held_out: list[int] = []
     else:
-        rows, choosing, held_out = three_parts(training.labels, share, validation, seed, digests)
+        rows, validation_rows, held_out = three_parts(
+            training.labels, share, validation, seed, digests
+        )
         if not held_out:
             raise UserError(f"{training.name} has one picture of each class; give at least two")
-    drawn = training.part(choosing, "validation") if choosing else None
+    validation_part = training.part(validation_rows, "validation") if validation_rows else None
     return (
         training.part(rows, "train"),
-        stored.get("validation", drawn),
-        stored.get("test", training.part(held_out, "test")),
+        stored_parts.get("validation", validation_part),
+        stored_parts.get("test", training.part(held_out, "test")),
     )
 
 
@@ -661,26 +675,26 @@ def pictures_of_split(
     Args:
         path: see `load_own_pictures`.
         split: "train" (what the model was trained on), "validation" (what chose its weights),
-            "test" (the rest) or "all"; a split that the data store is taken as it is, and where
-            they store no test split nor leave anything for it, their validation split measures.
+            "test" (the rest) or "all". A stored split is used as it is. Where there is no test
+            split, and no pictures are left for one, the validation split stands in for it.
         classes: of the model.
         record: of the model.
     """
     column = (record or {}).get("label_column")
-    found = load_own_pictures(path, classes, (column, *_LABELS) if column else None)
-    if len(found) == 1:
-        (whole,) = found.values()
+    parts = load_own_pictures(path, classes, (column, *_LABELS) if column else None)
+    if len(parts) == 1:
+        (whole,) = parts.values()
         return whole.part(unseen(whole.digests(), record or {}, split), split)
-    if split in found and (split != "train" or record is None):
-        learnt = {*(record or {}).get("train", ())}
-        if count := sum(digest in learnt for digest in found[split].digests()):
+    if split in parts and (split != "train" or record is None):
+        learnt_digests = {*(record or {}).get("train", ())}
+        if count := sum(digest in learnt_digests for digest in parts[split].digests()):
             warn_once(f"{count} picture(s) of the {split} split were learnt: its figure flatters")
-        return found[split]
-    if record is not None and "train" in found and split in SPLITS:
-        whole = found["train"]
+        return parts[split]
+    if record is not None and "train" in parts and split in SPLITS:
+        whole = parts["train"]
         rows = rows_of_split(whole.digests(), record, split)
         if rows:
             return whole.part(rows, split)
-    if split == "test" and "validation" in found:
-        return replace(found["validation"], split=split)
-    raise UserError(f"{path} has no split {split!r}; its splits are {', '.join(found)}")
+    if split == "test" and "validation" in parts:
+        return replace(parts["validation"], split=split)
+    raise UserError(f"{path} has no split {split!r}; its splits are {', '.join(parts)}")

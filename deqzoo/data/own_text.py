@@ -50,7 +50,7 @@ class OwnText:
     column: str | None = None
 
     def divided(self, share: float = HELD_OUT / 2) -> tuple[list[str], list[str]]:
-        """Lines to train on, and a stored split or the last tenth.
+        """Training lines and held-out lines: a stored split, else the last tenth.
 
         Args:
             share: that is held out.
@@ -59,20 +59,20 @@ class OwnText:
             UserError: no lines to train on, or fewer than two where none are stored to hold out.
         """
         self._require_lines()
-        stored = self.stored.get("validation") or self.stored.get("test")
-        return (self.lines, stored) if stored else self._cut(share)
+        held_out = self.stored.get("validation") or self.stored.get("test")
+        return (self.lines, held_out) if held_out else self._cut(share)
 
     def divided_in_three(
         self, share: float = HELD_OUT / 2
     ) -> tuple[list[str], list[str], list[str]]:
-        """Lines to train on, those that choose weights, and those that are measured.
+        """Training, validation and test lines.
 
-        Stored splits where there are; what is missing is the last tenth of the lines to train on,
-        and the tenth before it. The second part is empty where it would have fewer than `FEWEST`
-        lines or no word.
+        Stored splits are used where there are any. A missing test part is the last tenth of the
+        training lines, a missing validation part the tenth before it. The validation part is empty
+        where it would have fewer than `FEWEST` lines or no word.
 
         Raises:
-            UserError: no lines to train on, or fewer than two where none are stored to measure.
+            UserError: no training lines, or fewer than two where no test split is stored.
         """
         self._require_lines()
         if "test" in self.stored:
@@ -84,25 +84,25 @@ class OwnText:
         if "validation" in self.stored:
             return rest, self.stored["validation"], held_out
         cut = len(rest) - count
-        few = count < FEWEST or cut < FEWEST or not "".join(rest[cut:]).strip()
-        return (rest, [], held_out) if few else (rest[:cut], rest[cut:], held_out)
+        too_few = count < FEWEST or cut < FEWEST or not "".join(rest[cut:]).strip()
+        return (rest, [], held_out) if too_few else (rest[:cut], rest[cut:], held_out)
 
-    def record(self, training: list[str], choosing: list[str]) -> dict[str, Any]:
+    def record(self, training: list[str], validation: list[str]) -> dict[str, Any]:
         """What a model keeps of the text that it was trained on.
 
         Args:
             training: lines that it learnt, the first of `lines`.
-            choosing: lines that chose its weights alone.
+            validation: lines behind those, which only selected its weights.
         """
-        drawn = 0 if "validation" in self.stored else len(choosing)
-        stored = {split: text_digest(lines) for split, lines in self.stored.items()}
+        n_validation = 0 if "validation" in self.stored else len(validation)
+        digests = {split: text_digest(lines) for split, lines in self.stored.items()}
         return {
             "kind": "text",
             "name": self.name,
             "lines": len(training),
-            "validation": drawn,  # lines behind those
+            "validation": n_validation,  # lines behind the training lines
             "train": text_digest(training),
-            **({"stored": stored} if stored else {}),
+            **({"stored": digests} if digests else {}),
             **({"column": self.column} if self.column else {}),
         }
 
@@ -143,11 +143,11 @@ def load_own_text(path: str | Path, column: str | Sequence[str] | None = None) -
     require_table(files, column)
     path = Path(path).expanduser()
     parts = _by_split(path, files) if path.is_dir() else {"train": files}
-    read = {split: _all_lines(inside, column) for split, inside in parts.items()}
-    lines = read.pop("train", [])
-    stored = {split: part for split, part in read.items() if part}
+    lines_by_split = {split: _all_lines(inside, column) for split, inside in parts.items()}
+    lines = lines_by_split.pop("train", [])
+    stored_splits = {split: part for split, part in lines_by_split.items() if part}
     name = path.stem if path.is_file() else path.resolve().name
-    return OwnText(lines, name, stored, column if isinstance(column, str) else None)
+    return OwnText(lines, name, stored_splits, column if isinstance(column, str) else None)
 
 
 def _is_card(file: Path) -> bool:
@@ -162,27 +162,28 @@ def _by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     """
     # A README tells of the data, as in a copy from the Hub.
     texts = [file for file in files if bare_stem(file).casefold() != "readme"]
-    named = {file: _split_of_file(file.relative_to(folder)) for file in files}
-    if not any(named.values()):
-        named = {file: split_of(re.split(r"[\W_]+", bare_stem(file))) for file in texts}
-        seen = {*named.values()}
-        if None in seen or "train" not in seen or len(seen) == 1:
+    split_by_file = {file: _split_of_file(file.relative_to(folder)) for file in files}
+    if not any(split_by_file.values()):
+        split_by_file = {file: split_of(re.split(r"[\W_]+", bare_stem(file))) for file in texts}
+        splits = {*split_by_file.values()}
+        if None in splits or "train" not in splits or len(splits) == 1:
             return {"train": list(files)}
-    found: dict[str | None, list[Path]] = {}
-    for file, split in named.items():
-        found.setdefault(split, []).append(file)
-    if others := [file for file in found.pop(None, []) if file in texts]:
+    files_by_split: dict[str | None, list[Path]] = {}
+    for file, split in split_by_file.items():
+        files_by_split.setdefault(split, []).append(file)
+    if others := [file for file in files_by_split.pop(None, []) if file in texts]:
         raise UserError(
-            f"{others[0]} is named by no split, as others are ({', '.join(map(str, found))}): name "
-            "it, or a folder around it, train, validation or test, or take it away"
+            f"{others[0]} is named by no split, as others are "
+            f"({', '.join(map(str, files_by_split))}): name it, or a folder around it, train, "
+            "validation or test, or take it away"
         )
     for word in SPLIT_OF:
         parquet_shards(folder, word)  # refuses those that are incomplete
-    return {split: inside for split, inside in found.items() if split is not None}
+    return {split: inside for split, inside in files_by_split.items() if split is not None}
 
 
 def _split_of_file(file: Path) -> str | None:
-    """The split that a file's folders name, or its own name."""
+    """The split that the names of a file's folders give, else its own name."""
     stem = bare_stem(file)
     shard = _SHARD.fullmatch(stem)
     return split_of([*file.parts[:-1], shard[1] if shard else stem.rpartition(".")[2]])
@@ -190,7 +191,7 @@ def _split_of_file(file: Path) -> str | None:
 
 def _all_lines(files: Sequence[Path], column: str | Sequence[str] | None) -> list[str]:
     lines: list[str] = []
-    seen: set[str] = set()
+    digests: set[str] = set()
     copies = []
     for file in files:
         if holds_records(file) and "split" in map(str.casefold, table_columns(file)):
@@ -200,10 +201,10 @@ def _all_lines(files: Sequence[Path], column: str | Sequence[str] | None) -> lis
             )
         inside = list(_whole_lines(read_lines(file, column)))
         digest = text_digest(inside)
-        if digest in seen and len(inside) > FEWEST:  # its lines would be learnt and measured
+        if digest in digests and len(inside) > FEWEST:  # its lines would be learnt and measured
             copies.append(file)
             continue
-        seen.add(digest)
+        digests.add(digest)
         lines += inside
     if copies:
         warn_once(f"{len(copies)} file(s) are copies of others and passed over, as {copies[0]}")
@@ -250,15 +251,15 @@ def own_corpus(
         for split, lines in parts.items()
     }
     counts = Counter(word for row in rows["train"] for word in row.split())
-    kept = [word for word in count_vocabulary(rows["train"]) if counts[word] >= min_count]
-    vocabulary = [END, UNKNOWN, *(word for word in kept if word not in (END, UNKNOWN))]
+    words = [word for word in count_vocabulary(rows["train"]) if counts[word] >= min_count]
+    vocabulary = [END, UNKNOWN, *(word for word in words if word not in (END, UNKNOWN))]
     index = {word: number for number, word in enumerate(vocabulary)}
     streams = {}
     for split, part in rows.items():
         if not any(row.split() for row in part):
             raise UserError(f"{text.name} holds no word in its {split} part")
-        encoded = [i for row in encode_rows(part, index, index[UNKNOWN]) for i in row]
-        streams[split] = torch.tensor(encoded, dtype=torch.int32)
+        indices = [i for row in encode_rows(part, index, index[UNKNOWN]) for i in row]
+        streams[split] = torch.tensor(indices, dtype=torch.int32)
     streams.setdefault("test", streams["validation"])
     source = TextSource(
         name=text.name, title=text.name, repository="", folder="", column="text", lowercase=False,
@@ -271,8 +272,8 @@ def own_corpus(
 def lines_of_split(text: OwnText, split: str, record: dict[str, Any] | None) -> list[str]:
     """Lines of a text to measure a model on: "train", "validation", "test" or "all".
 
-    A split that the text stores is taken as it is, and where it stores no test split nor leaves
-    anything for it, its validation split measures.
+    A stored split is used as it is. Where there is no test split, and no lines are left for one,
+    the validation split stands in for it.
 
     Raises:
         UserError: another split, or one that the model does not know.
@@ -281,20 +282,24 @@ def lines_of_split(text: OwnText, split: str, record: dict[str, Any] | None) -> 
     if split in text.stored:
         return text.stored[split]
     cut = int((record or {}).get("lines", 0))
-    known = record is not None and cut > 0 and text_digest(text.lines[:cut]) == record.get("train")
-    apart = 0 if record is None or record.get("one_hold_out") else int(record.get("validation", 0))
+    matches_record = (
+        record is not None and cut > 0 and text_digest(text.lines[:cut]) == record.get("train")
+    )
+    n_validation = (
+        0 if record is None or record.get("one_hold_out") else int(record.get("validation", 0))
+    )
     if split == "all":
         return [line for part in (text.lines, *text.stored.values()) for line in part]
     if split == "train":
-        if not known and (record is not None or not text.stored):
+        if not matches_record and (record is not None or not text.stored):
             raise UserError(f"the model was not trained on {text.name} as it is now")
-        return text.lines[:cut] if known else text.lines
+        return text.lines[:cut] if matches_record else text.lines
     if split == "validation":
-        if not known or not apart:
+        if not matches_record or not n_validation:
             raise UserError(f"no lines of {text.name} chose the model's weights alone")
-        return text.lines[cut : cut + apart]
-    if known:
-        rest = text.lines[cut + apart :]
+        return text.lines[cut : cut + n_validation]
+    if matches_record:
+        rest = text.lines[cut + n_validation :]
     else:
         if record is not None and record.get("name") == text.name:
             warn_once(

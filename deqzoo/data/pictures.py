@@ -1,4 +1,4 @@
-"""Picture files of any make: found, opened, decoded, or refused in one line."""
+"""Picture files of any format: listed, opened and decoded, with errors in one line."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def picture_files(source: str | os.PathLike[str]) -> list[Path]:
     path = Path(source).expanduser()
     if not path.is_dir():
         return [path]
-    known = {*Image.registered_extensions(), *HEIC} - {".pdf", ".mpg", ".mpeg"}
-    files = [file for file in visible_files(path) if file.suffix.lower() in known]
+    suffixes = {*Image.registered_extensions(), *HEIC} - {".pdf", ".mpg", ".mpeg"}
+    files = [file for file in visible_files(path) if file.suffix.lower() in suffixes]
     if not files:
         raise UserError(f"folder {path} holds no pictures")
     return files

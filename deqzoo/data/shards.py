@@ -23,8 +23,8 @@ def parquet_shards(folder: Path, split: str) -> list[Path]:
         UserError: several folders hold the split, or a part of it is missing.
     """
     name = re.compile(rf"{split}-\d+(-of-(?P<parts>\d+))?(-[0-9a-f]{{8,}})?\.parquet")
-    found = ((path, name.fullmatch(path.name)) for path in folder.rglob(f"{split}-*.parquet"))
-    shards = sorted((path, match) for path, match in found if match)
+    candidates = ((path, name.fullmatch(path.name)) for path in folder.rglob(f"{split}-*.parquet"))
+    shards = sorted((path, match) for path, match in candidates if match)
     files = [path for path, _ in shards] or sorted(folder.rglob(f"{split}/*.parquet"))
     folders = sorted({str(path.parent) for path in files})
     if len(folders) > 1:
@@ -42,7 +42,7 @@ def parquet_shards(folder: Path, split: str) -> list[Path]:
 
 
 def local_folder(data: str | os.PathLike[str] | None) -> Path | None:
-    """The local folder that data name; None where they name a repository, or nothing.
+    """The local folder that `data` names; None where it names a repository, or is None.
 
     Raises:
         UserError: a path at which there is no folder.
@@ -61,7 +61,8 @@ def open_dataset(user: str, fault: str, **options: Any) -> Any:
     """What `datasets.load_dataset` opens with these options; its failures in one line.
 
     Raises:
-        UserError: `datasets` is missing, which `user` "needs", or it fails: the `fault`, and why.
+        UserError: `datasets` is missing (the message begins with `user`, as "ImageNet needs"), or
+            it fails (the message is `fault` and the reason).
     """
     try:
         from datasets import load_dataset
@@ -75,7 +76,7 @@ def open_dataset(user: str, fault: str, **options: Any) -> Any:
 def data_folder(
     title: str, repository: str, data: str | os.PathLike[str] | None, inside: str
 ) -> Path:
-    """The local folder of a data set, its parquet files fetched from the Hub where it is not local.
+    """The local folder of a data set; its parquet files are fetched from the Hub if need be.
 
     Args:
         title: what messages call the data set.
@@ -90,7 +91,7 @@ def data_folder(
         return local
     repository = repository if data is None else str(data)
 
-    def fetched(revision: str | None) -> Path:
+    def snapshot(revision: str | None) -> Path:
         files = [f"{inside}/*.parquet", f"{inside}/**/*.parquet"]
         return Path(
             snapshot_download(
@@ -100,9 +101,9 @@ def data_folder(
         )  # fmt: skip
 
     try:
-        folder = fetched(None)
+        folder = snapshot(None)
         # Repositories of other file formats have a converted copy there.
-        return folder if any(folder.rglob("*.parquet")) else fetched("refs/convert/parquet")
+        return folder if any(folder.rglob("*.parquet")) else snapshot("refs/convert/parquet")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{title} is not at hand: {repository} is no local folder and cannot be fetched "

@@ -14,5 +14,5 @@ SPLIT_OF = {word: split for split, words in SPELLINGS.items() for word in words}
 
 
 def split_of(names: Sequence[str]) -> str | None:
-    """The split that the first of these names, of folders say, is that of; None if none is."""
+    """The split that the first such name among `names` spells; None if none does."""
     return next((SPLIT_OF[n.casefold()] for n in names if n.casefold() in SPLIT_OF), None)

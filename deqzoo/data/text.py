@@ -249,15 +249,15 @@ def corpus_files(
     folder = data_folder(source.title, source.repository, data, source.folder)
     inner = folder / source.folder
     folder = inner if inner.is_dir() else folder
-    found = {}
+    files_by_split = {}
     for split in SPLITS:
         files = parquet_shards(folder, split) or _plain_files(folder, split)
         if not files:
             raise UserError(
                 f"folder {folder} does not hold {source.title}: it has no {split} split"
             )
-        found[split] = files
-    return found
+        files_by_split[split] = files
+    return files_by_split
 
 
 def _plain_files(folder: Path, split: str) -> list[Path]:
@@ -290,13 +290,13 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _encode_corpus(source: TextSource, files: Mapping[str, Sequence[Path]]) -> Corpus:
-    counted = (row for split in source.counted for row in _rows(source, files[split]))
-    vocabulary = count_vocabulary(counted)
+    counted_rows = (row for split in source.counted for row in _rows(source, files[split]))
+    vocabulary = count_vocabulary(counted_rows)
     indices = {word: index for index, word in enumerate(vocabulary)}
     streams = {}
     for split in SPLITS:
-        encoded = encode_rows(_rows(source, files[split]), indices)
-        flat = np.fromiter((i for row in encoded for i in row), dtype=np.int32)
+        encoded_rows = encode_rows(_rows(source, files[split]), indices)
+        flat = np.fromiter((i for row in encoded_rows for i in row), dtype=np.int32)
         streams[split] = torch.from_numpy(flat)
     return Corpus(source, tuple(vocabulary), streams)
 
@@ -314,9 +314,9 @@ def _digest(source: TextSource, files: Mapping[str, Sequence[Path]]) -> str:
 def _read_cache(source: TextSource, path: Path) -> Corpus | None:
     """The cached corpus; None if it is not there or was not written to the end."""
     try:
-        with np.load(path) as stored:
-            vocabulary = json.loads(stored["vocabulary"].tobytes().decode())
-            streams = {split: torch.from_numpy(stored[split]) for split in SPLITS}
+        with np.load(path) as arrays:
+            vocabulary = json.loads(arrays["vocabulary"].tobytes().decode())
+            streams = {split: torch.from_numpy(arrays[split]) for split in SPLITS}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
     return Corpus(source, tuple(vocabulary), streams)

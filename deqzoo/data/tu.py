@@ -84,7 +84,7 @@ def read_tu(
     Args:
         name: the files are NAME_A.txt, NAME_graph_indicator.txt, ...
         folder: that holds them.
-        encoding: of the checkpoint that is to read them; None makes one of this folder.
+        encoding: of the checkpoint that is to read them; None makes a new one from the folder.
         published: lay a new encoding out as torch_geometric does, a feature for every value from
             the smallest to the largest node label, and attributes left out.
 
@@ -102,10 +102,10 @@ def read_tu(
     def path(part: str) -> Path:
         return folder / f"{name}_{part}.txt"
 
-    missing = [path(part).name for part in REQUIRED if not path(part).is_file()]
-    if missing or not (path("graph_labels").is_file() or encoding):
-        missing = missing or [path("graph_labels").name]
-        raise UserError(f"{folder} lacks {', '.join(missing)}")
+    missing_files = [path(part).name for part in REQUIRED if not path(part).is_file()]
+    if missing_files or not (path("graph_labels").is_file() or encoding):
+        missing_files = missing_files or [path("graph_labels").name]
+        raise UserError(f"{folder} lacks {', '.join(missing_files)}")
     graph_of = _whole(path("graph_indicator"), columns=1)[:, 0]
     n = len(graph_of)
     if n == 0:
@@ -115,12 +115,12 @@ def read_tu(
     if outside.size:
         raise UserError(f"{path('A')} names node {outside[0]}, but there are the nodes 1 to {n}")
     edges -= 1
-    present = np.unique(graph_of)
-    wanted = np.arange(1, len(present) + 1)
-    if (present != wanted).any():
+    graph_numbers = np.unique(graph_of)
+    full_range = np.arange(1, len(graph_numbers) + 1)
+    if (graph_numbers != full_range).any():
         raise UserError(
-            f"{path('graph_indicator')}: graph {wanted[present != wanted][0]} has no nodes; graphs "
-            "are numbered 1, 2, 3, ..."
+            f"{path('graph_indicator')}: graph {full_range[graph_numbers != full_range][0]} "
+            "has no nodes; graphs are numbered 1, 2, 3, ..."
         )
     counts = np.bincount(graph_of - 1)
     if (graph_of[edges[:, 0]] != graph_of[edges[:, 1]]).any():
@@ -178,16 +178,18 @@ def _new_encoding(
 ) -> GraphEncoding:
     columns: list[tuple[int | None, ...]] = []
     for column in () if node_labels is None else node_labels.T:
-        seen = set(column.tolist())
+        values = set(column.tolist())
         if published:
-            if max(seen) - min(seen) > _WIDEST:
+            if max(values) - min(values) > _WIDEST:
                 raise UserError(
-                    f"node labels from {min(seen)} to {max(seen)} make too many features; number "
-                    "the kinds of nodes 0, 1, 2, ..."
+                    f"node labels from {min(values)} to {max(values)} make too many features; "
+                    "number the kinds of nodes 0, 1, 2, ..."
                 )
-            columns.append(tuple(v if v in seen else None for v in range(min(seen), max(seen) + 1)))
+            columns.append(
+                tuple(v if v in values else None for v in range(min(values), max(values) + 1))
+            )
         else:
-            columns.append(tuple(sorted(seen)))
+            columns.append(tuple(sorted(values)))
     width = 0 if attributes is None else attributes.shape[1]
     return GraphEncoding(tuple(np.unique(labels).tolist()), tuple(columns), width)
 
@@ -222,11 +224,11 @@ def _features(
             if value not in index:
                 raise UserError(
                     f"{where}_node_labels.txt: node {node + 1} has the label {value}, which this "
-                    f"model has not seen; it knows {_listed(index)}"
+                    f"model has not seen; it knows {_value_list(index)}"
                 )
-        hot = torch.zeros(len(column), len(values))
-        hot[torch.arange(len(column)), torch.tensor([index[value] for value in column])] = 1
-        parts.append(hot)
+        one_hot = torch.zeros(len(column), len(values))
+        one_hot[torch.arange(len(column)), torch.tensor([index[value] for value in column])] = 1
+        parts.append(one_hot)
     return torch.cat(parts, dim=1) if parts else None
 
 
@@ -236,7 +238,7 @@ def _classes(encoding: GraphEncoding, labels: np.ndarray, path: Path) -> Tensor:
         if label not in index:
             raise UserError(
                 f"{path}: graph {number + 1} has the label {label}, which is none of this model's "
-                f"classes {_listed(index)}"
+                f"classes {_value_list(index)}"
             )
     return torch.tensor([index[label] for label in labels.tolist()])
 
@@ -294,6 +296,6 @@ def _numbers(path: Path, columns: int | None = None) -> np.ndarray:
     return values
 
 
-def _listed(values: Any) -> str:
-    shown = [str(value) for value in values]
-    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
+def _value_list(values: Any) -> str:
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:12]) + (", ..." if len(texts) > 12 else "")
