@@ -25,7 +25,7 @@ from torch import Tensor
 from deqzoo.data.tu import GraphEncoding, find_tu_folder, find_tu_sets, read_tu
 from deqzoo.errors import UserError, as_user_error
 from deqzoo.models.ignn.configuration_ignn import IGNNConfig
-from deqzoo.models.ignn.inputs import GraphBatch, graph_fields, joined
+from deqzoo.models.ignn.inputs import GraphBatch, graph_fields, joined_graphs
 
 PUBLISHED_SEED = 42
 N_FOLDS = 10
@@ -54,7 +54,7 @@ class GraphSet:
 
     def batch(self, index: Sequence[int] | Tensor) -> Any:
         """Return the chosen graphs as one torch_geometric `Batch`."""
-        return joined([self.graphs[int(i)] for i in index])
+        return joined_graphs([self.graphs[int(i)] for i in index])
 
     def require_readable(self, config: IGNNConfig, index: Sequence[int] | None = None) -> None:
         """Check the graphs, or the chosen ones, before a model reads them in batches.
@@ -357,7 +357,7 @@ def collate_graphs(graphs: Sequence[Any]) -> dict[str, Tensor]:
     x (n, p) float, edge_index (2, e) int64, batch (n,) int64, and where the graphs have them
     edge_weight (e,) float and labels, their `y`.
     """
-    batch = joined(graphs)
+    batch = joined_graphs(graphs)
     fields = {"x": batch.x, "edge_index": batch.edge_index, "batch": batch.batch}
     if batch.edge_weight is not None:
         fields["edge_weight"] = batch.edge_weight

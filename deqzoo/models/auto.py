@@ -108,19 +108,19 @@ class DEQModel:
             return _load(_class_of(folder / "config.json"), str(folder), kwargs)
         repository = str(name) if "/" in str(name) else f"{ORGANISATION}/{name}"
         config_file = _fetch_config(str(name), repository, hub)
-        loaded = _load(_class_of(config_file), repository, kwargs | hub)
+        model = _load(_class_of(config_file), repository, kwargs | hub)
         _check_download(repository, config_file.parent, hub)
-        return loaded
+        return model
 
 
 def _subfolder(name: str | os.PathLike[str], subfolder: str, revision: str | None) -> Path | None:
     """As `resolve_folder`, of a model that is not at the top of a folder."""
     path = Path(name).expanduser()
     if not path.is_dir():
-        bundled = resolve_folder(name, revision)  # None: the Hub may have it
-        if bundled is None:
+        bundled_folder = resolve_folder(name, revision)  # None: the Hub may have it
+        if bundled_folder is None:
             return None
-        path = bundled
+        path = bundled_folder
     if not (path / subfolder).is_dir():
         raise UserError(f"folder {path} has no subfolder {subfolder}")
     return resolve_folder(path / subfolder)
@@ -151,8 +151,8 @@ def _fetch_config(name: str, repository: str, hub: dict[str, Any]) -> Path:
     except HfHubHTTPError as error:
         reason = f"the Hub answered: {one_line(error)}"
     if bare_name(name) in list_models():
-        asked = f"{name!r} of revision {hub['revision']!r}"
-        raise UserError(f"{asked}: {reason}; the bundled one loads without revision")
+        request = f"{name!r} of revision {hub['revision']!r}"
+        raise UserError(f"{request}: {reason}; the bundled one loads without revision")
     raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})")
 
 
@@ -197,15 +197,15 @@ def _class_of(config_file: Path) -> type[PreTrainedModel]:
         raise UserError(
             f"{config_file} is of model type {model_type!r}; DEQModel loads {', '.join(FAMILIES)}"
         )
-    known = FAMILY_CLASSES[model_type]
-    models = [name for name in known if not name.endswith(("Config", "Processor"))]
+    classes = FAMILY_CLASSES[model_type]
+    models = [name for name in classes if not name.endswith(("Config", "Processor"))]
     base = next((name for name in models if name.endswith("Model")), models[0])
-    named = config.get("architectures") or [base]
-    for name in named:
+    architectures = config.get("architectures") or [base]
+    for name in architectures:
         if name in models:
             return load_class(name)
     raise UserError(
-        f"{config_file} names the architectures {', '.join(map(str, named))}; "
+        f"{config_file} names the architectures {', '.join(map(str, architectures))}; "
         f"those of model type {model_type!r} are {', '.join(models)}"
     )
 
@@ -232,10 +232,10 @@ def _load(model_class: type[PreTrainedModel], source: str, kwargs: dict[str, Any
             ) from error
         raise UserError(f"cannot load {source}: {one_line(error)}") from error
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+        missing_tensors = sorted(info["missing_keys"])
         raise UserError(
-            f"the weights of {source} lack {len(missing)} of the tensors of "
-            f"{model_class.__name__}, e.g. {', '.join(missing[:3])}"
+            f"the weights of {source} lack {len(missing_tensors)} of the tensors of "
+            f"{model_class.__name__}, e.g. {', '.join(missing_tensors[:3])}"
         )
     return (model, info) if wants_info else model
 

@@ -47,14 +47,14 @@ Settings = Mapping[str, Any] | str | Solver | Gradient | None
 class of your own too), or None for the model's own."""
 
 
-def merge_settings(own: Mapping[str, Any], change: Settings, shared: tuple[str, ...]) -> Any:
+def merge_settings(own: Mapping[str, Any], change: Settings, shared_keys: tuple[str, ...]) -> Any:
     """Lay a change of settings over a model's own ones; a whole solver or gradient replaces them.
 
-    A dict without "name" changes single settings. Another name starts from that choice's
-    defaults, except that the `shared` settings, which mean the same for every choice, stay.
+    A dict without "name" changes single settings. Another name starts from that method's defaults,
+    except that the settings in `shared_keys`, which mean the same for all methods, stay.
 
     Raises:
-        ValueError: the change is none of what `Settings` names.
+        ValueError: the change is no `Settings`.
     """
     if change is None:
         return dict(own)
@@ -64,13 +64,13 @@ def merge_settings(own: Mapping[str, Any], change: Settings, shared: tuple[str, 
         raise ValueError(
             f"settings are a name, a dict, or a solver or gradient, not {type(change).__name__}"
         )
-    changed = {"name": change} if isinstance(change, str) else dict(change)
-    if changed.get("name", own["name"]) == own["name"]:
-        return {**own, **changed}
-    return {**{key: own[key] for key in shared if key in own}, **changed}
+    changes = {"name": change} if isinstance(change, str) else dict(change)
+    if changes.get("name", own["name"]) == own["name"]:
+        return {**own, **changes}
+    return {**{key: own[key] for key in shared_keys if key in own}, **changes}
 
 
-def joined(name: Settings, settings: Mapping[str, Any]) -> Settings:
+def joined_settings(name: Settings, settings: Mapping[str, Any]) -> Settings:
     """One change of settings: a name, dict, solver or gradient, with single settings over it."""
     if name is None:
         return settings
@@ -79,21 +79,21 @@ def joined(name: Settings, settings: Mapping[str, Any]) -> Settings:
     return {"name": name, **settings} if isinstance(name, str) else {**name, **settings}
 
 
-def stored(chosen: Solver | Gradient) -> dict[str, Any]:
+def stored_settings(method: Solver | Gradient) -> dict[str, Any]:
     """Settings as a config keeps them.
 
     Raises:
         ValueError: a class that a config could not find again by its name.
     """
-    registry: Mapping[str, type] = SOLVERS if isinstance(chosen, Solver) else GRADIENTS
-    if registry.get(chosen.name) is not type(chosen):
-        where = "SOLVERS" if isinstance(chosen, Solver) else "GRADIENTS"
+    registry: Mapping[str, type] = SOLVERS if isinstance(method, Solver) else GRADIENTS
+    if registry.get(method.name) is not type(method):
+        where = "SOLVERS" if isinstance(method, Solver) else "GRADIENTS"
         raise ValueError(
-            f"{type(chosen).__name__} cannot be kept in a config, which finds it by name only: set "
-            f"deqzoo.equilibrium.{where}[{chosen.name!r}] = {type(chosen).__name__} first, or pass "
+            f"{type(method).__name__} cannot be kept in a config, which finds it by name only: set "
+            f"deqzoo.equilibrium.{where}[{method.name!r}] = {type(method).__name__} first, or pass "
             "it to single calls"
         )
-    return chosen.to_dict()
+    return method.to_dict()
 
 
 SHARED_BY_SOLVERS = ("max_steps", "tol", "stop_mode", "criterion", "check_every", "patience")
@@ -121,8 +121,8 @@ class DEQConfigMixin:
         """
         solver = merge_settings(self.default_solver, self.solver, SHARED_BY_SOLVERS)
         gradient = merge_settings(self.default_gradient, self.gradient, ())
-        self.solver = stored(make_solver(solver))
-        self.gradient = stored(make_gradient(gradient))
+        self.solver = stored_settings(make_solver(solver))
+        self.gradient = stored_settings(make_gradient(gradient))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,10 +153,10 @@ class DEQConfigMixin:
     def merged(cls, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """Lay changes over settings; those of `solver` and `gradient` one by one."""
         result = {**settings, **changes}
-        for key, shared in (("solver", SHARED_BY_SOLVERS), ("gradient", ())):
+        for key, shared_keys in (("solver", SHARED_BY_SOLVERS), ("gradient", ())):
             own = settings.get(key) or getattr(cls, f"default_{key}")
             if changes.get(key) is not None:
-                result[key] = merge_settings(own, changes[key], shared)
+                result[key] = merge_settings(own, changes[key], shared_keys)
             elif key in changes:
                 result[key] = settings.get(key)
         return result
@@ -217,7 +217,7 @@ class DEQPreTrainedModel(PreTrainedModel):
             ValueError: unknown name or option, a value out of range, or a solver of a class of
                 your own that is not in `deqzoo.equilibrium.SOLVERS`.
         """
-        self.config.solver = stored(self.resolve_solver(joined(name, settings)))
+        self.config.solver = stored_settings(self.resolve_solver(joined_settings(name, settings)))
 
     def set_gradient(self, name: Settings = None, **settings: Any) -> None:
         """Change the gradient from now on (stored in the config).
@@ -230,20 +230,22 @@ class DEQPreTrainedModel(PreTrainedModel):
             ValueError: unknown name or option, a value out of range, or a gradient of a class of
                 your own that is not in `deqzoo.equilibrium.GRADIENTS`.
         """
-        self.config.gradient = stored(self.resolve_gradient(joined(name, settings)))
+        self.config.gradient = stored_settings(
+            self.resolve_gradient(joined_settings(name, settings))
+        )
 
     def use_fixed_steps(self, enabled: bool = True) -> None:
-        """Take training solves with `tol` 0 without books, by `fixed_point_of_steps`, or no longer.
+        """Run training solves with `tol` 0 by `fixed_point_of_steps`, or no longer.
 
-        Nothing in such a forward pass waits for a GPU. It changes nothing where the solver or the
-        gradient is another one, nor in evaluation mode.
+        Such a forward pass never waits for a GPU. Other solvers and gradients, and evaluation mode,
+        stay as they are.
         """
         self.base_model.fixed_steps = enabled
 
     def takes_fixed_steps(self, solver: Settings = None, gradient: Settings = None) -> bool:
         """Whether a solve with these settings would now be one of `fixed_point_of_steps`."""
-        wanted = self.base_model.fixed_steps and self.training and torch.is_grad_enabled()
-        if not wanted or self._recomputing:
+        applies = self.base_model.fixed_steps and self.training and torch.is_grad_enabled()
+        if not applies or self._recomputes:
             return False
         return has_fixed_steps(self.resolve_solver(solver), self.resolve_gradient(gradient))
 
@@ -259,15 +261,15 @@ class DEQPreTrainedModel(PreTrainedModel):
         self.use_fixed_steps()
 
     def use_inference_kernels(self, enabled: bool = True) -> None:
-        """Let forwards without gradients take the CPU's fast path, as they do, or no longer.
+        """Let forwards without gradients take the CPU's fast path (the default), or no longer.
 
         The environment variable DEQZOO_PLAIN_INFERENCE=1 switches it off for all models.
-        `inference_path` says what it is.
+        `inference_path` describes it.
         """
         self.base_model.inference_kernels = enabled
 
     def inference_path(self, solver: Settings = None) -> str:
-        """How a forward in evaluation mode without gradients, with these settings, computes now."""
+        """The kernels that a forward in evaluation mode without gradients now takes, in words."""
         return "plain"
 
     def fold_weight_norm(self) -> None:
@@ -331,7 +333,7 @@ class DEQPreTrainedModel(PreTrainedModel):
                 solver=chosen_solver,
                 gradient=chosen_gradient,
                 layout=layout,
-                checkpoint=self._recomputing,
+                checkpoint=self._recomputes,
                 **options,
             )
         self._note(solution)
@@ -362,17 +364,17 @@ class DEQPreTrainedModel(PreTrainedModel):
         return replace(solver, tol=finest)
 
     @property
-    def _recomputing(self) -> bool:
+    def _recomputes(self) -> bool:
         """Whether the steps being recorded are recomputed in the backward pass."""
-        wanted = bool(getattr(self, "gradient_checkpointing", False))
-        return wanted and self.training and torch.is_grad_enabled()
+        checkpointing = bool(getattr(self, "gradient_checkpointing", False))
+        return checkpointing and self.training and torch.is_grad_enabled()
 
     def iterate(self, f: Callable[[State], State], state: State, n: int) -> tuple[State, State]:
         """Apply a map n ≥ 1 times, differentiably; return the last state but one, and the last."""
         previous = state
         for _ in range(n):
             previous = state
-            state = recompute(f, state, use_reentrant=False) if self._recomputing else f(state)
+            state = recompute(f, state, use_reentrant=False) if self._recomputes else f(state)
         return previous, state
 
     def jacobian_loss(
@@ -410,18 +412,18 @@ class DEQPreTrainedModel(PreTrainedModel):
         """Say once per model that a solve ended early; training logs the share of such samples."""
         if self._warned_unsolved or self.training or torch.compiler.is_compiling():
             return
-        unsolved = solution.status != Status.CONVERGED
-        if solution.status.device.type != "cpu" or not bool(unsolved.any()):
+        is_unsolved = solution.status != Status.CONVERGED
+        if solution.status.device.type != "cpu" or not bool(is_unsolved.any()):
             return
         self._warned_unsolved = True
         logger.warning(
-            f"{int(unsolved.sum())} of {unsolved.numel()} equilibria did not reach the tolerance "
-            f"(largest residual {float(solution.residual.max()):.1e}); raise max_steps with "
-            "set_solver(max_steps=...) or read `converged` of the output. This is said once."
+            f"{int(is_unsolved.sum())} of {is_unsolved.numel()} equilibria did not reach the "
+            f"tolerance (largest residual {float(solution.residual.max()):.1e}); raise max_steps "
+            "with set_solver(max_steps=...) or read `converged` of the output. This is said once."
         )
 
 
-#: Keywords that transformers, PEFT and generate() pass to any model, and that may ask for nothing.
+#: Keywords that transformers, PEFT and generate() pass to any model, often without effect.
 STANDARD_KEYWORDS = frozenset(
     "attention_mask bool_masked_pos cache_position head_mask inputs_embeds is_first_iteration "
     "interpolate_pos_encoding labels num_items_in_batch output_attentions output_hidden_states "
@@ -445,10 +447,10 @@ def require_dense(**values: Any) -> None:
 
 
 def check_keywords(model: PreTrainedModel, keywords: Mapping[str, Any]) -> None:
-    """Take standard keywords that ask for nothing (None or False), refuse everything else.
+    """Accept standard keywords without effect (None or False), refuse everything else.
 
     Raises:
-        UserError: a standard keyword that this model has no answer to.
+        UserError: a standard keyword with a value that this model does not support.
         TypeError: a name that no model knows.
     """
     for name, value in keywords.items():
@@ -465,10 +467,10 @@ def check_keywords(model: PreTrainedModel, keywords: Mapping[str, Any]) -> None:
 
 
 def _require_finite(model: PreTrainedModel, source: Any) -> None:
-    """Refuse weights from which nothing but nonsense could follow.
+    """Refuse weights that are not finite.
 
     Raises:
-        UserError: some are infinite or no numbers.
+        UserError: some are infinite or NaN.
     """
     tensors = (*model.named_parameters(), *model.named_buffers())
     bad = [name for name, t in tensors if t.device.type != "meta" and not t.isfinite().all()]

@@ -19,34 +19,34 @@ from deqzoo.equilibrium.state import State, leaves, rebuild
 COARSE_TOL = 2e-2
 """Relative residual at which float32 takes over; a step in bfloat16 rounds to 4e-3."""
 COARSE_SHARE = 1 / 3
-"""Of the most steps that the coarse part may take, with what does not come that near, and at most
-`_MOST_STEPS`: the steps that it leaves are lost to float32, where hard samples need them."""
+"""Share of the solver's steps that the bfloat16 part may take, at most `_MOST_STEPS`: hard samples,
+which do not reach `COARSE_TOL`, need the remaining steps in float32."""
 _MOST_STEPS = 15
 _FEWEST_STEPS = 12
 
 
 def has_amx() -> bool:
     """Whether this processor multiplies tiles of bfloat16, about seven times as fast as float32."""
-    known = torch.cpu.get_capabilities().get("amx_bf16")
-    return bool(known) and torch.backends.mkldnn.is_available()
+    has_tiles = torch.cpu.get_capabilities().get("amx_bf16")
+    return bool(has_tiles) and torch.backends.mkldnn.is_available()
 
 
 @lru_cache(maxsize=1)
 def has_fast_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 faster than float32.
 
-    AVX-512 BF16 without AMX does not tell: training steps of MDEQ have up to 1.5 times the rate of
+    AVX-512 BF16 without AMX is not enough: training steps of MDEQ have up to 1.5 times the rate of
     float32 on AMD's Zen 5 (`benchmarks/results/training.md`), 0.7 to 0.8 times on an Intel Xeon
     (`training_without_amx.md`).
     """
-    known = torch.cpu.get_capabilities()
-    by_amd = "AMD" in str(known.get("cpu_name", ""))
-    units = known.get("avx512_bf16") and by_amd and torch.backends.mkldnn.is_available()
-    return has_amx() or bool(units)
+    capabilities = torch.cpu.get_capabilities()
+    by_amd = "AMD" in str(capabilities.get("cpu_name", ""))
+    has_units = capabilities.get("avx512_bf16") and by_amd and torch.backends.mkldnn.is_available()
+    return has_amx() or bool(has_units)
 
 
 def can_start_coarsely(solver: Solver) -> bool:
-    """Whether a solve with these settings looks for an equilibrium, and has steps to begin with."""
+    """Whether these settings solve to a tolerance, with enough steps for a bfloat16 part."""
     return (
         solver.stop_mode == "rel"
         and 0 < solver.tol < COARSE_TOL
@@ -61,11 +61,11 @@ def solve_from_coarse(
     solver: Solver,
     layout: Layout | None = None,
 ) -> Solution:
-    """Solve h = f(h) without gradients, from where `coarse`, a less precise f, has led.
+    """Solve h = f(h) without gradients, starting from a solution of `coarse`, a less precise f.
 
     The report is of f; `n_steps` counts the steps of both parts and one for the evaluation that
     the second begins with, so that a solve of n steps still takes n + 1 evaluations. They are at
-    most `solver.max_steps`. What becomes of a sample does not depend on the others.
+    most `solver.max_steps`. The result of a sample does not depend on the others.
 
     Args:
         f: the map.

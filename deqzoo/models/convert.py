@@ -97,13 +97,13 @@ def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:
         raise UserError(f"{key} in {path} holds NaN or infinite values: the training diverged")
 
 
-def check_settings(values: Mapping[str, Any], known: Iterable[str], path: str | Path) -> None:
-    """Refuse a setting whose name is nearly one that is known; others may belong to other tools.
+def check_settings(values: Mapping[str, Any], known_names: Iterable[str], path: str | Path) -> None:
+    """Refuse a setting whose name is nearly a known one; others may belong to other tools.
 
     Raises:
-        UserError: with the name that was probably meant.
+        UserError: a misspelt name; the message suggests the known one.
     """
-    names = list(known)
+    names = list(known_names)
     for key in values:
         near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.85)
         if key not in names and near and near[0] not in values:
@@ -118,10 +118,10 @@ def _load(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling arbitrary bytes fails in arbitrary ways
-        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and forbidden:
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and match:
             raise UserError(
-                f"{path} holds more than tensors ({forbidden[1]}) and was not loaded, since that "
+                f"{path} holds more than tensors ({match[1]}) and was not loaded, since that "
                 "could run code: save the bare state dict, best as .safetensors"
             ) from error
         raise UserError(
@@ -135,7 +135,7 @@ def read_settings(path: Path, presets: Iterable[str]) -> dict[str, Any]:
 
     Args:
         path: the file.
-        presets: the names that would have been understood too.
+        presets: names of the presets, for the message.
 
     Raises:
         UserError: the file is missing or holds no JSON object.

@@ -28,7 +28,7 @@ from deqzoo.files import replacing, require_writable
 from deqzoo.models.ignn.inputs import GraphBatch
 from deqzoo.models.ignn.sparse import normalized_entries
 
-TOKENS = 64  # of a text where nobody says
+TOKENS = 64  # of a text, by default
 _FREE = {"batch": 2, "nodes": 5, "edges": 8}  # open dimensions, and their sizes in the example
 
 
@@ -60,7 +60,7 @@ def export_model(
             of a text (else 64). Nodes and edges of a graph are open.
 
     Returns:
-        What the file says of itself: model, solver, steps, shapes of the inputs, outputs.
+        The metadata in the file: model, solver, steps, shapes of the inputs, outputs.
 
     Raises:
         UserError: another suffix, missing packages, another solver, a batch or size that means
@@ -71,10 +71,11 @@ def export_model(
     model = copy.deepcopy(model).eval().float()
     model.fold_weight_norm()
     settings = {"max_steps": steps, "tol": 0.0, **({} if solver is None else {"name": solver})}
-    chosen = model.resolve_solver(settings)
-    if not can_be_traced(chosen):
+    chosen_solver = model.resolve_solver(settings)
+    if not can_be_traced(chosen_solver):
         raise UserError(
-            f"solver {chosen.name!r} cannot be exported; choose solver anderson or fixed_point"
+            f"solver {chosen_solver.name!r} cannot be exported; "
+            "choose solver anderson or fixed_point"
         )
     shapes = _input_shapes(model, batch, size)
     inputs = tuple(_example(model, name, shape) for name, shape in shapes.items())
@@ -89,15 +90,17 @@ def export_model(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program(*inputs)  # what the model refuses, it refuses in its own words
-        exported = torch.export.export(program, inputs, dynamic_shapes=(open_dims,), strict=False)
+        exported_program = torch.export.export(
+            program, inputs, dynamic_shapes=(open_dims,), strict=False
+        )
     facts = {
         "model": Path(model.config._name_or_path).name or type(model).__name__,
-        "solver": chosen.name,
+        "solver": chosen_solver.name,
         "steps": steps,
         "inputs": {name: list(shape) for name, shape in shapes.items()},
         "outputs": [program.scores, "residual"],
     }
-    content = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(exported, facts)
+    content = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(exported_program, facts)
     with replacing(path) as fresh:
         fresh.write_bytes(content)
     return facts
@@ -112,12 +115,12 @@ class Program(nn.Module):
         self.scores = ""  # what the model calls them
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        read: tuple[Any, ...] = inputs
+        arguments: tuple[Any, ...] = inputs
         if self.model.main_input_name == "x":
-            read = (_graph(self.model.config, *inputs),)
-        found = self.model(*read, solver=self.settings)
-        self.scores = "logits" if "logits" in found else "last_hidden_state"
-        return found[self.scores], found.residual
+            arguments = (_graph(self.model.config, *inputs),)
+        output = self.model(*arguments, solver=self.settings)
+        self.scores = "logits" if "logits" in output else "last_hidden_state"
+        return output[self.scores], output.residual
 
 
 class Edges:
@@ -137,8 +140,8 @@ class Edges:
 
     def product(self, dense: Tensor) -> Tensor:
         """The product with (n, d)."""
-        sent = dense.index_select(0, self.index[1]) * self.values.unsqueeze(1)
-        return torch.zeros_like(dense).index_add(0, self.index[0], sent)
+        messages = dense.index_select(0, self.index[1]) * self.values.unsqueeze(1)
+        return torch.zeros_like(dense).index_add(0, self.index[0], messages)
 
     def propagate(self, nodes: Tensor) -> Tensor:
         """Send node data (n, d) along the edges."""
@@ -170,10 +173,11 @@ def check_target(path: Path) -> None:
         raise UserError(f"the folder {path.parent} does not exist; make it first")
     require_writable(path)
     packages = ("onnx", "onnxscript") if path.suffix == ".onnx" else ()
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
+    missing_packages = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing_packages:
         raise UserError(
-            f"ONNX files need {' and '.join(missing)}; install with: pip install 'deqzoo[export]'"
+            f"ONNX files need {' and '.join(missing_packages)}; "
+            "install with: pip install 'deqzoo[export]'"
         )
 
 
@@ -210,8 +214,8 @@ def _example(model: PreTrainedModel, name: str, shape: tuple[int | str, ...]) ->
     sizes = [_FREE[size] if isinstance(size, str) else size for size in shape]
     if name == "edge_index":  # both directions of some edges among the nodes
         ends = torch.arange(sizes[1] // 2) % (_FREE["nodes"] - 1)
-        there = torch.stack((ends, ends + 1))
-        return torch.cat((there, there.flip(0)), 1)
+        edges = torch.stack((ends, ends + 1))
+        return torch.cat((edges, edges.flip(0)), 1)
     if name == "input_ids":
         return torch.arange(sizes[0] * sizes[1]).reshape(sizes) % model.config.vocab_size
     return torch.ones(sizes) if name == "edge_weight" else torch.rand(sizes)
@@ -226,18 +230,18 @@ def _as_pt2(program: Any, facts: dict[str, Any]) -> bytes:
 def _as_onnx(program: Any, facts: dict[str, Any]) -> bytes:
     with _silent("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = torch.onnx.export(
+        onnx_program = torch.onnx.export(
             program, dynamo=True, verbose=False,
             input_names=list(facts["inputs"]), output_names=facts["outputs"],
         )  # fmt: skip
-    assert made is not None
-    made.model.metadata_props["deqzoo"] = json.dumps(facts)
-    return made.model_proto.SerializeToString()
+    assert onnx_program is not None
+    onnx_program.model.metadata_props["deqzoo"] = json.dumps(facts)
+    return onnx_program.model_proto.SerializeToString()
 
 
 @contextlib.contextmanager
 def _silent(*names: str) -> Iterator[None]:
-    """Keep to themselves what loggers have to say below errors."""
+    """Silence these loggers below the level of errors."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

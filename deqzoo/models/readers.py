@@ -1,4 +1,4 @@
-"""What reads a model's inputs: the image processor or tokenizer beside its weights."""
+"""The image processor or tokenizer stored beside a model's weights."""
 
 from __future__ import annotations
 

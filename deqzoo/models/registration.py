@@ -44,12 +44,12 @@ class _AfterImport(MetaPathFinder):
             return None
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, action)
+            spec.loader = _LoaderWithAction(spec.loader, action)
         return spec
 
 
-class _Then(Loader):
-    """A loader with an action at its end."""
+class _LoaderWithAction(Loader):
+    """A loader that runs an action on the module after it is loaded."""
 
     def __init__(self, loader: Any, action: Action) -> None:
         self.loader, self.action = loader, action
@@ -70,37 +70,37 @@ class _Then(Loader):
 
 def after_import(actions: dict[str, Action]) -> None:
     """Run actions on modules: at once on those that are imported, on the others when they are."""
-    waiting = {}
+    pending_actions = {}
     for name, action in actions.items():
         module = sys.modules.get(name)
         if module is None or getattr(module.__spec__, "_initializing", False):
-            waiting[name] = action
+            pending_actions[name] = action
         else:
             action(module)
-    if waiting:
-        sys.meta_path.insert(0, _AfterImport(waiting))
+    if pending_actions:
+        sys.meta_path.insert(0, _AfterImport(pending_actions))
 
 
-_postponed: list[Callable[[], None]] = []
+_pending_registrations: list[Callable[[], None]] = []
 
 
 def _register(registration: Callable[[], None]) -> None:
     """Register classes now, or at the first use of an Auto class.
 
-    Where one of our modules is the reason for the import of transformers, it is not complete yet.
+    Later, where one of our own modules imports transformers and is itself not complete yet.
     """
-    _postponed.append(registration)
+    _pending_registrations.append(registration)
     _settle()
 
 
 def _settle() -> None:
-    busy = any(
+    is_importing = any(
         getattr(getattr(module, "__spec__", None), "_initializing", False)
         for name, module in list(sys.modules.items())
         if name.startswith("deqzoo.models.") or name == "transformers.modeling_utils"
     )
-    while _postponed and not busy:
-        _postponed.pop(0)()
+    while _pending_registrations and not is_importing:
+        _pending_registrations.pop(0)()
 
 
 def install() -> None:
@@ -168,7 +168,7 @@ def _pipelines(module: Any) -> None:
     the version of transformers (5.17: `cached_file`)."""
     for name in ("resolve_revision", "cached_file", "find_adapter_config_file"):
         if hasattr(module, name):
-            setattr(module, name, _first_resolved(getattr(module, name)))
+            setattr(module, name, _with_resolved_name(getattr(module, name)))
     ask_hub = module.get_task
 
     @functools.wraps(ask_hub)
@@ -198,37 +198,37 @@ def _know_folders(auto: Any) -> None:
     @functools.wraps(ask_hub)
     def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         folder = resolve_folder(source)
-        known = folder is not None and read_json(folder / "config.json").get("model_type")
-        return (load if known in FAMILIES else ask_hub)(cls, source, *args, **kwargs)
+        model_type = folder is not None and read_json(folder / "config.json").get("model_type")
+        return (load if model_type in FAMILIES else ask_hub)(cls, source, *args, **kwargs)
 
-    auto.from_pretrained = _settled(from_pretrained)
+    auto.from_pretrained = _after_registration(from_pretrained)
 
 
 def _know_names(auto: Any) -> None:
-    """Let an Auto class take the zoo's names, and register what was postponed."""
+    """Let an Auto class take the zoo's names, and run the pending registrations."""
     for name in ("from_pretrained", "from_config", "for_model"):
         if hasattr(auto, name):
-            setattr(auto, name, _settled(getattr(auto, name).__func__))
+            setattr(auto, name, _after_registration(getattr(auto, name).__func__))
 
 
-def _settled(function: Callable[..., Any]) -> Any:
-    resolved = _first_resolved(function, index=1)
+def _after_registration(function: Callable[..., Any]) -> Any:
+    call_with_resolved_name = _with_resolved_name(function, index=1)
 
     @functools.wraps(function)
-    def settled(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         _settle()
-        return resolved(*args, **kwargs)
+        return call_with_resolved_name(*args, **kwargs)
 
-    return classmethod(settled)
+    return classmethod(call)
 
 
-def _first_resolved(function: Callable[..., Any], index: int = 0) -> Callable[..., Any]:
+def _with_resolved_name(function: Callable[..., Any], index: int = 0) -> Callable[..., Any]:
     """A function whose argument `pretrained_model_name_or_path`, by place or by name, may be a zoo
     name."""
     keyword = "pretrained_model_name_or_path"
 
     @functools.wraps(function)
-    def resolved(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         revision = kwargs.get("revision")
         if len(args) > index:
             args = (*args[:index], bundled_source(args[index], revision), *args[index + 1 :])
@@ -236,4 +236,4 @@ def _first_resolved(function: Callable[..., Any], index: int = 0) -> Callable[..
             kwargs[keyword] = bundled_source(kwargs[keyword], revision)
         return function(*args, **kwargs)
 
-    return resolved
+    return call

@@ -77,7 +77,7 @@ class WeightNorm(nn.Module):
         """As PyTorch's; another `weight` ends the normalisation.
 
         Raises:
-            UserError: a tool takes the computed weight for a parameter, as pruning does.
+            UserError: a tool, such as pruning, registers the computed weight as a parameter.
         """
         if param is not None and not isinstance(param, nn.Parameter):
             raise UserError(
@@ -123,7 +123,7 @@ def linear_tensors(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight (out, in) and bias (out,) of a linear layer, in the dtype in which maps compute.
 
     Raises:
-        UserError: what was added to the layer makes it something else than a linear map.
+        UserError: hooks or wrappers make the layer something else than a linear map.
     """
     weight = _plain_weight(module, nn.Linear)
     if weight is not None:
@@ -142,7 +142,7 @@ def conv_weight(module: Any) -> Tensor:
     """Weight (out, in, k, k) of a convolution without bias, in the dtype in which maps compute.
 
     Raises:
-        UserError: what was added to the layer makes it something else than a convolution.
+        UserError: hooks or wrappers make the layer something else than a convolution.
     """
     weight = _plain_weight(module, nn.Conv2d)
     if weight is not None:
@@ -187,14 +187,14 @@ def in_compute_dtype(weight: Tensor) -> Tensor:
     return weight
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], nested: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply a function to every tensor of nested tuples; None stays None."""
-    if nested is None:
+    if tree is None:
         return None
-    if isinstance(nested, Tensor):
-        return function(nested)
-    values = [map_tensors(function, value) for value in nested]
-    return type(nested)(*values) if hasattr(nested, "_fields") else tuple(values)
+    if isinstance(tree, Tensor):
+        return function(tree)
+    values = [map_tensors(function, value) for value in tree]
+    return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
 
 
 def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,7 +222,7 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plain_weight(module: Any, kind: type[nn.Module]) -> Tensor | None:
-    """The weight of a layer that a call would do nothing else with than torch does, or None."""
+    """The weight of a layer whose call is torch's own, without hooks or wrappers; else None."""
     plain = type(module).forward is kind.forward and "forward" not in vars(module)
     if not plain or module._forward_hooks or module._forward_pre_hooks:
         return None
@@ -230,8 +230,8 @@ def _plain_weight(module: Any, kind: type[nn.Module]) -> Tensor | None:
         return None
     weight = module.effective_weight() if isinstance(module, WeightNorm) else module.weight
     # torch.export shows every weight as a tensor of a class of its own.
-    known = torch.compiler.is_exporting() or type(weight) in (Tensor, nn.Parameter)
-    return weight if known else None
+    has_plain_class = torch.compiler.is_exporting() or type(weight) in (Tensor, nn.Parameter)
+    return weight if has_plain_class else None
 
 
 def _zeros(module: nn.Module, *shape: int) -> Tensor:
@@ -246,7 +246,7 @@ def _zeros(module: nn.Module, *shape: int) -> Tensor:
 
 def _check(
     module: nn.Module,
-    expected: Callable[[Tensor], Tensor],
+    linear_map: Callable[[Tensor], Tensor],
     x: Tensor,
     constant: Tensor,
     without_bias: bool,
@@ -255,11 +255,11 @@ def _check(
     if constant.is_meta or torch.compiler.is_compiling():
         return
     with torch.no_grad():
-        wrong = without_bias and bool(constant.any())
-        if not wrong and not module.training:
-            answer, wanted = module(x), expected(x.to(constant.dtype))
-            wrong = bool((answer - wanted).norm() > _LINEARITY * wanted.norm())
-    if wrong:
+        is_wrong = without_bias and bool(constant.any())
+        if not is_wrong and not module.training:
+            answer, reference = module(x), linear_map(x.to(constant.dtype))
+            is_wrong = bool((answer - reference).norm() > _LINEARITY * reference.norm())
+    if is_wrong:
         raise UserError(
             f"{type(module).__name__} belongs to the equilibrium map, whose weights are computed "
             "once per solve: what hooks or wrappers do there has to be linear, without a bias of "

@@ -512,7 +512,7 @@ def test_output_dropout_of_features_keeps_tokens() -> None:
     hidden = torch.ones(2, 40, 32, dtype=torch.float64)
     for kind, dimension in (("token", 2), ("feature", 1)):
         model = lively_model(dropout=0.5, output_dropout=kind).train()
-        dropped = model._dropped(hidden, None)
+        dropped = model._output_dropout(hidden, None)
         assert (dropped == dropped.select(dimension, 0).unsqueeze(dimension)).all()
         assert 0 < (dropped == 0).double().mean() < 1
 

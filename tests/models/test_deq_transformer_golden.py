@@ -231,7 +231,7 @@ def test_dropout_masks(cases: dict[str, Case], name: str) -> None:
     # The recorded block application has the undropped injection of the evaluation pass.
     f = base.bind(segment["injection"], masks)
     close(f(segment["state_random"]), drop["drop.F_state_random"], tolerance)
-    dropped = case.model._dropped(segment["equilibrium"], masks)
+    dropped = case.model._output_dropout(segment["equilibrium"], masks)
     close(dropped, drop["drop.equilibrium_after_output_drop"], tolerance)
 
 

@@ -26,8 +26,8 @@ def bf16_units(monkeypatch):
 def no_build(tmp_path, monkeypatch):
     """A machine where nothing has been compiled, and nothing may be; the folder of builds."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(native_norm, "_loaded", None)
-    monkeypatch.setattr(native_norm, "_asked", -native_norm.math.inf)
+    monkeypatch.setattr(native_norm, "_extension_module", None)
+    monkeypatch.setattr(native_norm, "_last_look", -native_norm.math.inf)
 
     def fail(wait: bool) -> None:
         raise AssertionError("compiled without being asked")
@@ -223,8 +223,8 @@ def test_a_forward_compiles_nothing(no_build, steps_seen):
 
 def test_a_build_that_another_process_works_on_is_not_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(native_norm, "_loaded", None)
-    monkeypatch.setattr(native_norm, "_asked", -native_norm.math.inf)
+    monkeypatch.setattr(native_norm, "_extension_module", None)
+    monkeypatch.setattr(native_norm, "_last_look", -native_norm.math.inf)
     folder = native_norm._library().parent
     folder.mkdir()
     with (folder / "deqzoo.lock").open("w") as lock:
@@ -244,8 +244,8 @@ def test_a_machine_without_a_compiler(tmp_path, monkeypatch):
         raise RuntimeError("Ninja is required to load C++ extensions")
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(native_norm, "_loaded", None)
-    monkeypatch.setattr(native_norm, "_asked", -native_norm.math.inf)
+    monkeypatch.setattr(native_norm, "_extension_module", None)
+    monkeypatch.setattr(native_norm, "_last_look", -native_norm.math.inf)
     monkeypatch.setattr(cpp_extension, "load", load)
     assert not native_norm.native_norm_available(wait=False)
     assert not native_norm.native_norm_ready() and not tiny_model().use_native_norm()
@@ -258,9 +258,9 @@ def test_a_finished_build_is_loaded_without_a_compiler(monkeypatch):
         raise AssertionError("compiled")
 
     monkeypatch.setattr(native_norm, "_build", fail)
-    monkeypatch.setattr(native_norm, "_loaded", None)
-    monkeypatch.setattr(native_norm, "_asked", -native_norm.math.inf)
-    assert native_norm.native_norm_ready() and native_norm._loaded is not None
+    monkeypatch.setattr(native_norm, "_extension_module", None)
+    monkeypatch.setattr(native_norm, "_last_look", -native_norm.math.inf)
+    assert native_norm.native_norm_ready() and native_norm._extension_module is not None
 
 
 @pytest.mark.parametrize("finished", (True, False))

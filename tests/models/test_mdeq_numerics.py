@@ -187,7 +187,7 @@ def test_a_killed_compilation_of_the_norm_does_not_block_later_ones(tmp_path, mo
     leftover = tmp_path / "deqzoo_group_norm_key" / "lock"
     leftover.parent.mkdir()
     leftover.write_text("of a killed process")
-    monkeypatch.setattr(native_norm, "_loaded", None)
+    monkeypatch.setattr(native_norm, "_extension_module", None)
     extension = native_norm._build(wait=True)
     assert extension.__name__ == "deqzoo_group_norm_key" and built == [leftover.parent]
     # From 2.14 on torch leaves the file of its own lock, which is another one.

@@ -63,9 +63,10 @@ class AdaptiveEmbedding(nn.Module):
         self.scale = math.sqrt(d_model)
         shapes = table_shapes(self.bounds, d_embed, div_val)
         self.tables = nn.ModuleList(nn.Embedding(size, width) for size, width in shapes)
-        projected = div_val > 1 or d_embed != d_model
+        has_projections = div_val > 1 or d_embed != d_model
         self.projections = nn.ModuleList(
-            SharedLinear(width, d_model, bias=False) for _, width in (shapes if projected else [])
+            SharedLinear(width, d_model, bias=False)
+            for _, width in (shapes if has_projections else [])
         )
 
     def forward(self, input_ids: Tensor, word_mask: Tensor | None = None) -> Tensor:
@@ -75,12 +76,12 @@ class AdaptiveEmbedding(nn.Module):
             if self.projections:
                 vectors = self.projections[0](vectors)
         else:
-            vectors = self._clustered(input_ids)
+            vectors = self._cluster_vectors(input_ids)
         if word_mask is not None:
             vectors = vectors * word_mask[input_ids].unsqueeze(-1).to(vectors.dtype)
         return vectors
 
-    def _clustered(self, words: Tensor) -> Tensor:
+    def _cluster_vectors(self, words: Tensor) -> Tensor:
         """Every word is looked up in every cluster: to select some would wait for the device."""
         first, last = self.bounds[0], self.bounds[-1]
         vectors = self.projections[0](self.tables[0](words.clamp(max=first[1] - 1)))
@@ -140,10 +141,10 @@ class AdaptiveSoftmax(nn.Module):
 
     def _head(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """Log-probabilities of the first cluster's words, then of the tails: (..., c_1 + n)."""
-        projected = self._project(hidden, 0)
-        scores = F.linear(projected, *table)
+        features = self._project(hidden, 0)
+        scores = F.linear(features, *table)
         if self.clusters is not None:
-            scores = torch.cat([scores, self.clusters(projected)], dim=-1)
+            scores = torch.cat([scores, self.clusters(features)], dim=-1)
         return _log_softmax(scores)
 
     def _tail(self, hidden: Tensor, index: int, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -188,10 +189,10 @@ class AdaptiveSoftmax(nn.Module):
         if self.clusters is None:
             return self.dense_nll(hidden, targets)
         flat, words = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        kept = (words != IGNORED).nonzero().squeeze(1)
-        if kept.numel() < words.numel():
-            scored = self._flat_nll(flat[kept], words[kept])
-            losses = scored.new_zeros(words.shape).index_put((kept,), scored)
+        positions = (words != IGNORED).nonzero().squeeze(1)
+        if positions.numel() < words.numel():
+            position_losses = self._flat_nll(flat[positions], words[positions])
+            losses = position_losses.new_zeros(words.shape).index_put((positions,), position_losses)
         else:
             losses = self._flat_nll(flat, words)
         return losses.view(targets.shape)

@@ -21,7 +21,7 @@ from deqzoo.equilibrium.layout import IndexSelection, Selection, SuffixSelection
 from deqzoo.models.weights import compiled, map_tensors
 
 NORM_EPS = 1e-5
-LONG_IN_WINDOWS = 3  # tokens, in windows of the attention, from which blocks pay
+LONG_IN_WINDOWS = 3  # length of a text, in windows, from which attention in blocks is faster
 # Fields of LayerTensors with one row per sample.
 BATCH_FIRST = (
     "past_key",
@@ -75,8 +75,8 @@ def relative_shift(scores: Tensor) -> Tensor:
     *lead, n_queries, n_keys = scores.shape
     if n_queries == 1:
         return scores
-    padded = F.pad(scores, (1, 0)).reshape(*lead, n_keys + 1, n_queries)
-    return padded[..., 1:, :].reshape(*lead, n_queries, n_keys)
+    padded_scores = F.pad(scores, (1, 0)).reshape(*lead, n_keys + 1, n_queries)
+    return padded_scores[..., 1:, :].reshape(*lead, n_queries, n_keys)
 
 
 def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor, window: int | None = None) -> Tensor:
@@ -96,8 +96,8 @@ def attend(qkv: Tensor, layer: LayerTensors, bias: Tensor, window: int | None = 
     plain = layer.attention_mask is None and bias.ndim == 2
     if window is not None and plain and query.shape[2] >= LONG_IN_WINDOWS * window:
         relative = layer.relative[:, 1 - 2 * window :]
-        mixed = attend_in_blocks(content, position, key, value, relative, bias, window)
-        return mixed.transpose(1, 2).flatten(2)
+        heads = attend_in_blocks(content, position, key, value, relative, bias, window)
+        return heads.transpose(1, 2).flatten(2)
     scores = relative_shift(position @ layer.relative.transpose(-1, -2))
     scores = scores + content @ key.transpose(-1, -2) + bias
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -129,18 +129,19 @@ def attend_in_blocks(
     """
     length, n_keys = content.shape[2], 2 * window - 1
     rest = -length % window
-    missing = window - 1 - (key.shape[2] - length)  # keys before the first block; negative: unseen
+    # Keys before the first block; a negative number are keys that it does not see.
+    n_missing = window - 1 - (key.shape[2] - length)
     content, position = (
         F.pad(part, (0, 0, 0, rest)).unflatten(2, (-1, window)) for part in (content, position)
     )  # (B, H, N, window, D)
     key, value = (
-        F.pad(part, (0, 0, missing, rest)).unfold(2, n_keys, window) for part in (key, value)
+        F.pad(part, (0, 0, n_missing, rest)).unfold(2, n_keys, window) for part in (key, value)
     )  # (B, H, N, D, 2 window - 1)
     by_distance = position.flatten(2, 3) @ relative.transpose(-1, -2)
     scores = relative_shift(by_distance.unflatten(2, (-1, window))) + content @ key
     scores = scores + bias[-window:, -n_keys:]
-    if missing > 0:
-        scores[:, :, 0, :, :missing] = float("-inf")
+    if n_missing > 0:
+        scores[:, :, 0, :, :n_missing] = float("-inf")
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype)
     return (weights @ value.transpose(-1, -2)).flatten(2, 3)[:, :, :length]
@@ -151,10 +152,10 @@ def attention_output(
 ) -> Tensor:
     """First half of a sub-layer: z plus attention, normalised for post-LN; (B, T, d)."""
     content = z if kind == "post" else layer_norm(z, layer.norms, 0)
-    mixed = attend(F.linear(content.to(layer.qkv.dtype), layer.qkv) + u, layer, bias, window)
+    attention = attend(F.linear(content.to(layer.qkv.dtype), layer.qkv) + u, layer, bias, window)
     if kind == "sandwich":
-        mixed = layer_norm(mixed, layer.norms, 1)
-    y = F.linear(mixed.to(layer.output.dtype), layer.output, layer.output_bias)
+        attention = layer_norm(attention, layer.norms, 1)
+    y = F.linear(attention.to(layer.output.dtype), layer.output, layer.output_bias)
     if layer.output_mask is not None:
         y = y * layer.output_mask
     return layer_norm(z + y) if kind == "post" else z + y
@@ -181,9 +182,9 @@ def apply_layer(
     h = attention_output(z, u, layer, bias, kind, window)
     if kind == "post":
         return layer_norm(h + feed_forward(h, layer))
-    normalized = layer_norm(h, layer.norms, 2)
-    residual = normalized if kind == "pre_normalized" else h
-    return residual + feed_forward(normalized, layer)
+    normalized_h = layer_norm(h, layer.norms, 2)
+    residual = normalized_h if kind == "pre_normalized" else h
+    return residual + feed_forward(normalized_h, layer)
 
 
 def apply_layers(
@@ -206,9 +207,9 @@ def context_key_value(
     """Keys and values (B, H, M, D) of solved tokens with states (B, M, d), injection (B, M, 3d)."""
     content = states if kind == "post" else layer_norm(states, layer.norms, 0)
     width = states.shape[-1]
-    projected = F.linear(content.to(layer.qkv.dtype), layer.qkv[width:]) + injection[..., width:]
+    key_value = F.linear(content.to(layer.qkv.dtype), layer.qkv[width:]) + injection[..., width:]
     n_head = layer.content_bias.shape[0]
-    key, value = (split_heads(part, n_head) for part in projected.chunk(2, dim=-1))
+    key, value = (split_heads(part, n_head) for part in key_value.chunk(2, dim=-1))
     return key, value
 
 
@@ -244,7 +245,7 @@ class EquilibriumMap:
     injection: Tensor  # (B, T, 3d)
     bias: Tensor  # (T, K) or (B, 1, T, K)
     kind: str
-    window: int | None = None  # distances that are seen
+    window: int | None = None  # number of distances that the attention sees
 
     def __call__(self, z: Tensor) -> Tensor:
         return apply_layers(z, self.injection, self.layers, self.bias, self.kind, self.window)
@@ -275,13 +276,13 @@ class EquilibriumMap:
 
 @dataclass(frozen=True)
 class SolvableMap(EquilibriumMap, BatchMap):
-    """The map of a single block, from which solved prefixes can leave."""
+    """The map of a single block, in which solved prefixes can become the past."""
 
     def select(self, selection: Selection) -> "SolvableMap":
         """What is left to solve: the last positions of every row, or some rows."""
         if isinstance(selection, SuffixSelection):
-            kept = selection.sequences
-            f = self if kept is None else self._rows(IndexSelection(kept, kept))
+            sequences = selection.sequences
+            f = self if sequences is None else self._rows(IndexSelection(sequences, sequences))
             return f._suffix(selection.start, selection.stop, selection.dropped)
         return self._rows(selection)
 
@@ -295,14 +296,16 @@ class SolvableMap(EquilibriumMap, BatchMap):
         bias = visibility(n, n, window, valid, dtype=self.bias.dtype, device=self.bias.device)
         return replace(self, injection=injection, bias=bias)
 
-    def _suffix(self, start: int, stop: int | None, solved: Tensor) -> "SolvableMap":
-        """Positions ``[start:stop]``; the states ``solved`` (B, start, d) become the past."""
+    def _suffix(self, start: int, stop: int | None, solved_states: Tensor) -> "SolvableMap":
+        """Positions ``[start:stop]``; the ``solved_states`` (B, start, d) become the past."""
         (layer,) = self.layers
         n_later = 0 if stop is None else self.injection.shape[1] - stop
         n_keys = self.bias.shape[-1] - n_later
         key, value = layer.past_key, layer.past_value
         if start:
-            key, value = context_key_value(solved, self.injection[:, :start], layer, self.kind)
+            key, value = context_key_value(
+                solved_states, self.injection[:, :start], layer, self.kind
+            )
             if layer.past_key is not None and layer.past_value is not None:
                 key = torch.cat([layer.past_key, key], dim=2)
                 value = torch.cat([layer.past_value, value], dim=2)
@@ -319,14 +322,16 @@ class SolvableMap(EquilibriumMap, BatchMap):
     def _rows(self, selection: Selection) -> "SolvableMap":
         """Some rows of the batch."""
         (layer,) = self.layers
-        kept: dict[str, Any] = {
+        row_tensors: dict[str, Any] = {
             name: selection.state(value)
             for name in BATCH_FIRST
             if (value := getattr(layer, name)) is not None
         }
         bias = selection.state(self.bias) if self.bias.ndim == 4 else self.bias
         injection = selection.state(self.injection)
-        return replace(self, layers=(layer._replace(**kept),), injection=injection, bias=bias)
+        return replace(
+            self, layers=(layer._replace(**row_tensors),), injection=injection, bias=bias
+        )
 
 
 @lru_cache(maxsize=1)

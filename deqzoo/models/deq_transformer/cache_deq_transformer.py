@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from deqzoo.errors import UserError
 from deqzoo.models.deq_transformer.block import EquilibriumMap
 
-#: Tokens that a cache can take back: more than a draft of assisted decoding has.
+#: Newest tokens that a cache can forget: more than a draft of assisted decoding has.
 CROPPABLE = 128
 
 
@@ -30,7 +30,7 @@ class EquilibriumCacheLayer(CacheLayerMixin):
     def __init__(self, window: int) -> None:
         super().__init__()
         self.window = window
-        self.seen = 0
+        self.n_tokens = 0
         self._valid: Tensor | None = None  # of all tokens in the buffers; None: all real
         self._buffers: tuple[Tensor, ...] | None = None
         self._start = self._end = 0
@@ -43,18 +43,18 @@ class EquilibriumCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append solved tokens (B, H, T, D), evict what is never seen again, return the rest."""
+        """Append solved tokens (B, H, T, D), evict those out of the window, return the others."""
         self.lazy_initialization(key_states, value_states)
-        kept = min(self.window - 1, self._end - self._start + key_states.shape[2])
-        self.seen += key_states.shape[2]
-        new = key_states.shape[2]
-        if self._buffers is None or self._end + new > self._buffers[0].shape[2]:
-            self._grow(key_states, new)
+        n_kept = min(self.window - 1, self._end - self._start + key_states.shape[2])
+        self.n_tokens += key_states.shape[2]
+        n_new = key_states.shape[2]
+        if self._buffers is None or self._end + n_new > self._buffers[0].shape[2]:
+            self._grow(key_states, n_new)
         assert self._buffers is not None
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self._end : self._end + new] = states
-        self._end += new
-        self._start = self._end - kept
+            buffer[:, :, self._end : self._end + n_new] = states
+        self._end += n_new
+        self._start = self._end - n_kept
         self.keys, self.values = (b[:, :, self._start : self._end] for b in self._buffers)
         return self.keys, self.values
 
@@ -63,19 +63,19 @@ class EquilibriumCacheLayer(CacheLayerMixin):
         """(B, M) bool, False at left padding; None: all real."""
         return None if self._valid is None else self._valid[:, self._start : self._end]
 
-    def _grow(self, like: Tensor, new: int) -> None:
-        """Move what is kept to the front of buffers with room for at least ``new`` more tokens."""
-        kept = min(self._end - self._start + CROPPABLE, self._end)
-        moved = self._end - kept
+    def _grow(self, like: Tensor, n_new: int) -> None:
+        """Move kept tokens to the front of buffers with room for at least ``n_new`` more tokens."""
+        n_kept = min(self._end - self._start + CROPPABLE, self._end)
+        offset = self._end - n_kept
         batch, heads, _, width = like.shape
-        room = min(max(64, 2 * (kept + new)), kept + new + max(64, self.window))
+        room = min(max(64, 2 * (n_kept + n_new)), n_kept + n_new + max(64, self.window))
         buffers = tuple(like.new_empty(batch, heads, room, width) for _ in range(2))
         if self._buffers is not None:
             for fresh, old in zip(buffers, self._buffers, strict=True):
-                fresh[:, :, :kept] = old[:, :, moved : self._end]
+                fresh[:, :, :n_kept] = old[:, :, offset : self._end]
         if self._valid is not None:
-            self._valid = self._valid[:, moved:]
-        self._buffers, self._start, self._end = buffers, self._start - moved, kept
+            self._valid = self._valid[:, offset:]
+        self._buffers, self._start, self._end = buffers, self._start - offset, n_kept
 
     def extend_valid(self, valid: Tensor | None, n_new: int, batch: int) -> None:
         """Remember which of the tokens just appended are real."""
@@ -98,29 +98,29 @@ class EquilibriumCacheLayer(CacheLayerMixin):
                 remain, as transformers before 5.24 means it.
 
         Raises:
-            UserError: tokens that would be seen again have been given up.
+            UserError: tokens that would be in the window again have been evicted.
         """
-        removed = -tokens if tokens <= 0 else max(0, self.seen - tokens)
-        if removed == 0 or self._buffers is None:
+        n_removed = -tokens if tokens <= 0 else max(0, self.n_tokens - tokens)
+        if n_removed == 0 or self._buffers is None:
             return
-        if removed >= self.seen:
+        if n_removed >= self.n_tokens:
             self.reset()
             return
-        end, kept = self._end - removed, min(self.window - 1, self.seen - removed)
-        if end < kept:
+        end, n_kept = self._end - n_removed, min(self.window - 1, self.n_tokens - n_removed)
+        if end < n_kept:
             raise UserError(
-                f"this cache can take back its last {CROPPABLE} tokens, not {removed}: the older "
+                f"this cache can take back its last {CROPPABLE} tokens, not {n_removed}: the older "
                 "ones that they pushed out of the window are gone; make a new cache"
             )
-        self.seen -= removed
-        self._start, self._end = end - kept, end
+        self.n_tokens -= n_removed
+        self._start, self._end = end - n_kept, end
         self.keys, self.values = (b[:, :, self._start : end] for b in self._buffers)
         if self._valid is not None:
             self._valid = self._valid[:, :end]
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: generate() cuts the prompt by it."""
-        return self.seen
+        return self.n_tokens
 
     def get_max_length(self) -> int:
         """No limit: old tokens are evicted."""
@@ -128,12 +128,12 @@ class EquilibriumCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys visible to a query of this length, and the offset of the first of them."""
-        kept = self._end - self._start
-        return kept + query_length, max(self.seen - kept, 0)
+        n_kept = self._end - self._start
+        return n_kept + query_length, max(self.n_tokens - n_kept, 0)
 
     def reset(self) -> None:
         """Forget every token."""
-        self.seen = self._start = self._end = 0
+        self.n_tokens = self._start = self._end = 0
         self._buffers = self.keys = self.values = self._valid = None
         self.is_initialized = False
 

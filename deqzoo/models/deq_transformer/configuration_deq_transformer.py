@@ -31,8 +31,8 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
         tgt_len: segment length of training and evaluation.
         dropout, dropatt, dropword: variational, attention and whole-word dropout (embedding rows).
         input_dropout, position_dropout, hidden_dropout, final_dropout: variational dropout of the
-            word vectors, of the position vectors, inside the block, and before the softmax, where
-            they are to differ from ``dropout`` (None: they do not).
+            word vectors, of the position vectors, inside the block, and before the softmax; None
+            takes ``dropout``.
         output_dropout: what the mask before the softmax drops: whole tokens (as upstream) or
             features (the same ones at every position of a sequence).
         fixed_iterations: apply F this often instead of solving; for the variants that have no
@@ -144,8 +144,8 @@ class DEQTransformerConfig(DEQConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `DEQConfigMixin.from_dict`, but the `variant` that a model is loaded with is that of
-        the file of its weights, as with every model of transformers, and handed on."""
+        """As `DEQConfigMixin.from_dict`, except for `variant`: while a model is loaded it is the
+        variant of the weights' file, as in transformers, not the setting of that name."""
         files = kwargs.pop("variant", None) if kwargs.get("return_unused_kwargs") else None
         result: Any = super().from_dict(config_dict, **kwargs)
         return result if files is None else (result[0], {**result[1], "variant": files})

@@ -47,30 +47,30 @@ def config_from_settings(settings: dict[str, Any]) -> DEQTransformerConfig:
     Raises:
         UserError: a setting is unknown or impossible.
     """
-    known = {
+    values = {
         RENAMED.get(key, key): value
         for key, value in settings.items()
         if key not in IGNORED_SETTINGS
     }
-    if known.get("variant") not in VARIANTS:
+    if values.get("variant") not in VARIANTS:
         raise UserError(
-            f"The settings name variant {known.get('variant')!r}; choose one of "
+            f"The settings name variant {values.get('variant')!r}; choose one of "
             f"{', '.join(VARIANTS)}."
         )
-    valid = set(DEQTransformerConfig().to_dict())
-    unknown = sorted(set(known) - valid)
-    if unknown:
-        raise UserError(f"Unknown settings {', '.join(unknown)} in the config.")
+    valid_names = set(DEQTransformerConfig().to_dict())
+    unknown_names = sorted(set(values) - valid_names)
+    if unknown_names:
+        raise UserError(f"Unknown settings {', '.join(unknown_names)} in the config.")
     width = (settings.get("d_head") or 0) * (settings.get("n_head") or 0)
     if width not in (0, settings.get("d_model")):
         raise UserError("d_head times n_head must be d_model.")
-    lacks = known["variant"] == "torchdeq-lm" or (
-        known["variant"] == "torchdeq-seq" and known.get("norm_placement") == "pre"
+    lacks_equilibrium = values["variant"] == "torchdeq-lm" or (
+        values["variant"] == "torchdeq-seq" and values.get("norm_placement") == "pre"
     )
-    if not lacks:
-        known.pop("fixed_iterations", None)
+    if not lacks_equilibrium:
+        values.pop("fixed_iterations", None)
     try:
-        return DEQTransformerConfig(**known)
+        return DEQTransformerConfig(**values)
     except Exception as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"The settings do not fit together: {reason}") from error
@@ -120,7 +120,7 @@ def convert_state_dict(
     Raises:
         UserError: tied copies differ.
     """
-    converted = {}
+    tensors = {}
     for key, tensor in state_dict.items():
         name = converted_key(key)
         if name is None:
@@ -134,13 +134,13 @@ def convert_state_dict(
                 tensor = tensor.reshape(-1, 1)
         if name.endswith(("content_bias", "position_bias")):
             tensor = tensor.flatten()
-        interleaved = "attention.qkv." in name or name.startswith("transformer.injection.")
-        if config.variant == "torchdeq-lm" and interleaved:
+        is_interleaved = "attention.qkv." in name or name.startswith("transformer.injection.")
+        if config.variant == "torchdeq-lm" and is_interleaved:
             tensor = deinterleaved(tensor, config.n_head)
-        if name in converted:
+        if name in tensors:
             raise UserError(f"the checkpoint holds {name} twice, in the spellings of two sources")
-        converted[name] = tensor.contiguous()
-    return converted
+        tensors[name] = tensor.contiguous()
+    return tensors
 
 
 def build_model(
@@ -151,37 +151,39 @@ def build_model(
     Raises:
         UserError: the tensors do not fit the configuration.
     """
-    converted = convert_state_dict(state_dict, config)
-    dtypes = {t.dtype for t in converted.values() if t.is_floating_point()}
+    tensors = convert_state_dict(state_dict, config)
+    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
     if len(dtypes) != 1:
         raise UserError(f"The checkpoint mixes dtypes {sorted(map(str, dtypes))}.")
     config.dtype = dtypes.pop()
     model: Any = DEQTransformerForCausalLM(config)
     model.to(config.dtype).eval()
     for target, source in model.all_tied_weights_keys.items():
-        one, other = converted.get(target), converted.get(source)
+        one, other = tensors.get(target), tensors.get(source)
         if one is not None and other is not None and not torch.equal(one, other):
             raise UserError(
                 f"{target} and {source} differ in the checkpoint, but the config ties them; "
                 "check tie_weights and tie_projs."
             )
-    expected = model.state_dict()
-    wrong = sorted(
+    model_tensors = model.state_dict()
+    wrong_tensors = sorted(
         f"{name} {tuple(tensor.shape)}"
-        for name, tensor in converted.items()
-        if name not in expected or expected[name].shape != tensor.shape
+        for name, tensor in tensors.items()
+        if name not in model_tensors or model_tensors[name].shape != tensor.shape
     )
-    tied = model.all_tied_weights_keys
-    missing = sorted(
-        name for name in expected if name not in converted and tied.get(name) not in converted
+    tied_keys = model.all_tied_weights_keys
+    missing_names = sorted(
+        name for name in model_tensors if name not in tensors and tied_keys.get(name) not in tensors
     )
-    if wrong or missing:
-        found = f"does not take {wrong[0]}" if wrong else f"lacks {missing[0]}"
-        raise UserError(
-            f"The checkpoint does not fit the config: it {found} "
-            f"({len(wrong)} unexpected, {len(missing)} missing tensors)."
+    if wrong_tensors or missing_names:
+        fault = (
+            f"does not take {wrong_tensors[0]}" if wrong_tensors else f"lacks {missing_names[0]}"
         )
-    model.load_state_dict(converted, strict=False)
+        raise UserError(
+            f"The checkpoint does not fit the config: it {fault} "
+            f"({len(wrong_tensors)} unexpected, {len(missing_names)} missing tensors)."
+        )
+    model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     return model
 

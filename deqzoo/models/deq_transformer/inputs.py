@@ -1,4 +1,4 @@
-"""What the arguments of a forward say about tokens: which are real, what follows, what precedes."""
+"""The tokens of a forward: checks, which are real, their targets, and the past."""
 
 from typing import Any
 
@@ -15,8 +15,7 @@ from deqzoo.models.deq_transformer.configuration_deq_transformer import DEQTrans
 def targets_of(labels: Tensor, shift: bool, attention_mask: Tensor | None) -> Tensor:
     """Next words (B, T), -100 where nothing follows.
 
-    Nothing is scored at padding, be it the next word or the token before it: what stands there
-    has seen no text.
+    Nothing is scored where the token or its next word is padding.
     """
     padding = None
     if attention_mask is not None:
@@ -59,8 +58,7 @@ def read_tokens(
     inputs_embeds: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """Something of shape (B, T) that stands for the tokens: word indices or the vectors' first
-    features.
+    """A tensor (B, T) in place of the tokens: word indices, or the first feature of each vector.
 
     Raises:
         UserError: neither or both are given, or they do not fit the model.
@@ -128,10 +126,10 @@ def _refuse_foreign(config: DEQTransformerConfig, name: str, words: Tensor, advi
     Raises:
         UserError: there are some.
     """
-    foreign = words[(words < 0) | (words >= config.vocab_size)]
-    if foreign.numel():
+    foreign_words = words[(words < 0) | (words >= config.vocab_size)]
+    if foreign_words.numel():
         raise UserError(
-            f"{name} holds {foreign[0]}, but this model's words are numbered from 0 to "
+            f"{name} holds {foreign_words[0]}, but this model's words are numbered from 0 to "
             f"{config.vocab_size - 1}; {advice}."
         )
 
@@ -163,7 +161,7 @@ def valid_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | N
 def leading_padding_last(valid: Tensor) -> tuple[Tensor, Tensor]:
     """Places (B, T) int64 that move every text to the front, and ``valid`` (B, T) in that order.
 
-    What stands between real tokens stays there: it counts in their distances.
+    Padding between real tokens stays there: it counts in their distances.
     """
     n = valid.shape[1]
     first = valid.int().argmax(1, keepdim=True)
@@ -193,12 +191,12 @@ def check_past(
             mask that is not that of the memory.
     """
     if memory_mask is not None:
-        expected = None if memory is None else tuple(memory[0].shape[:2])
-        if tuple(memory_mask.shape) != expected:
+        memory_shape = None if memory is None else tuple(memory[0].shape[:2])
+        if tuple(memory_mask.shape) != memory_shape:
             raise UserError(
                 f"memory_mask has shape {tuple(memory_mask.shape)}, the memory "
-                f"{'is missing' if expected is None else f'holds {expected} tokens'}; pass one "
-                "flag per token of the memory."
+                f"{'is missing' if memory_shape is None else f'holds {memory_shape} tokens'}; "
+                "pass one flag per token of the memory."
             )
     if cache is not None and not isinstance(cache, DEQTransformerCache):
         raise UserError(

@@ -28,7 +28,7 @@ class NormalizedLinear(WeightNorm, nn.Linear):
 
 
 def make_linear(in_features: int, out_features: int, *, bias: bool, weight_norm: bool) -> nn.Linear:
-    """A linear layer of the block, which the model's initialisation fills."""
+    """A linear layer of the block; the model's `_init_weights` fills it."""
     linear = nn.utils.skip_init(
         nn.Linear, in_features, out_features, bias=bias, device=torch.get_default_device()
     )

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from deqzoo.equilibrium import Causal, Gradient, Layout, Solution, Solver, make_solver
 from deqzoo.errors import UserError
-from deqzoo.models.base import DEQPreTrainedModel, Settings, check_keywords, joined
+from deqzoo.models.base import DEQPreTrainedModel, Settings, check_keywords, joined_settings
 from deqzoo.models.deq_transformer.adaptive import (
     IGNORED,
     AdaptiveEmbedding,
@@ -67,8 +67,8 @@ from deqzoo.models.deq_transformer.stopping import StopWords
 from deqzoo.models.weights import row_norms
 
 FIRST_PARTS = (1,)
-"""Where a text that has no past is cut: its first token sees little but itself, which makes it the
-hardest one, and all others read it."""
+"""Where the solve of a text without past is cut: the first token, which all others read, is the
+hardest one to solve and is solved before them."""
 
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
@@ -144,7 +144,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         if self.config.has_equilibrium:
             super().set_solver(name, **settings)
             return
-        self.config.fixed_iterations, tol = self._iterations(joined(name, settings))
+        self.config.fixed_iterations, tol = self._iterations(joined_settings(name, settings))
         own: Any = self.config.solver
         self.config.solver = {**own, "tol": tol}
 
@@ -186,7 +186,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
         return super().solve(f, z0, layout, **options)
 
     def _causal(self, f: Callable[[Tensor], Tensor], z0: Tensor, valid: Tensor | None) -> Causal:
-        """How the tokens of a text come to rest: outside of training the first before the others.
+        """Order in which the tokens of a text are solved: in evaluation the first ones first.
 
         Nothing here may depend on the batch or on the length of the text: what a token gets would
         depend on its neighbours, or on words to come.
@@ -208,14 +208,14 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
             NotImplementedError: the size is to change.
         """
         size = self.config.vocab_size
-        wanted = size if new_num_tokens is None else new_num_tokens
-        wanted += -wanted % (pad_to_multiple_of or 1)
-        if wanted != size:
+        n_words = size if new_num_tokens is None else new_num_tokens
+        n_words += -n_words % (pad_to_multiple_of or 1)
+        if n_words != size:
             raise NotImplementedError(
-                f"an adaptive embedding and softmax cannot be resized from {size} to {wanted} "
+                f"an adaptive embedding and softmax cannot be resized from {size} to {n_words} "
                 "words, since clusters by frequency give new ones no place; leave new words to the "
                 "tokenizer's <unk>, or train a new model with "
-                f"DEQTransformerConfig(vocab_size={wanted}, ...)"
+                f"DEQTransformerConfig(vocab_size={n_words}, ...)"
             )
         return self.get_input_embeddings()
 
@@ -227,7 +227,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
             )
 
     def _iterations(self, solver: Settings) -> tuple[int, float]:
-        """How often F is applied where nothing is solved, and the residual that counts as met."""
+        """Number of applications of F without an equilibrium, and the tolerance of the report."""
         if isinstance(solver, (Solver, Gradient)):
             raise UserError(
                 f"{self.config.variant} has no equilibrium that {type(solver).__name__} could "
@@ -241,10 +241,10 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
                 f"{', '.join(sorted(settings.keys() - {'name'}))}) could find; use fixed_point "
                 "with max_steps and tol."
             )
-        stored: Any = self.config.solver
-        own = {"max_steps": self.config.fixed_iterations, "tol": stored["tol"]}
-        checked = make_solver({"name": "fixed_point", **own, **settings})
-        return checked.max_steps, checked.tol
+        own_solver: Any = self.config.solver
+        defaults = {"max_steps": self.config.fixed_iterations, "tol": own_solver["tol"]}
+        iteration = make_solver({"name": "fixed_point", **defaults, **settings})
+        return iteration.max_steps, iteration.tol
 
 
 class DEQTransformerModel(DEQTransformerPreTrainedModel):
@@ -351,8 +351,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         check_positions(position_ids, valid)
         n_past = past_length(cache, memory)
         masks = dropout_masks or self._masks(tokens, n_past)
-        embedded = self.embed(input_ids, masks, inputs_embeds)
-        injection = self.injection(embedded)
+        word_vectors = self.embed(input_ids, masks, inputs_embeds)
+        injection = self.injection(word_vectors)
         f = self.bind(injection, masks, cache, memory, valid, memory_mask)
         if self.map_precision is not None and self.training:
             f = f.in_precision(self.map_precision)
@@ -375,7 +375,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             last_hidden_state=report.state,
             cache=cache,
             memory=None if memory is None else (memory[0], memory[1]),
-            hidden_states=(embedded, report.state) if output_hidden_states else None,
+            hidden_states=(word_vectors, report.state) if output_hidden_states else None,
             state=report.state.detach() if output_state else None,
             equilibrium_map=(g if self.fixed_steps else f) if output_state else None,
             **report.per_sample(valid),
@@ -394,8 +394,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     def embed(
         self, input_ids: Tensor | None, masks: DropoutMasks, vectors: Tensor | None = None
     ) -> Tensor:
-        """Scaled vectors (B, T, d) of words (B, T), or of given ones, dropout included (but no
-        whole words are dropped among given ones)."""
+        """Scaled vectors (B, T, d) of words (B, T), or of given vectors, with dropout. Dropout of
+        whole words leaves out given vectors."""
         x = self.embedding(input_ids, masks.words) if vectors is None else vectors
         x = x * self.embedding.scale
         return x if masks.input is None else x * masks.input
@@ -535,8 +535,8 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             for i in range(len(self.lm_head.tables))
         }
         n_sources = len(self.transformer.embedding.projections)
-        for i, tied in enumerate(self.config.tie_projections):
-            if tied and n_sources and i < len(self.lm_head.projections):
+        for i, is_tied in enumerate(self.config.tie_projections):
+            if is_tied and n_sources and i < len(self.lm_head.projections):
                 origin = i if n_sources > 1 else 0
                 keys[f"lm_head.projections.{i}.weight"] = f"{source}.projections.{origin}.weight"
         return keys
@@ -651,9 +651,9 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         """
         targets = None
         # Not in the signature: Trainer takes every argument named like that for required labels.
-        shifted = keywords.pop("shift_labels", None)
-        if shifted is not None:
-            labels, shift = shifted, False
+        shift_labels = keywords.pop("shift_labels", None)
+        if shift_labels is not None:
+            labels, shift = shift_labels, False
         if labels is not None:
             tokens = read_tokens(self.config, input_ids, inputs_embeds, self.training)
             targets = self.next_words(tokens, labels, shift, attention_mask)
@@ -675,24 +675,24 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             return_dict=True,
             **keywords,
         )
-        hidden = self._dropped(base.last_hidden_state, dropout_masks)
+        hidden = self._output_dropout(base.last_hidden_state, dropout_masks)
         loss = nll = logits = None
         if targets is not None:
             waits = not (self.transformer.fixed_steps and self.training)
             score = self.lm_head.nll if waits else self.lm_head.dense_nll
             nll = score(hidden, targets)
-            scored = (targets != IGNORED).sum()
-            loss = nll.sum() / scored
+            n_scored = (targets != IGNORED).sum()
+            loss = nll.sum() / n_scored
             if num_items_in_batch is not None and labels is not None:
                 # Trainer knows no padding: it counts labels that are not scored, e.g. the first
                 # word behind padding on the left, or padding that is left in the labels.
-                counted = (targets_of(labels, shift, None) != IGNORED).sum()
-                loss = nll.sum() * (counted / scored.clamp(min=1)) / num_items_in_batch
+                n_counted = (targets_of(labels, shift, None) != IGNORED).sum()
+                loss = nll.sum() * (n_counted / n_scored.clamp(min=1)) / num_items_in_batch
         if return_logits:
-            kept = (
+            positions = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
-            logits = self.lm_head(hidden[:, kept])
+            logits = self.lm_head(hidden[:, positions])
         report = {k: v for k, v in base.items() if k != "last_hidden_state"}
         return DEQTransformerCausalLMOutput(loss=loss, logits=logits, nll=nll, **report)
 
@@ -712,7 +712,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         check_labels(self.config, labels, input_ids, self.training)
         return targets_of(labels, shift, attention_mask)
 
-    def _dropped(self, hidden: Tensor, masks: DropoutMasks | None) -> Tensor:
+    def _output_dropout(self, hidden: Tensor, masks: DropoutMasks | None) -> Tensor:
         """Equilibrium (B, T, d) behind the output dropout of training."""
         if masks is not None:
             return hidden if masks.hidden is None else hidden * masks.hidden

@@ -92,7 +92,7 @@ class DEQTransformerCausalLMOutput(CachingOutput):
 
 @dataclass(frozen=True)
 class SolveReport:
-    """State (B, T, d) of a solve and its books token by token, each (B, T)."""
+    """State (B, T, d) of a solve and its report token by token, each (B, T)."""
 
     state: Tensor
     steps: Tensor

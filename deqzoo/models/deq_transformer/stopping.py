@@ -25,13 +25,13 @@ class StopWords(StoppingCriteria):
         if not self.strings or not all(self.strings):
             raise ValueError(f"stop_strings must be strings that are not empty, got {strings!r}")
         self.tokenizer = tokenizer
-        # A word has a letter at least, and one more shows what stands before the first.
+        # A word has at least one letter; one word more gives the space before the first.
         self.n_words = max(map(len, self.strings)) + 1
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Which of the texts (B, T) end: (B,) bool."""
-        ended = [self._ends(words) for words in input_ids[:, -self.n_words :].tolist()]
-        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+        ends = [self._ends(words) for words in input_ids[:, -self.n_words :].tolist()]
+        return torch.tensor(ends, dtype=torch.bool, device=input_ids.device)
 
     def _ends(self, words: list[int]) -> bool:
         text, before = self.tokenizer.decode(words), self.tokenizer.decode(words[:-1])

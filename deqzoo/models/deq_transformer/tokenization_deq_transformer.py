@@ -47,9 +47,9 @@ def build_tokenizer(
     if style not in STYLES:
         raise UserError(f"unknown text style {style!r}; choose one of {', '.join(STYLES)}")
     indices = {word: index for index, word in enumerate(vocabulary)}
-    missing = [word for word in (END, UNKNOWN) if word not in indices]
-    if missing or len(indices) != len(vocabulary):
-        what = f"lacks {missing[0]}" if missing else "holds a word twice"
+    missing_words = [word for word in (END, UNKNOWN) if word not in indices]
+    if missing_words or len(indices) != len(vocabulary):
+        what = f"lacks {missing_words[0]}" if missing_words else "holds a word twice"
         raise UserError(f"the vocabulary {what}")
     tokenizer = Tokenizer(models.WordLevel(indices, unk_token=UNKNOWN))
     line_break = normalizers.Replace(Regex(r"\r?\n"), f" {END} ")
@@ -164,10 +164,10 @@ def _split_full_stops(words: list[str], vocabulary: Container[str]) -> list[str]
     result = []
     for place, word in enumerate(words):
         ends_line = place == len(words) - 1
-        abbreviated = bool(_ABBREVIATION.match(word)) and word in vocabulary
-        initials = word.count(".") > 1 or len(word) == 2
+        is_abbreviation = bool(_ABBREVIATION.match(word)) and word in vocabulary
+        has_initials = word.count(".") > 1 or len(word) == 2
         if len(word) > 1 and word.endswith(".") and word.strip("."):
-            if not abbreviated or (ends_line and not initials):
+            if not is_abbreviation or (ends_line and not has_initials):
                 result += [word[:-1], "."]
                 continue
         result.append(word)
@@ -191,9 +191,9 @@ def _ptb_words(line: str, vocabulary: Container[str]) -> list[str]:
         line = pattern.sub(replacement, line)
     words = []
     for word in line.split():
-        stripped = word.rstrip(".,")
-        if word not in vocabulary and (stripped in vocabulary or word != stripped):
-            word = stripped
+        bare_word = word.rstrip(".,")
+        if word not in vocabulary and (bare_word in vocabulary or word != bare_word):
+            word = bare_word
         if _PTB_NUMBER.match(word) and word not in vocabulary:
             word = "N"
         if word:

@@ -30,7 +30,7 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
         spectral_radius: of the adjacency, where it is known beforehand; None takes 1 for
             normalised undirected graphs, which is exact with self loops, and measures others:
             of each graph in evaluation, so that its output does not depend on its batch, and of
-            the whole batch in training, where a larger graph narrows W for the others, too.
+            the whole batch in training, where the largest graph sets the bound on W for all.
         weight_norm: "spectral" scales each weight below its estimated spectral norm (TorchDEQ's
             PPI recipe), "none" leaves it.
         dropout: probability, before the last classifier.
@@ -45,7 +45,7 @@ class IGNNConfig(DEQConfigMixin, PreTrainedConfig):
         decision_threshold: probability from which one of several labels is named, chosen on
             validation data; it changes no output of the model.
         graph_encoding: what the classes and node features of a graph classifier stand for, as
-            `deqzoo.data.tu.GraphEncoding` has it; None where nobody says.
+            `deqzoo.data.tu.GraphEncoding` has it; None where it is not known.
         solver: the equilibrium solver's settings, as in `deqzoo.equilibrium.make_solver`.
         gradient: the gradient's settings, as in `deqzoo.equilibrium.make_gradient`.
 

@@ -107,12 +107,12 @@ def read_config(config: str | Path) -> dict[str, Any]:
     values = read_settings(Path(config), PRESETS)
     values = {**values, **values.get("config", {})}
     settings = dict(PRESETS.get(_preset_of(values.get("model")), {}))
-    known = IGNNConfig().to_dict().keys() | {"problem_type", "id2label", "label2id"}
-    check_settings(values, known, config)
-    settings.update({key: value for key, value in values.items() if key in known})
-    for given, name in (("nfeat", "num_features"), ("nclass", "num_labels")):
-        if given in values:
-            settings[name] = values[given]
+    setting_names = IGNNConfig().to_dict().keys() | {"problem_type", "id2label", "label2id"}
+    check_settings(values, setting_names, config)
+    settings.update({key: value for key, value in values.items() if key in setting_names})
+    for source_name, name in (("nfeat", "num_features"), ("nclass", "num_labels")):
+        if source_name in values:
+            settings[name] = values[source_name]
     settings.pop("model_type", None)
     return settings
 
@@ -136,23 +136,29 @@ def build_model(
     with as_user_error(fault, ValueError, TypeError, StrictDataclassError):
         config = IGNNConfig(**{**settings, **structure})
     names = {key: deqzoo_name(key, architecture, len(config.hidden_sizes)) for key in state_dict}
-    spelt = Counter(names.values())
-    if twice := [name for name, count in spelt.items() if count > 1]:
-        raise UserError(f"the checkpoint holds {twice[0]} twice, in the spellings of two sources")
+    counts = Counter(names.values())
+    if duplicates := [name for name, count in counts.items() if count > 1]:
+        raise UserError(
+            f"the checkpoint holds {duplicates[0]} twice, in the spellings of two sources"
+        )
     dtype = next(iter(state_dict.values())).dtype
     model = architecture(config).to(dtype)
-    wanted = model.state_dict()
-    tensors = {names[key]: tensor for key, tensor in state_dict.items() if names[key] in wanted}
-    strange = sorted(k for k, name in names.items() if name not in wanted and not _UNUSED.match(k))
-    if strange:
-        hint = "; set local_injection to true" if "Omega_2" in strange[0] else ""
+    model_tensors = model.state_dict()
+    tensors = {
+        names[key]: tensor for key, tensor in state_dict.items() if names[key] in model_tensors
+    }
+    unknown_keys = sorted(
+        k for k, name in names.items() if name not in model_tensors and not _UNUSED.match(k)
+    )
+    if unknown_keys:
+        hint = "; set local_injection to true" if "Omega_2" in unknown_keys[0] else ""
         raise UserError(
             f"the checkpoint holds tensors that this model has no place for: "
-            f"{', '.join(strange[:4])}{hint}"
+            f"{', '.join(unknown_keys[:4])}{hint}"
         )
-    missing = sorted(wanted.keys() - tensors.keys())
-    if missing:
-        raise UserError(f"the checkpoint lacks tensors for {', '.join(missing[:4])}")
+    missing_names = sorted(model_tensors.keys() - tensors.keys())
+    if missing_names:
+        raise UserError(f"the checkpoint lacks tensors for {', '.join(missing_names[:4])}")
     with as_user_error("the checkpoint does not fit", RuntimeError):
         model.load_state_dict(tensors)
     if not config.official:
@@ -241,5 +247,5 @@ def _preset_of(description: Any) -> str:
     text = str(description).lower()
     if "graphclassification" in text:
         return "graphs"
-    found = [name for name in PRESETS if name in text]
-    return max(found, key=len, default="")  # "ppi-torchdeq" holds "ppi"
+    names = [name for name in PRESETS if name in text]
+    return max(names, key=len, default="")  # "ppi-torchdeq" holds "ppi"

@@ -37,8 +37,8 @@ def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> T
         # Equilibria are solved in the weights' dtype; and a backward pass, which runs outside
         # of autocast, could not multiply what autocast had narrowed.
         kind = x.device.type
-        narrowing = torch.amp.is_autocast_available(kind)  # meta tensors have none
-        if narrowing and torch.is_autocast_enabled(kind):
+        has_autocast = torch.amp.is_autocast_available(kind)  # meta tensors have none
+        if has_autocast and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return times_transposed(x, weight, plus)
         return x @ weight.T if plus is None else torch.addmm(plus, x, weight.T)

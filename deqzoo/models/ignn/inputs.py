@@ -95,7 +95,7 @@ class GraphBatch:
         return cls(x, raw.normalized(config.normalization), index, n_graphs)
 
 
-def joined(graphs: Sequence[Any]) -> Any:
+def joined_graphs(graphs: Sequence[Any]) -> Any:
     """A torch_geometric `Batch` of graphs, whose edges weigh 1 where only others have weights.
 
     It holds what models read alone, and labels where all graphs have them. torch_geometric goes by
@@ -108,14 +108,14 @@ def joined(graphs: Sequence[Any]) -> Any:
         return all(getattr(graph, name, None) is not None for graph in graphs)
 
     names = [name for name in ("x", "edge_index", "y") if all_have(name)]
-    plain = [Data(**{name: getattr(graph, name) for name in names}) for graph in graphs]
+    plain_graphs = [Data(**{name: getattr(graph, name) for name in names}) for graph in graphs]
     weights = [getattr(graph, "edge_weight", None) for graph in graphs]
     like = next((weight for weight in weights if weight is not None), None)
     if like is not None:
-        for graph, weight in zip(plain, weights, strict=True):
+        for graph, weight in zip(plain_graphs, weights, strict=True):
             ones = like.new_ones((graph.edge_index.shape[1], *like.shape[1:]))
             graph.edge_weight = ones if weight is None else weight
-    return Batch.from_data_list(plain)
+    return Batch.from_data_list(plain_graphs)
 
 
 def graph_fields(data: Any) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def graph_fields(data: Any) -> dict[str, Any]:
     attributes = None
     if isinstance(data, (list, tuple)) and data and all(hasattr(d, "edge_index") for d in data):
         attributes = getattr(data[0], "edge_attr", None)
-        data = joined(data)
+        data = joined_graphs(data)
     read = data.get if isinstance(data, dict) else partial(getattr, data)
     fields = {"edge_weight": None, "batch": None}
     for name in ("x", "edge_index", "edge_weight", "batch"):

@@ -19,7 +19,7 @@ from deqzoo.models.ignn.projection import project_rows, rounding, row_norm
 from deqzoo.models.ignn.sparse import Adjacency
 
 _LARGE = 1 << 25
-"""Bytes; what glibc takes from the system for each tensor, not from memory it has."""
+"""Bytes; glibc takes larger tensors from the system, not from memory that it holds."""
 _BLOCK = 4096
 """Nodes."""
 
@@ -84,7 +84,7 @@ def _step(
 
 
 def _is_large(state: Tensor) -> bool:
-    """Whether Linux would give every tensor of this size other pages, to be touched anew."""
+    """Whether a tensor is so large that malloc gets new pages from Linux for each one."""
     usual = state.device.type == "cpu" and state.dtype in (torch.float32, torch.float64)
     if not usual or torch.compiler.is_exporting() or transformed():
         return False
@@ -96,11 +96,11 @@ def _step_in_blocks(
     state: Tensor, weight: Tensor, injection: Tensor, adjacency: Adjacency
 ) -> Tensor:
     """Return what `_step` does, a few thousand nodes at a time: A^T z stays in the caches."""
-    spreading, weight = adjacency.transposed, weight.t()
+    transpose, weight = adjacency.transposed, weight.t()
     result = torch.empty_like(injection)
     for first in range(0, len(state), _BLOCK):
         rows = slice(first, min(first + _BLOCK, len(state)))
-        spread = spreading.product_rows(state, rows.start, rows.stop)
+        spread = transpose.product_rows(state, rows.start, rows.stop)
         torch.addmm(injection[rows], spread, weight, out=result[rows]).relu_()
     return result
 
@@ -245,7 +245,7 @@ class ImplicitGraphLayer(nn.Module):
         weight, bound = state_weight, self.bound(radius)
         # Elsewhere a look at the weight would wait for the device.
         if bound is not None and (weight.device.type != "cpu" or not self._meets(weight, radius)):
-            # The optimiser left it outside; its gradient passes unchanged.
+            # The optimiser left W outside; the gradient passes the projection unchanged.
             values = project_rows(weight.detach(), bound)
             weight = _StraightThrough.apply(weight, values)
         if features.is_sparse or features.shape[1] >= self.out_features:
@@ -284,7 +284,7 @@ class ImplicitGraphLayer(nn.Module):
 
     def _meets(self, weight: Tensor, radius: float) -> bool:
         bound = self.bound(radius)
-        if torch.compiler.is_exporting():  # was looked at before
+        if torch.compiler.is_exporting():  # checked before the export
             return True
         return bound is None or row_norm(weight) <= bound * (1 + rounding(weight.dtype))
 

@@ -54,8 +54,8 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
                 init.uniform_(parameter, -module.scale, module.scale)
             radius = self.config.known_radius
             if radius is not None and not module.official and not module.norms:
-                projected = project_rows(module.state_weight, module.bound(radius) or math.inf)
-                init.copy_(module.state_weight, projected)
+                projection = project_rows(module.state_weight, module.bound(radius) or math.inf)
+                init.copy_(module.state_weight, projection)
         elif isinstance(module, nn.Linear):
             bound = 1 / math.sqrt(module.in_features)
             init.uniform_(module.weight, -bound, bound)
@@ -110,7 +110,7 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
             for layer in self.implicit_layers:
                 layer.project_(radius)
 
-    @uncompiled  # whose result depends on values
+    @uncompiled  # its result depends on values
     def read_graphs(
         self,
         x: Any,
@@ -164,23 +164,24 @@ class IGNNModel(IGNNPreTrainedModel):
         if states is None:
             return
         shapes = [tuple(state.shape) for state in states]
-        wanted = [(graphs.features.shape[0], width) for width in self.config.hidden_sizes]
-        if shapes[: len(wanted)] != wanted:
+        expected_shapes = [(graphs.features.shape[0], width) for width in self.config.hidden_sizes]
+        if shapes[: len(expected_shapes)] != expected_shapes:
             raise UserError(
-                f"initial_states must have a state for each layer, of shapes {wanted}, got {shapes}"
+                "initial_states must have a state for each layer, of shapes "
+                f"{expected_shapes}, got {shapes}"
             )
 
     def radius(self, graphs: GraphBatch) -> float:
         """Spectral radius that the norm bound of this batch is made for."""
-        known = self.config.known_radius
-        if known is not None:
-            return known
+        known_radius = self.config.known_radius
+        if known_radius is not None:
+            return known_radius
         radius = graphs.adjacency.spectral_radius + _RADIUS_MARGIN
         if self.training:
             self.largest_radius = max(self.largest_radius, radius)
         return radius
 
-    @uncompiled  # of sparse matrices, which the compiler does not know
+    @uncompiled  # the compiler does not know sparse matrices
     def solve_layer(
         self,
         layer: ImplicitGraphLayer,
@@ -197,8 +198,8 @@ class IGNNModel(IGNNPreTrainedModel):
         made for it does not reach the others of its batch.
         """
         radius = self.radius(graphs)
-        measured = self.config.known_radius is None and graphs.n_graphs > 1
-        if not measured or self.training or self.config.official or layer.allows(radius):
+        depends_on_graphs = self.config.known_radius is None and graphs.n_graphs > 1
+        if not depends_on_graphs or self.training or self.config.official or layer.allows(radius):
             layout = Segments(graphs.index, graphs.n_graphs)
             equation = layer(x, graphs.adjacency, radius)
             return self._solve_part(equation, start, layout, solver, gradient)
@@ -206,18 +207,18 @@ class IGNNModel(IGNNPreTrainedModel):
         for group in numbers:
             place = graphs.index.new_full((graphs.n_graphs,), -1)
             place[group] = torch.arange(len(group), device=place.device)
-            kept = (place[graphs.index] >= 0).nonzero().squeeze(1)
-            own = max(graphs.radii[i] for i in group) + _RADIUS_MARGIN
-            equation = layer(x.index_select(0, kept), graphs.adjacency.select(kept), own)
-            layout = Segments(place[graphs.index[kept]], len(group))
-            begin = None if start is None else start[kept]
-            solutions.append(self._solve_part(equation, begin, layout, solver, gradient))
-            rows.append(kept)
+            nodes = (place[graphs.index] >= 0).nonzero().squeeze(1)
+            group_radius = max(graphs.radii[i] for i in group) + _RADIUS_MARGIN
+            equation = layer(x.index_select(0, nodes), graphs.adjacency.select(nodes), group_radius)
+            layout = Segments(place[graphs.index[nodes]], len(group))
+            group_start = None if start is None else start[nodes]
+            solutions.append(self._solve_part(equation, group_start, layout, solver, gradient))
+            rows.append(nodes)
         cells = [place.new_tensor(group) for group in numbers]
         return joined_solution(solutions, rows, cells)
 
     def _groups(self, layer: ImplicitGraphLayer, graphs: GraphBatch) -> list[list[int]]:
-        """Graphs that W is small enough for, all together, and each of the others."""
+        """Indices of graphs to solve together: all that W is small enough for, each other alone."""
         fits = [layer.allows(radius + _RADIUS_MARGIN) for radius in graphs.radii]
         inside = [i for i, fit in enumerate(fits) if fit]
         return [[i] for i, fit in enumerate(fits) if not fit] + ([inside] if inside else [])
@@ -304,7 +305,7 @@ class _IGNNClassifier(IGNNPreTrainedModel):
             return_dict=True,
         )
 
-    def _classified(
+    def _classifier_output(
         self,
         logits: Tensor,
         labels: Tensor | None,
@@ -367,9 +368,9 @@ class IGNNForGraphClassification(_IGNNClassifier):
             nodes = nodes * graphs.counts[:, None]
         # In float32 or wider: a sum of ones in bfloat16 stops at 256.
         wide = nodes.to(torch.promote_types(nodes.dtype, torch.float32))
-        pooled = wide.new_zeros(graphs.n_graphs, nodes.shape[1]).index_add(0, graphs.index, wide)
-        logits = self.classifier(self.dropout(self.dense(pooled.to(nodes.dtype)).relu()))
-        return self._classified(logits, labels, base)
+        sums = wide.new_zeros(graphs.n_graphs, nodes.shape[1]).index_add(0, graphs.index, wide)
+        logits = self.classifier(self.dropout(self.dense(sums.to(nodes.dtype)).relu()))
+        return self._classifier_output(logits, labels, base)
 
 
 class IGNNForNodeClassification(_IGNNClassifier):
@@ -423,7 +424,7 @@ class IGNNForNodeClassification(_IGNNClassifier):
             )
             logits = logits + solution.state
             base = extended_report(base, solution)
-        return self._classified(logits, labels, base, mask)
+        return self._classifier_output(logits, labels, base, mask)
 
 
 def implicit_layer(config: IGNNConfig, in_features: int, out_features: int) -> ImplicitGraphLayer:
@@ -467,14 +468,14 @@ def classification_loss(
         labels = labels.to(logits)
         if mask is None:
             return nn.functional.binary_cross_entropy_with_logits(logits, labels)
-        # Not a choice of rows, whose number a device would have to tell.
+        # No selection of rows: their number would have to come from the device.
         each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         return each.mean(1).masked_fill(~mask, 0).sum() / mask.sum()
     if labels.numel() != len(logits):
         raise UserError(f"{labels.numel()} labels for {len(logits)} predictions")
     flat = labels.reshape(-1)
     if not (flat.is_floating_point() or flat.dtype == torch.int64):
-        flat = flat.long()  # which can hold the label of those that do not count
+        flat = flat.long()  # so that it can hold IGNORED
     if mask is not None:
         flat = flat.masked_fill(~mask, IGNORED)
     if flat.device.type == "cpu":  # elsewhere every step would wait for the device

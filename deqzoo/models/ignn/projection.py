@@ -27,13 +27,13 @@ def project_rows(weight: Tensor, bound: float) -> Tensor:
     outside = magnitude.sum(dim=1, keepdim=True) > bound * (1 + rounding(weight.dtype))
     if bound <= 0:
         return torch.zeros_like(weight)
-    ordered = magnitude.sort(dim=1, descending=True).values
-    excess = ordered.cumsum(dim=1) - bound
+    sorted_magnitude = magnitude.sort(dim=1, descending=True).values
+    excess = sorted_magnitude.cumsum(dim=1) - bound
     rank = torch.arange(1, weight.shape[1] + 1, dtype=magnitude.dtype, device=weight.device)
-    active = (ordered * rank > excess).sum(dim=1, keepdim=True).clamp_min(1)
+    active = (sorted_magnitude * rank > excess).sum(dim=1, keepdim=True).clamp_min(1)
     threshold = excess.gather(1, active - 1) / active
-    shrunk = weight.sign() * (magnitude - threshold).clamp_min(0)
-    return torch.where(outside, shrunk.to(weight.dtype), weight)
+    shrunk_weight = weight.sign() * (magnitude - threshold).clamp_min(0)
+    return torch.where(outside, shrunk_weight.to(weight.dtype), weight)
 
 
 def row_norm(weight: Tensor) -> float:

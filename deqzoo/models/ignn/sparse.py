@@ -46,8 +46,8 @@ class SparseMatrix:
         self._columns = self.index[1]
         self._csr: Tensor | None = None
         self._starts: Tensor | None = None
-        self._as_bags = False  # products on every device, since entries may stand twice
-        self._symmetric = False  # known to be
+        self._as_bags = False  # products by embedding_bag on every device: entries may be duplicate
+        self._symmetric = False  # True once it is known
         self._transposed: SparseMatrix | None = None
         self._origin: weakref.ref[SparseMatrix] | None = None  # of a transpose: no cycle to collect
 
@@ -174,7 +174,7 @@ class Adjacency(SparseMatrix):
     """
 
     def __init__(self, index: Tensor, values: Tensor, n: int) -> None:
-        super().__init__(index, values.to(_widened(values.dtype)), (n, n))
+        super().__init__(index, values.to(_wide_dtype(values.dtype)), (n, n))
         self._spectral_radius: float | None = None
 
     @classmethod
@@ -187,7 +187,7 @@ class Adjacency(SparseMatrix):
         transposed: Adjacency | None = None,
         spectral_radius: float | None = None,
     ) -> Adjacency:
-        """An adjacency from entries that are sorted by rows already; nothing is looked at.
+        """An adjacency from entries that are sorted by rows already; nothing is checked.
 
         Args:
             index: (2, e) int64, sorted; an entry may stand twice.
@@ -249,13 +249,13 @@ class Adjacency(SparseMatrix):
 
     def to(self, like: Tensor) -> Adjacency:
         """Return the adjacency on the device and in the dtype of a tensor, float32 at least."""
-        dtype = _widened(like.dtype)
+        dtype = _wide_dtype(like.dtype)
         if self.values.device == like.device and self.values.dtype == dtype:
             return self
         values = self.values.to(like.device, dtype)
-        moved = Adjacency(self.index.to(like.device), values, self.shape[0])
-        moved._spectral_radius = self._spectral_radius
-        return moved
+        adjacency = Adjacency(self.index.to(like.device), values, self.shape[0])
+        adjacency._spectral_radius = self._spectral_radius
+        return adjacency
 
     def detached(self) -> Adjacency:
         """Return the adjacency as a constant; the same object where it is one."""
@@ -281,10 +281,10 @@ class Adjacency(SparseMatrix):
         new_number = self.index.new_full((self.shape[0],), -1)
         new_number[rows] = torch.arange(n, device=rows.device)
         index = new_number[self.index]
-        kept = index[0] >= 0
-        if not torch.equal(kept, index[1] >= 0):
+        is_kept = index[0] >= 0
+        if not torch.equal(is_kept, index[1] >= 0):
             raise ValueError("the kept nodes are no whole graphs; solve with the Segments layout")
-        index, values = index[:, kept], self.values[kept]
+        index, values = index[:, is_kept], self.values[is_kept]
         if self.transposed is not self:
             return Adjacency(index, values, n)
         counts = index[0].bincount(minlength=n)
@@ -319,7 +319,7 @@ def normalized_entries(
     return index, scale[index[0]] * scale[index[1]] * values
 
 
-def _widened(dtype: torch.dtype) -> torch.dtype:
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -337,7 +337,7 @@ def _checked_weights(
             f"edge_index names node {int(edge_index.max())} (smallest {int(edge_index.min())}), "
             f"but the graph has the nodes 0 to {n - 1}"
         )
-    dtype = None if dtype is None else _widened(dtype)
+    dtype = None if dtype is None else _wide_dtype(dtype)
     if edge_weight is None:
         dtype = dtype or torch.get_default_dtype()
         return torch.ones(n_edges, dtype=dtype, device=edge_index.device)
@@ -367,7 +367,7 @@ def _lanczos(matrix: SparseMatrix) -> float:
     vector = torch.rand(n, 1, dtype=torch.float64, generator=generator) + 0.1
     basis = vector / vector.norm()
     diagonal: list[Tensor] = []
-    beside: list[Tensor] = []
+    off_diagonal: list[Tensor] = []
     for _ in range(min(_LANCZOS_STEPS, n)):
         image = matrix.product(basis[:, -1:])
         diagonal.append((basis[:, -1:] * image).sum())
@@ -376,9 +376,9 @@ def _lanczos(matrix: SparseMatrix) -> float:
         length = image.norm()
         if float(length) < 1e-12:
             break
-        beside.append(length)
+        off_diagonal.append(length)
         basis = torch.cat([basis, image / length], dim=1)
-    off = torch.stack(beside[: len(diagonal) - 1]) if len(diagonal) > 1 else torch.zeros(0)
+    off = torch.stack(off_diagonal[: len(diagonal) - 1]) if len(diagonal) > 1 else torch.zeros(0)
     small = torch.diag(torch.stack(diagonal))
     if len(diagonal) > 1:
         small = small + torch.diag(off, 1) + torch.diag(off, -1)

@@ -29,9 +29,9 @@ def merge_equal_nodes(graphs: GraphBatch) -> GraphBatch:
     first = kind.new_full((n_kinds,), n)
     first = first.scatter_reduce(0, kind, torch.arange(n, device=kind.device), "amin")
     source, target = graphs.adjacency.index
-    chosen = first[kind[target]] == target  # in-edges of one node of each kind
-    index = torch.stack([kind[source[chosen]], kind[target[chosen]]])
-    adjacency = Adjacency(index, graphs.adjacency.values[chosen], n_kinds)
+    edge_mask = first[kind[target]] == target  # in-edges of one node of each kind
+    index = torch.stack([kind[source[edge_mask]], kind[target[edge_mask]]])
+    adjacency = Adjacency(index, graphs.adjacency.values[edge_mask], n_kinds)
     counts = torch.bincount(kind, minlength=n_kinds).to(graphs.features.dtype)
     if graphs.counts is not None:
         counts = torch.zeros_like(counts).index_add_(0, kind, graphs.counts)
@@ -45,9 +45,9 @@ def refine(graphs: GraphBatch) -> Tensor:
 
     In-edges are compared by sums of 64-bit hashes of (weight, kind of the other end).
     """
-    alike = torch.unique(graphs.features, dim=0, return_inverse=True)[1]
-    marked = torch.stack([graphs.index, alike], dim=1)
-    kind = torch.unique(marked, dim=0, return_inverse=True)[1]
+    feature_kind = torch.unique(graphs.features, dim=0, return_inverse=True)[1]
+    graph_and_kind = torch.stack([graphs.index, feature_kind], dim=1)
+    kind = torch.unique(graph_and_kind, dim=0, return_inverse=True)[1]
     source, target = graphs.adjacency.index
     weights = torch.unique(graphs.adjacency.values, return_inverse=True)[1]
     generator = torch.Generator().manual_seed(0)
@@ -60,8 +60,8 @@ def refine(graphs: GraphBatch) -> Tensor:
         salts = _random(int(weights.max()) + 1 if len(weights) else 1, generator).to(kind.device)
         messages = (hashes[kind[source]] ^ salts[weights]) * 0x9E3779B97F4A7C1
         messages = messages ^ (messages >> 29)
-        gathered = torch.zeros_like(kind).index_add_(0, target, messages)
-        pairs = torch.stack([kind, gathered], dim=1)
+        sums = torch.zeros_like(kind).index_add_(0, target, messages)
+        pairs = torch.stack([kind, sums], dim=1)
         kind = torch.unique(pairs, dim=0, return_inverse=True)[1]
         if int(kind.max()) + 1 == n_kinds:
             return kind

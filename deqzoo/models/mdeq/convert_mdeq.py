@@ -191,9 +191,9 @@ def read_config(config: str | Path) -> dict[str, Any]:
         return dict(PRESETS[str(config)])
     values = read_settings(Path(config), PRESETS)
     check_settings(values, _CONFIG_NAMES, config)
-    missing = [name for name in _REQUIRED if name not in values]
-    if missing:
-        raise UserError(f"{config} lacks the settings {', '.join(missing)}")
+    missing_settings = [name for name in _REQUIRED if name not in values]
+    if missing_settings:
+        raise UserError(f"{config} lacks the settings {', '.join(missing_settings)}")
     classes = values["num_classes"]
     if type(classes) is not int or classes < 1:
         raise UserError(f"{config}: num_classes must be a positive whole number, got {classes!r}")
@@ -238,42 +238,46 @@ def build_model(
     with as_user_error(fault, ValueError, TypeError, OverflowError, StrictDataclassError):
         config = MDEQConfig(**settings)
     dtype = torch.float32
-    floating = [t.dtype for t in state_dict.values() if t.is_floating_point()]
-    if floating:
-        dtype = floating[0]
-        for other in floating[1:]:
+    dtypes = [t.dtype for t in state_dict.values() if t.is_floating_point()]
+    if dtypes:
+        dtype = dtypes[0]
+        for other in dtypes[1:]:
             dtype = torch.promote_types(dtype, other)
-    renamed = {official_to_deqzoo(key): (key, tensor) for key, tensor in state_dict.items()}
+    tensors = {official_to_deqzoo(key): (key, tensor) for key, tensor in state_dict.items()}
     # On "meta" sizes that the checkpoint does not have are never allocated.
     with as_user_error(fault, RuntimeError), torch.device("meta"):
-        expected = MDEQForImageClassification(config).state_dict()
-    _check_keys(renamed, expected)
+        model_tensors = MDEQForImageClassification(config).state_dict()
+    _check_keys(tensors, model_tensors)
     model: Any = MDEQForImageClassification(config)
     model.to(dtype)
-    model.load_state_dict({name: tensor for name, (_, tensor) in renamed.items()}, strict=False)
+    model.load_state_dict({name: tensor for name, (_, tensor) in tensors.items()}, strict=False)
     model.config.dtype = dtype
     return model.eval()
 
 
-def _check_keys(found: Mapping[str, tuple[str, Tensor]], expected: Mapping[str, Tensor]) -> None:
+def _check_keys(
+    tensors: Mapping[str, tuple[str, Tensor]], model_tensors: Mapping[str, Tensor]
+) -> None:
     """Compare names and shapes; the batch norms' counters are informational and may be missing."""
-    unknown = sorted(official for name, (official, _) in found.items() if name not in expected)
-    missing = sorted(
-        deqzoo_to_official(name)
-        for name in expected
-        if name not in found and not name.endswith("num_batches_tracked")
+    unknown_keys = sorted(
+        official for name, (official, _) in tensors.items() if name not in model_tensors
     )
-    misshapen = sorted(
-        f"{official} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-        for name, (official, tensor) in found.items()
-        if name in expected and tensor.shape != expected[name].shape
+    missing_keys = sorted(
+        deqzoo_to_official(name)
+        for name in model_tensors
+        if name not in tensors and not name.endswith("num_batches_tracked")
+    )
+    misshapen_keys = sorted(
+        f"{official} is {tuple(tensor.shape)}, expected {tuple(model_tensors[name].shape)}"
+        for name, (official, tensor) in tensors.items()
+        if name in model_tensors and tensor.shape != model_tensors[name].shape
     )
     problems = [
-        f"{len(entries)} {title}: {_listed(entries)}"
+        f"{len(entries)} {title}: {_entry_list(entries)}"
         for title, entries in (
-            ("unknown", unknown),
-            ("missing", missing),
-            ("misshapen", misshapen),
+            ("unknown", unknown_keys),
+            ("missing", missing_keys),
+            ("misshapen", misshapen_keys),
         )
         if entries
     ]
@@ -283,7 +287,7 @@ def _check_keys(found: Mapping[str, tuple[str, Tensor]], expected: Mapping[str, 
         )
 
 
-def _listed(entries: list[str], most: int = 20) -> str:
+def _entry_list(entries: list[str], most: int = 20) -> str:
     """The entries, or the first of very many: a wrong preset misses hundreds of keys."""
     more = f" and {len(entries) - most} more" if len(entries) > most else ""
     return ", ".join(entries[:most]) + more

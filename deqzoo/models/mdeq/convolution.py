@@ -22,14 +22,14 @@ _WIDEST = 4
 _MANY = 256
 """Channels that a product has to give for the copies of its windows to pay."""
 _AT_ONCE = 1 << 23
-"""Numbers in the windows that are laid out at once: what caches and fresh memory do not mind."""
+"""Numbers in the windows that are laid out at once, few enough for caches and new memory."""
 
 
 def same_conv2d(x: Tensor, weight: Tensor, stride: int = 1, once: bool = False) -> Tensor:
     """Convolution (B, C, H, W) with (out, C, k, k), k odd, 'same' padding; autocast acts as usual.
 
     Args:
-        once: it is enough that the result can be differentiated once.
+        once: the result is differentiated at most once.
     """
     if (once or not torch.is_grad_enabled()) and _takes_products(x, weight, stride):
         x = x.to(weight.dtype)
@@ -50,10 +50,10 @@ def _takes_products(x: Tensor, weight: Tensor, stride: int) -> bool:
 
 
 class _WeightTap(torch.autograd.Function):
-    """Nothing to add to a convolution's result, with the gradient of its weights.
+    """A zero to add to a convolution's result, whose backward is the gradient of the weights.
 
-    Apart from that of x, because a function of one's own cannot know which of its gradients are
-    asked for: products with the state's Jacobian alone would compute all of them.
+    Apart from the gradient of x, because a custom function cannot know which of its gradients are
+    needed: products with the state's Jacobian alone would compute both.
     """
 
     @staticmethod
@@ -99,8 +99,8 @@ def _state_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tenso
         )  # fmt: skip
         return dx
     if out <= channels:  # the convolution of dy with the kernel turned around
-        turned = weight.permute(2, 3, 0, 1).flip(0, 1)
-        return _product(dy, turned.reshape(-1, channels))
+        turned_weight = weight.permute(2, 3, 0, 1).flip(0, 1)
+        return _product(dy, turned_weight.reshape(-1, channels))
     batch, _, height, width = x.shape
     rows = dy.permute(0, 2, 3, 1).reshape(-1, out)
     shares = (rows @ _as_matrix(weight)).view(batch, height, width, 3, 3, channels)
@@ -141,12 +141,12 @@ def _as_matrix(weight: Tensor) -> Tensor:
 
 def _windows(x: Tensor, stride: int = 1) -> Tensor:
     """Windows of 3 x 3 pixels around every stride-th one: (B, C, H, W) -> (B H' W', 9 C)."""
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    batch, height, width, channels = padded.shape
-    row, down, across, _ = padded.stride()
+    padded_x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    batch, height, width, channels = padded_x.shape
+    row, down, across, _ = padded_x.stride()
     shape = (batch, (height - 3) // stride + 1, (width - 3) // stride + 1, 3, 3, channels)
     strides = (row, down * stride, across * stride, down, across, 1)
-    return padded.as_strided(shape, strides).reshape(-1, 9 * channels)
+    return padded_x.as_strided(shape, strides).reshape(-1, 9 * channels)
 
 
 def _pictures(numbers: int) -> int:

@@ -154,28 +154,28 @@ def _resized_centre(
     short, long = sorted((height, width))
     sides = (shortest_edge, int(shortest_edge * long / short))
     new_height, new_width = sides if height <= width else sides[::-1]
-    source, box, kept, size = [], [], [], []
-    for old, new, wanted in (
+    source, box, crop_slices, size = [], [], [], []
+    for old, new, crop_side in (
         (height, new_height, int(crop_size.height or 0)),
         (width, new_width, int(crop_size.width or 0)),
     ):
         ratio = old / new
-        first = max(0, (new - wanted) // 2)  # as center_crop counts
-        last = min(new, first + wanted)
+        first = max(0, (new - crop_side) // 2)  # as center_crop counts
+        last = min(new, first + crop_side)
         margin = math.ceil(4 * max(1.0, 1 / ratio))
         begin, end = max(0, first - margin), min(new, last + margin)
-        if wanted > new:  # center_crop pads
+        if crop_side > new:  # center_crop pads
             begin, end, first, last = 0, new, 0, new
         low, high = math.floor(begin * ratio), min(math.ceil(end * ratio), old)
         source.append(slice(low, high))
         box.append((begin * ratio - low, min(end * ratio, old) - low))
-        kept.append(slice(first - begin, last - begin))
+        crop_slices.append(slice(first - begin, last - begin))
         size.append(end - begin)
     part = image[:, source[0], source[1]].transpose(1, 2, 0)
     picture = Image.fromarray(np.ascontiguousarray(part))
     (top, bottom), (left, right) = box
-    scaled = picture.resize((size[1], size[0]), resample, box=(left, top, right, bottom))
-    return np.asarray(scaled).transpose(2, 0, 1)[:, kept[0], kept[1]]
+    scaled_picture = picture.resize((size[1], size[0]), resample, box=(left, top, right, bottom))
+    return np.asarray(scaled_picture).transpose(2, 0, 1)[:, crop_slices[0], crop_slices[1]]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -205,9 +205,9 @@ def _with_channels(image: Any) -> Any:
 
 def _three_channels(image: Any, layout: str | ChannelDimension | None) -> np.ndarray:
     """An array or tensor with one, three or four channels, or none, as (3, H, W)."""
-    first = ChannelDimension.LAST
+    preferred_axis = ChannelDimension.LAST
     if isinstance(image, torch.Tensor):
-        first = ChannelDimension.FIRST
+        preferred_axis = ChannelDimension.FIRST
         image = image.detach().cpu()
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
     image = np.asarray(image)
@@ -221,15 +221,15 @@ def _three_channels(image: Any, layout: str | ChannelDimension | None) -> np.nda
     if image.ndim == 2:
         return np.repeat(image[None], 3, axis=0)
     places = {ChannelDimension.FIRST: image.shape[0], ChannelDimension.LAST: image.shape[-1]}
-    fitting = [place for place, count in places.items() if count in (1, 3, 4)]
-    chosen = first if first in fitting else next(iter(fitting), None)
+    candidates = [place for place, count in places.items() if count in (1, 3, 4)]
+    channel_axis = preferred_axis if preferred_axis in candidates else next(iter(candidates), None)
     if layout is not None:
-        chosen = ChannelDimension(layout) if ChannelDimension(layout) in fitting else None
-    if chosen is None:
+        channel_axis = ChannelDimension(layout) if ChannelDimension(layout) in candidates else None
+    if channel_axis is None:
         raise UserError(
             f"a picture has 1, 3 or 4 channels, first or last, got an array of shape {image.shape}"
         )
-    if chosen == ChannelDimension.LAST:
+    if channel_axis == ChannelDimension.LAST:
         image = image.transpose(2, 0, 1)
     if len(image) == 1:
         return np.repeat(image, 3, axis=0)
@@ -262,11 +262,11 @@ def _array_to_8_bit(image: np.ndarray) -> np.ndarray:
 
 
 _TOLERANCE = 1 / 16
-"""By what share a filter that sharpens may overshoot white and black."""
+"""Share by which a sharpening filter may overshoot white and black."""
 
 
 def _white(values: np.ndarray) -> float:
-    """What white is in an array that does not say so: 1, 255, or a power of two minus 1.
+    """The value of white, guessed from an array's values: 1, 255, or a power of two minus 1.
 
     The smallest of them that the largest finite value does not exceed by more than a filter's
     overshoot; 1 among floating-point values only.

@@ -61,10 +61,10 @@ class MDEQBlock(nn.Module):
         width, inner = config.channels[branch], config.inner_channels[branch]
         big = (config.big_kernels or ())[branch]
         groups, affine = config.num_groups, config.affine_block
-        normed = config.weight_norm != "none"
-        self.conv1 = make_conv(width, inner, 5 if big >= 1 else 3, normed)
+        weight_norm = config.weight_norm != "none"
+        self.conv1 = make_conv(width, inner, 5 if big >= 1 else 3, weight_norm)
         self.norm1 = nn.GroupNorm(groups, inner, affine=affine)
-        self.conv2 = make_conv(inner, width, 5 if big >= 2 else 3, normed)
+        self.conv2 = make_conv(inner, width, 5 if big >= 2 else 3, weight_norm)
         self.norm2 = nn.GroupNorm(groups, width, affine=affine)
         self.norm3 = nn.GroupNorm(groups, width, affine=affine)
 
@@ -84,11 +84,11 @@ class MDEQFusion(nn.Module):
         super().__init__()
         c_in, c_out = config.channels[source], config.channels[target]
         groups, affine = config.num_groups, config.affine_fuse
-        normed = config.weight_norm == "all"
+        weight_norm = config.weight_norm == "all"
         kernel = 3 if source < target else 1
         widths = [c_in] * max(target - source - 1, 0) + [c_out]
         self.stages = nn.ModuleList(
-            MDEQConvNorm(c_in, width, kernel, groups, affine, normed) for width in widths
+            MDEQConvNorm(c_in, width, kernel, groups, affine, weight_norm) for width in widths
         )
 
     def tensors(self) -> tuple[ConvNormTensors, ...]:

@@ -138,7 +138,7 @@ def mdeq_step(
     Returns:
         The next state, same shapes and dtypes.
     """
-    given, outputs = state, []
+    previous_state, outputs = state, []
     if compute is not None:
         state = tuple(z.to(compute) for z in state)
     for i, blocks in enumerate(tensors.branches):
@@ -158,7 +158,8 @@ def mdeq_step(
         for part in parts[1:]:
             y = y + part
         y = _conv_norm(F.relu(in_compute_dtype(y)), post, num_groups // 2, norm)
-        result.append(y.to(given[i].dtype))  # under autocast a convolution answers in low precision
+        # Under autocast a convolution's result has low precision.
+        result.append(y.to(previous_state[i].dtype))
     return tuple(result)
 
 

@@ -194,12 +194,12 @@ class MDEQPreTrainedModel(DEQPreTrainedModel):
     def starts_coarsely(self, solver: Settings = None) -> bool:
         """Whether a fast forward with these settings begins its solve in bfloat16.
 
-        Settings that come with a call are followed to the letter, every step in float32.
+        With settings of a call every step is in float32.
         """
         return solver is None and has_fast_bfloat16() and can_start_coarsely(self.resolve_solver())
 
     def inference_path(self, solver: Settings = None) -> str:
-        """How a forward in evaluation mode without gradients, with these settings, computes now."""
+        """The kernels that a forward in evaluation mode without gradients now takes, in words."""
         with torch.no_grad():
             if not self.takes_inference_kernels():
                 return "plain"
@@ -455,11 +455,13 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
                 '.long(), or set problem_type="multi_label_classification" for several per picture'
             )
         if labels.device.type == "cpu":  # elsewhere every step would wait for the device
-            foreign = labels[((labels < 0) | (labels >= self.num_labels)) & (labels != IGNORED)]
-            if foreign.numel():
+            foreign_labels = labels[
+                ((labels < 0) | (labels >= self.num_labels)) & (labels != IGNORED)
+            ]
+            if foreign_labels.numel():
                 raise UserError(
-                    f"labels hold {foreign.flatten()[0]}, but this model's classes are numbered "
-                    f"from 0 to {self.num_labels - 1}"
+                    f"labels hold {foreign_labels.flatten()[0]}, but this model's classes are "
+                    f"numbered from 0 to {self.num_labels - 1}"
                 )
 
     @can_return_tuple
@@ -498,9 +500,9 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
         )
         logits = self.classifier(self.head(base.features))
         if not self.training:
-            # Where no state was ever finite there is no answer: that of the start would be made up.
-            unknown = ~base.residual.isfinite().unsqueeze(1)
-            logits = logits.masked_fill(unknown, float("nan"))
+            # Where no state was ever finite the scores would be those of the start: NaN instead.
+            is_unknown = ~base.residual.isfinite().unsqueeze(1)
+            logits = logits.masked_fill(is_unknown, float("nan"))
         loss = None
         if labels is not None:
             loss = self.loss_function(

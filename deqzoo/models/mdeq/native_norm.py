@@ -36,8 +36,8 @@ _FINISHED = "finished"
 """A file beside a library that was compiled to its end: a killed linker leaves part of one."""
 _PAUSE = 10.0
 
-_loaded: ModuleType | None = None
-_asked = -math.inf
+_extension_module: ModuleType | None = None
+_last_look = -math.inf
 
 
 def group_norm(
@@ -154,7 +154,7 @@ class _GroupNorm(torch.autograd.Function):
 
 def _extension() -> ModuleType:
     """The kernel, compiled where it has not been; waits for another process that compiles it."""
-    return _loaded or _build(wait=True)
+    return _extension_module or _build(wait=True)
 
 
 def _build(wait: bool) -> ModuleType:
@@ -164,7 +164,7 @@ def _build(wait: bool) -> ModuleType:
         BlockingIOError: another process compiles it, and `wait` is False.
         ImportError, OSError, RuntimeError: it cannot be compiled here.
     """
-    global _loaded
+    global _extension_module
     from torch.utils.cpp_extension import load
 
     library = _library()
@@ -174,7 +174,7 @@ def _build(wait: bool) -> ModuleType:
         source = folder / "group_norm.cpp"  # a copy, so that all checkouts build the same
         if not source.is_file() or source.read_text(encoding="utf-8") != _code():
             replace_text(source, _code())
-        _loaded = load(
+        _extension_module = load(
             library.stem,
             [str(source)],
             extra_cflags=_FLAGS,
@@ -182,7 +182,7 @@ def _build(wait: bool) -> ModuleType:
             build_directory=str(folder),
         )
         (folder / _FINISHED).touch()
-    return _loaded
+    return _extension_module
 
 
 def _code() -> str:
@@ -200,15 +200,15 @@ def _library() -> Path:
 def native_norm_ready() -> bool:
     """Whether the kernel can be used at once: it is loaded, or was compiled on this machine before.
 
-    Nothing is compiled and nobody waited for; a file system is asked once in ten seconds at most.
+    Nothing is compiled and nothing waits; the file system is read once in ten seconds at most.
     """
-    global _loaded, _asked
-    if _loaded is not None:
+    global _extension_module, _last_look
+    if _extension_module is not None:
         return True
     now = time.monotonic()
-    if now < _asked + _PAUSE:
+    if now < _last_look + _PAUSE:
         return False
-    _asked = now
+    _last_look = now
     try:
         library = _library()
         if (library.parent / _FINISHED).is_file():
@@ -216,10 +216,10 @@ def native_norm_ready() -> bool:
             if spec is not None and spec.loader is not None:
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
-                _loaded = module
+                _extension_module = module
     except (ImportError, OSError, RuntimeError):  # no home, a cache of others, a damaged file
         return False
-    return _loaded is not None
+    return _extension_module is not None
 
 
 def _build_key(code: str) -> str:
