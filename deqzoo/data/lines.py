@@ -70,10 +70,10 @@ def text_files(source: str | Path) -> list[Path]:
 
 
 def require_table(files: Sequence[str | Path], column: str | Sequence[str] | None) -> None:
-    """Refuse a column that somebody names where there is no table to have it.
+    """Refuse the name of a column where no file is a table.
 
     Raises:
-        UserError: none of the files has columns.
+        UserError: a column is named, and none of the files has columns.
     """
     if isinstance(column, str) and not any(holds_records(Path(file)) for file in files):
         raise UserError(

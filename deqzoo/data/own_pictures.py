@@ -206,10 +206,10 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 def _know_heic(files: Iterable[PurePath]) -> None:
-    """Read pictures of iPhones where there are any, which `datasets` would pass over in silence.
+    """Register HEIC, the format of iPhones, if files have it; else `datasets` leaves them out.
 
     Raises:
-        UserError: there are, and no installed package reads them.
+        UserError: files have it, and no installed package reads them.
     """
     picture = next((file for file in files if file.suffix.lower() in HEIC), None)
     if picture is None:

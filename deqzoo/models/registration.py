@@ -1,4 +1,4 @@
-"""Makes the families and the zoo's names known to transformers, once somebody imports that.
+"""Makes the families and the zoo's names known to transformers, once it is imported.
 
 `import deqzoo` must stay cheap, and transformers takes seconds: what has to be done to one of its
 modules is done right after that module was imported, or at once where it already is.

@@ -229,7 +229,7 @@ def _plain_weight(module: Any, kind: type[nn.Module]) -> Tensor | None:
     if module._backward_hooks or module._backward_pre_hooks:
         return None
     weight = module.effective_weight() if isinstance(module, WeightNorm) else module.weight
-    # torch.export shows every weight as a tensor of a class of its own.
+    # Under torch.export weights have another class.
     has_plain_class = torch.compiler.is_exporting() or type(weight) in (Tensor, nn.Parameter)
     return weight if has_plain_class else None
 

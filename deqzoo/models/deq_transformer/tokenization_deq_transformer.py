@@ -108,7 +108,7 @@ _INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 
 
 def normalise_text(text: str) -> str:
-    """Unicode's composed form (NFC), without characters that nobody sees."""
+    """Unicode's composed form (NFC), without invisible characters."""
     return _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
 
 
