@@ -148,5 +148,5 @@ def launch(
 def _pictures(folder: Path | None) -> list[Path]:
     if folder is None or not folder.is_dir():
         return []
-    found = sorted(p for p in folder.resolve().iterdir() if p.suffix in (".png", ".jpg"))
-    return sorted(found, key=lambda path: path.suffix != ".png")  # photographs first
+    paths = sorted(p for p in folder.resolve().iterdir() if p.suffix in (".png", ".jpg"))
+    return sorted(paths, key=lambda path: path.suffix != ".png")  # photographs first

@@ -32,22 +32,22 @@ TO_THE_ANSWER = """
 def in_place(
     function: Callable[..., Any], outputs: Sequence[Any], message: Any
 ) -> Callable[..., Any]:
-    """A handler whose mistakes appear in one of its outputs and empty the others.
+    """A handler whose error messages appear in one of its outputs and empty the others.
 
-    They stay until the next try, beside nothing that an earlier one left.
+    A message stays until the next try, without results of an earlier one beside it.
 
     Args:
         function: fills `outputs`; may be a generator.
         outputs: components.
-        message: the one of them, a `gr.HTML`, that shows what went wrong.
+        message: the one of `outputs`, a `gr.HTML`, that shows what went wrong.
     """
 
-    def failed(error: gr.Error) -> Any:
-        said = f'<div class="dz-error" role="alert"><b>{error.title}.</b> {error.message}</div>'
-        values = [said if output is message else None for output in outputs]
+    def show_error(error: gr.Error) -> Any:
+        notice = f'<div class="dz-error" role="alert"><b>{error.title}.</b> {error.message}</div>'
+        values = [notice if output is message else None for output in outputs]
         return values[0] if len(values) == 1 else tuple(values)
 
-    return guarded(function, failed)
+    return guarded(function, show_error)
 
 
 def menu_label(entry: Entry) -> str:
@@ -87,10 +87,10 @@ def picture_input(elem_id: str) -> gr.Image:
         type="filepath", sources=["upload", "webcam", "clipboard"], label="Picture", height=260,
         elem_id=elem_id,
     )  # fmt: skip
-    usual = component.preprocess
+    default_preprocess = component.preprocess
 
     def preprocess(payload: Any) -> Any:
-        return payload.path if payload is not None and payload.path else usual(payload)
+        return payload.path if payload is not None and payload.path else default_preprocess(payload)
 
     component.preprocess = preprocess  # type: ignore[method-assign]
     return component
@@ -106,17 +106,17 @@ class SolverControls:
     solver: gr.Radio
     budget: gr.Slider
     exponent: gr.Slider
-    chosen: Any = None  # the event of another checkpoint's settings being filled in
+    reset_event: Any = None  # fills in the settings of another checkpoint
 
     def __post_init__(self) -> None:
-        self.chosen = self.checkpoint.input(
+        self.reset_event = self.checkpoint.input(
             self.reset, [self.checkpoint], self.settings, api_visibility="private", queue=False
         )
 
     def reset(self, name: str) -> tuple[Any, Any, Any]:
         """A checkpoint's own settings."""
-        own = defaults(self.shelf, name, self.task)
-        return own.solver, own.max_steps, own.exponent
+        own_settings = defaults(self.shelf, name, self.task)
+        return own_settings.solver, own_settings.max_steps, own_settings.exponent
 
     def read(
         self, checkpoint: Any, solver: Any, budget: Any, exponent: Any
@@ -153,42 +153,42 @@ class Defaults:
 
     @property
     def exponent(self) -> float:
-        """Of ten, to half a unit."""
+        """The tolerance as a power of ten, rounded to half a unit of the exponent."""
         return round(2 * math.log10(self.tolerance)) / 2
 
 
 def defaults(shelf: Shelf, name: str, task: str) -> Defaults:
     """Solver settings stored in a checkpoint's configuration."""
-    stored: dict[str, Any] = {}
-    for found in shelf.entries(task):
-        if found.name == name:
-            stored = found.config.get("solver") or {}
+    settings: dict[str, Any] = {}
+    for entry in shelf.entries(task):
+        if entry.name == name:
+            settings = entry.config.get("solver") or {}
     low, high = TOLERANCES
     return Defaults(
-        stored.get("name", "anderson"),
-        min(int(stored.get("max_steps", 30)), MAX_STEPS),
-        min(max(float(stored.get("tol", 1e-3)), low), high),
+        settings.get("name", "anderson"),
+        min(int(settings.get("max_steps", 30)), MAX_STEPS),
+        min(max(float(settings.get("tol", 1e-3)), low), high),
     )
 
 
 def solver_controls(shelf: Shelf, task: str, prefix: str) -> SolverControls:
     """Lay out the components; choosing a checkpoint resets the others to its own settings."""
     names = shelf.names(task)
-    own = defaults(shelf, names[0], task)
+    own_settings = defaults(shelf, names[0], task)
     checkpoint = checkpoint_menu(shelf, task, prefix)
     with gr.Accordion("Solver", open=task == "image classification"):
         budget = gr.Slider(
-            1, MAX_STEPS, own.max_steps, step=1, label="Budget: at most so many steps",
+            1, MAX_STEPS, own_settings.max_steps, step=1, label="Budget: at most so many steps",
             elem_id=f"{prefix}-budget",
         )  # fmt: skip
         exponent = gr.Slider(
-            math.log10(TOLERANCES[0]), math.log10(TOLERANCES[1]), own.exponent, step=0.5,
+            math.log10(TOLERANCES[0]), math.log10(TOLERANCES[1]), own_settings.exponent, step=0.5,
             label="Tolerance, as a power of ten",
             info="−3: stop when another step changes the state by less than 0.1 %",
             elem_id=f"{prefix}-tolerance",
         )  # fmt: skip
         solver = gr.Radio(
-            SOLVER_NAMES, value=own.solver, label="Method", elem_id=f"{prefix}-solver"
+            SOLVER_NAMES, value=own_settings.solver, label="Method", elem_id=f"{prefix}-solver"
         )
     return SolverControls(shelf, task, checkpoint, solver, budget, exponent)
 

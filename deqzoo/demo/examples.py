@@ -1,4 +1,4 @@
-"""The bundled example pictures: what they show, and how they are named aloud."""
+"""The bundled example pictures: what they show, and their accessible names."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ NAME_THUMBNAILS = """
 """
 
 
-def shown(path: Path | str, labels: Collection[str]) -> str | None:
+def shown_class(path: Path | str, labels: Collection[str]) -> str | None:
     """The class that a file's name says it shows; None where it is no class of the model."""
     stem = Path(path).stem
     label = _SHOWS.get(stem, stem).replace("_", " ")
     return label if label in labels else None
 
 
-def others_knowing(
+def pictures_of_others(
     paths: Collection[Path], models: Mapping[str, Collection[str]], first: str
 ) -> dict[str, list[Path]]:
     """By model, the pictures that it knows and the first model does not."""
-    left = [path for path in paths if shown(path, models[first]) is None]
-    found = {name: known(left, labels) for name, labels in models.items()}
-    return {name: pictures for name, pictures in found.items() if pictures}
+    unknown_paths = [path for path in paths if shown_class(path, models[first]) is None]
+    known_paths = {name: known_pictures(unknown_paths, labels) for name, labels in models.items()}
+    return {name: pictures for name, pictures in known_paths.items() if pictures}
 
 
-def known(paths: Collection[Path], labels: Collection[str]) -> list[Path]:
+def known_pictures(paths: Collection[Path], labels: Collection[str]) -> list[Path]:
     """The pictures whose class a model knows."""
-    return [path for path in paths if shown(path, labels) is not None]
+    return [path for path in paths if shown_class(path, labels) is not None]

@@ -84,22 +84,22 @@ def data_of(loaded: Loaded) -> str | None:
 
 def available_sets(root: Path | None) -> list[str]:
     """Names of the graph sources on this machine; the made-up examples always work."""
-    found = []
+    names = []
     if root is not None and importlib.util.find_spec("torch_geometric"):
         for name in KNOWN_SETS:
             folders = (root / name, root / name / "raw")
             if any((folder / f"{name}_A.txt").is_file() for folder in folders):
-                found.append(name)
-    return [*found, MADE_UP]
+                names.append(name)
+    return [*names, MADE_UP]
 
 
 @lru_cache(maxsize=4)
 def stored_graphs(name: str, root: Path, encoding: GraphEncoding | None) -> tuple[Graph, ...]:
     """A data set from a local folder, read once, with a checkpoint's numbering."""
-    found = load_graph_set(name, root, encoding)
+    graph_set = load_graph_set(name, root, encoding)
     return tuple(
         Graph(graph.x.float(), graph.edge_index, int(label) if label >= 0 else None)
-        for graph, label in zip(found.graphs, found.labels, strict=True)
+        for graph, label in zip(graph_set.graphs, graph_set.labels, strict=True)
     )
 
 
@@ -121,9 +121,9 @@ def uploaded_graphs(paths: Sequence[Any], encoding: GraphEncoding | None) -> tup
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / names[0]
         folder.mkdir()
-        wanted = {f"{names[0]}_{part}.txt" for part in _PARTS}
+        file_names = {f"{names[0]}_{part}.txt" for part in _PARTS}
         for file in files:
-            if file.name in wanted:  # no other file has a part in the answer
+            if file.name in file_names:  # no other file has a part in the answer
                 shutil.copy(file, folder / file.name)
         try:
             _check_sizes(folder)
@@ -172,11 +172,11 @@ def example_graphs(loaded: Loaded) -> tuple[Graph, ...]:
     kinds = node_kinds(loaded)
     if "C" not in kinds:
         return made_up_graphs(loaded.model.config.num_features)
-    return tuple(_molecule(name, smiles, tuple(kinds)) for name, smiles in MOLECULES.items())
+    return tuple(_molecule_graph(name, smiles, tuple(kinds)) for name, smiles in MOLECULES.items())
 
 
 @lru_cache(maxsize=32)
-def _molecule(name: str, smiles: str, kinds: tuple[str, ...]) -> Graph:
+def _molecule_graph(name: str, smiles: str, kinds: tuple[str, ...]) -> Graph:
     atoms, bonds = read_smiles(smiles)
     pairs = torch.tensor(bonds, dtype=torch.int64).T
     numbers = torch.tensor([kinds.index(atom) for atom in atoms])
@@ -222,8 +222,8 @@ def pick(
     elif source in available_sets(root) and root is not None:
         graphs = stored_graphs(source, root, encoding_of(loaded.model))
     else:
-        known = ", ".join(available_sets(root))
-        raise UserError(f"unknown graphs {str(source)[:80]!r}; available here: {known}")
+        choices = ", ".join(available_sets(root))
+        raise UserError(f"unknown graphs {str(source)[:80]!r}; available here: {choices}")
     graph = graphs[whole_number(number, "the graph number", 0, len(graphs) - 1)]
     if graph.x.shape[1] != width:
         raise UserError(
@@ -255,11 +255,11 @@ def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = Non
     output = loaded.model(
         graph.x, graph.edge_index, output_hidden_states=True, solver=watched_solver(settings, watch)
     )
-    found = output.logits[0].float().softmax(-1)
-    names = [class_name(loaded, i) for i in range(len(found))]
-    order = found.argsort(descending=True).tolist()
+    probabilities = output.logits[0].float().softmax(-1)
+    names = [class_name(loaded, i) for i in range(len(probabilities))]
+    order = probabilities.argsort(descending=True).tolist()
     return Reading(
-        probabilities={names[i]: float(found[i]) for i in order},
+        probabilities={names[i]: float(probabilities[i]) for i in order},
         norms=output.hidden_states[-1].norm(dim=1),
         n_steps=int(output.n_steps[0]),
         residual=float(output.residual[0]),
@@ -278,21 +278,21 @@ def class_name(loaded: Loaded, index: int) -> str:
 
 
 def _hops(n: int, edges: np.ndarray, pivots: np.ndarray) -> np.ndarray:
-    """Edges of the shortest path from each node to some (n, k).
+    """Number of edges on the shortest path from each node to each pivot (n, k).
 
-    One more than the longest where there is none, and 200 where there are more.
+    Pairs without a path get one more than the longest path; no number is above 200.
     """
     near = np.zeros((n, n), np.float32)
     near[edges[0], edges[1]] = near[edges[1], edges[0]] = 1.0
     hops = np.full((n, len(pivots)), np.inf)
     hops[pivots, np.arange(len(pivots))] = 0.0
-    reached, length = hops == 0, 0
+    front, length = hops == 0, 0
     while True:
         length += 1
-        fresh = (near @ reached.astype(np.float32) > 0) & np.isinf(hops)
-        if length == 200 or not fresh.any():
+        next_front = (near @ front.astype(np.float32) > 0) & np.isinf(hops)
+        if length == 200 or not next_front.any():
             return np.where(np.isinf(hops), float(length), hops)
-        hops[fresh], reached = length, fresh
+        hops[next_front], front = length, next_front
 
 
 def positions(n: int, edges: np.ndarray, rounds: int = 200) -> np.ndarray:
@@ -300,20 +300,22 @@ def positions(n: int, edges: np.ndarray, rounds: int = 200) -> np.ndarray:
 
     They start on a spiral, and where distances in the plane are nearest to numbers of edges
     (Brandes and Pich 2006, "Eigensolver methods for progressive multidimensional scaling"),
-    which unfolds chains and rings. The drawing whose edges cross less often is taken.
+    which unfolds chains and rings. The drawing with fewer crossings of edges is returned.
     """
     angle = np.arange(n) * 2.399963  # the golden angle spreads them evenly
     turns = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    scaled = _scaled(n, edges) + 0.1 / np.sqrt(max(n, 1)) * turns  # nodes in one place must part
+    scaled_places = (
+        _scaled_places(n, edges) + 0.1 / np.sqrt(max(n, 1)) * turns
+    )  # nodes in one place must part
     spiral = np.sqrt((np.arange(n)[:, None] + 0.5) / n) / 2 * turns
-    starts = (scaled, spiral) if n <= 300 else (scaled,)  # rounds cost n²
-    drawn = [_settled(place, edges, rounds) for place in starts]
-    place = min(drawn, key=lambda place: _crossings(place, edges))
+    starts = (scaled_places, spiral) if n <= 300 else (scaled_places,)  # rounds cost n²
+    layouts = [_spring_layout(place, edges, rounds) for place in starts]
+    place = min(layouts, key=lambda place: _crossings(place, edges))
     place = place - place.min(0)
     return place / max(float(place.max()), 1e-9)
 
 
-def _scaled(n: int, edges: np.ndarray) -> np.ndarray:
+def _scaled_places(n: int, edges: np.ndarray) -> np.ndarray:
     """Places (n, 2) whose distances are nearest to hops, by at most fifty pivots."""
     pivots = np.unique(np.linspace(0, n - 1, min(n, 50)).round().astype(int))
     squares = _hops(n, edges, pivots) ** 2
@@ -325,14 +327,14 @@ def _scaled(n: int, edges: np.ndarray) -> np.ndarray:
     return np.pad(place, ((0, 0), (0, 2 - place.shape[1])))  # a single node has one coordinate
 
 
-def _settled(place: np.ndarray, edges: np.ndarray, rounds: int) -> np.ndarray:
+def _spring_layout(place: np.ndarray, edges: np.ndarray, rounds: int) -> np.ndarray:
     """Places after so many rounds of the springs (Fruchterman and Reingold 1991)."""
     n, (source, target) = len(place), edges
     ideal = 1 / np.sqrt(max(n, 1))
     for step in range(rounds):
         difference = place[:, None] - place[None]
-        squared = (difference**2).sum(-1) + 1e-6
-        force = (difference * (ideal**2 / squared)[..., None]).sum(1)
+        squared_distance = (difference**2).sum(-1) + 1e-6
+        force = (difference * (ideal**2 / squared_distance)[..., None]).sum(1)
         pull = place[source] - place[target]
         pull = pull * np.linalg.norm(pull, axis=1, keepdims=True) / ideal
         np.add.at(force, source, -pull / 2)
@@ -353,9 +355,9 @@ def _crossings(place: np.ndarray, edges: np.ndarray) -> int:
         away = points[None] - first[:, None]
         return along[:, None, 0] * away[..., 1] > along[:, None, 1] * away[..., 0]
 
-    parted = side(first) != side(second)
+    separates = side(first) != side(second)
     joint = (a[:, None] == a) | (a[:, None] == b) | (b[:, None] == a) | (b[:, None] == b)
-    return int((parted & parted.T & ~joint).sum()) // 2
+    return int((separates & separates.T & ~joint).sum()) // 2
 
 
 def graph_html(graph: Graph, reading: Reading, kinds: Sequence[str]) -> str:
@@ -373,8 +375,8 @@ def graph_html(graph: Graph, reading: Reading, kinds: Sequence[str]) -> str:
     edges = graph.edge_index.shape[1] // 2
     label = graph.title or f"graph with {len(names)} nodes and {edges} edges"
     share = (reading.norms - low) / max(high - low, 1e-9)
-    shown = names if "C" in kinds else ()  # atoms
-    return drawing(graph.edge_index, share, tips, caption, label, names=shown)
+    symbols = names if "C" in kinds else ()  # atoms
+    return drawing(graph.edge_index, share, tips, caption, label, names=symbols)
 
 
 def drawing(
@@ -384,7 +386,7 @@ def drawing(
     caption: str,
     label: str,
     names: Sequence[str] = (),
-    ringed: int | None = None,
+    marked_node: int | None = None,
 ) -> str:
     """A graph as SVG.
 
@@ -395,7 +397,7 @@ def drawing(
         caption: HTML below the drawing.
         label: what the drawing shows, for those who do not see it.
         names: written into the nodes.
-        ringed: a node with a ring.
+        marked_node: gets a ring.
     """
     n, edges = len(tips), edge_index.numpy()
     place = positions(n, edges) * (SIDE - 40) + 20
@@ -408,7 +410,7 @@ def drawing(
     )
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" style="--s:{full:.2f}"'
-        f"{RING if i == ringed else ''}><title>{escape(tip)}</title></circle>"
+        f"{RING if i == marked_node else ''}><title>{escape(tip)}</title></circle>"
         for i, ((x, y), full, tip) in enumerate(zip(place, share.tolist(), tips, strict=True))
     )
     words = "".join(
@@ -439,9 +441,9 @@ def residuals_html(reading: Reading) -> str:
     )  # fmt: skip
 
 
-def verdict_html(graph: Graph, reading: Reading, stored: str | None) -> str:
+def verdict_html(graph: Graph, reading: Reading, stored_class: str | None) -> str:
     """Steps, convergence, and the stored class."""
-    truth = "" if stored is None else f" The data set says: <b>{escape(stored)}</b>."
+    truth = "" if stored_class is None else f" The data set says: <b>{escape(stored_class)}</b>."
     title = f"<b>{escape(graph.title)}</b>: " if graph.title else ""
     things = ("atoms", "bonds") if graph.title else ("nodes", "edges")
     count = len(reading.residuals)

@@ -62,15 +62,15 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
     outputs = [label, verdict, drawing, path]
 
     def run(
-        graphs_of: Any, index: Any, uploads: Any, *chosen: Any
+        graphs_of: Any, index: Any, uploads: Any, *solver_inputs: Any
     ) -> tuple[dict[str, float], str, str, str]:
-        loaded, settings = controls.read(*chosen)
+        loaded, settings = controls.read(*solver_inputs)
         graph = graphs.pick(loaded, graphs_of, index, root, uploads)
         reading = graphs.read_graph(loaded, graph, settings)
-        stored = None if graph.label is None else graphs.class_name(loaded, graph.label)
+        stored_class = None if graph.label is None else graphs.class_name(loaded, graph.label)
         return (
             reading.probabilities,
-            graphs.verdict_html(graph, reading, stored),
+            graphs.verdict_html(graph, reading, stored_class),
             graphs.graph_html(graph, reading, graphs.node_kinds(loaded)),
             graphs.residuals_html(reading),
         )
@@ -83,22 +83,22 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
     gr.on([button.click], None, None, None, js=TO_THE_ANSWER)
     rows, titles = _examples(shelf)
     with examples:
-        shown = gr.Examples(
+        gallery = gr.Examples(
             rows, [controls.checkpoint, source, number], example_labels=titles, label="Examples",
             examples_per_page=24,
         )  # fmt: skip
     # An example may be of another checkpoint, whose own solver settings it is to be read with.
-    chosen = shown.load_input_event.then(
+    reset_event = gallery.load_input_event.then(
         controls.reset, [controls.checkpoint], controls.settings, api_visibility="private"
     )
-    chosen.then(safe, inputs, outputs, **options)
-    chosen.then(None, None, None, js=TO_THE_ANSWER)
+    reset_event.then(safe, inputs, outputs, **options)
+    reset_event.then(None, None, None, js=TO_THE_ANSWER)
     if shelf.names(NODES):
         _nodes(shelf, root)
 
 
 def _nodes(shelf: Shelf, root: Path | None) -> None:
-    """Lay out what models of nodes are for, below the graphs."""
+    """Lay out the part for models of nodes, below the graphs."""
     with gr.Column(elem_classes="dz-writing"):
         gr.Markdown(
             "### Nodes of a network\n\nThese models name every node of one large network, which "
@@ -121,21 +121,21 @@ def _nodes(shelf: Shelf, root: Path | None) -> None:
                 "network the equilibrium moves.</div>",
                 elem_id="node-verdict",
             )
-            drawn = gr.HTML(elem_id="node-drawing")
+            drawing = gr.HTML(elem_id="node-drawing")
             path = gr.HTML(elem_id="node-distance")
 
-    def run(name: Any, chosen: Any, number: Any) -> tuple[str, str, str]:
+    def run(name: Any, network_name: Any, number: Any) -> tuple[str, str, str]:
         loaded = shelf.get(name, NODES)
-        network = nodes.pick(loaded, chosen, root)
-        found = nodes.reach(loaded, network, number)
+        network = nodes.pick(loaded, network_name, root)
+        reach = nodes.reach(loaded, network, number)
         at = int(number)
         return (
-            nodes.verdict_html(network, found, at),
-            nodes.network_html(network, found, at),
-            nodes.distance_html(found),
+            nodes.verdict_html(network, reach, at),
+            nodes.network_html(network, reach, at),
+            nodes.distance_html(reach),
         )
 
-    outputs = [verdict, drawn, path]
+    outputs = [verdict, drawing, path]
     gr.on(
         [button.click, node.submit], in_place(run, outputs, verdict), [checkpoint, source, node],
         outputs, api_visibility="private", concurrency_id="graphs", show_progress_on=[verdict],

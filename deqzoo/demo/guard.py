@@ -44,13 +44,13 @@ class Deadline:
     """Ends work that takes too long, or that nobody waits for any more.
 
     Args:
-        seconds: allowed since the request of this thread was taken up; from now on outside of one.
+        seconds: limit, from the start of this thread's request; from now on if there is none.
     """
 
     def __init__(self, seconds: float = TIME_LIMIT_SECONDS) -> None:
         self.seconds = seconds
-        began, self.wanted = _REQUEST.get((time.monotonic(), lambda: True))
-        self.end = began + seconds
+        start, self.is_awaited = _REQUEST.get((time.monotonic(), lambda: True))
+        self.end = start + seconds
 
     def check(self, *_: Any) -> None:
         """Callable as a callback of any kind.
@@ -58,7 +58,7 @@ class Deadline:
         Raises:
             UserError: the time is up, or the request was given up.
         """
-        if not self.wanted():
+        if not self.is_awaited():
             raise UserError("stopped, since nobody waits for the answer any more")
         if time.monotonic() > self.end:
             raise UserError(
@@ -79,7 +79,7 @@ class _Ticket:
 class Gate:
     """Lets a few requests work at a time, one of each client in turn.
 
-    No endpoint keeps the others out: it has all workers only while nothing else is asked for.
+    One endpoint can hold all workers only while no request waits for another.
 
     Args:
         workers: requests that work at the same time.
@@ -91,8 +91,8 @@ class Gate:
     def __init__(self, workers: int, per_client: int, per_endpoint: int, waiting: int) -> None:
         self.workers, self.per_client = workers, per_client
         self.per_endpoint, self.waiting = per_endpoint, waiting
-        self._changed = threading.Condition()
-        self._working: list[str] = []  # their endpoints
+        self._condition = threading.Condition()
+        self._busy_endpoints: list[str] = []  # of each request that works
         self._clients: dict[str, int] = {}  # requests that wait or work
         self._queues: dict[str, deque[_Ticket]] = {}  # the client whose turn is next first
 
@@ -105,20 +105,20 @@ class Gate:
                 waiting took too long.
         """
         ticket, deadline = _Ticket(endpoint), Deadline()
-        with self._changed:
+        with self._condition:
             if self._clients.get(client, 0) >= self.per_client:
                 raise UserError(
                     f"{self.per_client} of your requests are not answered yet; wait for them first"
                 )
-            wanted = [one.endpoint for queue in self._queues.values() for one in queue]
-            if len(wanted) >= self.waiting or wanted.count(endpoint) >= self.per_endpoint:
+            endpoints = [one.endpoint for queue in self._queues.values() for one in queue]
+            if len(endpoints) >= self.waiting or endpoints.count(endpoint) >= self.per_endpoint:
                 raise UserError("too many people are asking at the moment; try again in a minute")
             self._clients[client] = self._clients.get(client, 0) + 1
             queue = self._queues.setdefault(client, deque())
             queue.append(ticket)
             try:
-                while len(self._working) >= self.workers or self._next() is not ticket:
-                    self._changed.wait(1.0)
+                while len(self._busy_endpoints) >= self.workers or self._next() is not ticket:
+                    self._condition.wait(1.0)
                     deadline.check()
             except BaseException:
                 self._leave(client)
@@ -128,28 +128,28 @@ class Gate:
                 self._queues.pop(client)
                 if queue:  # behind the others
                     self._queues[client] = queue
-            self._working.append(endpoint)
-            self._changed.notify_all()  # another may be next now
+            self._busy_endpoints.append(endpoint)
+            self._condition.notify_all()  # another may be next now
         try:
             yield
         finally:
-            with self._changed:
-                self._working.remove(endpoint)
+            with self._condition:
+                self._busy_endpoints.remove(endpoint)
                 self._leave(client)
 
     def _next(self) -> _Ticket:
         first = [queue[0] for queue in self._queues.values()]
         share = max(1, self.workers - 1)
-        return next((t for t in first if self._working.count(t.endpoint) < share), first[0])
+        return next((t for t in first if self._busy_endpoints.count(t.endpoint) < share), first[0])
 
     def _leave(self, client: str) -> None:
         self._clients[client] -= 1
         if not self._clients[client]:
             del self._clients[client]
-        self._changed.notify_all()
+        self._condition.notify_all()
 
 
-#: A class behind one address may ask at once; it takes turns with the others.
+#: `per_client` lets a school class behind one address ask at once; turns are taken by client.
 GATE = Gate(workers=max(2, min(4, CORES)), per_client=32, per_endpoint=48, waiting=64)
 
 
@@ -160,11 +160,11 @@ def _request(endpoint: str) -> Iterator[None]:
     host = getattr(getattr(request, "client", None), "host", None)
     event, blocks = LocalContext.event_id.get(None), LocalContext.blocks.get(None)
 
-    def wanted() -> bool:
+    def is_awaited() -> bool:
         jobs = blocks._queue.active_jobs if event is not None and blocks is not None else ()
         return all(one.alive for job in jobs for one in job or () if one._id == event)
 
-    token = _REQUEST.set((time.monotonic(), wanted))
+    token = _REQUEST.set((time.monotonic(), is_awaited))
     try:
         with GATE.enter(host or "local", endpoint):
             yield
@@ -174,16 +174,16 @@ def _request(endpoint: str) -> Iterator[None]:
 
 
 def guarded(
-    function: Callable[..., Any], failed: Callable[[gr.Error], Any] | None = None
+    function: Callable[..., Any], on_error: Callable[[gr.Error], Any] | None = None
 ) -> Callable[..., Any]:
     """The function with its errors as messages of the page and of API clients.
 
     It waits for its turn among the requests of all clients; the waiting counts as its time.
-    Works on generator functions, too. What is not the user's to mend goes to the log.
+    Works on generator functions, too. Errors that the user cannot mend go to the log.
 
     Args:
         function: of an event.
-        failed: makes the function's answer of an error; None raises it, as Gradio wants it.
+        on_error: turns an error into the function's output; None raises it, as Gradio expects.
     """
     endpoint = f"{function.__module__}.{function.__qualname__}"
     if inspect.isgeneratorfunction(function):
@@ -194,9 +194,9 @@ def guarded(
                 with _request(endpoint):
                     yield from function(*arguments)
             except Exception as error:
-                if failed is None:
+                if on_error is None:
                     raise _message(error) from None
-                yield failed(_message(error))
+                yield on_error(_message(error))
 
         return stream
 
@@ -206,9 +206,9 @@ def guarded(
             with _request(endpoint):
                 return function(*arguments)
         except Exception as error:
-            if failed is None:
+            if on_error is None:
                 raise _message(error) from None
-            return failed(_message(error))
+            return on_error(_message(error))
 
     return call
 
@@ -283,20 +283,20 @@ class SecurityHeaders:
             self.headers.append((b"x-frame-options", b"SAMEORIGIN"))
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def sending(message: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], *self.headers]}
             await send(message)
 
-        await self.app(scope, receive, sending)
+        await self.app(scope, receive, send_with_headers)
 
 
 def middleware(host: str, in_space: bool, share: bool) -> list[Middleware]:
-    """What stands before the page: headers, and only its own name where it is for this machine."""
+    """Layers before the page: security headers and, for this machine only, a check of the host."""
     frames = "'self' https://huggingface.co https://*.hf.space" if in_space else "'self'"
     layers = [Middleware(SecurityHeaders, frames=frames)]
     if host in ("127.0.0.1", "localhost", "::1") and not share:
-        # Else a page of a stranger, whose name points here, could read the answers.
+        # Else a foreign site whose name resolves to this machine could read the answers.
         names = ["127.0.0.1", "localhost", "[::1]", "::1"]
         layers.append(Middleware(TrustedHostMiddleware, allowed_hosts=names))
     return layers

@@ -41,7 +41,7 @@ class Solve:
         answer_step: the step whose state is the answer: the one nearest to the equilibrium.
         residuals: after each step, in the solver's stop mode.
         probabilities: per class name its probability after each step; the classes that matter.
-        seen: the picture as the model gets it.
+        model_picture: the picture as the model gets it.
         settings: of the solver, complete.
         seconds: wall time of the solve.
     """
@@ -53,7 +53,7 @@ class Solve:
     answer_step: int
     residuals: list[float]
     probabilities: dict[str, list[float]]
-    seen: Image.Image
+    model_picture: Image.Image
     settings: dict[str, Any]
     seconds: float
 
@@ -68,13 +68,13 @@ def open_picture(path: Any) -> Image.Image:
         raise UserError("there is no picture yet: upload one, paste one, or pick an example")
     path = Path(path)
     try:
-        return _bounded(read_picture(path, MAX_PIXELS))
+        return _bounded_picture(read_picture(path, MAX_PIXELS))
     except UserError as error:
         raise UserError(str(error).replace(str(path), path.name)) from error
 
 
-def _bounded(picture: Image.Image) -> Image.Image:
-    """The part of a picture that the model looks at, in no more pixels than anybody could see.
+def _bounded_picture(picture: Image.Image) -> Image.Image:
+    """The part of a picture that the model looks at, in no more pixels than it needs.
 
     Scaling the shorter side of a picture of 300,000 × 1 pixels would make 300,000 × 32 of it, and
     every conversion of a very large one costs four bytes a pixel.
@@ -89,9 +89,9 @@ def _bounded(picture: Image.Image) -> Image.Image:
         return picture
     mode = {"1": "L", "P": "RGBA" if "transparency" in picture.info else "RGB"}.get(picture.mode)
     picture = picture.convert(mode) if mode else picture
-    about = picture.info
+    info = picture.info
     picture = picture.reduce(factor)
-    picture.info = about
+    picture.info = info
     return picture
 
 
@@ -115,7 +115,7 @@ def open_pictures(paths: Sequence[Any], loaded: Loaded) -> tuple[list[Image.Imag
 
 @torch.inference_mode()
 def solve_picture(loaded: Loaded, picture: Image.Image, solver: dict[str, Any]) -> Solve:
-    """Classify one picture and keep what the solver went through.
+    """Classify one picture and keep the residual and the probabilities of every step.
 
     The answer is the one of `deqzoo.evaluation.classify.classify` with the same settings.
 
@@ -124,26 +124,26 @@ def solve_picture(loaded: Loaded, picture: Image.Image, solver: dict[str, Any]) 
     """
     model, deadline = loaded.model, Deadline()
     pixels = to_batch(loaded.reader, [picture], model)
-    started = time.perf_counter()
-    found = watch(model, pixels, solver, deadline.check)
-    seconds = time.perf_counter() - started
-    if not bool(found.residual[0].isfinite()):
+    start = time.perf_counter()
+    trajectory = watch(model, pixels, solver, deadline.check)
+    seconds = time.perf_counter() - start
+    if not bool(trajectory.residual[0].isfinite()):
         raise UserError("there is no answer: the state of this picture was never finite")
-    final, history = found.final[0], found.probabilities[:, 0]
+    final, history = trajectory.final[0], trajectory.probabilities[:, 0]
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     order = final.argsort(descending=True).tolist()
     # The classes of the final answer and those that led on the way, the most probable first.
-    leading = history.amax(0).argsort(descending=True).tolist()
-    shown = order[: N_LINES - 2] + [i for i in leading if i not in order[: N_LINES - 2]]
+    leaders = history.amax(0).argsort(descending=True).tolist()
+    shown_classes = order[: N_LINES - 2] + [i for i in leaders if i not in order[: N_LINES - 2]]
     return Solve(
         labels=[(names[i], float(final[i])) for i in order],
-        n_steps=int(found.n_steps[0]),
-        residual=float(found.residual[0]),
-        converged=bool(found.converged[0]),
-        answer_step=found.best_step(0),
-        residuals=found.residuals[:, 0].tolist(),
-        probabilities={names[i]: history[:, i].tolist() for i in shown[:N_LINES]},
-        seen=seen_picture(pixels[0], loaded.reader),
+        n_steps=int(trajectory.n_steps[0]),
+        residual=float(trajectory.residual[0]),
+        converged=bool(trajectory.converged[0]),
+        answer_step=trajectory.best_step(0),
+        residuals=trajectory.residuals[:, 0].tolist(),
+        probabilities={names[i]: history[:, i].tolist() for i in shown_classes[:N_LINES]},
+        model_picture=seen_picture(pixels[0], loaded.reader),
         settings={**model.config.solver, **solver},
         seconds=seconds,
     )
@@ -156,8 +156,8 @@ def solve_batch(loaded: Loaded, pixels: Tensor, solver: dict[str, Any]) -> list[
         UserError: the time limit is over, or nobody waits any more.
     """
     settings = {**loaded.model.config.solver, **solver}
-    watched = watched_solver(settings, Deadline().check)
-    return classify_pixels(loaded.model, pixels, top_k=1, solver=watched)
+    deadline_solver = watched_solver(settings, Deadline().check)
+    return classify_pixels(loaded.model, pixels, top_k=1, solver=deadline_solver)
 
 
 def seen_picture(pixels: Tensor, processor: Any) -> Image.Image:
@@ -185,15 +185,16 @@ def solve_html(solve: Solve) -> str:
     if mark is not None:
         text += f"; the answer is that of step <b>{mark}</b>, the nearest to an equilibrium"
     facts = f"residual {solve.residual:.2g}, {solve.seconds * 1000:.0f} ms"
-    side = solve.seen.size[0]
+    side = solve.model_picture.size[0]
     classes = sorted(name for name, _ in solve.labels)
-    known = f" It knows {len(classes)} kinds of things"
-    known += f": {', '.join(classes)}." if len(classes) <= 12 else "."
+    classes_note = f" It knows {len(classes)} kinds of things"
+    classes_note += f": {', '.join(classes)}." if len(classes) <= 12 else "."
     return (
         f'<div class="dz-verdict dz-{mood}"><img class="dz-seen" alt="the picture as the model '
-        f'sees it" src="{data_url(solve.seen)}"/><div><span class="dz-badge">{badge}</span> {text}'
+        f'sees it" src="{data_url(solve.model_picture)}"/><div>'
+        f'<span class="dz-badge">{badge}</span> {text}'
         f'<div class="dz-note">{facts}. The small picture is all the model sees: {side} × {side} '
-        f'pixels.{escape(known)}</div></div></div><div class="dz-charts">'
+        f'pixels.{escape(classes_note)}</div></div></div><div class="dz-charts">'
         f"{_residuals(solve, mark)}{_probabilities(solve, mark)}</div>"
     )
 
@@ -229,7 +230,7 @@ def check_count(paths: Sequence[Any] | None) -> list[Any]:
 def batch_html(
     pictures: Sequence[Image.Image],
     names: Sequence[str],
-    found: Sequence[Classification],
+    results: Sequence[Classification],
     labels: Sequence[str] = (),
 ) -> str:
     """A card per (small) picture with its answer and a bar for its solver steps.
@@ -237,17 +238,17 @@ def batch_html(
     Where a file is named after one of the model's classes (`labels`), the card says whether the
     answer is that class.
     """
-    longest = max(c.n_steps for c in found)
+    longest = max(c.n_steps for c in results)
     cards = []
-    right = known = 0
-    for picture, name, result in zip(pictures, names, found, strict=True):
+    n_right = n_known = 0
+    for picture, name, result in zip(pictures, names, results, strict=True):
         label, probability = result.labels[0] if result.labels else ("no answer", 0.0)
         share = 100 * result.n_steps / max(longest, 1)
         state = "converged" if result.converged else "not converged"
-        truth = examples.shown(name, labels)
+        truth = examples.shown_class(name, labels)
         mark = "" if truth is None else " ✓" if truth == label else f" ✗, it is: {escape(truth)}"
-        right += mark == " ✓"
-        known += truth is not None
+        n_right += mark == " ✓"
+        n_known += truth is not None
         cards.append(
             f'<div class="dz-card"><img alt="{escape(name)}" src="{data_url(picture)}"/>'
             f"<div><b>{escape(label)}</b> {probability:.0%}{mark}"
@@ -256,15 +257,15 @@ def batch_html(
             f'style="width:{share:.0f}%"></i></div>'
             f'<div class="dz-note">{result.n_steps} steps, {state}</div></div></div>'
         )
-    steps = [c.n_steps for c in found]
+    steps = [c.n_steps for c in results]
     summary = (
-        f"{len(found)} pictures in one batch took {min(steps)} to {max(steps)} steps, "
+        f"{len(results)} pictures in one batch took {min(steps)} to {max(steps)} steps, "
         f"{sum(steps)} together: each one leaves when its own equilibrium is found."
     )
-    if known:
+    if n_known:
         summary += (
-            f" {known} of the files are named after a class of this model, and it names "
-            f"<b>{right} of these {known}</b> right."
+            f" {n_known} of the files are named after a class of this model, and it names "
+            f"<b>{n_right} of these {n_known}</b> right."
         )
     return f'<p class="dz-note">{summary}</p><div class="dz-cards">{"".join(cards)}</div>'
 

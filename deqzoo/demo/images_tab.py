@@ -34,18 +34,18 @@ def single_tab(shelf: Shelf, pictures: list[Path], page: gr.Blocks) -> None:
     first = shelf.names(IMAGES)[0]
     classes = {name: shelf.labels(name, IMAGES) for name in shelf.names(IMAGES)}
     # Pictures of things that the first model does not know bring a model that does.
-    own = examples.known(pictures, classes[first]) or pictures
-    galleries = {first: own} if own else {}
-    if own != pictures:
-        galleries |= examples.others_knowing(pictures, classes, first)
-    shown: dict[str, Any] = {}
+    known_pictures = examples.known_pictures(pictures, classes[first]) or pictures
+    galleries = {first: known_pictures} if known_pictures else {}
+    if known_pictures != pictures:
+        galleries |= examples.pictures_of_others(pictures, classes, first)
+    example_sets: dict[str, Any] = {}
     with gr.Row(elem_classes="dz-layout"):
         with gr.Column(min_width=280):
             picture = picture_input("image-picture")
             if galleries:
                 for model, paths in galleries.items():
                     title = "Examples" if model == first else f"Examples for {model}"
-                    shown[model] = gr.Examples(
+                    example_sets[model] = gr.Examples(
                         [[str(p)] for p in paths], [picture], label=title, examples_per_page=24,
                         elem_id="image-examples" if model == first else f"image-{model}-examples",
                     )  # fmt: skip
@@ -62,10 +62,10 @@ def single_tab(shelf: Shelf, pictures: list[Path], page: gr.Blocks) -> None:
             controls = solver_controls(shelf, IMAGES, "image")
     inputs, outputs = [picture, *controls.inputs], [label, details]
 
-    def run(path: Any, *chosen: Any) -> tuple[dict[str, float], str]:
-        opened = images.open_picture(path)
-        loaded, settings = controls.read(*chosen)
-        solve = images.solve_picture(loaded, opened, settings)
+    def run(path: Any, *solver_inputs: Any) -> tuple[dict[str, float], str]:
+        opened_picture = images.open_picture(path)
+        loaded, settings = controls.read(*solver_inputs)
+        solve = images.solve_picture(loaded, opened_picture, settings)
         return dict(solve.labels), images.solve_html(solve)
 
     def run_if_ready(path: Any, *rest: Any) -> Any:
@@ -85,27 +85,27 @@ def single_tab(shelf: Shelf, pictures: list[Path], page: gr.Blocks) -> None:
         ready, inputs, outputs, trigger_mode="always_last", **options,
     )  # fmt: skip
     # What cannot be read leaves the input, where a browser would show a broken picture.
-    checked = in_place(check, [details, picture], details)
-    uploaded = picture.upload(
-        checked, [picture], [details, picture], api_visibility="private", queue=False
+    safe_check = in_place(check, [details, picture], details)
+    upload_event = picture.upload(
+        safe_check, [picture], [details, picture], api_visibility="private", queue=False
     )
-    uploaded.then(ready, inputs, outputs, **options)
-    controls.chosen.then(ready, inputs, outputs, **options)
+    upload_event.then(ready, inputs, outputs, **options)
+    controls.reset_event.then(ready, inputs, outputs, **options)
     gr.on([button.click, picture.upload], None, None, None, js=TO_THE_ANSWER)
-    for model, gallery in shown.items():
-        chosen = gallery.load_input_event
+    for model, gallery in example_sets.items():
+        example_event = gallery.load_input_event
         if model != first:
-            chosen = chosen.then(
+            example_event = example_event.then(
                 lambda name=model: (name, *controls.reset(name)), None,
                 [controls.checkpoint, *controls.settings], api_visibility="private", queue=False,
             )  # fmt: skip
-        chosen.then(ready, inputs, outputs, **options)
-        chosen.then(None, None, None, js=TO_THE_ANSWER)
-    if own:
-        opened = page.load(
-            lambda: str(own[0]), None, picture, api_visibility="private", queue=False
+        example_event.then(ready, inputs, outputs, **options)
+        example_event.then(None, None, None, js=TO_THE_ANSWER)
+    if known_pictures:
+        open_event = page.load(
+            lambda: str(known_pictures[0]), None, picture, api_visibility="private", queue=False
         )
-        opened.then(ready, inputs, outputs, **options)
+        open_event.then(ready, inputs, outputs, **options)
     picture.clear(lambda: (None, WAITING), None, outputs, api_visibility="private", queue=False)
 
 
@@ -133,38 +133,38 @@ def batch_tab(shelf: Shelf, pictures: list[Path]) -> None:
         with gr.Column(min_width=280):
             controls = solver_controls(shelf, IMAGES, "batch")
 
-    def run(paths: Any, *chosen: Any) -> str:
+    def run(paths: Any, *solver_inputs: Any) -> str:
         paths = images.check_count(paths)
-        loaded, settings = controls.read(*chosen)
+        loaded, settings = controls.read(*solver_inputs)
         small, batch = images.open_pictures(paths, loaded)
-        found = images.solve_batch(loaded, batch, settings)
+        results = images.solve_batch(loaded, batch, settings)
         labels = list(loaded.model.config.label2id)
-        return images.batch_html(small, [Path(p).name for p in paths], found, labels)
+        return images.batch_html(small, [Path(p).name for p in paths], results, labels)
 
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "images"}
     inputs = [files, *controls.inputs]
     safe = in_place(run, [answers], answers)
-    running = [button.click(safe, inputs, answers, **options)]
+    run_events = [button.click(safe, inputs, answers, **options)]
     gr.on([button.click], None, None, None, js=TO_THE_ANSWER)
     if pictures:
 
-        def known(name: str) -> list[str]:
-            found = examples.known(pictures, shelf.labels(name, IMAGES)) or pictures
-            return [str(path) for path in found]
+        def known_paths(name: str) -> list[str]:
+            paths = examples.known_pictures(pictures, shelf.labels(name, IMAGES)) or pictures
+            return [str(path) for path in paths]
 
-        filled = fill.click(
-            known, [controls.checkpoint], files, api_visibility="private", queue=False
+        fill_event = fill.click(
+            known_paths, [controls.checkpoint], files, api_visibility="private", queue=False
         )
-        running.append(filled.then(safe, inputs, answers, **options))
-        filled.then(None, None, None, js=TO_THE_ANSWER)
-    cancels: Any = running
+        run_events.append(fill_event.then(safe, inputs, answers, **options))
+        fill_event.then(None, None, None, js=TO_THE_ANSWER)
+    cancels: Any = run_events
     stop.click(None, None, None, cancels=cancels, api_visibility="private")
 
 
 def endpoint(shelf: Shelf) -> None:
     """The API's /classify."""
     names = shelf.names(IMAGES)
-    own = defaults(shelf, names[0] if names else "", IMAGES)
+    own_settings = defaults(shelf, names[0] if names else "", IMAGES)
 
     @guarded
     def classify(
@@ -182,9 +182,9 @@ def endpoint(shelf: Shelf) -> None:
         Returns:
             The label with confidences; then the solver's report with one residual per step.
         """
-        opened = images.open_picture(picture)
+        opened_picture = images.open_picture(picture)
         settings = solver_settings(solver, max_steps, tolerance)
-        solve = images.solve_picture(shelf.get(checkpoint, IMAGES), opened, settings)
+        solve = images.solve_picture(shelf.get(checkpoint, IMAGES), opened_picture, settings)
         report = {
             "n_steps": solve.n_steps,
             "residual": solve.residual,
@@ -198,9 +198,9 @@ def endpoint(shelf: Shelf) -> None:
         [
             gr.File(label="picture", visible=False),
             hidden(names[0] if names else "", "checkpoint"),
-            hidden(own.solver, "solver"),
-            hidden(own.max_steps, f"max_steps, 1 to {MAX_STEPS}"),
-            hidden(own.tolerance, "tolerance"),
+            hidden(own_settings.solver, "solver"),
+            hidden(own_settings.max_steps, f"max_steps, 1 to {MAX_STEPS}"),
+            hidden(own_settings.tolerance, "tolerance"),
         ],
         [gr.Label(visible=False), gr.JSON(visible=False)],
         api_name="classify",

@@ -23,20 +23,20 @@ def read_smiles(smiles: str) -> tuple[list[str], list[tuple[int, int]]]:
     """
     atoms: list[str] = []
     bonds: list[tuple[int, int]] = []
-    used: list[int] = []  # bond orders spent at every atom
+    used_valences: list[int] = []  # bond orders spent at every atom
     last: int | None = None
     rings: dict[str, tuple[int, int]] = {}
     order, branches = 1, list[int | None]()
 
     def bind(a: int, b: int, order: int) -> None:
         bonds.append((a, b))
-        used[a] += order
-        used[b] += order
+        used_valences[a] += order
+        used_valences[b] += order
 
     for symbol in re.findall("Cl|Br|.", smiles):
         if symbol in ELEMENTS:
             atoms.append(symbol)
-            used.append(0)
+            used_valences.append(0)
             if last is not None:
                 bind(last, len(atoms) - 1, order)
             last, order = len(atoms) - 1, 1
@@ -55,9 +55,9 @@ def read_smiles(smiles: str) -> tuple[list[str], list[tuple[int, int]]]:
             order = 1
         else:
             raise ValueError(f"cannot read {symbol!r} in {smiles}")
-    for a in range(len(used)):
-        valence = next(v for v in ELEMENTS[atoms[a]][1] if v >= used[a])
-        for _ in range(valence - used[a]):
+    for a in range(len(used_valences)):
+        valence = next(v for v in ELEMENTS[atoms[a]][1] if v >= used_valences[a])
+        for _ in range(valence - used_valences[a]):
             bonds.append((a, len(atoms)))
             atoms.append("H")
     return atoms, bonds

@@ -73,18 +73,18 @@ def available_networks(root: Path | None) -> list[str]:
     """Small networks that always work, then the data sets on this machine."""
     if root is None:
         return [CHAIN, CLUB]
-    stored = (n for n in ("HumLoc", "EukLoc", "Twitch") if any((root / n).glob("**/*.npz")))
-    return [CHAIN, CLUB, *stored]
+    stored_names = (n for n in ("HumLoc", "EukLoc", "Twitch") if any((root / n).glob("**/*.npz")))
+    return [CHAIN, CLUB, *stored_names]
 
 
 @lru_cache(maxsize=2)
-def _stored(name: str, root: Path) -> Network:
+def _stored_network(name: str, root: Path) -> Network:
     graph = NODE_SETS[name].load(root, "test")[0]
     return Network(name, graph.x, graph.edge_index, graph.y)
 
 
 @lru_cache(maxsize=8)
-def made_up(name: str, width: int) -> Network:
+def made_up_network(name: str, width: int) -> Network:
     """A small network whose features are drawn, always the same ones: about 20 of each node."""
     rows = _FRIENDS if name == CLUB else tuple((i + 1,) for i in range(39)) + ((),)
     pairs = torch.tensor([(a, b) for a, others in enumerate(rows) for b in others]).T
@@ -101,11 +101,11 @@ def pick(loaded: Loaded, source: Any, root: Path | None) -> Network:
     """
     width = loaded.model.config.num_features
     if source in (CLUB, CHAIN):
-        return made_up(source, width)
+        return made_up_network(source, width)
     if source not in available_networks(root) or root is None:
-        known = ", ".join(available_networks(root))
-        raise UserError(f"unknown network {str(source)[:80]!r}; available here: {known}")
-    network = _stored(source, root)
+        choices = ", ".join(available_networks(root))
+        raise UserError(f"unknown network {str(source)[:80]!r}; available here: {choices}")
+    network = _stored_network(source, root)
     if network.x.shape[1] != width:
         raise UserError(
             f"nodes of {source} have {network.x.shape[1]} features, but {loaded.entry.name} reads "
@@ -124,27 +124,27 @@ def reach(
         UserError: no such node, or the time limit is over.
     """
     model, deadline = loaded.model, Deadline()
-    chosen = whole_number(node, "the node", 0, len(network.x) - 1)
-    # What is compared is far smaller than the states: to the end of what float32 resolves.
+    number = whole_number(node, "the node", 0, len(network.x) - 1)
+    # The changes are far smaller than the states: solve to the limit of float32.
     settings = {**model.config.solver, **(solver or {}), "tol": UNMOVED / 10}
-    watched = watched_solver(settings, deadline.check)
+    deadline_solver = watched_solver(settings, deadline.check)
     x = network.x.to_dense() if network.x.is_sparse else network.x
-    without = x.clone()
-    without[chosen] = 0
+    masked_features = x.clone()
+    masked_features[number] = 0
     before, after = (
-        model(features, network.edge_index, output_hidden_states=True, solver=watched)
-        for features in (x, without)
+        model(features, network.edge_index, output_hidden_states=True, solver=deadline_solver)
+        for features in (x, masked_features)
     )
     states = before.hidden_states[-1]
-    moved = (after.hidden_states[-1] - states).norm(dim=1) / states.norm(dim=1).clamp_min(1e-12)
-    many = model.config.problem_type == "multi_label_classification"
-    logits = before.logits[chosen].float()
-    found = logits.sigmoid() if many else logits.softmax(-1)
-    order = found.argsort(descending=True).tolist()
+    change = (after.hidden_states[-1] - states).norm(dim=1) / states.norm(dim=1).clamp_min(1e-12)
+    multi_label = model.config.problem_type == "multi_label_classification"
+    logits = before.logits[number].float()
+    probabilities = logits.sigmoid() if multi_label else logits.softmax(-1)
+    order = probabilities.argsort(descending=True).tolist()
     return Reach(
-        answer={class_name(loaded, i): float(found[i]) for i in order},
-        distance=_distances(network.edge_index, len(x), chosen),
-        change=moved,
+        answer={class_name(loaded, i): float(probabilities[i]) for i in order},
+        distance=_distances(network.edge_index, len(x), number),
+        change=change,
         n_steps=int(before.n_steps[0]),
         residual=float(before.residual[0]),
         converged=bool(before.converged[0]),
@@ -158,75 +158,76 @@ def _distances(edge_index: Tensor, n: int, start: int) -> Tensor:
     step = 0
     while front.any():
         distance[front] = step
-        reached = torch.zeros(n, dtype=torch.bool)
-        reached[edge_index[1][front[edge_index[0]]]] = True
-        front, step = reached & (distance < 0), step + 1
+        neighbours = torch.zeros(n, dtype=torch.bool)
+        neighbours[edge_index[1][front[edge_index[0]]]] = True
+        front, step = neighbours & (distance < 0), step + 1
     return distance
 
 
-def verdict_html(network: Network, found: Reach, node: int) -> str:
+def verdict_html(network: Network, result: Reach, node: int) -> str:
     """The node's answer where its features are real, and how far a change there is felt."""
-    felt = (found.change > UNMOVED) & (found.distance > 0)
-    far = int(found.distance[felt].max()) if felt.any() else 0
-    others = int((found.distance > 0).sum())
+    changed_nodes = (result.change > UNMOVED) & (result.distance > 0)
+    farthest = int(result.distance[changed_nodes].max()) if changed_nodes.any() else 0
+    others = int((result.distance > 0).sum())
     text = (
         f"Node {node} has no edges, so its features change no other node."
         if not others
         else (
-            f"Without the features of node {node}, the states of <b>{int(felt.sum()):,}</b> of the "
-            f"{others:,} other nodes that it is connected with change, up to <b>{far}</b> "
-            f"edge{'s' * (far != 1)} away. A network of two layers would reach two edges."
+            f"Without the features of node {node}, the states of "
+            f"<b>{int(changed_nodes.sum()):,}</b> of the {others:,} other nodes that it is "
+            f"connected with change, up to <b>{farthest}</b> "
+            f"edge{'s' * (farthest != 1)} away. A network of two layers would reach two edges."
         )
     )
     if network.labels is None:
         answer = "The features are drawn at random, so the answers mean nothing here."
     else:
-        stored = network.labels[node]
-        true = stored.nonzero().flatten().tolist() if stored.dim() else [int(stored)]
-        said = ", ".join(f"{escape(n)} {p:.0%}" for n, p in list(found.answer.items())[:3])
-        kind = "labels" if stored.dim() else "class"
+        truth = network.labels[node]
+        true_labels = truth.nonzero().flatten().tolist() if truth.dim() else [int(truth)]
+        top_answers = ", ".join(f"{escape(n)} {p:.0%}" for n, p in list(result.answer.items())[:3])
+        kind = "labels" if truth.dim() else "class"
         answer = (
-            f"The model says of node {node}: <b>{said}</b>; the data set: {kind} "
-            f"{', '.join(map(str, true)) or 'none'}."
+            f"The model says of node {node}: <b>{top_answers}</b>; the data set: {kind} "
+            f"{', '.join(map(str, true_labels)) or 'none'}."
         )
-    solve = f"after <b>{found.n_steps}</b> steps, residual {found.residual:.2g}."
-    return verdict(found.converged, f"{solve} {text}", answer)
+    solve = f"after <b>{result.n_steps}</b> steps, residual {result.residual:.2g}."
+    return verdict(result.converged, f"{solve} {text}", answer)
 
 
-def network_html(network: Network, found: Reach, node: int) -> str:
+def network_html(network: Network, result: Reach, node: int) -> str:
     """The nodes around the chosen one, coloured by how much they change."""
-    known = found.distance >= 0
-    order = torch.where(known, found.distance, len(known)).argsort(stable=True)
-    shown = order[: min(MAX_DRAWN, int(known.sum()))]
-    place = torch.full((len(known),), -1)
-    place[shown] = torch.arange(len(shown))
+    connected_nodes = result.distance >= 0
+    order = torch.where(connected_nodes, result.distance, len(connected_nodes)).argsort(stable=True)
+    shown_nodes = order[: min(MAX_DRAWN, int(connected_nodes.sum()))]
+    place = torch.full((len(connected_nodes),), -1)
+    place[shown_nodes] = torch.arange(len(shown_nodes))
     pairs = place[network.edge_index]
     pairs = pairs[:, (pairs >= 0).all(0)]
-    change = found.change[shown].clamp_min(UNMOVED)
+    change = result.change[shown_nodes].clamp_min(UNMOVED)
     low, high = math.log10(UNMOVED), math.log10(float(change.max()))
     share = (change.log10() - low) / max(high - low, 1e-9)
     tips = [
-        f"node {int(i)}, {int(found.distance[i])} edges away: changes by {found.change[i]:.1g}"
-        for i in shown
+        f"node {int(i)}, {int(result.distance[i])} edges away: changes by {result.change[i]:.1g}"
+        for i in shown_nodes
     ]
-    rest = len(known) - len(shown)
+    rest = len(connected_nodes) - len(shown_nodes)
     caption = (
         f"The fuller the colour, the more a node’s state changes without the features of node "
         f'{node}, which has a ring: <span class="dz-scale"><i></i></span> 10⁻⁶ or less to '
         f"{10**high:.1g} of its size."
         + (f" {rest:,} nodes farther away not drawn." if rest else "")
     )
-    label = f"{network.name}: {len(shown)} nodes around node {node}"
+    label = f"{network.name}: {len(shown_nodes)} nodes around node {node}"
     return drawing(pairs, share, tips, caption, label, ringed=0)
 
 
-def distance_html(found: Reach) -> str:
+def distance_html(result: Reach) -> str:
     """Mean change by the distance in edges."""
-    last = int(found.distance.max())
+    last = int(result.distance.max())
     if not last:
         return ""
     points = [
-        (float(d), max(float(found.change[found.distance == d].mean()), UNMOVED / 10))
+        (float(d), max(float(result.change[result.distance == d].mean()), UNMOVED / 10))
         for d in range(1, last + 1)
     ]
     return page_chart(

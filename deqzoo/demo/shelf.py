@@ -47,27 +47,28 @@ class Shelf:
     def __init__(self) -> None:
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
-        self._loaded: dict[str, Loaded] = {}
+        self._models: dict[str, Loaded] = {}
 
     def entries(self, task: str) -> list[Entry]:
         """Sound checkpoints of a task: the default one, then the others, the best first."""
-        found = []
+        checkpoints = []
         for name in deqzoo.zoo.list_models():
             try:
-                found.append(entry(name))
+                checkpoints.append(entry(name))
             except UserError:  # a damaged folder must not take the page down
                 continue
         metric = "perplexity" if task == TEXT else "accuracy"
-        ranked = best_first((e for e in found if e.task == task), metric)
+        ranked_checkpoints = best_first((e for e in checkpoints if e.task == task), metric)
         # The text style of WikiText fits what people write; Penn Treebank's does not.
         return sorted(
-            ranked, key=lambda e: (e.name != deqzoo.zoo.DEFAULT_IMAGE_MODEL, "ptb" in e.name)
+            ranked_checkpoints,
+            key=lambda e: (e.name != deqzoo.zoo.DEFAULT_IMAGE_MODEL, "ptb" in e.name),
         )
 
     def labels(self, name: str, task: str) -> list[str]:
         """The classes of a checkpoint, without loading its weights."""
-        found = next((e for e in self.entries(task) if e.name == name), None)
-        return list((found.config.get("label2id") or {}) if found else {})
+        checkpoint = next((e for e in self.entries(task) if e.name == name), None)
+        return list((checkpoint.config.get("label2id") or {}) if checkpoint else {})
 
     def names(self, task: str) -> list[str]:
         """Names of a task's checkpoints, the default one first."""
@@ -79,26 +80,26 @@ class Shelf:
         Raises:
             UserError: no such checkpoint, or its files are damaged.
         """
-        known = self.names(task)
-        if not known:
+        names = self.names(task)
+        if not names:
             raise UserError(f"no checkpoint for {task} is bundled; train one: {TRAINING[task]}")
-        name = name or known[0]
-        if name not in known:
-            raise UserError(f"unknown checkpoint {str(name)[:80]!r}; choose {' or '.join(known)}")
+        name = name or names[0]
+        if name not in names:
+            raise UserError(f"unknown checkpoint {str(name)[:80]!r}; choose {' or '.join(names)}")
         with self._lock:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
-            if name not in self._loaded:
-                self._loaded[name] = self._load(entry(name), task)
-        return self._loaded[name]
+            if name not in self._models:
+                self._models[name] = self._load(entry(name), task)
+        return self._models[name]
 
-    def _load(self, found: Entry, task: str) -> Loaded:
+    def _load(self, checkpoint: Entry, task: str) -> Loaded:
         readers = {IMAGES: load_processor, TEXT: load_tokenizer}
         try:
-            model = DEQModel.from_pretrained(found.folder).eval()
-            return Loaded(found, model, readers[task](model) if task in readers else None)
+            model = DEQModel.from_pretrained(checkpoint.folder).eval()
+            return Loaded(checkpoint, model, readers[task](model) if task in readers else None)
         except UserError as error:  # where the server keeps its files is nobody's business
-            raise UserError(str(error).replace(f"{found.folder.parent}/", "")) from error
+            raise UserError(str(error).replace(f"{checkpoint.folder.parent}/", "")) from error
 
 
 def solver_settings(name: Any, max_steps: Any, tolerance: Any) -> dict[str, Any]:

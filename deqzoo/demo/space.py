@@ -70,9 +70,9 @@ def assemble(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("app.py", "LICENSE", "NOTICE"):
         shutil.copy(source / name, folder / name)
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyi", "hub_configs", "*.so")
+    ignore_patterns = shutil.ignore_patterns("__pycache__", "*.pyi", "hub_configs", "*.so")
     for part in _TREES:
-        shutil.copytree(source / part, folder / part, ignore=ignored)
+        shutil.copytree(source / part, folder / part, ignore=ignore_patterns)
     for name in list_models():
         _copy_checkpoint(name, folder / "deqzoo" / "hub_configs" / name)
     (folder / "requirements.txt").write_text(requirements(source), encoding="utf-8")

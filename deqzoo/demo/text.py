@@ -63,7 +63,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredText:
     """A text's figures and its tokens in order."""
 
     report: PerplexityReport
@@ -71,7 +71,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenText:
     """A growing text.
 
     Attributes:
@@ -131,7 +131,7 @@ def _text_of(path: Path) -> str:
     return "".join(parts)
 
 
-def score(loaded: Loaded, text: str, solver: dict[str, Any] | None = None) -> Scored:
+def score(loaded: Loaded, text: str, solver: dict[str, Any] | None = None) -> ScoredText:
     """Perplexity of a text with every token's surprisal and steps.
 
     Raises:
@@ -156,14 +156,14 @@ def score(loaded: Loaded, text: str, solver: dict[str, Any] | None = None) -> Sc
         Token(word, word in vocabulary and word != UNKNOWN, nats / math.log(2), n, ok)
         for word, (_, nats), n, ok in zip(words, report.surprisal, steps, converged, strict=True)
     ]
-    return Scored(report, tokens)
+    return ScoredText(report, tokens)
 
 
 def _words(loaded: Loaded, text: str) -> list[str]:
     """Words of a raw text in the form of the model's corpus."""
     style = text_style(loaded.reader)
-    prepared = prepare_text(text, loaded.reader.get_vocab(), style).text
-    return in_corpus_case(prepared, style).split()
+    prepared_text = prepare_text(text, loaded.reader.get_vocab(), style).text
+    return in_corpus_case(prepared_text, style).split()
 
 
 def _prompt(loaded: Loaded, text: str) -> Tensor:
@@ -187,8 +187,8 @@ def next_words(
     unknown = loaded.reader.get_vocab()[UNKNOWN]
     best = probabilities.topk(min(count + 1, len(probabilities)))
     words = loaded.reader.convert_ids_to_tokens(best.indices.tolist())
-    found = zip(words, best.indices.tolist(), best.values.tolist(), strict=True)
-    return [(word, p) for word, index, p in found if index != unknown][:count]
+    candidates = zip(words, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [(word, p) for word, index, p in candidates if index != unknown][:count]
 
 
 def check_writing(length: Any, temperature: Any) -> tuple[int, float]:
@@ -213,8 +213,8 @@ def check_seed(seed: Any) -> int | None:
 
 @torch.inference_mode()
 def _step(loaded: Loaded, ids: Tensor, cache: Any, solver: dict[str, Any] | None) -> Any:
-    cached = loaded.model.config.has_equilibrium
-    return loaded.model(ids, cache=cache, use_cache=cached, logits_to_keep=1, solver=solver)
+    use_cache = loaded.model.config.has_equilibrium
+    return loaded.model(ids, cache=cache, use_cache=use_cache, logits_to_keep=1, solver=solver)
 
 
 def write(
@@ -224,7 +224,7 @@ def write(
     temperature: float = 0.8,
     seed: int | None = None,
     solver: dict[str, Any] | None = None,
-) -> Iterator[Written]:
+) -> Iterator[WrittenText]:
     """Continue a text word by word; the state is yielded after each word.
 
     Args:
@@ -240,22 +240,22 @@ def write(
     generator.manual_seed(seed) if seed is not None else generator.seed()
     unknown = loaded.reader.get_vocab()[UNKNOWN]
     ids, cache = _prompt(loaded, prompt), None
-    added: list[int] = []
+    added_ids: list[int] = []
     steps: list[int] = []
-    unconverged = 0
+    n_unconverged = 0
     new = ids
     for _ in range(length):
         deadline.check()
         output = _step(loaded, new, cache, solver)
         cache = output.cache
-        chosen = _choose(output.logits[0, -1], temperature, unknown, generator)
+        token_id = _choose(output.logits[0, -1], temperature, unknown, generator)
         steps.append(int(output.token_steps[0, -1]))
-        unconverged += int(not output.token_converged[0, -1])
-        added.append(chosen)
-        ids = torch.cat([ids, torch.tensor([[chosen]])], dim=1)
+        n_unconverged += int(not output.token_converged[0, -1])
+        added_ids.append(token_id)
+        ids = torch.cat([ids, torch.tensor([[token_id]])], dim=1)
         new = ids if cache is None else ids[:, -1:]
-        words = loaded.reader.convert_ids_to_tokens(added)
-        yield Written(detokenize(" ".join(words)), list(steps), unconverged)
+        words = loaded.reader.convert_ids_to_tokens(added_ids)
+        yield WrittenText(detokenize(" ".join(words)), list(steps), n_unconverged)
 
 
 def _choose(logits: Tensor, temperature: float, unknown: int, generator: torch.Generator) -> int:
@@ -279,19 +279,23 @@ _NO_SPACE_BEFORE = re.compile(r"[.,;:!?%)\]]|'(s|t|re|ve|ll|d|m)|n't|@[-,.]@")
 _NO_SPACE_AFTER = re.compile(r"[(\[$£]|@[-,.]@")
 
 
-def _spaced(word: str, following: str | None) -> bool:
+def _has_space(word: str, next_word: str | None) -> bool:
     """Whether a space stands between two words of the corpus."""
-    if following is None or _NO_SPACE_AFTER.fullmatch(word):
+    if next_word is None or _NO_SPACE_AFTER.fullmatch(word):
         return False
-    return not _NO_SPACE_BEFORE.fullmatch(following)
+    return not _NO_SPACE_BEFORE.fullmatch(next_word)
 
 
-def figures_html(scored: Scored, entry: Entry | None = None) -> str:
+def figures_html(scored_text: ScoredText, entry: Entry | None = None) -> str:
     """The text's figures as a row of cards; `entry` is the checkpoint, for a scale."""
-    figures = scored.report.to_dict()
-    own = None if entry is None else entry.best_test("perplexity")
-    scale = "" if own is None else f"; {own:,.0f} on the test texts of its corpus"
-    late = scored.report.unconverged
+    figures = scored_text.report.to_dict()
+    test_perplexity = None if entry is None else entry.best_test("perplexity")
+    scale = (
+        ""
+        if test_perplexity is None
+        else f"; {test_perplexity:,.0f} on the test texts of its corpus"
+    )
+    n_unconverged = scored_text.report.unconverged
     cards = [
         (
             f"{figures['perplexity']:,.1f}",
@@ -304,7 +308,7 @@ def figures_html(scored: Scored, entry: Entry | None = None) -> str:
             f"{figures['n_steps_mean']:.1f}",
             "solver steps per word",
             f"at most {figures['n_steps_max']}; "
-            + (f"{late:,} not converged" if late else "all converged"),
+            + (f"{n_unconverged:,} not converged" if n_unconverged else "all converged"),
         ),
     ]
     return (
@@ -317,24 +321,27 @@ def figures_html(scored: Scored, entry: Entry | None = None) -> str:
     )
 
 
-def tokens_html(scored: Scored) -> str:
+def tokens_html(scored_text: ScoredText) -> str:
     """The text with every word coloured by surprisal or by solver steps, details on hover."""
-    shown = scored.tokens[:SHOWN_TOKENS]
-    most = max(token.steps for token in scored.tokens)
-    least = min(token.steps for token in scored.tokens)
-    focus = ' tabindex="0"' if len(shown) <= FOCUSABLE_TOKENS else ""
+    shown_tokens = scored_text.tokens[:SHOWN_TOKENS]
+    most = max(token.steps for token in scored_text.tokens)
+    least = min(token.steps for token in scored_text.tokens)
+    focus = ' tabindex="0"' if len(shown_tokens) <= FOCUSABLE_TOKENS else ""
     spans = [
-        _span(token, least, most, focus, following)
-        for token, following in zip(shown, [*shown[1:], None], strict=True)
+        _span(token, least, most, focus, next_token)
+        for token, next_token in zip(shown_tokens, [*shown_tokens[1:], None], strict=True)
     ]
     unknown = (
         '<span class="dz-ends"><span class="dz-unknown">word</span> not in the vocabulary, read '
         f"as {escape(UNKNOWN)}</span>"
-        if any(not token.known for token in shown)
+        if any(not token.known for token in shown_tokens)
         else ""
     )
-    rest = len(scored.tokens) - len(shown)
-    more = f'<p class="dz-note">The first {len(shown):,} tokens; {rest:,} more were measured.</p>'
+    rest = len(scored_text.tokens) - len(shown_tokens)
+    more = (
+        f'<p class="dz-note">The first {len(shown_tokens):,} tokens; '
+        f"{rest:,} more were measured.</p>"
+    )
     return (
         '<div class="dz-tokens"><fieldset class="dz-switch"><legend>Colour the words by</legend>'
         '<label><input type="radio" name="dz-colour" checked/> surprisal</label>'
@@ -347,7 +354,7 @@ def tokens_html(scored: Scored) -> str:
     )
 
 
-def _span(token: Token, least: int, most: int, focus: str, following: Token | None) -> str:
+def _span(token: Token, least: int, most: int, focus: str, next_token: Token | None) -> str:
     surprise = min(token.bits / FULL_COLOUR_BITS, 1.0)
     effort = (token.steps - least) / max(most - least, 1)
     ends_line = token.word == END
@@ -358,21 +365,21 @@ def _span(token: Token, least: int, most: int, focus: str, following: Token | No
     tip = escape(f"{name}: {token.bits:.1f} bits{unknown} · {steps}{state}", quote=True)
     kind = "dz-token" + ("" if token.known else " dz-unknown")
     word = "⏎" if ends_line else escape(_MARKS.get(token.word, token.word))
-    spaced = _spaced(token.word, None if following is None else following.word)
-    after = "<br/>" if ends_line else " " if spaced else ""
+    has_space = _has_space(token.word, None if next_token is None else next_token.word)
+    after = "<br/>" if ends_line else " " if has_space else ""
     return (
         f'<span class="{kind}" style="--s:{surprise:.2f};--e:{effort:.2f}" data-tip="{tip}" '
         f'aria-label="{tip}"{focus}>{word}</span>{after}'
     )
 
 
-def next_words_html(found: list[tuple[str, float]]) -> str:
+def next_words_html(suggestions: list[tuple[str, float]]) -> str:
     """Suggestions as bars."""
-    longest = max((p for _, p in found), default=1.0)
+    longest = max((p for _, p in suggestions), default=1.0)
     rows = "".join(
         f"<tr><th>{'end of the line' if word == END else escape(_MARKS.get(word, word))}</th>"
         f'<td><div class="dz-bar"><i style="width:{100 * p / longest:.0f}%"></i></div></td>'
         f"<td>{p:.1%}</td></tr>"
-        for word, p in found
+        for word, p in suggestions
     )
     return f'<h3 class="dz-h">How would it go on?</h3><table class="dz-next">{rows}</table>'

@@ -65,46 +65,51 @@ def text_tab(shelf: Shelf) -> None:
     inputs, outputs = [text, *controls.inputs], [figures, tokens, suggestions]
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "text"}
 
-    def measure(written: Any, *chosen: Any) -> tuple[str, str, str]:
-        checked, (loaded, settings) = texts.check_text(written), controls.read(*chosen)
-        scored = texts.score(loaded, checked, settings)
-        following = texts.next_words(loaded, checked, solver=settings)
+    def measure(raw_text: Any, *solver_inputs: Any) -> tuple[str, str, str]:
+        checked_text, (loaded, settings) = texts.check_text(raw_text), controls.read(*solver_inputs)
+        scored_text = texts.score(loaded, checked_text, settings)
+        continuations = texts.next_words(loaded, checked_text, solver=settings)
         return (
-            texts.figures_html(scored, loaded.entry),
-            texts.tokens_html(scored),
-            texts.next_words_html(following),
+            texts.figures_html(scored_text, loaded.entry),
+            texts.tokens_html(scored_text),
+            texts.next_words_html(continuations),
         )
 
-    def read(path: Any, *chosen: Any) -> tuple[Any, ...]:
-        written = texts.read_text_file(path)
-        return written, *measure(written, *chosen)
+    def read(path: Any, *solver_inputs: Any) -> tuple[Any, ...]:
+        raw_text = texts.read_text_file(path)
+        return raw_text, *measure(raw_text, *solver_inputs)
 
     def go_on(
-        written: Any, length: Any, temperature: Any, *chosen: Any
+        raw_text: Any, length: Any, temperature: Any, *solver_inputs: Any
     ) -> Iterator[tuple[str, str]]:
-        checked, (loaded, settings) = texts.check_text(written), controls.read(*chosen)
+        checked_text, (loaded, settings) = texts.check_text(raw_text), controls.read(*solver_inputs)
         words, heat = texts.check_writing(length, temperature)
-        for state in texts.write(loaded, checked, words, heat, solver=settings):
-            yield _continued(checked, state.text), _effort(state)
+        for state in texts.write(loaded, checked_text, words, heat, solver=settings):
+            yield _continuation_html(checked_text, state.text), _effort_html(state)
 
-    shown: dict[str, Any] = {**options, "show_progress_on": [figures]}
-    measured = in_place(measure, outputs, figures)
-    button.click(measured, inputs, outputs, **shown)
-    chosen = examples.load_input_event
-    chosen.then(measured, inputs, outputs, **shown)
-    chosen.then(None, None, None, js=TO_THE_ANSWER)
-    every = [text, *outputs]
-    upload.upload(in_place(read, every, figures), [upload, *controls.inputs], every, **shown)
+    measure_options: dict[str, Any] = {**options, "show_progress_on": [figures]}
+    safe_measure = in_place(measure, outputs, figures)
+    button.click(safe_measure, inputs, outputs, **measure_options)
+    example_event = examples.load_input_event
+    example_event.then(safe_measure, inputs, outputs, **measure_options)
+    example_event.then(None, None, None, js=TO_THE_ANSWER)
+    all_outputs = [text, *outputs]
+    upload.upload(
+        in_place(read, all_outputs, figures),
+        [upload, *controls.inputs],
+        all_outputs,
+        **measure_options,
+    )
     gr.on([button.click], None, None, None, js=TO_THE_ANSWER)
-    added = [writing["output"], writing["effort"]]
-    running = writing["run"].click(
-        in_place(go_on, added, writing["output"]),
+    writing_outputs = [writing["output"], writing["effort"]]
+    run_event = writing["run"].click(
+        in_place(go_on, writing_outputs, writing["output"]),
         [text, writing["length"], writing["temperature"], *controls.inputs],
-        added,
+        writing_outputs,
         show_progress="minimal",
         **options,
     )
-    writing["stop"].click(None, None, None, cancels=[running], api_visibility="private")
+    writing["stop"].click(None, None, None, cancels=[run_event], api_visibility="private")
 
 
 def _writing() -> dict[str, Any]:
@@ -126,16 +131,16 @@ def _writing() -> dict[str, Any]:
             "output": output, "effort": effort}  # fmt: skip
 
 
-def _continued(prompt: str, added: str) -> str:
+def _continuation_html(prompt: str, continuation: str) -> str:
     tail = prompt.strip()[-200:]
     start = "…" if len(prompt.strip()) > len(tail) else ""
     return (
         f'<p class="dz-written" aria-live="polite"><span class="dz-note">{start}{escape(tail)}'
-        f"</span> {escape(texts.readable(added))}</p>"
+        f"</span> {escape(texts.readable(continuation))}</p>"
     )
 
 
-def _effort(state: texts.Written) -> str:
+def _effort_html(state: texts.WrittenText) -> str:
     mean = sum(state.steps) / len(state.steps)
     late = f", {state.unconverged} not converged" if state.unconverged else ""
     return (
@@ -161,8 +166,8 @@ def endpoints(shelf: Shelf) -> None:
             A dictionary with perplexity, tokens, unknown_share and more; `surprisal` lists every
             token with its negative log-likelihood in nats.
         """
-        scored = texts.score(shelf.get(checkpoint, TEXT), texts.check_text(text))
-        return finite(scored.report.to_dict())
+        scored_text = texts.score(shelf.get(checkpoint, TEXT), texts.check_text(text))
+        return finite(scored_text.report.to_dict())
 
     @guarded
     def generate(
@@ -180,11 +185,11 @@ def endpoints(shelf: Shelf) -> None:
         Returns:
             What comes after the text; then the solver steps of each added word.
         """
-        checked = texts.check_text(text)
+        checked_text = texts.check_text(text)
         words, heat = texts.check_writing(length, temperature)
         number = texts.check_seed(seed)
         loaded = shelf.get(checkpoint, TEXT)
-        *_, state = texts.write(loaded, checked, words, heat, number)
+        *_, state = texts.write(loaded, checked_text, words, heat, number)
         return state.text, {"n_steps": state.steps, "unconverged": state.unconverged}
 
     options: dict[str, Any] = {"concurrency_id": "text"}

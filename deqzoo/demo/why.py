@@ -25,7 +25,7 @@ DEPTHS = (1, 2, 4, 8, 16, 24, 32)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What one visit measures.
 
     Attributes:
@@ -34,7 +34,7 @@ class Measured:
         names: the classes.
         truths: class of every picture, by number.
         pictures: thumbnails as URLs, in the same order.
-        found: the solve of all of them.
+        trajectory: the solve of all of them.
         budget: solver steps and accuracy in the checkpoint's evaluation file, with what it counts.
         tolerance: of the solver.
     """
@@ -44,46 +44,48 @@ class Measured:
     names: list[str]
     truths: list[int]
     pictures: list[str]
-    found: Watched
+    trajectory: Watched
     budget: tuple[str, list[tuple[float, float]]] | None
     tolerance: float
 
     @property
     def steps(self) -> int:
         """Of the longest solve."""
-        return len(self.found.probabilities)
+        return len(self.trajectory.probabilities)
 
     def answers(self, step: int) -> list[int]:
         """Class of every picture after so many steps."""
         at = min(max(step, 1), self.steps) - 1
-        return self.found.probabilities[at].argmax(1).tolist()
+        return self.trajectory.probabilities[at].argmax(1).tolist()
 
     def right(self, step: int) -> int:
         """How many pictures are named right after so many steps."""
         return sum(a == t for a, t in zip(self.answers(step), self.truths, strict=True))
 
 
-def measure(loaded: Loaded, paths: Sequence[Path]) -> Measured:
-    """Solve the example pictures that a model knows, and weigh a training step.
+def measure(loaded: Loaded, paths: Sequence[Path]) -> Measurement:
+    """Solve the example pictures that a model knows, and measure a training step's memory.
 
     Raises:
         UserError: it knows none of them, or the time limit is over.
     """
     model, deadline = loaded.model, Deadline()
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    known = examples.known(paths, names)
-    if not known:
+    known_paths = examples.known_pictures(paths, names)
+    if not known_paths:
         raise UserError("none of the example pictures shows a class of this model; choose another")
-    opened = [open_picture(path) for path in known]
-    pixels = to_batch(loaded.reader, opened, model)
-    truths = [names.index(examples.shown(path, names) or "") for path in known]
-    found = watch(model, pixels, on_step=deadline.check)
+    opened_pictures = [open_picture(path) for path in known_paths]
+    pixels = to_batch(loaded.reader, opened_pictures, model)
+    truths = [names.index(examples.shown_class(path, names) or "") for path in known_paths]
+    trajectory = watch(model, pixels, on_step=deadline.check)
     memory = training_memory(model, pixels[:1], torch.tensor(truths[:1]), DEPTHS)
-    own = model.config.gradient
-    gradient = own["name"].upper() + (f" with {own['steps']} steps" if own.get("steps") else "")
-    return Measured(
-        gradient, memory, names, truths, [data_url(thumbnail(p)) for p in opened], found,
-        _budget(loaded), float(model.config.solver["tol"]),
+    gradient_settings = model.config.gradient
+    gradient = gradient_settings["name"].upper() + (
+        f" with {gradient_settings['steps']} steps" if gradient_settings.get("steps") else ""
+    )
+    return Measurement(
+        gradient, memory, names, truths, [data_url(thumbnail(p)) for p in opened_pictures],
+        trajectory, _budget(loaded), float(model.config.solver["tol"]),
     )  # fmt: skip
 
 
@@ -98,11 +100,11 @@ def _budget(loaded: Loaded) -> tuple[str, list[tuple[float, float]]] | None:
     return None
 
 
-def memory_html(measured: Measured) -> str:
+def memory_html(measurement: Measurement) -> str:
     """Memory of a training step against depth."""
     sizes = {
-        "the map unrolled, layer by layer": measured.memory["unrolled"],
-        "as an equilibrium": measured.memory["equilibrium"],
+        "the map unrolled, layer by layer": measurement.memory["unrolled"],
+        "as an equilibrium": measurement.memory["equilibrium"],
     }
     series = {
         name: [(d, size / 2**20) for d, size in zip(DEPTHS, values, strict=True)]
@@ -112,37 +114,38 @@ def memory_html(measured: Measured) -> str:
         series, title="Memory of a training step, in MiB", tip="depth {x:.0f}: {y:.1f} MiB",
         x_label="depth: solver steps, or layers",
     )  # fmt: skip
-    deep = measured.memory["unrolled"][-1] / 2**20
-    flat = measured.memory["equilibrium"][-1] / 2**20
+    deep = measurement.memory["unrolled"][-1] / 2**20
+    flat = measurement.memory["equilibrium"][-1] / 2**20
     text = (
         f"One picture, one training step, measured here: what PyTorch keeps for the backward pass. "
         f"At depth {DEPTHS[-1]} the unrolled network keeps <b>{deep:.1f} MiB</b>, the equilibrium "
-        f"<b>{flat:.1f} MiB</b>, as at any depth: its gradient ({measured.gradient}) starts at the "
-        "solution and does not pass through the solve."
+        f"<b>{flat:.1f} MiB</b>, as at any depth: its gradient ({measurement.gradient}) starts at "
+        "the solution and does not pass through the solve."
     )
     return _section("Training memory does not grow with depth", text, chart)
 
 
-def effort_html(measured: Measured) -> str:
+def effort_html(measurement: Measurement) -> str:
     """The easiest and the hardest of the pictures side by side."""
-    steps = measured.found.n_steps.tolist()
+    steps = measurement.trajectory.n_steps.tolist()
     easy, hard = steps.index(min(steps)), steps.index(max(steps))
     chart = page_chart(
         {
             kind: [
-                (k + 1.0, float(measured.found.residuals[k, i])) for k in range(max(steps[i], 1))
+                (k + 1.0, float(measurement.trajectory.residuals[k, i]))
+                for k in range(max(steps[i], 1))
             ]
             for kind, i in (("the easiest", easy), ("the hardest", hard))
         },
         title="Distance to the equilibrium", tip="step {x:.0f}: residual {y:.1e}", log_y=True,
-        level=measured.tolerance,
+        level=measurement.tolerance,
     )  # fmt: skip
     cards = "".join(
-        f'<div class="dz-card"><img alt="{escape(measured.names[measured.truths[i]])}" '
-        f'src="{measured.pictures[i]}"/><div><b>{steps[i]} steps</b>'
-        f'<div class="dz-note">{kind}: called {escape(measured.names[answer])}</div></div></div>'
+        f'<div class="dz-card"><img alt="{escape(measurement.names[measurement.truths[i]])}" '
+        f'src="{measurement.pictures[i]}"/><div><b>{steps[i]} steps</b>'
+        f'<div class="dz-note">{kind}: called {escape(measurement.names[answer])}</div></div></div>'
         for kind, i in (("the easiest", easy), ("the hardest", hard))
-        for answer in (int(measured.found.final[i].argmax()),)
+        for answer in (int(measurement.trajectory.final[i].argmax()),)
     )
     text = (
         f"The {len(steps)} example pictures that this model has a class for were solved in one "
@@ -154,38 +157,38 @@ def effort_html(measured: Measured) -> str:
     )
 
 
-def dial_html(measured: Measured, step: int) -> str:
+def dial_html(measurement: Measurement, step: int) -> str:
     """What the answers are if the solve is stopped after so many steps."""
-    step = min(max(int(step), 1), measured.steps)
-    answers, final = measured.answers(step), measured.answers(measured.steps)
+    step = min(max(int(step), 1), measurement.steps)
+    answers, final = measurement.answers(step), measurement.answers(measurement.steps)
     same = sum(a == b for a, b in zip(answers, final, strict=True))
     total = len(answers)
     cards = []
-    for i, (answer, truth) in enumerate(zip(answers, measured.truths, strict=True)):
-        right = answer == truth
-        changes = "" if answer == final[i] else f"later {escape(measured.names[final[i]])}"
+    for i, (answer, truth) in enumerate(zip(answers, measurement.truths, strict=True)):
+        is_right = answer == truth
+        changes = "" if answer == final[i] else f"later {escape(measurement.names[final[i]])}"
         cards.append(
-            f'<div class="dz-mini dz-{"right" if right else "wrong"}">'
-            f'<img alt="{escape(measured.names[truth])}" src="{measured.pictures[i]}"/>'
-            f"<span>{'✓' if right else '✗'} {escape(measured.names[answer])}"
+            f'<div class="dz-mini dz-{"right" if is_right else "wrong"}">'
+            f'<img alt="{escape(measurement.names[truth])}" src="{measurement.pictures[i]}"/>'
+            f"<span>{'✓' if is_right else '✗'} {escape(measurement.names[answer])}"
             f"<small>{changes}</small></span></div>"
         )
     return (
         f'<p class="dz-dial"><b>Stopped after {step} step{"s" * (step != 1)}</b>: '
-        f"{measured.right(step)} of {total} pictures named right; {same} of {total} answers are "
+        f"{measurement.right(step)} of {total} pictures named right; {same} of {total} answers are "
         f'the ones it ends with.</p><div class="dz-minis">{"".join(cards)}</div>'
     )
 
 
-def dial_chart(measured: Measured) -> str:
+def dial_chart(measurement: Measurement) -> str:
     """Accuracy against effort, of the examples here and of the test pictures as measured before."""
-    total = len(measured.truths)
+    total = len(measurement.truths)
     here = f"these {total} pictures, measured here"
     series: dict[str, Any] = {
-        here: [(k, measured.right(k) / total) for k in range(1, measured.steps + 1)]
+        here: [(k, measurement.right(k) / total) for k in range(1, measurement.steps + 1)]
     }
-    if measured.budget is not None:
-        title, points = measured.budget
+    if measurement.budget is not None:
+        title, points = measurement.budget
         series[f"{title}, from its evaluation file"] = points
     chart = page_chart(
         series, title="Accuracy if stopped after so many steps", tip="{x:.0f} steps: {y:.1%}",

@@ -42,16 +42,16 @@ def why_tab(shelf: Shelf, pictures: list[Path], tab: Any) -> None:
     state = gr.State(None)
 
     def run(name: Any) -> tuple[Any, ...]:
-        found = why.measure(shelf.get(name, IMAGES), pictures)
-        start = max(2, found.steps // 5)
-        slider = gr.Slider(maximum=found.steps, value=start, visible=True)
+        measurement = why.measure(shelf.get(name, IMAGES), pictures)
+        start = max(2, measurement.steps // 5)
+        slider = gr.Slider(maximum=measurement.steps, value=start, visible=True)
         return (
-            why.memory_html(found), why.effort_html(found), why.dial_chart(found), slider,
-            why.dial_html(found, start), found,
+            why.memory_html(measurement), why.effort_html(measurement),
+            why.dial_chart(measurement), slider, why.dial_html(measurement, start), measurement,
         )  # fmt: skip
 
-    def run_once(name: Any, found: Any) -> tuple[Any, ...]:
-        return run(name) if found is None else (gr.skip(),) * 6
+    def run_once(name: Any, measurement: Any) -> tuple[Any, ...]:
+        return run(name) if measurement is None else (gr.skip(),) * 6
 
     outputs = [memory, effort, curve, step, dial, state]
     options: dict[str, Any] = {
@@ -63,7 +63,7 @@ def why_tab(shelf: Shelf, pictures: list[Path], tab: Any) -> None:
     )  # fmt: skip
     tab.select(in_place(run_once, outputs, memory), [checkpoint, state], outputs, **options)
     step.change(
-        lambda found, k: why.dial_html(found, k) if found is not None else gr.skip(),
+        lambda results, k: why.dial_html(results, k) if results is not None else gr.skip(),
         [state, step], dial, api_visibility="private", queue=False, show_progress="hidden",
         trigger_mode="always_last",
     )  # fmt: skip

@@ -141,7 +141,7 @@ def test_batch_tab(page, served) -> None:
     model.use_inference_kernels(False)
     everything = [PICTURES / "chelsea.png", *sorted(PICTURES.glob("*.jpg"))]
     labels = model.config.label2id
-    pictures = examples.known(everything, labels) or everything
+    pictures = examples.known_pictures(everything, labels) or everything
     expected = classify(model, [read_picture(p) for p in pictures])
     page.tab("Several images")
     page.page.click("#batch-examples")
@@ -151,7 +151,7 @@ def test_batch_tab(page, served) -> None:
     assert cards.count() == len(pictures)
     for i, result in enumerate(expected):
         assert f"{result.n_steps} steps" in cards.nth(i).inner_text()
-    truths = [examples.shown(path, labels) for path in pictures]
+    truths = [examples.shown_class(path, labels) for path in pictures]
     right = sum(r.labels[0][0] == t for r, t in zip(expected, truths, strict=True))
     if any(truths):
         said = page.page.inner_text("#batch-answers")

@@ -100,8 +100,8 @@ def test_steps_of_a_solve_lead_to_its_answer(tiny_mdeq) -> None:
     name, probability = solve.labels[0]
     assert solve.probabilities[name][-1] == pytest.approx(probability, abs=1e-3)
     assert len(solve.residuals) == len(solve.probabilities[name]) == solve.n_steps
-    assert solve.seen.size == (32, 32)
-    assert max(abs(a - b) for a, b in zip(solve.seen.getpixel((9, 9)), (255, 165, 0))) <= 1  # noqa: B905
+    assert solve.model_picture.size == (32, 32)
+    assert max(abs(a - b) for a, b in zip(solve.model_picture.getpixel((9, 9)), (255, 165, 0))) <= 1  # noqa: B905
     assert ("Equilibrium found" in images.solve_html(solve)) == solve.converged
 
 
@@ -149,7 +149,7 @@ def test_molecules_have_all_their_atoms() -> None:
 
 def test_words_of_the_corpus_are_shown_as_people_write(text_folder) -> None:
     shown = text.tokens_html(
-        text.Scored(
+        text.ScoredText(
             SimpleNamespace(),
             [text.Token(word, True, 1.0, 3, True) for word in "well @-@ known , did n't".split()],
         )
