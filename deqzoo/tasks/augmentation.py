@@ -1,4 +1,4 @@
-"""Variations of training pictures: whole batches where they are, or one picture at a time."""
+"""Variations of training pictures: whole batches on their device, or one picture at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ASPECT = (3 / 4, 4 / 3)
 
 def check_augmentation(
     options: dict[str, Any],
-    known: tuple[str, ...],
+    valid_keys: tuple[str, ...],
     flips: tuple[str, ...] = ("alternating", "random"),
 ) -> None:
     """Check the options of `augment` before anything runs.
@@ -29,9 +29,9 @@ def check_augmentation(
     Raises:
         UserError: unknown option or value.
     """
-    unknown = sorted(set(options) - set(known))
+    unknown = sorted(set(options) - set(valid_keys))
     if unknown:
-        raise UserError(f"unknown augmentation {unknown[0]!r}; valid: {', '.join(known)}")
+        raise UserError(f"unknown augmentation {unknown[0]!r}; valid: {', '.join(valid_keys)}")
     if options.get("flip") not in (None, *flips):
         raise UserError(f"augment.flip must be {' or '.join(flips)}, got {options['flip']!r}")
     for key in {"crop", "cutout"} & set(options):
@@ -64,7 +64,7 @@ def augment(
     generator: torch.Generator | None,
     side: int | None = None,
 ) -> Tensor:
-    """Augment uint8 pictures (B, 3, H, W) where they are, without a look at any value.
+    """Augment uint8 pictures (B, 3, H, W) on their device, without reading any value on the host.
 
     Args:
         pixels: the batch.
@@ -81,13 +81,13 @@ def augment(
     flip = options.get("flip")
     if flip == "alternating":
         # A fixed pseudo-random bit per picture, then every other epoch.
-        chosen = ((rows * 2654435761 >> 7) + epoch) % 2 == 1
+        is_flipped = ((rows * 2654435761 >> 7) + epoch) % 2 == 1
     elif flip == "random":
-        chosen = torch.rand(n, generator=generator, device=device) < 0.5
+        is_flipped = torch.rand(n, generator=generator, device=device) < 0.5
     else:
-        chosen = None
-    if chosen is not None:
-        pixels = torch.where(chosen.reshape(n, 1, 1, 1), pixels.flip(3), pixels)
+        is_flipped = None
+    if is_flipped is not None:
+        pixels = torch.where(is_flipped.reshape(n, 1, 1, 1), pixels.flip(3), pixels)
     if "area" in options or "aspect" in options:
         area, aspect = options.get("area", AREA), options.get("aspect", ASPECT)
         height, width = pixels.shape[-2:]
@@ -103,13 +103,15 @@ def augment(
 def _random_crop(pixels: Tensor, pad: int, generator: torch.Generator | None) -> Tensor:
     n, channels, height, width = pixels.shape
     device = pixels.device
-    padded = F.pad(pixels.float(), (pad,) * 4, mode="reflect").to(pixels.dtype)
+    padded_pixels = F.pad(pixels.float(), (pad,) * 4, mode="reflect").to(pixels.dtype)
     tops = torch.randint(2 * pad + 1, (n,), generator=generator, device=device)
     lefts = torch.randint(2 * pad + 1, (n,), generator=generator, device=device)
     rows = (tops[:, None] + torch.arange(height, device=device))[:, None, :, None]
     columns = (lefts[:, None] + torch.arange(width, device=device))[:, None, None, :]
     index = torch.arange(n, device=device)[:, None, None, None]
-    return padded[index, torch.arange(channels, device=device)[None, :, None, None], rows, columns]
+    return padded_pixels[
+        index, torch.arange(channels, device=device)[None, :, None, None], rows, columns
+    ]
 
 
 def random_boxes(
@@ -130,11 +132,11 @@ def random_boxes(
     left, top = ((width - w + 1) * draws[2]).floor(), ((height - h + 1) * draws[3]).floor()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     boxes = torch.stack((left, top, w, h), dim=-1)
-    first = fits.int().argmax(1).reshape(n, 1, 1).expand(n, 1, 4)
-    chosen = boxes.gather(1, first).squeeze(1)
+    first_fit = fits.int().argmax(1).reshape(n, 1, 1).expand(n, 1, 4)
+    fitting_boxes = boxes.gather(1, first_fit).squeeze(1)
     limits = _central_box(width, height, aspect)
-    central = torch.stack([torch.full((n,), float(x), device=device) for x in limits], dim=1)
-    return torch.where(fits.any(1, keepdim=True), chosen, central)
+    central_boxes = torch.stack([torch.full((n,), float(x), device=device) for x in limits], dim=1)
+    return torch.where(fits.any(1, keepdim=True), fitting_boxes, central_boxes)
 
 
 def cropped(pixels: Tensor, boxes: Tensor, side: int) -> Tensor:
@@ -182,7 +184,7 @@ def cutmix(
 ) -> tuple[Tensor, Tensor]:
     """Put a box of another picture of the batch into some pictures (Yun et al., ICCV 2019).
 
-    The area of a box is uniform, as with their Beta(1, 1); a label is shared by what is seen.
+    The area of a box is uniform, as with their Beta(1, 1); a label is shared by the visible areas.
 
     Args:
         pixels: pictures (B, C, H, W) in random order; the other picture is the one before.
@@ -204,9 +206,9 @@ def cutmix(
         inside.append((place - centre).abs() < reach)
     box = inside[0][:, :, None] & inside[1][:, None, :]
     pixels = torch.where(box.unsqueeze(1), pixels.roll(1, 0), pixels)
-    other = box.float().mean((1, 2)).unsqueeze(1)
+    other_share = box.float().mean((1, 2)).unsqueeze(1)
     classes = F.one_hot(labels, n_classes).float()
-    return pixels, classes.lerp(classes.roll(1, 0), other)
+    return pixels, classes.lerp(classes.roll(1, 0), other_share)
 
 
 def random_box(

@@ -24,7 +24,7 @@ _Config = TypeVar("_Config", bound=PreTrainedConfig)
 class Task(Protocol):
     """Data, model and metrics of a recipe. One object serves one run.
 
-    What has a body here is what most tasks do; a class that derives from this one inherits it.
+    Methods with a body are defaults that a class which derives from this one inherits.
     """
 
     metric: str
@@ -61,7 +61,7 @@ class Task(Protocol):
         return batch
 
     def before_forward(self, model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
-        """Add to a batch what earlier steps left behind (a language model's memory)."""
+        """Add to a batch the state that earlier steps left (a language model's memory)."""
         return batch
 
     def after_forward(self, outputs: Any) -> None:
@@ -82,7 +82,7 @@ class Task(Protocol):
         return 1
 
     def sample_size(self, stage: Stage) -> int:
-        """How many of the samples that `evaluate` counts one sample of a batch holds."""
+        """Samples, as `evaluate` counts them, in one sample of a batch: words of a text segment."""
         return 1
 
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
@@ -110,7 +110,7 @@ class Resident(Protocol):
     """
 
     def epoch(self, number: int, stage: Stage) -> Tensor:
-        """What `inputs` wants to know of every optimiser step of an epoch, (steps, ...) int64."""
+        """The `rows` of `inputs` for every optimiser step of an epoch, (steps, ...) int64."""
         ...
 
     def inputs(self, rows: Tensor, epoch: Tensor, stage: Stage) -> dict[str, Any]:
@@ -174,11 +174,11 @@ class Plan:
 
     def epoch(self, step: int) -> float:
         """Epochs trained before an optimiser step, over all stages."""
-        done = 0.0
+        epochs = 0.0
         for i, start in enumerate(self.starts):
             end = self.starts[i + 1] if i + 1 < len(self.starts) else self.total
-            done += max(0, min(step, end) - start) / self.steps_per_epoch[i]
-        return done
+            epochs += max(0, min(step, end) - start) / self.steps_per_epoch[i]
+        return epochs
 
 
 def build_config(kind: type[_Config], model: Model, **sizes: Any) -> _Config:
@@ -186,7 +186,7 @@ def build_config(kind: type[_Config], model: Model, **sizes: Any) -> _Config:
 
     Raises:
         UserError: unknown preset or setting, settings that do not fit together, or overrides that
-            say of the data what they are not.
+            contradict the data.
     """
     with settings_checked(kind, model.overrides, "model.overrides"):
         settings = sizes | model.overrides
@@ -194,11 +194,11 @@ def build_config(kind: type[_Config], model: Model, **sizes: Any) -> _Config:
         config: Any = (
             family.from_preset(model.preset, **settings) if model.preset else kind(**settings)
         )
-    given = {kind.attribute_map.get(name, name) for name in model.overrides}
-    if given & {"id2label", "label2id"}:
-        given.add("num_labels")  # which their length decides
+    override_names = {kind.attribute_map.get(name, name) for name in model.overrides}
+    if override_names & {"id2label", "label2id"}:
+        override_names.add("num_labels")  # which their length decides
     for name in sizes:
-        if name in given and getattr(config, name) != sizes[name]:
+        if name in override_names and getattr(config, name) != sizes[name]:
             raise UserError(
                 f"model.overrides change {name}, which the data decide: leave it out of the recipe"
             )
@@ -222,9 +222,9 @@ def settings_checked(
     Raises:
         UserError: the message names the place.
     """
-    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    valid_names = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     for name in settings:
-        if name not in known | {"num_labels"}:
+        if name not in valid_names | {"num_labels"}:
             raise UserError(f"unknown key {place}.{name}; it is no setting of {kind.__name__}")
     with as_user_error("model settings", ValueError, TypeError, StrictDataclassError):
         yield
@@ -237,10 +237,12 @@ def check_options(load: Callable[..., Any], options: Mapping[str, Any]) -> None:
         UserError: unknown option, or a value of another type than a whole number.
     """
     parameters = inspect.signature(load).parameters
-    known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    valid_names = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name, value in options.items():
-        if name not in known:
-            raise UserError(f"unknown key data.options.{name}; valid keys are {', '.join(known)}")
+        if name not in valid_names:
+            raise UserError(
+                f"unknown key data.options.{name}; valid keys are {', '.join(valid_names)}"
+            )
         if isinstance(parameters[name].default, int) and (type(value) is not int or value < 0):
             raise UserError(f"data.options.{name} must be a whole number, got {value!r}")
 

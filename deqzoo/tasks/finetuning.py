@@ -1,4 +1,4 @@
-"""Runs on data of one's own: what a user settles, and what a task makes of it."""
+"""Runs on data of one's own: the user's settings, and the job that a task makes of them."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class Settings:
     column: str | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("freeze", FREEZE), ("tokenizer", TOKENIZERS)):
-            if getattr(self, name) not in known:
+        for name, choices in (("freeze", FREEZE), ("tokenizer", TOKENIZERS)):
+            if getattr(self, name) not in choices:
                 raise UserError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         for name in ("epochs", "lr"):
             value = getattr(self, name)
@@ -83,7 +83,7 @@ class Job:
         model: to train.
         train: samples to learn, a list or a data set of torch.
         held_out: samples that choose the weights, likewise.
-        measured: how many others the figure is of; 0 where `held_out` has to serve for both.
+        n_test: other samples, which the figure is measured on; 0 where `held_out` serves for both.
         collate: samples to the model's arguments.
         save_processor: writes what belongs beside the weights.
         record: what `own_data.json` holds.
@@ -94,7 +94,7 @@ class Job:
         accuracy: whether the figure is one.
         solver: of training steps where nobody says.
         notes: what a user should know about the data.
-        fingerprints: of what `record` does not tell from other data, for a run that is resumed.
+        fingerprints: of data that `record` cannot tell apart, checked when a run is resumed.
     """
 
     model: PreTrainedModel
@@ -106,7 +106,7 @@ class Job:
     last_layers: tuple[str, ...]
     lr: float
     unit: str
-    measured: int
+    n_test: int
     accuracy: bool = True
     least_steps: int = LEAST_STEPS
     solver: dict[str, Any] | None = None
@@ -116,17 +116,17 @@ class Job:
 
 def warnings_of(job: Job) -> list[str]:
     """What a user should know about the data before the run."""
-    measured = job.measured or len(job.held_out)
-    found = list(job.notes)
-    if not job.measured:
-        found.append(
+    n_test = job.n_test or len(job.held_out)
+    warnings = list(job.notes)
+    if not job.n_test:
+        warnings.append(
             f"so few {job.unit} give one hold-out, which chooses the weights and is measured: its "
             "figure flatters"
         )
-    if job.accuracy and measured < FEW:
-        spread = 100 / math.sqrt(max(measured, 1))
-        found.append(
-            f"the test part has {measured} {job.unit} only: its accuracy is known to about "
+    if job.accuracy and n_test < FEW:
+        spread = 100 / math.sqrt(max(n_test, 1))
+        warnings.append(
+            f"the test part has {n_test} {job.unit} only: its accuracy is known to about "
             f"±{spread:.0f} points (two standard errors)"
         )
-    return found
+    return warnings

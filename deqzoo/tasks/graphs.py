@@ -73,11 +73,11 @@ class GraphPart:
 
     @property
     def rows(self) -> Any:
-        """Index of what counts."""
+        """Index of the rows that count."""
         return slice(None) if self.mask is None else self.mask
 
     def inputs(self, like: Tensor) -> dict[str, Any]:
-        """Keyword arguments of a model, on the device of a tensor, where the part then stays."""
+        """Keyword arguments of a model; the part moves to the device of the tensor `like`."""
         if self.labels.device != like.device:
             self.graphs, self.labels = self.graphs.to(like), self.labels.to(like.device)
             self.mask = None if self.mask is None else self.mask.to(like.device)
@@ -197,10 +197,10 @@ class GraphTask(Task, ABC):
         self.states[self._part] = outputs.hidden_states
 
     def state_dict(self) -> dict[str, Any]:
-        return {str(i): [state.cpu() for state in kept] for i, kept in self.states.items()}
+        return {str(i): [state.cpu() for state in states] for i, states in self.states.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.states = {int(i): tuple(kept) for i, kept in state.items()}
+        self.states = {int(i): tuple(states) for i, states in state.items()}
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
@@ -226,7 +226,7 @@ class GraphTask(Task, ABC):
     def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:
         """The maps of all layers together, of n copies of a training graph of median size."""
         like = next(model.parameters())
-        graphs = repeated(self._typical(), n).to(like)
+        graphs = repeated(self._typical_graph(), n).to(like)
         base: Any = model.base_model
         x, maps = graphs.features, list[Any]()
         for layer in base.layers:
@@ -239,7 +239,7 @@ class GraphTask(Task, ABC):
         return Probe(f, [one.injection for one in maps], partial(model, graphs))
 
     @abstractmethod
-    def _typical(self) -> GraphBatch:
+    def _typical_graph(self) -> GraphBatch:
         """A training graph of median size."""
 
     @abstractmethod
@@ -281,11 +281,11 @@ def own_fold(
     if not isinstance(held_out, (int, float)) or not 0 < held_out < 1:
         raise UserError(f"data.options.held_out must be a share in (0, 1), got {held_out!r}")
     graphs = _learnable_graphs(path)
-    rows, others = stratified(graphs.labels, held_out, seed, graph_digests(graphs.graphs))
-    if not others:
+    rows, held_out_rows = stratified(graphs.labels, held_out, seed, graph_digests(graphs.graphs))
+    if not held_out_rows:
         raise UserError(f"{graphs.name} has one graph of each class; give at least two")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return graphs, Fold([rows[i] for i in order], others, [])
+    return graphs, Fold([rows[i] for i in order], held_out_rows, [])
 
 
 def _learnable_graphs(path: str | Path) -> GraphSet:
@@ -298,9 +298,9 @@ def _learnable_graphs(path: str | Path) -> GraphSet:
 class GraphClassificationTask(GraphTask):
     """Classes of graphs: a fold of a published set, or graphs of one's own.
 
-    Batches are the same in every epoch, as published, and hold one row per kind of nodes that no
-    number of steps can tell apart. Without a validation part (the published protocol) the test part
-    takes its place, evaluated with A + A^T.
+    Batches are the same in every epoch, as published, and hold one row per set of nodes whose
+    states are equal after any number of steps. Without a validation part (the published protocol)
+    the test part takes its place, evaluated with A + A^T.
     """
 
     head = "ForGraphClassification"
@@ -325,14 +325,14 @@ class GraphClassificationTask(GraphTask):
         self.counts = {"train": len(fold.train), "validation": len(held_out)}
         self.sizes = [(self.graphs.graphs[i].num_nodes, i) for i in fold.train]
         if name == OWN:
-            seen = [digests[i] for i in fold.train]
-            self.record = {"kind": "graphs", "name": self.graphs.name, "train": seen}
+            train_digests = [digests[i] for i in fold.train]
+            self.record = {"kind": "graphs", "name": self.graphs.name, "train": train_digests}
             if self.recipe.evaluation.keep == "best":
                 self.record |= {"one_hold_out": True, "validation": [digests[i] for i in held_out]}
         else:
             parts = {"train": fold.train, "validation": fold.validation, "test": fold.test}
-            chosen = {"protocol": "honest", "fold": 0, **options}
-            self.fold = {"data": self.graphs.name, **chosen, **parts}
+            fold_options = {"protocol": "honest", "fold": 0, **options}
+            self.fold = {"data": self.graphs.name, **fold_options, **parts}
 
     def _parts(self, index: Sequence[int], symmetrize: bool = False) -> list[GraphPart]:
         size = self.recipe.batch_size
@@ -344,7 +344,7 @@ class GraphClassificationTask(GraphTask):
         graphs = GraphBatch.build(self.config, **graph_fields(batch), symmetrize=symmetrize)
         return GraphPart(merge_equal_nodes(graphs), batch.y)
 
-    def _typical(self) -> GraphBatch:
+    def _typical_graph(self) -> GraphBatch:
         _, number = sorted(self.sizes)[len(self.sizes) // 2]
         return self._part_of([number]).graphs
 
@@ -399,19 +399,20 @@ class ResidentGraphs:
         self.entries = max(len(one.values) for one in adjacencies)
         self.n_graphs = 1 + max(one.n_graphs for one in graphs)
         self.symmetric = all(one.is_symmetric for one in adjacencies)
-        measured = task.config.known_radius is None
-        self.radius = max(one.spectral_radius for one in adjacencies) if measured else 0.0
-        padded = [self._padded(part) for part in task.training]
+        needs_radius = task.config.known_radius is None
+        self.radius = max(one.spectral_radius for one in adjacencies) if needs_radius else 0.0
+        padded_parts = [self._padded_tensors(part) for part in task.training]
         self.parts = {
-            key: torch.stack([tensors[key] for tensors in padded]).to(device) for key in padded[0]
+            key: torch.stack([tensors[key] for tensors in padded_parts]).to(device)
+            for key in padded_parts[0]
         }
         widths: list[Any] = list(task.config.hidden_sizes)
         widths += [task.config.num_labels] if task.config.implicit_head else []
-        self.states = [torch.zeros(len(padded), self.rows, m, device=device) for m in widths]
+        self.states = [torch.zeros(len(padded_parts), self.rows, m, device=device) for m in widths]
         self._number = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def _padded(self, part: GraphPart) -> dict[str, Tensor]:
-        """The tensors of a part: what is not its own belongs to the last row and the last graph."""
+    def _padded_tensors(self, part: GraphPart) -> dict[str, Tensor]:
+        """The tensors of a part; the padding belongs to the last row and the last graph."""
         graphs, of_nodes = part.graphs, self.task.of_nodes
         x, n = graphs.features.to_dense(), graphs.features.shape[0]
         mask = torch.ones(len(part.labels), dtype=torch.bool) if part.mask is None else part.mask
@@ -439,10 +440,10 @@ class ResidentGraphs:
 
     def epoch(self, number: int, stage: Stage) -> Tensor:
         """Numbers of the parts that each step of an epoch takes, (steps, accumulate) int64."""
-        order, each = self.task.order(number), self.task.recipe.accumulate
+        order, accumulate = self.task.order(number), self.task.recipe.accumulate
         steps = self.task.steps_per_epoch(stage)
-        taken = torch.arange(steps * each) % len(order)
-        return order[taken].reshape(steps, each).to(self._number.device)
+        index = torch.arange(steps * accumulate) % len(order)
+        return order[index].reshape(steps, accumulate).to(self._number.device)
 
     def inputs(self, rows: Tensor, epoch: Tensor, stage: Stage) -> dict[str, Any]:
         """The part of number `rows` (1,), padded, and the equilibria that it had last."""
@@ -454,9 +455,9 @@ class ResidentGraphs:
             values = tensors[f"{prefix}values"]
             return Adjacency.of_rows(entries, starts, values, self.rows, transposed, self.radius)
 
-        other = None if self.symmetric else matrix("transposed_")
+        transposed_matrix = None if self.symmetric else matrix("transposed_")
         graphs = GraphBatch(
-            tensors["features"], matrix("", other), tensors["index"], self.n_graphs,
+            tensors["features"], matrix("", transposed_matrix), tensors["index"], self.n_graphs,
             tensors.get("counts"),
         )  # fmt: skip
         inputs = {
@@ -470,9 +471,9 @@ class ResidentGraphs:
     @torch.no_grad()
     def keep(self, outputs: Any) -> None:
         """Take over the equilibria of a step."""
-        for mine, new in zip(self.states, outputs.hidden_states, strict=True):
-            new = new.to(mine.dtype).nan_to_num(0.0, 0.0, 0.0)
-            mine.index_copy_(0, self._number, new.unsqueeze(0))
+        for states, new_states in zip(self.states, outputs.hidden_states, strict=True):
+            new_states = new_states.to(states.dtype).nan_to_num(0.0, 0.0, 0.0)
+            states.index_copy_(0, self._number, new_states.unsqueeze(0))
 
     def tensors(self) -> list[Tensor]:
         """The equilibria, for checkpoints."""
@@ -481,9 +482,9 @@ class ResidentGraphs:
 
 def _filled(tensor: Tensor, n: int, value: float = 0) -> Tensor:
     """A tensor with its first axis lengthened to n."""
-    longer = tensor.new_full((n, *tensor.shape[1:]), value)
-    longer[: len(tensor)] = tensor
-    return longer
+    filled_tensor = tensor.new_full((n, *tensor.shape[1:]), value)
+    filled_tensor[: len(tensor)] = tensor
+    return filled_tensor
 
 
 def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -> Job:
@@ -498,29 +499,29 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
     )
     graphs.require_readable(model.config)
     share, digests = settings.held_out, graph_digests(graphs.graphs)
-    rows, choosing, test = three_parts(graphs.labels, share, share / 2, settings.seed, digests)
+    rows, validation, test = three_parts(graphs.labels, share, share / 2, settings.seed, digests)
     if not test:
         raise UserError(f"{graphs.name} has one graph of each class; give at least two")
     counts = np.bincount(graphs.labels.numpy())
     names = graphs.encoding.classes if graphs.encoding else range(len(counts))
-    listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+    class_counts = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
     return Job(
         model=model,
         train=[graphs.graphs[i] for i in rows],
-        held_out=[graphs.graphs[i] for i in choosing or test],
+        held_out=[graphs.graphs[i] for i in validation or test],
         collate=collate_graphs,
         save_processor=lambda folder: None,
         record={
             "kind": "graphs",
             "name": graphs.name,
             "train": [digests[i] for i in rows],
-            "validation": [digests[i] for i in choosing or test],
-            "one_hold_out": not choosing,
+            "validation": [digests[i] for i in validation or test],
+            "one_hold_out": not validation,
         },
         last_layers=("dense", "classifier"),
         lr=5e-3,
         least_steps=4 * LEAST_STEPS,  # they are cheap, and 200 left rings, paths and stars mixed
         unit="graphs",
-        measured=len(test) if choosing else 0,
-        notes=[f"graphs of the classes {listed}"],
+        n_test=len(test) if validation else 0,
+        notes=[f"graphs of the classes {class_counts}"],
     )

@@ -72,7 +72,7 @@ SOURCES = {source.name: source for source in (CIFAR10, IMAGENETTE, TINY_IMAGENET
 
 
 def check_side(side: Any, place: str) -> None:
-    """Refuse pictures that no memory holds with their states.
+    """Refuse pictures whose states would not fit into memory.
 
     Raises:
         UserError: a side above `LARGEST_SIDE`; the message names the place.
@@ -121,8 +121,8 @@ class ImageClassificationTask(Task):
         check_options(LOADERS[name], options)
         if stand_in:
             return stand_in_pictures(SOURCES[name], options.get("size"))
-        whole = LOADERS[name]("train+validation", data, **options)
-        return divide(whole, SOURCES[name], options.get("seed", SPLIT_SEED))
+        pictures = LOADERS[name]("train+validation", data, **options)
+        return divide(pictures, SOURCES[name], options.get("seed", SPLIT_SEED))
 
     def _load_own(self, data: str | os.PathLike[str] | None) -> tuple[Pictures, Pictures]:
         """Pictures of one's own; the validation part is a stored split, or a fifth of each class.
@@ -133,9 +133,9 @@ class ImageClassificationTask(Task):
         path = own_path(self.recipe, data)
         check_options(_own_options, self.recipe.data.options)
         options = {"size": 64, "seed": 0, **self.recipe.data.options}
-        found = load_own_pictures(path)
-        training, held_out = divide_own(found, seed=options["seed"])
-        for line in (*contradictions(found), *unlearnt(found)):
+        pictures = load_own_pictures(path)
+        training, held_out = divide_own(pictures, seed=options["seed"])
+        for line in (*contradictions(pictures), *unlearnt(pictures)):
             warn_once(line)
         if len(training) < self.recipe.batch_size * self.recipe.accumulate:
             raise UserError(
@@ -166,7 +166,7 @@ class ImageClassificationTask(Task):
         kind = family_class(self.recipe.model.family, "ForImageClassification")
         model = kind(self.config)
         if self.recipe.whiten:
-            whiten_stem(model, self._normalised(self._first_pictures()))
+            whiten_stem(model, self._normalise(self._first_pictures()))
         return model
 
     def _first_pictures(self) -> Tensor:
@@ -185,18 +185,18 @@ class ImageClassificationTask(Task):
         pixels = self.training.pixels[rows]
         side = stage.resolution or self.config.image_size
         pixels = augment(pixels, rows, epoch, self.recipe.augment, generator, side)
-        pixels, labels = self._mixed(pixels, self.training.labels[rows], generator)
-        return {"pixel_values": resize(self._normalised(pixels), stage.resolution), **labels}
+        pixels, labels = self._mix(pixels, self.training.labels[rows], generator)
+        return {"pixel_values": resize(self._normalise(pixels), stage.resolution), **labels}
 
-    def _mixed(
+    def _mix(
         self, pixels: Tensor, labels: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Pictures (B, 3, H, W) and their labels, with `cutmix` shared ones beside them."""
-        found = {"labels": labels}
+        targets = {"labels": labels}
         if share := self.recipe.augment.get("cutmix"):
             n_classes = len(self.training.classes)
-            pixels, found[SHARED] = cutmix(pixels, labels, n_classes, share, generator)
-        return pixels, found
+            pixels, targets[SHARED] = cutmix(pixels, labels, n_classes, share, generator)
+        return pixels, targets
 
     def _rows(self, plan: Plan, micro_step: int, rank: int, world: int) -> tuple[Tensor, int]:
         """Which pictures (b,) a process gets, and the number of the epoch."""
@@ -212,7 +212,7 @@ class ImageClassificationTask(Task):
             self._order = (epoch, epoch_order(self.recipe.seed, epoch, len(self.training)))
         return self._order[1]
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def _normalise(self, pixels: Tensor) -> Tensor:
         return (pixels.float() / 255 - self.mean) / self.std
 
     def resident(self, device: torch.device) -> ResidentPictures:
@@ -249,12 +249,12 @@ class ImageClassificationTask(Task):
 
     def _validation_batch(self, start: int, end: int, side: int | None) -> tuple[Tensor, Tensor]:
         """Normalised pictures (b, 3, S, S) and labels (b,) of a range of the validation part."""
-        pixels = self._normalised(self.validation.pixels[start:end])
+        pixels = self._normalise(self.validation.pixels[start:end])
         # The part that the image processor keeps.
         share = self.config.image_size / self.processor.size["shortest_edge"]
-        kept = round(share * pixels.shape[-1])
-        first = (pixels.shape[-1] - kept) // 2
-        pixels = pixels[..., first : first + kept, first : first + kept]
+        crop_side = round(share * pixels.shape[-1])
+        first = (pixels.shape[-1] - crop_side) // 2
+        pixels = pixels[..., first : first + crop_side, first : first + crop_side]
         return resize(pixels, side), self.validation.labels[start:end]
 
     def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:
@@ -295,7 +295,7 @@ class ResidentPictures:
         side = stage.resolution or self.task.config.image_size
         options = self.task.recipe.augment
         pixels = augment(self.pixels[rows], rows, epoch, options, None, side)
-        pixels, labels = self.task._mixed(pixels, self.labels[rows], None)
+        pixels, labels = self.task._mix(pixels, self.labels[rows], None)
         pixels = resize((pixels.float() / 255 - self.mean) / self.std, stage.resolution)
         return {
             "pixel_values": pixels.contiguous(memory_format=torch.channels_last),
@@ -352,7 +352,7 @@ def whiten_stem(model: MDEQForImageClassification, pixels: Tensor) -> None:
     weight.copy_(filters.reshape(weight.shape) / filters.norm(dim=1).mean())
 
 
-class _Varied(Dataset[dict[str, Any]]):
+class _VariedPictures(Dataset[dict[str, Any]]):
     """Pictures in memory (N, 3, H, W) uint8, varied anew in every epoch.
 
     How depends on seed, epoch and row alone, so that a resumed run sees the same.
@@ -393,18 +393,18 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
     Raises:
         UserError: there are none, or they cannot be learnt.
     """
-    found = load_own_pictures(data, label_column=settings.label_column)
-    training, choosing, test = divide_in_three(found, settings.held_out, settings.seed)
-    held_out = choosing or test
+    pictures = load_own_pictures(data, label_column=settings.label_column)
+    training, validation, test = divide_in_three(pictures, settings.held_out, settings.seed)
+    held_out = validation or test
     names = training.classes
     model = load(**class_names(names), ignore_mismatched_sizes=True)  # the classifier starts anew
     processor = load_processor(model)
     side = processor.size["shortest_edge"]
     counts = torch.bincount(training.labels, minlength=len(names)).tolist()
-    listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+    class_counts = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
     return Job(
         model=model,
-        train=_Varied(training.in_memory(side), processor, settings.augment, settings.seed),
+        train=_VariedPictures(training.in_memory(side), processor, settings.augment, settings.seed),
         held_out=[
             {
                 "pixel_values": to_batch(processor, [held_out.picture(row)], model)[0],
@@ -419,19 +419,19 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
             "name": training.name,
             "train": training.digests(),
             "validation": held_out.digests(),
-            "one_hold_out": choosing is None,
+            "one_hold_out": validation is None,
             **({"label_column": settings.label_column} if settings.label_column else {}),
         },
         last_layers=("classifier", "head"),
         lr=1e-3,
         unit="pictures",
-        measured=len(test) if choosing else 0,
+        n_test=len(test) if validation else 0,
         # Phantom gradients of a rough equilibrium train as well; the recipes take five.
         solver={"max_steps": min(10, model.config.solver["max_steps"])},
         notes=[
-            f"to learn: {listed if len(names) < 20 else f'{len(names)} classes'}",
-            *contradictions(found),
-            *unlearnt(found),
+            f"to learn: {class_counts if len(names) < 20 else f'{len(names)} classes'}",
+            *contradictions(pictures),
+            *unlearnt(pictures),
         ],
         fingerprints=[part.describe()["fingerprint"] for part in (training, held_out)],
     )

@@ -66,11 +66,11 @@ class LazyImageClassificationTask(ImageClassificationTask):
             self._ahead = (key, self._submit(plan, *key))
         pictures = self._ahead[1]
         if micro_step + 1 < plan.total * plan.accumulate:
-            following = (micro_step + 1, rank, world)
-            self._ahead = (following, self._submit(plan, *following))
+            next_key = (micro_step + 1, rank, world)
+            self._ahead = (next_key, self._submit(plan, *next_key))
         rows, _ = self._rows(plan, micro_step, rank, world)
         pixels = torch.stack([picture.result() for picture in pictures])
-        return {"pixel_values": self._normalised(pixels), "labels": self.training.labels[rows]}
+        return {"pixel_values": self._normalise(pixels), "labels": self.training.labels[rows]}
 
     def _submit(self, plan: Plan, micro_step: int, rank: int, world: int) -> list[Future[Tensor]]:
         rows, epoch = self._rows(plan, micro_step, rank, world)

@@ -156,8 +156,8 @@ def constant_micro_f1(labels: Tensor) -> float:
     from torch import arange
 
     counts = labels.double().sum(0).sort(descending=True).values
-    named = len(labels) * arange(1, len(counts) + 1)
-    return (2 * counts.cumsum(0) / (named + counts.sum())).max().item()
+    n_named = len(labels) * arange(1, len(counts) + 1)
+    return (2 * counts.cumsum(0) / (n_named + counts.sum())).max().item()
 
 
 def best_threshold(logits: Tensor, labels: Tensor) -> float:
@@ -175,12 +175,12 @@ def best_threshold(logits: Tensor, labels: Tensor) -> float:
 
     scores, order = logits.double().sigmoid().flatten().sort(descending=True)
     hits = labels.double().flatten()[order].cumsum(0)
-    named = arange(1, len(scores) + 1, device=scores.device)
-    f1 = 2 * hits / (named + hits[-1])
+    n_named = arange(1, len(scores) + 1, device=scores.device)
+    f1 = 2 * hits / (n_named + hits[-1])
     f1[:-1][scores[:-1] == scores[1:]] = -1  # equal scores are named together
     best = int(f1.argmax())
-    following = scores[best + 1] if best + 1 < len(scores) else scores.new_zeros(())
-    return max(float((scores[best] + following) / 2), 1e-12)  # a probability, above 0
+    next_score = scores[best + 1] if best + 1 < len(scores) else scores.new_zeros(())
+    return max(float((scores[best] + next_score) / 2), 1e-12)  # a probability, above 0
 
 
 def classification_figures(

@@ -71,21 +71,23 @@ class NodeClassificationTask(GraphTask):
             raise UserError(
                 f"batch_size counts whole graphs here and must be 1, got {self.recipe.batch_size}"
             )
-        known = NODE_SETS[name]
-        self.metric = known.figure
-        graphs = {split: known.load(root, split) for split in ("train", "validation")}
+        node_set = NODE_SETS[name]
+        self.metric = node_set.figure
+        graphs = {split: node_set.load(root, split) for split in ("train", "validation")}
         example = graphs["train"][0]
         self.config = self._config(
             num_features=example.x.shape[1],
-            num_labels=example.y.shape[1] if known.multi_label else int(example.y.max()) + 1,
-            problem_type=f"{'multi' if known.multi_label else 'single'}_label_classification",
+            num_labels=example.y.shape[1] if node_set.multi_label else int(example.y.max()) + 1,
+            problem_type=f"{'multi' if node_set.multi_label else 'single'}_label_classification",
         )
         self.training = node_parts(self.config, graphs["train"], "train")
         self.validation = node_parts(self.config, graphs["validation"], "validation")
-        self.fingerprints = {split: fingerprint(found) for split, found in graphs.items()}
+        self.fingerprints = {
+            split: fingerprint(split_graphs) for split, split_graphs in graphs.items()
+        }
         self.fold = {"data": name}
 
-    def _typical(self) -> GraphBatch:
+    def _typical_graph(self) -> GraphBatch:
         sizes = sorted((part.graphs.features.shape[0], i) for i, part in enumerate(self.training))
         return self.training[sizes[len(sizes) // 2][1]].graphs
 

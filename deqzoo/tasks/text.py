@@ -239,18 +239,18 @@ class ResidentText:
         size = (n_streams, config.mem_len)
         self.states = torch.zeros(*size, config.d_model, device=words.device)
         self.injections = torch.zeros(*size, 3 * config.d_model, device=words.device)
-        self.filled = torch.zeros(n_streams, dtype=torch.int64, device=words.device)
-        self._streams = self._before = self.filled
+        self.n_filled = torch.zeros(n_streams, dtype=torch.int64, device=words.device)
+        self._streams = self._n_before = self.n_filled
 
     def epoch(self, number: int, stage: Stage) -> Tensor:
         """For every step and stream its number, its first word, and 1 where it remembers, else 0:
         (steps, n_streams, 3) int64, the same for the same seed and epoch."""
         total, length = len(self.words), self.length(stage)
-        each = total // self.n_streams
-        steps = max(1, (each - 1) // length)
+        stream_length = total // self.n_streams
+        steps = max(1, (stream_length - 1) // length)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         streams = torch.arange(self.n_streams).expand(steps, -1)
-        start = torch.randint(total, (), generator=generator) + streams * each
+        start = torch.randint(total, (), generator=generator) + streams * stream_length
         start = (start + length * torch.arange(steps).unsqueeze(1)) % total
         remembers = torch.rand(steps, self.n_streams, generator=generator) >= self.forget
         remembers[0] = False
@@ -262,11 +262,11 @@ class ResidentText:
         steps = torch.arange(self.length(stage) + 1, device=rows.device)
         text = self.words[(start.unsqueeze(1) + steps) % len(self.words)]
         inputs: dict[str, Any] = {"input_ids": text[:, :-1], "labels": text[:, 1:]}
-        self._streams, self._before = streams, self.filled[streams] * remembers
+        self._streams, self._n_before = streams, self.n_filled[streams] * remembers
         if n_past := self.states.shape[1]:
             place = torch.arange(n_past, device=rows.device)
             inputs["memory"] = (self.states[streams], self.injections[streams])
-            inputs["memory_mask"] = place >= (n_past - self._before).unsqueeze(1)
+            inputs["memory_mask"] = place >= (n_past - self._n_before).unsqueeze(1)
         return {**inputs, "shift": False, "return_logits": False}
 
     @torch.no_grad()
@@ -274,16 +274,16 @@ class ResidentText:
         """Take over the memory that a step leaves."""
         if outputs.memory is None:
             return
-        for mine, new in zip((self.states, self.injections), outputs.memory, strict=True):
+        for states, new_states in zip((self.states, self.injections), outputs.memory, strict=True):
             # What is not finite would stay in the memory for good: no mask hides it.
-            new = new.to(mine.dtype).nan_to_num(0.0, 0.0, 0.0)
-            mine.index_copy_(0, self._streams, new)
-        filled = (self._before + outputs.nll.shape[1]).clamp(max=self.states.shape[1])
-        self.filled.index_copy_(0, self._streams, filled)
+            new_states = new_states.to(states.dtype).nan_to_num(0.0, 0.0, 0.0)
+            states.index_copy_(0, self._streams, new_states)
+        n_filled = (self._n_before + outputs.nll.shape[1]).clamp(max=self.states.shape[1])
+        self.n_filled.index_copy_(0, self._streams, n_filled)
 
     def tensors(self) -> list[Tensor]:
         """The memory, for checkpoints."""
-        return [self.states, self.injections, self.filled]
+        return [self.states, self.injections, self.n_filled]
 
 
 def _forget_share(augment: dict[str, Any]) -> float:
@@ -297,7 +297,7 @@ def _forget_share(augment: dict[str, Any]) -> float:
 
 
 def stand_in_corpus(source: TextSource) -> Corpus:
-    """Numbered words in the numbers of a corpus, its streams a single repeated word."""
+    """As many words and tokens as a corpus has; each stream repeats a single word."""
     words = tuple(f"w{i}" for i in range(source.vocabulary_size))
     streams = {
         split: torch.zeros(1, dtype=torch.int32).expand(n) for split, n in source.tokens.items()
@@ -318,7 +318,7 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
         UserError: there is none, or it holds no word.
     """
     text = load_own_text(data, settings.column)
-    training, choosing, test = text.divided_in_three(settings.held_out / 2)
+    training, validation, test = text.divided_in_three(settings.held_out / 2)
     model = load()
     tokenizer = load_tokenizer(model)
     if settings.tokenizer != "keep":
@@ -326,14 +326,14 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
     vocabulary, style = tokenizer.get_vocab(), text_style(tokenizer)
 
     def segments(lines: list[str]) -> tuple[list[dict[str, Tensor]], int, float]:
-        prepared = prepare_text("\n".join(lines) + "\n", vocabulary, style)
-        if prepared.n_words == 0:
+        prepared_text = prepare_text("\n".join(lines) + "\n", vocabulary, style)
+        if prepared_text.n_words == 0:
             raise UserError(f"{text.name} holds no word to train on or to hold out")
-        ids, length = torch.tensor(tokenizer(prepared.text)["input_ids"]), model.config.tgt_len
+        ids, length = torch.tensor(tokenizer(prepared_text.text)["input_ids"]), model.config.tgt_len
         # Each segment starts with the last word of the one before.
         parts = [ids] if len(ids) <= length else list(ids.unfold(0, length + 1, length))
-        found = [{"input_ids": part, "labels": part} for part in parts]
-        return found, len(ids), prepared.unknown_share
+        samples = [{"input_ids": part, "labels": part} for part in parts]
+        return samples, len(ids), prepared_text.unknown_share
 
     train, n_words, unknown = segments(training)
     note = f"{n_words:,} words to learn, {unknown:.1%} of them unknown to the model"
@@ -342,17 +342,17 @@ def finetuning(load: Callable[..., Any], data: str | Path, settings: Settings) -
     return Job(
         model=model,
         train=train,
-        held_out=segments(choosing or test)[0],
+        held_out=segments(validation or test)[0],
         collate=_collate_segments,
         save_processor=tokenizer.save_pretrained,
-        record={**text.record(training, choosing), "one_hold_out": not choosing},
+        record={**text.record(training, validation), "one_hold_out": not validation},
         last_layers=("transformer.embedding", "lm_head"),
         lr=3e-4,
         unit="lines",
-        measured=len(test) if choosing else 0,
+        n_test=len(test) if validation else 0,
         accuracy=False,
         notes=[note],
-        fingerprints=[text_digest(choosing or test)],
+        fingerprints=[text_digest(validation or test)],
     )
 
 
@@ -370,35 +370,35 @@ def with_words(model: Any, tokenizer: Any, lines: Sequence[str], how: str) -> tu
     Raises:
         UserError: "build" for a model with clusters.
     """
-    old, style = tokenizer.get_vocab(), text_style(tokenizer)
-    prepared = prepare_text("\n".join(lines), old, style).text
-    counted = count_vocabulary(in_corpus_case(prepared, style).split("\n"))
+    old_vocabulary, style = tokenizer.get_vocab(), text_style(tokenizer)
+    prepared_text = prepare_text("\n".join(lines), old_vocabulary, style).text
+    text_words = count_vocabulary(in_corpus_case(prepared_text, style).split("\n"))
     if how == "build":
         if model.config.cutoffs:
             raise UserError(
                 "this model sorts its words into clusters by frequency, which a new vocabulary "
                 "does not fit: use --tokenizer extend, or train a new model by a recipe"
             )
-        words = [END, UNKNOWN, *(word for word in counted if word not in (END, UNKNOWN))]
+        words = [END, UNKNOWN, *(word for word in text_words if word not in (END, UNKNOWN))]
     else:
-        words = sorted(old, key=old.__getitem__)
-        words += [word for word in counted if word not in old]
+        words = sorted(old_vocabulary, key=old_vocabulary.__getitem__)
+        words += [word for word in text_words if word not in old_vocabulary]
     config = type(model.config)(**{**model.config.to_dict(), "vocab_size": len(words)})
-    fresh = DEQTransformerForCausalLM(config)
-    source = torch.tensor([old.get(word, -1) for word in words])
-    state, target = model.state_dict(), fresh.state_dict()
+    new_model = DEQTransformerForCausalLM(config)
+    source = torch.tensor([old_vocabulary.get(word, -1) for word in words])
+    state, target = model.state_dict(), new_model.state_dict()
     size = model.config.vocab_size
     edge = model.config.cutoffs[-1] if model.config.cutoffs else 0
     for name, tensor in target.items():
-        known = state[name]
-        if known.shape == tensor.shape:
-            tensor.copy_(known)
+        old_tensor = state[name]
+        if old_tensor.shape == tensor.shape:
+            tensor.copy_(old_tensor)
             continue
         # A table of words, whole or of the last cluster.
-        first = 0 if known.shape[0] == size else edge
+        first = 0 if old_tensor.shape[0] == size else edge
         rows = source[first:] - first
-        tensor.copy_(known.mean(0, keepdim=True).expand_as(tensor))
-        tensor[rows >= 0] = known[rows[rows >= 0]]
-    fresh.load_state_dict(target)
-    fresh.config._name_or_path = model.config._name_or_path
-    return fresh.eval(), build_tokenizer(words, style)
+        tensor.copy_(old_tensor.mean(0, keepdim=True).expand_as(tensor))
+        tensor[rows >= 0] = old_tensor[rows[rows >= 0]]
+    new_model.load_state_dict(target)
+    new_model.config._name_or_path = model.config._name_or_path
+    return new_model.eval(), build_tokenizer(words, style)

@@ -22,13 +22,13 @@ def check_report_to(names: Sequence[str]) -> list[str]:
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    ready = get_available_reporting_integrations()
+    installed_names = get_available_reporting_integrations()
     for name in names:
-        if name in ("none", "all") or name in ready:
+        if name in ("none", "all") or name in installed_names:
             continue
         if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise UserError(f"report_to: unknown {name!r}; known are {known}")
+            choices = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"report_to: unknown {name!r}; known are {choices}")
         raise UserError(f"report_to: {name} is not installed: pip install {name}")
     return list(names) or ["none"]
 
@@ -49,8 +49,8 @@ class DEQTrainingArguments(TrainingArguments):
         jacobian_probes: random probes per sample of the penalty's estimate.
 
     Raises:
-        UserError: an unknown solver, gradient or option, or a number out of range. What a dict
-            without "name" changes is known, and checked, when `DEQTrainer` gets the model.
+        UserError: an unknown solver, gradient or option, or a number out of range. A dict
+            without "name" is checked when `DEQTrainer` gets the model whose settings it changes.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "solver", "gradient"]

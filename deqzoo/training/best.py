@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deqzoo.tasks.metrics import METRICS
 
-CHOSEN = ("decision_threshold",)
+CHOSEN_SETTINGS = ("decision_threshold",)
 """Settings of a configuration that a validation chooses."""
 
 
@@ -34,7 +34,7 @@ class BestWeights:
         if self.figures and self._rank(figures) <= self._rank(self.figures):
             return
         self.step, self.figures = step, dict(figures)
-        self.config = {name: getattr(model.config, name, None) for name in CHOSEN}
+        self.config = {name: getattr(model.config, name, None) for name in CHOSEN_SETTINGS}
         self.weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
     def _rank(self, figures: Mapping[str, float]) -> tuple[float, float]:

@@ -23,7 +23,7 @@ SETTLING = 50
 momentum of 0.1, half a percent is left of the stage before."""
 
 
-def agreed(decision: bool, args: TrainingArguments) -> bool:
+def agreed_decision(decision: bool, args: TrainingArguments) -> bool:
     """The first process's decision, so that all processes of a launch do the same.
 
     Clocks and folders look different to each of them, and a checkpoint waits for all.
@@ -76,8 +76,8 @@ class AverageCallback(TrainerCallback):
 
 def copy_buffers(average: nn.Module, model: nn.Module) -> None:
     """Let an average take over the batch statistics of the model."""
-    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
-        mine.copy_(theirs)
+    for average_buffer, model_buffer in zip(average.buffers(), model.buffers(), strict=True):
+        average_buffer.copy_(model_buffer)
 
 
 class CheckpointClock(TrainerCallback):
@@ -88,10 +88,12 @@ class CheckpointClock(TrainerCallback):
         self.seconds = 60 * minutes
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        ended = state.global_step in self.trainer.plan.starts[1:]
-        if agreed(ended or time.monotonic() - self.trainer.last_save > self.seconds, args):
-            # A mean that a log line begun before a checkpoint and ended after it would cover only
-            # the part since the last resume.
+        is_stage_end = state.global_step in self.trainer.plan.starts[1:]
+        if agreed_decision(
+            is_stage_end or time.monotonic() - self.trainer.last_save > self.seconds, args
+        ):
+            # Log lines hold means since the line before; after a resume, one that spanned the
+            # checkpoint would lack the steps before it.
             control.should_save = control.should_log = True
         return control
 
@@ -136,9 +138,11 @@ class Snapshots(TrainerCallback):
 def save_snapshot(model: PreTrainedModel, folder: Path, step: int) -> None:
     """Write the current weights in half precision as `step-STEP.safetensors`."""
     folder.mkdir(exist_ok=True)
-    half = {name: t.half() if t.is_floating_point() else t for name, t in _flat(model).items()}
+    half_weights = {
+        name: t.half() if t.is_floating_point() else t for name, t in _flat(model).items()
+    }
     with replacing(folder / f"step-{step:07d}.safetensors") as fresh:
-        save_file(half, fresh)
+        save_file(half_weights, fresh)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
 
@@ -175,7 +179,7 @@ class StopFile(TrainerCallback):
         self.max_steps = max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        reached = self.max_steps is not None and state.global_step >= self.max_steps
-        if agreed(reached or self.path.exists(), args):
+        is_last_step = self.max_steps is not None and state.global_step >= self.max_steps
+        if agreed_decision(is_last_step or self.path.exists(), args):
             control.should_save = control.should_log = control.should_training_stop = True
         return control

@@ -27,8 +27,8 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
-    found = complete_checkpoints(Path(folder))
-    for path in reversed(found):
+    paths = complete_checkpoints(Path(folder))
+    for path in reversed(paths):
         if not (path / COMPLETE).read_bytes():
             logger.warning("%s carries no digests (an older version's); used unchecked", path)
             return str(path)
@@ -37,7 +37,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
             return str(path)
         if os.environ.get("RANK", "0") == "0":
             logger.warning("checkpoint %s is passed over: %s", path, fault)
-    if found:
+    if paths:
         raise UserError(
             f"every checkpoint in {folder} is damaged; remove that folder to train from the start"
         )
@@ -46,16 +46,16 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints `checkpoint-STEP` that were written to their end, the oldest first."""
-    found = (path for path in folder.glob("checkpoint-[0-9]*") if (path / COMPLETE).exists())
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    paths = (path for path in folder.glob("checkpoint-[0-9]*") if (path / COMPLETE).exists())
+    return sorted(paths, key=lambda path: int(path.name.split("-")[1]))
 
 
 def keep_newest(folder: Path) -> None:
-    """Delete all checkpoints but two, and what a kill cut off."""
-    kept = complete_checkpoints(folder)[-2:]
+    """Delete all checkpoints but the newest two, and those that a kill cut off."""
+    newest_paths = complete_checkpoints(folder)[-2:]
     for path in folder.glob("checkpoint-*"):
-        if path not in kept:
-            (path / COMPLETE).unlink(missing_ok=True)  # first, so that a rest of it counts as none
+        if path not in newest_paths:
+            (path / COMPLETE).unlink(missing_ok=True)  # first: a half-deleted one counts as none
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -75,8 +75,8 @@ def differences(then: Any, now: Any, place: str = "") -> list[str]:
     then, now = (json.loads(json.dumps(value, default=str)) for value in (then, now))
     if isinstance(then, dict) and isinstance(now, dict):
         if "recipe" in then:  # as an older version wrote it: with this one's defaults
-            known = recorded_recipe(then)
-            then = then if known is None else {**then, "recipe": known.to_dict()}
+            stored_recipe = recorded_recipe(then)
+            then = then if stored_recipe is None else {**then, "recipe": stored_recipe.to_dict()}
         return [
             clause
             for key in then

@@ -62,41 +62,45 @@ def train(
     from deqzoo.training.arguments import check_report_to
     from deqzoo.training.run import leave_process_group, run_recipe
 
-    loaded = load_recipe(recipe)
-    check_report_to(loaded.report_to)
+    loaded_recipe = load_recipe(recipe)
+    check_report_to(loaded_recipe.report_to)
     if seed is not None:
-        loaded = with_seed(loaded, seed)
+        loaded_recipe = with_seed(loaded_recipe, seed)
     if time_budget is not None:
         seconds_of(time_budget, "--time-budget")
-        loaded = replace(loaded, time_budget=time_budget)
-    if loaded.report_to and loaded.time_budget:
+        loaded_recipe = replace(loaded_recipe, time_budget=time_budget)
+    if loaded_recipe.report_to and loaded_recipe.time_budget:
         raise UserError("report_to is not read by runs with a time budget; leave one of them out")
-    if deadline is not None and not loaded.time_budget:
+    if deadline is not None and not loaded_recipe.time_budget:
         raise UserError("--deadline is for a run with a time budget; add --time-budget 8m")
     if dry_run:
         from deqzoo.training.estimate import commands, estimate
 
-        task = build_task(loaded, data, stand_in=True)
-        alone = bool(loaded.time_budget) or task.one_process
-        given = {"--data": data, "--output": output, "--seed": seed, "--time-budget": time_budget,
-                 "--deadline": deadline}  # fmt: skip
-        options = (str(part) for pair in given.items() if pair[1] is not None for part in pair)
+        task = build_task(loaded_recipe, data, stand_in=True)
+        one_process = bool(loaded_recipe.time_budget) or task.one_process
+        option_values = {
+            "--data": data, "--output": output, "--seed": seed, "--time-budget": time_budget,
+            "--deadline": deadline,
+        }  # fmt: skip
+        options = (
+            str(part) for pair in option_values.items() if pair[1] is not None for part in pair
+        )
         figures = {
-            **estimate(loaded, task),
-            "commands": commands(shlex.join([str(recipe), *options]), alone),
+            **estimate(loaded_recipe, task),
+            "commands": commands(shlex.join([str(recipe), *options]), one_process),
         }
-        if loaded.time_budget:
+        if loaded_recipe.time_budget:
             print(
-                f"the run ends by its clock ({loaded.time_budget}); epochs are shares of that, "
-                "and steps, pflop and hours are those of whole epochs",
+                f"the run ends by its clock ({loaded_recipe.time_budget}); epochs are shares "
+                "of that, and steps, pflop and hours are those of whole epochs",
                 file=sys.stderr,
             )
         typer.echo(json.dumps(figures, indent=2))
         return
     folder = run_recipe(
-        loaded,
+        loaded_recipe,
         data,
-        output or Path("runs") / loaded.name,
+        output or Path("runs") / loaded_recipe.name,
         resume=resume,
         progress=not quiet,
         max_steps=max_steps,

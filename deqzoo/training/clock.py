@@ -45,12 +45,12 @@ class TimeBudget:
     @property
     def stage(self) -> int | None:
         """Number of the stage that is due; None once the time is over."""
-        done = self.progress
-        return next((i for i, end in enumerate(self.ends) if done < end), None)
+        progress = self.progress
+        return next((i for i, end in enumerate(self.ends) if progress < end), None)
 
-    def shorten(self, left: float) -> None:
+    def shorten(self, seconds: float) -> None:
         """Let the rest of the run take so many seconds of training at most."""
-        self.seconds = min(self.seconds, self.used + max(left, 0.0))
+        self.seconds = min(self.seconds, self.used + max(seconds, 0.0))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

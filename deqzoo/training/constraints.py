@@ -27,17 +27,21 @@ class ProjectionCallback(TrainerCallback):
 _KEY = "ProjectionCallback"
 
 
-def _project(model: Any, device: torch.device, kept: dict[str, Any]) -> None:
+def _project(model: Any, device: torch.device, callback_states: dict[str, Any]) -> None:
     """Project after bringing `largest_radius` up to that of all processes and of the checkpoint."""
     model = getattr(model, "module", model)
     base = getattr(model, "base_model", model)
     if getattr(base, "largest_radius", None) is not None:
         # In the form of transformers' ExportableState, which Trainer can be told to read itself.
-        earlier = kept.get(_KEY, {}).get("attributes", {}).get("largest_radius", 0.0)
-        radius = torch.tensor(max(base.largest_radius, earlier), dtype=torch.float64, device=device)
+        stored_radius = (
+            callback_states.get(_KEY, {}).get("attributes", {}).get("largest_radius", 0.0)
+        )
+        radius = torch.tensor(
+            max(base.largest_radius, stored_radius), dtype=torch.float64, device=device
+        )
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(radius, op=distributed.ReduceOp.MAX)
         base.largest_radius = float(radius)
         attributes = {"largest_radius": base.largest_radius}
-        kept[_KEY] = {"args": {}, "attributes": attributes}
+        callback_states[_KEY] = {"args": {}, "attributes": attributes}
     model.project_()

@@ -84,17 +84,19 @@ def step_evaluations(
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, in which nothing is said about solves that end early."""
+    """Evaluation mode for a while, without warnings about solves that end early."""
     was_training = model.training
-    warned = {m: m._warned_unsolved for m in model.modules() if isinstance(m, DEQPreTrainedModel)}
+    warning_flags = {
+        m: m._warned_unsolved for m in model.modules() if isinstance(m, DEQPreTrainedModel)
+    }
     model.eval()
-    for module in warned:
+    for module in warning_flags:
         module._warned_unsolved = True
     try:
         yield
     finally:
         model.train(was_training)
-        for module, value in warned.items():
+        for module, value in warning_flags.items():
             module._warned_unsolved = value
 
 
@@ -102,30 +104,33 @@ def sample_flops(
     probe: Callable[[PreTrainedModel, Stage], Probe], model: PreTrainedModel, stage: Stage
 ) -> tuple[float, float]:
     """FLOPs per sample of one evaluation of the map, and of all that surrounds it (forward)."""
-    with evaluation_mode(model), _untracked(model):
+    with evaluation_mode(model), _without_gradients(model):
         sample = probe(model, stage)
         per_evaluation = count_flops(lambda: sample.f(sample.state))
-        whole = count_flops(lambda: sample.forward(solver=ONE_STEP))
-    return per_evaluation, whole - 2 * per_evaluation
+        model_flops = count_flops(lambda: sample.forward(solver=ONE_STEP))
+    return per_evaluation, model_flops - 2 * per_evaluation
 
 
 @contextlib.contextmanager
-def _untracked(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient: the counter looks for the graph of every module's output that
-    does, and a module that hands out its weights has none."""
-    tracked = [p for p in model.parameters() if p.requires_grad]
-    for parameter in tracked:
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Let no weight require a gradient: the counter needs the graph of every module output that
+    requires one, and weights that a module returns have none."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in tracked:
+        for parameter in parameters:
             parameter.requires_grad_(True)
 
 
 def saved_bytes(function: Callable[[], Any], model: nn.Module) -> int:
     """Bytes that autograd keeps for the backward pass of a call, the model's weights left out."""
-    with torch.enable_grad(), SavedTensors((*model.parameters(), *model.buffers())) as saved:
+    with (
+        torch.enable_grad(),
+        SavedTensors((*model.parameters(), *model.buffers())) as saved_tensors,
+    ):
         result = function()  # alive until the end, so that no storage is counted under two names
     del result
-    return saved.bytes
+    return saved_tensors.bytes

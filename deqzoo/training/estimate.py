@@ -36,12 +36,12 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     model: Any = task.model()
     plan = Plan.of(recipe, task)
     ends = (*plan.starts[1:], plan.total)
-    measured: dict[int | None, _Sample] = {}
+    measurements: dict[int | None, _Sample] = {}
     for stage in plan.stages:
-        if stage.resolution not in measured:
-            measured[stage.resolution] = _measure(task, model, stage)
+        if stage.resolution not in measurements:
+            measurements[stage.resolution] = _measure(task, model, stage)
     stages = [
-        _stage(recipe, model, stage, measured[stage.resolution], end - start)
+        _stage(recipe, model, stage, measurements[stage.resolution], end - start)
         for stage, start, end in zip(plan.stages, plan.starts, ends, strict=True)
     ]
     flops = sum(stage.pop("flops") for stage in stages)
@@ -88,11 +88,15 @@ def _measure(task: Task, model: DEQPreTrainedModel, stage: Stage) -> _Sample:
     per_evaluation, rest = sample_flops(task.probe, model, stage)
     settings = {"solver": ONE_STEP, "gradient": {"name": "jfb"}}
     with evaluation_mode(model):
-        of_map, _ = _kept(task, model, stage, lambda probe: probe.f(probe.state))
-        of_all, once = _kept(task, model, stage, lambda probe: probe.forward(**settings))
+        map_bytes, _ = _bytes_per_sample(task, model, stage, lambda probe: probe.f(probe.state))
+        model_bytes, once_bytes = _bytes_per_sample(
+            task, model, stage, lambda probe: probe.forward(**settings)
+        )
         leaves = tree_leaves(task.probe(model, stage).state)
     state = sum(t.numel() * 4 for t in leaves if isinstance(t, torch.Tensor))
-    return _Sample(per_evaluation, rest, of_map, max(of_all - of_map, 0), once, state)
+    return _Sample(
+        per_evaluation, rest, map_bytes, max(model_bytes - map_bytes, 0), once_bytes, state
+    )
 
 
 def _stage(
@@ -138,12 +142,14 @@ def _graphs(stage: Stage, model: DEQPreTrainedModel) -> int:
     return model.resolve_gradient(stage.gradient).cost(solver.max_steps).graphs
 
 
-def _kept(
+def _bytes_per_sample(
     task: Task, model: DEQPreTrainedModel, stage: Stage, call: Callable[[Probe], Any]
 ) -> tuple[int, int]:
     """Bytes kept per sample, and once per batch (normalised weights), from one and two samples."""
-    one, two = (saved_bytes(partial(call, task.probe(model, stage, n)), model) for n in (1, 2))
-    return two - one, max(2 * one - two, 0)
+    bytes_of_one, bytes_of_two = (
+        saved_bytes(partial(call, task.probe(model, stage, n)), model) for n in (1, 2)
+    )
+    return bytes_of_two - bytes_of_one, max(2 * bytes_of_one - bytes_of_two, 0)
 
 
 def _history(stage: Stage, model: DEQPreTrainedModel) -> int:

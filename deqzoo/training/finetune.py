@@ -1,8 +1,8 @@
 """Training on data of one's own, from a model of the zoo.
 
 One run of `DEQTrainer`: a validation part chooses the weights and ends the run early, and a test
-part is kept for the figure, both drawn class by class. Few data have one hold-out for both, which
-is said.
+part is kept for the figure, both drawn class by class. Small data sets have one hold-out for both;
+the record and the card say so.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def prepare(name: str | Path, data: str | Path, settings: Settings) -> Job:
     info = TASKS.get(task or "")
     if info is None or info.finetuning is None:
         raise UserError(f"{name} is of class {kind}, which learns no data of one's own")
-    for option, given in (
+    for option, is_set in (
         ("--column", settings.column is not None),
         ("--tokenizer", settings.tokenizer != "keep"),
         ("--label-column", settings.label_column is not None),
     ):
-        if given:
+        if is_set:
             own.require_task_of(option, task)
     make = load(info.finetuning)
     set_seed(settings.seed)
@@ -79,7 +79,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Train, keep the weights that the hold-out likes best, and save them with the record.
+    """Train, keep the weights that are best on the hold-out, and save them with the record.
 
     Args:
         job: the model and its data.
@@ -100,7 +100,7 @@ def train(
     make_folder(output)
     _freeze(job, settings.freeze)
     arguments = _arguments(job, output, settings, progress)
-    started = time.time()
+    start = time.time()
     trainer = DEQTrainer(
         job.model,
         arguments,
@@ -116,8 +116,8 @@ def train(
     )
     if not progress:
         trainer.remove_callback(PrinterCallback)
-    last = _resumable(output, job, settings, resume)
-    if last is None or not _ended(trainer, Path(last), arguments.max_steps):
+    last = _checkpoint_to_resume(output, job, settings, resume)
+    if last is None or not _is_over(trainer, Path(last), arguments.max_steps):
         trainer.train(resume_from_checkpoint=last)
     job.model.save_pretrained(output)
     job.save_processor(output)
@@ -131,12 +131,12 @@ def train(
             "epochs": round(epochs, 3), "lr": arguments.learning_rate,
         },
         "steps": trainer.state.global_step,
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(time.time() - start, 1),
         "samples": len(job.train),
         "held_out": len(job.held_out),
-        "measured": job.measured or len(job.held_out),
+        "measured": job.n_test or len(job.held_out),
         "curve": [
-            {k.removeprefix("eval_"): v for k, v in e.items() if k in _KEPT} for e in history
+            {k.removeprefix("eval_"): v for k, v in e.items() if k in _CURVE_KEYS} for e in history
         ],
     }  # fmt: skip
     replace_text(output / "run.json", json.dumps(content, indent=2) + "\n")
@@ -145,7 +145,7 @@ def train(
 
 
 def _arguments(job: Job, output: Path, settings: Settings, progress: bool) -> DEQTrainingArguments:
-    """Of the trainer: what the settings leave open follows from the number of samples."""
+    """The trainer's; what the settings leave open follows from the number of samples."""
     n = len(job.train)
     batch_size = settings.batch_size or min(32, max(8, n // 10))
     per_epoch = math.ceil(n / batch_size)
@@ -192,32 +192,32 @@ def clear(output: Path) -> None:
     logs = output / "checkpoints" / "runs"  # of TensorBoard
     if logs.is_dir():
         shutil.move(logs, output / "runs")
-    (output / BEGUN).unlink(missing_ok=True)
+    (output / RUN_FILE).unlink(missing_ok=True)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
-BEGUN = "begun.json"
+RUN_FILE = "begun.json"
 """In the folder of a run that has not ended: what it is."""
-_KEPT = ("step", "eval_loss", "eval_accuracy")
+_CURVE_KEYS = ("step", "eval_loss", "eval_accuracy")
 
 
 def require_free(output: Path, resume: bool = False) -> None:
-    """Refuse an output that holds something else than what may go on.
+    """Refuse an output folder that holds something else than a run to resume.
 
     Raises:
         UserError: a file, a finished model, or a run that was cut off and is not to be resumed.
     """
-    # Where nothing was kept yet there is nothing to go on with: its data were refused, say.
-    begun = (output / BEGUN).is_file()
-    kept = any(output.glob("checkpoints/checkpoint-*"))
-    if output.is_file() or ((output / "config.json").is_file() and not begun):
+    # A run without a checkpoint (its data were refused, say) may simply begin anew.
+    is_begun = (output / RUN_FILE).is_file()
+    has_checkpoint = any(output.glob("checkpoints/checkpoint-*"))
+    if output.is_file() or ((output / "config.json").is_file() and not is_begun):
         raise UserError(f"{output} already holds a model or is a file; choose another --output")
-    if begun and kept and not resume:
+    if is_begun and has_checkpoint and not resume:
         raise UserError(f"{output} already holds a run; add --resume to go on, or remove it")
 
 
 class _Resumable(TrainerCallback):
-    """Tells data that vary the epoch, and marks checkpoints that were written to their end."""
+    """Tells varied data their epoch, and marks checkpoints that were written to their end."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -231,33 +231,33 @@ class _Resumable(TrainerCallback):
         mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-def _resumable(output: Path, job: Job, settings: Settings, resume: bool) -> str | None:
+def _checkpoint_to_resume(output: Path, job: Job, settings: Settings, resume: bool) -> str | None:
     """The last sound checkpoint of the same run, if it was cut off and is to go on.
 
     Raises:
         UserError: the folder holds the checkpoints of another run, or damaged ones only.
     """
-    begun = output / BEGUN
+    run_file = output / RUN_FILE
     model = job.model.config._name_or_path
     data = {"data": job.record, "fingerprints": job.fingerprints}
-    now = {"model": model, "settings": asdict(settings), **data}
+    current_run = {"model": model, "settings": asdict(settings), **data}
     last = latest_checkpoint(output / "checkpoints") if resume else None
     if last is not None:
-        if differences(read_json(begun), now):
+        if differences(read_json(run_file), current_run):
             raise UserError(
                 f"{output} holds a run of another model, or with other data or settings; remove it "
                 "or choose another --output"
             )
         print(f"going on from {last}", file=sys.stderr)
-    replace_text(begun, json.dumps(now))
+    replace_text(run_file, json.dumps(current_run))
     return last
 
 
-def _ended(trainer: DEQTrainer, last: Path, total: int) -> bool:
-    """Whether a run was cut off after its last step; its best weights are then taken."""
+def _is_over(trainer: DEQTrainer, last: Path, total: int) -> bool:
+    """Whether a run was cut off after its last step; if so, load its best weights."""
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
-    if state.global_step < total and stopping["early_stopping_patience_counter"] < _PATIENCE:
+    stop_state = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    if state.global_step < total and stop_state["early_stopping_patience_counter"] < _PATIENCE:
         return False
     trainer.state = state
     best = last.parent / Path(state.best_model_checkpoint or last).name
@@ -265,10 +265,10 @@ def _ended(trainer: DEQTrainer, last: Path, total: int) -> bool:
     return True
 
 
-def _freeze(job: Job, what: str) -> None:
-    if what in ("norms", "backbone"):
+def _freeze(job: Job, part: str) -> None:
+    if part in ("norms", "backbone"):
         freeze_batch_norm(job.model)
-    if what == "backbone":
+    if part == "backbone":
         for name, parameter in job.model.named_parameters():
             parameter.requires_grad = name.startswith(job.last_layers)
 

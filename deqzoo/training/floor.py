@@ -29,14 +29,14 @@ def bare_rate(device: torch.device, dtype: torch.dtype) -> float:
     def product() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        started = time.perf_counter()
+        start = time.perf_counter()
         torch.mm(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - started
+        return time.perf_counter() - start
 
     product()  # kernels are chosen and buffers allocated
-    least, until = product(), time.perf_counter() + SECONDS
-    while time.perf_counter() < until:
-        least = min(least, product())
-    return 2.0 * side**3 / least
+    shortest, end = product(), time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        shortest = min(shortest, product())
+    return 2.0 * side**3 / shortest

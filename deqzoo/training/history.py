@@ -16,7 +16,7 @@ from deqzoo.tasks.base import Task
 from deqzoo.training.best import BestWeights
 from deqzoo.training.checkpoints import differences
 
-_STORED = ("spent", "inherited", "earlier", "changes")
+_STORED_NAMES = ("spent", "inherited", "earlier", "changes")
 
 
 @dataclass
@@ -27,8 +27,8 @@ class RunHistory:
         best: the weights of the best validation, where the recipe keeps those.
         spent: FLOPs, with those of the weights that the run began with.
         inherited: FLOPs of the weights that the run began with.
-        earlier: validation figures of those weights.
-        changes: what was otherwise when the run was gone on with, as its user accepted.
+        earlier: validation figures of the run that made those weights.
+        changes: of data, threads or settings, which the user accepted when the run was resumed.
     """
 
     best: BestWeights | None = None
@@ -39,7 +39,7 @@ class RunHistory:
 
     @classmethod
     def of(cls, recipe: Recipe, task: Task) -> RunHistory:
-        """That of a run which begins."""
+        """The history of a new run."""
         return cls(BestWeights(task.metric) if recipe.evaluation.keep == "best" else None)
 
     @property
@@ -48,7 +48,7 @@ class RunHistory:
         return round(self.spent / 1e15, 6)
 
     def inherit(self, record: Mapping[str, Any]) -> None:
-        """Count what the weights that the run begins with had cost, by the record of their run."""
+        """Count the cost of the weights that the run begins with, from the record of their run."""
         self.earlier = record.get("validation", [])
         self.spent = self.inherited = 1e15 * record.get("pflop", 0.0)
 
@@ -65,15 +65,15 @@ class RunHistory:
             self.best.see(model, figures, step)
         return figures
 
-    def result(self, averaged: PreTrainedModel) -> PreTrainedModel:
-        """The weights that are kept, where `averaged` are those that are evaluated."""
-        return averaged if self.best is None else self.best.applied(averaged)
+    def result(self, average: PreTrainedModel) -> PreTrainedModel:
+        """The weights that the run results in: the best, else the evaluated ones in `average`."""
+        return average if self.best is None else self.best.applied(average)
 
     def state_dict(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
         """For a checkpoint, with the conditions under which the run goes on."""
         best = None if self.best is None else self.best.state_dict()
-        stored = {name: getattr(self, name) for name in _STORED}
-        return {**stored, "best": best, "conditions": conditions}
+        attributes = {name: getattr(self, name) for name in _STORED_NAMES}
+        return {**attributes, "best": best, "conditions": conditions}
 
     def resume(
         self,
@@ -85,18 +85,18 @@ class RunHistory:
         """Go on from what `state_dict` gave.
 
         Raises:
-            UserError: the conditions are others now, and that is not accepted.
+            UserError: the conditions have changed, and that is not accepted.
         """
-        for name in _STORED:  # older versions stored fewer
+        for name in _STORED_NAMES:  # older versions stored fewer
             setattr(self, name, state.get(name, getattr(self, name)))
         if self.best is not None and state.get("best"):
             self.best.load_state_dict(state["best"])
-        changed = differences(state.get("conditions", {}), conditions)
-        if changed and not accept_changes:
+        changes = differences(state.get("conditions", {}), conditions)
+        if changes and not accept_changes:
             raise UserError(
-                f"{checkpoint} was made under other conditions: {'; '.join(changed)}. Go on under "
+                f"{checkpoint} was made under other conditions: {'; '.join(changes)}. Go on under "
                 "the same ones, or add --accept-changes, and the record will say so"
             )
-        if changed:
+        if changes:
             step = int(Path(checkpoint).name.rsplit("-", 1)[1])
-            self.changes.append({"step": step, "changed": changed})
+            self.changes.append({"step": step, "changed": changes})

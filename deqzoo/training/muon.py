@@ -21,7 +21,7 @@ from deqzoo.models.coarse import has_fast_bfloat16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a x + b x³ + c x⁵ that drives singular values towards 1."""
-PADDED = ((64, 1024), (128, 1024), (256, 2048))
+PADDED_SHAPES = ((64, 1024), (128, 1024), (256, 2048))
 """Rows and columns to which smaller matrices are padded, so that few stacks are left."""
 
 
@@ -88,21 +88,21 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_lerp_(second, torch._foreach_mul(gradients, gradients), 1 - beta2)
         correction = (1 - beta2 ** group["step"]).sqrt()
-        below = torch._foreach_sqrt(second)
-        torch._foreach_div_(below, correction)
-        torch._foreach_add_(below, group["eps"])
-        updates = torch._foreach_div(first, below)
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominators, correction)
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(first, denominators)
         torch._foreach_mul_(updates, -group["lr"] / (1 - beta1 ** group["step"]))
         torch._foreach_add_(parameters, updates)
 
 
 def orthogonalised(updates: list[Tensor]) -> list[Tensor]:
-    """Approximate polar factors of matrices, each times √max(1, rows / columns), as it came."""
+    """Approximate polar factors of matrices, each times √max(1, rows / columns), in its shape."""
     stacks: dict[tuple[int, int], list[int]] = defaultdict(list)
     matrices = [_matrix(u) for u in updates]
     for index, matrix in enumerate(matrices):
         rows, columns = sorted(matrix.shape)
-        stacks[_padded(rows, columns)].append(index)
+        stacks[_padded_shape(rows, columns)].append(index)
     result = list(updates)
     for (rows, columns), indices in stacks.items():
         members = [matrices[i] for i in indices]
@@ -153,8 +153,8 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     return x
 
 
-def _padded(rows: int, columns: int) -> tuple[int, int]:
-    for size in PADDED:
+def _padded_shape(rows: int, columns: int) -> tuple[int, int]:
+    for size in PADDED_SHAPES:
         if rows <= size[0] and columns <= size[1]:
             return size
     return rows, columns
@@ -163,7 +163,7 @@ def _padded(rows: int, columns: int) -> tuple[int, int]:
 def _parts(stack: Tensor, matrices: list[Tensor]) -> list[Tensor]:
     """Views of a padded stack (n, rows <= columns) in the shapes of its matrices."""
     views = []
-    for padded, matrix in zip(stack.unbind(0), matrices, strict=True):
+    for padded_matrix, matrix in zip(stack.unbind(0), matrices, strict=True):
         rows, columns = matrix.shape
-        views.append((padded if rows <= columns else padded.mT)[:rows, :columns])
+        views.append((padded_matrix if rows <= columns else padded_matrix.mT)[:rows, :columns])
     return views

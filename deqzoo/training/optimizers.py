@@ -25,14 +25,14 @@ def build_optimizer(
     """
     if settings.name == "muon":
         return Muon(_muon_groups(model, settings), capturable)
-    named = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in named if _is_matrix(p)]
-    vectors = [p for p in named if not _is_matrix(p)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if _is_matrix(p)]
+    vectors = [p for p in parameters if not _is_matrix(p)]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    device = named[0].device
+    device = parameters[0].device
     lr = torch.tensor(settings.lr, device=device) if capturable else settings.lr
     if settings.name == "sgd":
         nesterov = settings.nesterov and settings.momentum > 0
@@ -46,13 +46,13 @@ def _muon_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
     """Parameter groups of Muon: hidden matrices, other matrices, gains and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     ends = _input_and_output(model)
-    hidden = [p for p in parameters if _is_matrix(p) and id(p) not in ends]
+    hidden_matrices = [p for p in parameters if _is_matrix(p) and id(p) not in ends]
     matrices = [p for p in parameters if _is_matrix(p) and id(p) in ends]
     vectors = [p for p in parameters if not _is_matrix(p)]
     other = {"use_muon": False, "lr": settings.other_lr, "betas": settings.betas, "eps": 1e-8}
     groups = [
         {
-            "params": hidden,
+            "params": hidden_matrices,
             "use_muon": True,
             "lr": settings.lr,
             "momentum": settings.momentum,
@@ -73,8 +73,8 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
 def _input_and_output(model: nn.Module) -> set[int]:
     """The first and last matrix of a model and its embeddings, which Muon is not meant for."""
     # A tied output stands here a second time: without it the last matrix would be a hidden one.
-    named = model.named_parameters(remove_duplicate=False)
-    matrices = [p for _, p in named if p.requires_grad and _is_matrix(p)]
+    named_parameters = model.named_parameters(remove_duplicate=False)
+    matrices = [p for _, p in named_parameters if p.requires_grad and _is_matrix(p)]
     ends = {id(p) for p in (matrices[0], matrices[-1])}
     for module in model.modules():
         if isinstance(module, nn.Embedding):

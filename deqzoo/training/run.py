@@ -92,27 +92,31 @@ def run_recipe(
             are damaged, or data or settings do not fit.
     """
     out = Path(out)
-    until = None if deadline is None else time.monotonic() + deadline
+    end = None if deadline is None else time.monotonic() + deadline
     with _lock(out):
         if _is_first_process():
             _claim(out, recipe, resume, accept_changes)
         last = latest_checkpoint(out / "checkpoints") if resume else None
-        done = int(_recorded(out, "steps"))
-        if last is not None and max_steps is not None and done >= max_steps:
+        n_steps = int(_recorded_number(out, "steps"))
+        if last is not None and max_steps is not None and n_steps >= max_steps:
             if _is_first_process():
-                print(f"{out} has made {done} steps already; nothing to do up to step {max_steps}")
+                print(
+                    f"{out} has made {n_steps} steps already; nothing to do up to step {max_steps}"
+                )
             return out / "model"
-        task, model, earlier = _begin(recipe, data, out, last)
+        task, model, parent_record = _begin(recipe, data, out, last)
         if recipe.time_budget:
             seconds = seconds_of(recipe.time_budget, "time_budget")
-            left = None if until is None else until - time.monotonic()
+            seconds_left = None if end is None else end - time.monotonic()
             bf16 = use_bf16(recipe)
-            run = TimedRun(recipe, task, model, out, seconds, left, bf16, progress, max_steps)
-            run.history.inherit(earlier)
+            run = TimedRun(
+                recipe, task, model, out, seconds, seconds_left, bf16, progress, max_steps
+            )
+            run.history.inherit(parent_record)
             _train_timed(run, out, last, accept_changes)
         else:
             trainer = _trainer(recipe, task, model, out, progress, max_steps)
-            trainer.history.inherit(earlier)
+            trainer.history.inherit(parent_record)
             _train(trainer, out, last, accept_changes)
         return out / "model"
 
@@ -129,14 +133,14 @@ def _begin(
     task = build_task(recipe, data)
     set_seed(recipe.seed)
     model: Any = task.model()
-    earlier = {}
+    parent_record = {}
     if recipe.model.start and not (last and (recipe.time_budget or knows_start(last))):
-        earlier = start_from(model, recipe.model.start, out.parent)
+        parent_record = start_from(model, recipe.model.start, out.parent)
     if recipe.channels_last and any(p.ndim == 4 for p in model.parameters()):
         model = model.to(memory_format=torch.channels_last)
     if processes > 1 and torch.cuda.is_available():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return task, model, earlier
+    return task, model, parent_record
 
 
 def _train(trainer: RecipeTrainer, out: Path, last: str | None, accept_changes: bool) -> None:
@@ -152,18 +156,20 @@ def _train(trainer: RecipeTrainer, out: Path, last: str | None, accept_changes: 
 
 def _train_timed(run: TimedRun, out: Path, last: str | None, accept_changes: bool) -> None:
     """Train by the clock, on one device."""
-    now = conditions(run.recipe, run.task, run.bf16, run.device)
+    run_conditions = conditions(run.recipe, run.task, run.bf16, run.device)
     if last is not None:
         state = torch.load(Path(last) / "run.pt", weights_only=True)
         run.load_state_dict(state)
-        run.history.resume(last, state, now, accept_changes)
+        run.history.resume(last, state, run_conditions, accept_changes)
     _cut_metrics(out / "metrics.jsonl", run.count)
     keeper = Keeper(run, out)
 
     def keep() -> None:
         folder = out / "checkpoints" / f"checkpoint-{run.count}"
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({**run.state_dict(), **run.history.state_dict(now)}, folder / "run.pt")
+        torch.save(
+            {**run.state_dict(), **run.history.state_dict(run_conditions)}, folder / "run.pt"
+        )
         mark_complete(folder)
         keep_newest(folder.parent)
         keeper.keep()
@@ -203,12 +209,14 @@ def start_from(model: PreTrainedModel, name: str, runs: Path) -> dict[str, Any]:
                 f"model.start: the run in {path.parent} is not finished; go on with it first"
             )
         name = str(path)
-    trained = DEQModel.from_pretrained(name)
-    theirs, mine = trained.state_dict(), model.state_dict()
-    if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in mine.items()}:
+    trained_model = DEQModel.from_pretrained(name)
+    trained_weights, own_weights = trained_model.state_dict(), model.state_dict()
+    if {k: v.shape for k, v in trained_weights.items()} != {
+        k: v.shape for k, v in own_weights.items()
+    }:
         raise UserError(f"model.start: the weights of {name} do not fit the recipe's model")
-    model.load_state_dict(theirs)
-    folder = Path(trained.config._name_or_path)
+    model.load_state_dict(trained_weights)
+    folder = Path(trained_model.config._name_or_path)
     for record in (folder / "training.json", folder.parent / "record.json"):
         if record.is_file():
             return read_json(record)
@@ -221,8 +229,8 @@ class Keeper(TrainerCallback):
     def __init__(self, run: RecipeTrainer | TimedRun, out: Path) -> None:
         self.run = run
         self.out = out
-        self.past = _recorded(out, "seconds")
-        self.started = time.monotonic()  # a clock that nobody sets
+        self.past_seconds = _recorded_number(out, "seconds")
+        self.start = time.monotonic()  # a clock that nobody sets
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.keep()
@@ -230,7 +238,7 @@ class Keeper(TrainerCallback):
     def keep(self) -> None:
         if _is_first_process():
             save_result(self.run, self.out)
-            _record(self.out, self.run, self.past + time.monotonic() - self.started)
+            _record(self.out, self.run, self.past_seconds + time.monotonic() - self.start)
 
 
 def _is_first_process() -> bool:
@@ -242,12 +250,12 @@ def _cut_metrics(path: Path, step: int) -> None:
     """Drop log lines after the checkpoint that a run goes on from, and one that a kill cut off."""
     if not _is_first_process() or not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
-                kept.append(line)
-    replace_text(path, "".join(kept))
+                lines.append(line)
+    replace_text(path, "".join(lines))
 
 
 @contextlib.contextmanager
@@ -354,11 +362,11 @@ def export(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder, max_shard_size="16MB")
         return
     # Halves of tied weights would no longer share memory, and be stored twice.
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_names = getattr(model, "all_tied_weights_keys", None) or {}
     state = {
         name: t.half() if t.is_floating_point() else t
         for name, t in model.state_dict().items()
-        if name not in tied
+        if name not in tied_names
     }
     model.save_pretrained(folder, state_dict=state, max_shard_size="16MB")
     path = folder / "config.json"
@@ -373,22 +381,22 @@ def _claim(out: Path, recipe: Recipe, resume: bool, accept_changes: bool) -> Non
     A folder in which nothing was trained yet is free: its data were not found, say.
     """
     path = out / "recipe.json"
-    begun = (out / "metrics.jsonl").exists() or any(out.glob("checkpoints/checkpoint-*"))
-    if path.exists() and begun:
+    is_begun = (out / "metrics.jsonl").exists() or any(out.glob("checkpoints/checkpoint-*"))
+    if path.exists() and is_begun:
         if not resume:
             raise UserError(f"{out} already holds a run; add --resume to go on, or remove it")
-        recorded = read_json(path)
-        if not accept_changes and recorded_recipe({"recipe": recorded}) != recipe:
-            what = "; ".join(differences(recorded, recipe.to_dict()))
+        stored_recipe = read_json(path)
+        if not accept_changes and recorded_recipe({"recipe": stored_recipe}) != recipe:
+            clauses = "; ".join(differences(stored_recipe, recipe.to_dict()))
             raise UserError(
-                f"{out} holds a run of another recipe ({what}); choose another --output, or add "
+                f"{out} holds a run of another recipe ({clauses}); choose another --output, or add "
                 "--accept-changes to go on with it"
             )
     (out / "stop").unlink(missing_ok=True)
     replace_text(path, json.dumps(recipe.to_dict(), indent=2) + "\n")
 
 
-def _recorded(out: Path, key: str) -> float:
+def _recorded_number(out: Path, key: str) -> float:
     """A number of the record of a run so far; 0 where there is none yet."""
     try:
         return float(json.loads((out / "record.json").read_text())[key])
@@ -428,9 +436,9 @@ def _validation_curve(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    kept = ("step", "pflop")
+    keys = ("step", "pflop")
     return [
-        {k.removeprefix("eval_"): v for k, v in e.items() if k in kept or k.startswith("eval_")}
+        {k.removeprefix("eval_"): v for k, v in e.items() if k in keys or k.startswith("eval_")}
         for e in entries
         if any(key.startswith("eval_") for key in e)
     ]
@@ -446,10 +454,10 @@ def peak_memory() -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """Versions of what computed a result."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in ("deqzoo", "torch", "transformers", "torch_geometric"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers

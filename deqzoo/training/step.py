@@ -58,18 +58,22 @@ class TrainingStep:
         self.forget = torch.ones((), device=device)
         """1 minus the decay of the average, filled in before every step."""
         self.sums = {name: torch.zeros((), device=device) for name in FIGURES}
-        self.seen: set[str] = set()
-        """Which of them there are: a language model counts no right answers."""
-        self.seen.add("skipped")
+        self.figure_names: set[str] = set()
+        """Which of the sums the task fills: a language model counts no right answers."""
+        self.figure_names.add("skipped")
         self.products = 0
         """Vector-Jacobian products of implicit gradients since the last reading."""
         self.graph: Any = None
         self.pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
         if average is not None:
-            theirs = [*model.parameters(), *model.buffers()]
-            mine = [*average.parameters(), *average.buffers()]
-            both = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
-            self.pairs = [a for a, _ in both], [b for _, b in both]
+            model_tensors = [*model.parameters(), *model.buffers()]
+            average_tensors = [*average.parameters(), *average.buffers()]
+            pairs = [
+                (a, b)
+                for a, b in zip(average_tensors, model_tensors, strict=True)
+                if a.is_floating_point()
+            ]
+            self.pairs = [a for a, _ in pairs], [b for _, b in pairs]
 
     def set(self, rows: Tensor, epoch: int, decay: float) -> None:
         """Say what the next step works on."""
@@ -90,15 +94,15 @@ class TrainingStep:
         assert self.rows is not None
         self.optimizer.zero_grad(set_to_none=True)
         statistics = [b for b in self.model.buffers() if b.is_floating_point()]
-        before = [b.clone() for b in statistics]
+        statistics_before = [b.clone() for b in statistics]
         parts = self.rows.chunk(self.recipe.accumulate)
         for rows in parts:
             loss = self.loss(rows)
             (loss / len(parts) if len(parts) > 1 else loss).backward()
             self.products += backward_products(self.model)
-        wild = self._bound_gradient()
-        for buffer, old in zip(statistics, before, strict=True):
-            buffer.copy_(torch.where(wild, old, buffer))
+        not_finite = self._bound_gradient()
+        for buffer, old in zip(statistics, statistics_before, strict=True):
+            buffer.copy_(torch.where(not_finite, old, buffer))
         self.optimizer.step()
         project = getattr(self.model, "project_", None)  # of weights with a norm bound
         if project is not None:
@@ -109,7 +113,7 @@ class TrainingStep:
     def _bound_gradient(self) -> Tensor:
         """Clip the gradient; one that is not finite becomes zero, and the step counts as skipped.
 
-        One wild batch would else end a run: its gradient reaches all weights.
+        Otherwise one such batch would end a run: its gradient reaches all weights.
 
         Returns:
             Whether the gradient was not finite, a tensor on the device.
@@ -119,20 +123,20 @@ class TrainingStep:
         if self.recipe.optimizer.clip:
             parameters = self.model.parameters()
             torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.optimizer.clip, norm)
-        wild = ~norm.isfinite()
+        not_finite = ~norm.isfinite()
         for gradient in gradients:
-            gradient.masked_fill_(wild, 0.0)
-        self.sums["skipped"].add_(wild)
-        return wild
+            gradient.masked_fill_(not_finite, 0.0)
+        self.sums["skipped"].add_(not_finite)
+        return not_finite
 
     def loss(self, rows: Tensor) -> Tensor:
         """Loss of some rows with its graph; what is worth logging is added up."""
         inputs = self.data.inputs(rows, self.epoch, self.stage)
-        own = self.stage.arguments()
+        arguments = self.stage.arguments()
         if self.jacobian is not None:
-            own["output_state"] = True
+            arguments["output_state"] = True
         with self._autocast():
-            outputs = self.model(**self.task.forward_inputs(inputs), **own)
+            outputs = self.model(**self.task.forward_inputs(inputs), **arguments)
             loss = self.task.loss(outputs, inputs)
             figures = {"loss": loss.detach()}
             for name, value in (("steps", outputs.n_steps), ("residual", outputs.residual)):
@@ -146,7 +150,7 @@ class TrainingStep:
                 figures["jacobian_penalty"] = penalty.detach()
                 loss = loss + self.jacobian.weight * penalty
         self.data.keep(outputs)
-        self.seen |= figures.keys()
+        self.figure_names |= figures.keys()
         with torch.no_grad():
             for name, value in figures.items():
                 self.sums[name].add_(value.float())
@@ -160,12 +164,12 @@ class TrainingStep:
 
     @torch.no_grad()
     def _average(self) -> None:
-        mine, theirs = self.pairs
-        if mine:
+        average_tensors, model_tensors = self.pairs
+        if average_tensors:
             # A foreach lerp would read a weight that is a tensor on the host.
-            change = torch._foreach_sub(theirs, mine)
+            change = torch._foreach_sub(model_tensors, average_tensors)
             torch._foreach_mul_(change, self.forget)
-            torch._foreach_add_(mine, change)
+            torch._foreach_add_(average_tensors, change)
 
     def capture(self, pool: Any = None, warm: int = 3) -> None:
         """Capture the step in a CUDA graph, after some steps that are undone again.
@@ -177,7 +181,7 @@ class TrainingStep:
         Raises:
             RuntimeError: something in the step cannot be captured.
         """
-        kept = self.snapshot()
+        snapshot = self.snapshot()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -190,24 +194,24 @@ class TrainingStep:
             with torch.cuda.graph(graph, pool=pool):
                 self.run()
         finally:
-            self.restore(kept)
+            self.restore(snapshot)
             self.products = 0
         self.graph = graph
 
     def snapshot(self) -> list[Tensor]:
         """Copies of everything that a step changes."""
-        return [t.detach().clone() for t in self.moving()]
+        return [t.detach().clone() for t in self.state_tensors()]
 
     @torch.no_grad()
-    def restore(self, kept: Sequence[Tensor]) -> None:
+    def restore(self, snapshot: Sequence[Tensor]) -> None:
         """Go back to a snapshot; memory of the optimiser that is younger starts from zero."""
-        moving = self.moving()
-        for mine, old in zip(moving, kept, strict=False):
-            mine.copy_(old)
-        for mine in moving[len(kept) :]:
-            mine.zero_()
+        tensors = self.state_tensors()
+        for tensor, old in zip(tensors, snapshot, strict=False):
+            tensor.copy_(old)
+        for tensor in tensors[len(snapshot) :]:
+            tensor.zero_()
 
-    def moving(self) -> list[Tensor]:
+    def state_tensors(self) -> list[Tensor]:
         """Everything that a step changes, the optimiser's memory last."""
         tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers()]
         if self.average is not None:
@@ -229,4 +233,4 @@ class TrainingStep:
         parts = max(1, steps * self.recipe.accumulate)
         means = {name: value / parts for name, value in zip(self.sums, values, strict=True)}
         means["skipped"] *= self.recipe.accumulate
-        return {name: mean for name, mean in means.items() if name in self.seen}
+        return {name: mean for name, mean in means.items() if name in self.figure_names}

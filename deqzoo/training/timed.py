@@ -41,8 +41,8 @@ CHECK_LOSS, CHECK_COSINE = 0.02, 0.05
 gradient's cosine with that in float32 may be."""
 DIVERGED = 0.5
 """Share of the steps between two reports whose gradient may be unusable."""
-SLOWED = 4
-"""How often a run that diverges goes back and halves its learning rate before it gives up."""
+MAX_SLOWDOWNS = 4
+"""How often a run that diverges goes back and halves its learning rate before it ends."""
 
 
 class TimedRun:
@@ -75,7 +75,7 @@ class TimedRun:
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("time_budget is for one process; leave it out for several GPUs")
-        self.born = time.monotonic()
+        self.start = time.monotonic()
         self.deadline = deadline
         self.recipe, self.task, self.out, self.bf16 = recipe, task, out, bf16
         self.progress, self.max_steps = progress, max_steps
@@ -98,17 +98,17 @@ class TimedRun:
         self.stage_start = self.stage_number = 0
         self.rows: Tensor | None = None
         self.reserve = 0.0
-        self.stopped = False
-        self.slowed = 0
+        self.is_stopped = False
+        self.n_slowdowns = 0
         self.failure = ""
         self.events: list[Any] = []
         self.evaluation_rate = 0.0  # of the map, samples per second
         self.snapshots = 0
         self.last_save = time.monotonic()
-        self.asked = seconds
+        self.requested_seconds = seconds
         self.bare_rate = bare_rate(self.device, torch.bfloat16 if bf16 else torch.float32)
 
-    # What is kept of a run.
+    # State and figures of the run.
 
     def averaged(self) -> Any:
         """The weights that are evaluated."""
@@ -117,7 +117,7 @@ class TimedRun:
     @property
     def finished(self) -> bool:
         """Whether the time is over."""
-        return self.budget.stage is None and not self.stopped
+        return self.budget.stage is None and not self.is_stopped
 
     def figures(self) -> dict[str, Any]:
         """What the record of the run says of this engine."""
@@ -159,9 +159,9 @@ class TimedRun:
             "cpu_generator": torch.get_rng_state(),
             "cuda_generator": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "seconds": self.budget.seconds,
-            "asked": self.asked,
+            "asked": self.requested_seconds,
             "used": self.budget.spent,
-            "slowed": self.slowed,
+            "slowed": self.n_slowdowns,
             "numbers": [self.count, self.epoch, self.position, self.stage_number, self.stage_start],
         }
 
@@ -172,14 +172,15 @@ class TimedRun:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
-            for mine, old in zip(self.data.tensors(), state["data"], strict=True):
-                mine.copy_(old)
+            for tensor, stored_tensor in zip(self.data.tensors(), state["data"], strict=True):
+                tensor.copy_(stored_tensor)
         torch.set_rng_state(state["cpu_generator"])
         if self.device.type == "cuda" and state["cuda_generator"] is not None:
             torch.cuda.set_rng_state(state["cuda_generator"])
         self._slow_down(state.get("slowed", 0))
         self.budget.spent = state["used"]
-        if state.get("asked", self.asked) == self.asked:  # else the run is given another time
+        # Another time budget than before takes the place of the stored one.
+        if state.get("asked", self.requested_seconds) == self.requested_seconds:
             self.budget.seconds = state["seconds"]  # which a deadline may have shortened
         (self.count, self.epoch, self.position, self.stage_number, self.stage_start) = state[
             "numbers"
@@ -199,11 +200,11 @@ class TimedRun:
         total = self.budget.seconds
         hidden = None if self.progress else True  # None: in a terminal only
         bar = tqdm(total=round(total), unit="s", disable=hidden, desc=self.recipe.name)
-        while (number := self.budget.stage) is not None and not self.stopped:
+        while (number := self.budget.stage) is not None and not self.is_stopped:
             if number != self.stage_number or self.count == 0:
                 self.stage_number, self.stage_start = number, self.count
             self._stage(number, self.recipe.stages[number], bar, keep)
-            if not self.stopped:
+            if not self.is_stopped:
                 self.evaluate(self.recipe.stages[number])
             self._save(keep)
         bar.close()
@@ -223,32 +224,34 @@ class TimedRun:
             self.budget.shorten(self.deadline - self._age() - self.reserve)
         every = stage.jacobian.every if stage.jacobian else 0
         steps = [s for s in (step, penalised) if s is not None]
-        told, done = time.monotonic(), 0
-        good = step.snapshot()
+        report_time, n_steps = time.monotonic(), 0
+        good_state = step.snapshot()
         with self.budget.running():
-            while self.budget.stage == number and not self.stopped:
-                now = penalised if penalised is not None and self.count % every == 0 else step
+            while self.budget.stage == number and not self.is_stopped:
+                current_step = (
+                    penalised if penalised is not None and self.count % every == 0 else step
+                )
                 self._set_rates()
-                now.set(rows[self.position], self.epoch, self._decay())
-                now()
+                current_step.set(rows[self.position], self.epoch, self._decay())
+                current_step()
                 self._hold_back()
-                self.count, self.position, done = self.count + 1, self.position + 1, done + 1
+                self.count, self.position, n_steps = self.count + 1, self.position + 1, n_steps + 1
                 if self.count - self.stage_start == SETTLING and self.average is not None:
                     copy_buffers(self.average, self.model)
                 if self.position == len(rows):
                     self.epoch, self.position, self.rows = self.epoch + 1, 0, None
                     rows = self._rows(stage)
-                if time.monotonic() - told > LOG_SECONDS:
-                    good = self._tell(steps, done, told, stage, good)
+                if time.monotonic() - report_time > LOG_SECONDS:
+                    good_state = self._tell(steps, n_steps, report_time, stage, good_state)
                     bar.n = min(round(self.budget.used), bar.total)
                     bar.refresh()
-                    told, done = time.monotonic(), 0
-                reached = self.max_steps is not None and self.count >= self.max_steps
-                asked = reached or (self.out / "stop").exists()
-                self.stopped = asked or bool(self.failure)
+                    report_time, n_steps = time.monotonic(), 0
+                is_last_step = self.max_steps is not None and self.count >= self.max_steps
+                is_stop_requested = is_last_step or (self.out / "stop").exists()
+                self.is_stopped = is_stop_requested or bool(self.failure)
                 self._keep_what_is_due(keep)
-            if done:
-                self._tell(steps, done, told, stage, good)
+            if n_steps:
+                self._tell(steps, n_steps, report_time, stage, good_state)
 
     def _keep_what_is_due(self, keep: Any) -> None:
         """Write a snapshot or a checkpoint, while the budget's clock stands still."""
@@ -264,10 +267,10 @@ class TimedRun:
         return int(self.budget.progress * max(self.recipe.evaluation.snapshots - 1, 1)) + 1
 
     def _take_snapshot(self) -> None:
-        due = self._snapshots_due()
-        if self.recipe.evaluation.snapshots and due > self.snapshots:
+        n_due = self._snapshots_due()
+        if self.recipe.evaluation.snapshots and n_due > self.snapshots:
             save_snapshot(self.model, self.out / "snapshots", self.count)
-        self.snapshots = due
+        self.snapshots = n_due
 
     def _rows(self, stage: Stage) -> Tensor:
         """What each step of the present epoch takes."""
@@ -284,7 +287,7 @@ class TimedRun:
             group["lr"].fill_(rate * factor)
 
     def _decay(self) -> float:
-        """Of the average; fresh weights are forgotten as it warms up, trained ones are not."""
+        """Decay of the average, with a warm-up where the run begins with fresh weights."""
         warm_up = not self.recipe.model.start
         return average_decay(self.recipe.average, self.count, warm_up=warm_up)
 
@@ -301,11 +304,11 @@ class TimedRun:
     def _steps(self, stage: Stage, rows: Tensor) -> tuple[TrainingStep, TrainingStep | None]:
         """The stage's step and the one with its penalty, compiled and captured where that works."""
         self._prepare(stage, rows)
-        made: list[TrainingStep | None] = []
+        steps: list[TrainingStep | None] = []
         pool = None
         for penalised in (False, True):
             if penalised and not (stage.jacobian and stage.jacobian.weight):
-                made.append(None)
+                steps.append(None)
                 continue
             step = self._step(stage, penalised)
             step.set(rows, self.epoch, self._decay())
@@ -316,9 +319,9 @@ class TimedRun:
                 except RuntimeError:
                     torch.cuda.synchronize()
                     self.log(event="no CUDA graph", error=traceback.format_exc()[-800:])
-            made.append(step)
-        assert made[0] is not None
-        return made[0], made[1]
+            steps.append(step)
+        assert steps[0] is not None
+        return steps[0], steps[1]
 
     def _step(self, stage: Stage, penalised: bool) -> TrainingStep:
         return TrainingStep(
@@ -346,38 +349,40 @@ class TimedRun:
         Raises:
             RuntimeError: it is farther.
         """
-        started = time.monotonic()
-        exact_loss, exact = self._gradient(stage, rows, False, None)
+        start = time.monotonic()
+        exact_loss, exact_gradient = self._gradient(stage, rows, False, None)
         losses, gradients = [], []
         for compiled in (False, True):
             loss, gradient = self._gradient(stage, rows, compiled, dtype)
             losses.append(loss)
             gradients.append(gradient)
-        cosines = [_cosine(gradient, exact) for gradient in gradients]
+        cosines = [_cosine(gradient, exact_gradient) for gradient in gradients]
         self.log(
             event="compiled map",
             losses=[exact_loss, *losses],
             cosines=cosines,
-            worst=self._worst_parameter(exact, *gradients),
-            seconds=round(time.monotonic() - started, 1),
+            worst=self._worst_parameter(exact_gradient, *gradients),
+            seconds=round(time.monotonic() - start, 1),
         )
-        near = abs(losses[1] - losses[0]) <= CHECK_LOSS * losses[0]
-        if not (near and cosines[1] >= cosines[0] - CHECK_COSINE):
+        is_near = abs(losses[1] - losses[0]) <= CHECK_LOSS * losses[0]
+        if not (is_near and cosines[1] >= cosines[0] - CHECK_COSINE):
             raise RuntimeError("the compiled map disagrees with the plain one")
 
     def _worst_parameter(self, exact: Tensor, plain: Tensor, compiled: Tensor) -> dict[str, Any]:
         """The parameter whose compiled gradient is farthest from float32's, and both cosines."""
-        named = [(name, p.numel()) for name, p in self.model.named_parameters() if p.requires_grad]
-        sizes = [size for _, size in named]
-        found = []
+        named_sizes = [
+            (name, p.numel()) for name, p in self.model.named_parameters() if p.requires_grad
+        ]
+        sizes = [size for _, size in named_sizes]
+        cosines = []
         for (name, _), e, a, b in zip(
-            named, exact.split(sizes), plain.split(sizes), compiled.split(sizes), strict=True
+            named_sizes, exact.split(sizes), plain.split(sizes), compiled.split(sizes), strict=True
         ):
             if e.any():
-                found.append((_cosine(b, e), name, _cosine(a, e)))
-        if not found:
+                cosines.append((_cosine(b, e), name, _cosine(a, e)))
+        if not cosines:
             return {}
-        of_compiled, name, of_plain = min(found)
+        of_compiled, name, of_plain = min(cosines)
         return {"parameter": name, "cosines": [round(of_plain, 5), round(of_compiled, 5)]}
 
     def _gradient(
@@ -387,7 +392,7 @@ class TimedRun:
         self.model.use_training_kernels(compiled, dtype)
         step = self._step(stage, False)
         step.bf16 = dtype is not None
-        kept = [t.detach().clone() for t in (*self.model.buffers(), *self.data.tensors())]
+        state_before = [t.detach().clone() for t in (*self.model.buffers(), *self.data.tensors())]
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
@@ -395,32 +400,34 @@ class TimedRun:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         with torch.no_grad():
-            for mine, old in zip((*self.model.buffers(), *self.data.tensors()), kept, strict=True):
-                mine.copy_(old)
-        flat = [
+            for tensor, tensor_before in zip(
+                (*self.model.buffers(), *self.data.tensors()), state_before, strict=True
+            ):
+                tensor.copy_(tensor_before)
+        filled_gradients = [
             torch.zeros_like(p) if g is None else g
             for p, g in zip(parameters, gradients, strict=True)
         ]
-        return float(loss.detach()), torch.cat([g.flatten().float() for g in flat])
+        return float(loss.detach()), torch.cat([g.flatten().float() for g in filled_gradients])
 
     # Reports.
 
     def evaluate(self, stage: Stage) -> dict[str, float]:
         """Validation figures of the kept weights, logged; on fewer samples in a short run."""
-        started = time.monotonic()
-        last = self.budget.stage is None
+        start = time.monotonic()
+        is_last = self.budget.stage is None
         # Evaluations of the map cost about as much here as in training.
-        allowed = EVALUATION_SHARE[last] * self.budget.seconds * self.evaluation_rate
-        allowed *= self.task.sample_size(stage)
+        most_evaluations = EVALUATION_SHARE[is_last] * self.budget.seconds * self.evaluation_rate
+        most_evaluations *= self.task.sample_size(stage)
         steps = self.model.resolve_solver().max_steps
-        samples = max(2, min(self.recipe.evaluation.samples, round(allowed / steps)))
+        samples = max(2, min(self.recipe.evaluation.samples, round(most_evaluations / steps)))
         # Samples leave the batch as they converge: cuDNN would try its kernels at every new size.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False):
             figures = self.history.validate(self.task, self.averaged(), stage, samples, self.count)
-        evaluated = {f"eval_{key}": value for key, value in figures.items()}
-        self.log(**evaluated, pflop=self.history.pflop)
+        metrics = {f"eval_{key}": value for key, value in figures.items()}
+        self.log(**metrics, pflop=self.history.pflop)
         # A deadline leaves room for another one, and for writing the weights.
-        self.reserve = max(self.reserve, 1.5 * (time.monotonic() - started) + 5)
+        self.reserve = max(self.reserve, 1.5 * (time.monotonic() - start) + 5)
         return figures
 
     def log(self, **entry: Any) -> None:
@@ -433,11 +440,11 @@ class TimedRun:
         self,
         steps: list[TrainingStep],
         n: int,
-        since: float,
+        start: float,
         stage: Stage,
-        good: list[Tensor],
+        good_state: list[Tensor],
     ) -> list[Tensor]:
-        """Log what happened since; a run that has diverged goes back to where it was good.
+        """Log the steps since `start`; a run that has diverged goes back to `good_state`.
 
         Returns:
             The snapshot to go back to from here.
@@ -447,16 +454,16 @@ class TimedRun:
             for key, value in step.read(n).items():
                 sums[key] = sums.get(key, 0.0) + value
         products = sum(step.products for step in steps) / n
-        seconds = time.monotonic() - since
+        seconds = time.monotonic() - start
         evaluations = self._evaluations(stage, sums["solver_steps"], products)
         self.evaluation_rate = n * self._batch * evaluations / seconds
         per_evaluation, rest = self.flop_table[self.stage_number]
         self.history.spent += n * self._batch * (evaluations * per_evaluation + 3 * rest)
         for step in steps:
             step.products = 0
-        skipped = sums.pop("skipped")
-        if skipped:
-            sums["skipped"] = skipped
+        skipped_share = sums.pop("skipped")
+        if skipped_share:
+            sums["skipped"] = skipped_share
         if "jacobian_penalty" in sums and stage.jacobian is not None:
             sums["jacobian_penalty"] *= stage.jacobian.every
         self.log(
@@ -469,22 +476,23 @@ class TimedRun:
             pflop=self.history.pflop,
             **{key: round(value, 5) for key, value in sums.items()},
         )
-        if skipped < DIVERGED:
+        if skipped_share < DIVERGED:
             return steps[0].snapshot()
-        steps[0].restore(good)
-        if self.slowed == SLOWED:
+        steps[0].restore(good_state)
+        if self.n_slowdowns == MAX_SLOWDOWNS:
             self.failure = (
-                f"{self.recipe.name} diverges, even with {0.5**SLOWED:g} of its learning rate: "
-                f"most gradients are not finite. {self.out}/model holds the last good weights: "
-                "lower optimizer.lr, set optimizer.clip, or give the stage more solver steps"
+                f"{self.recipe.name} diverges, even with {0.5**MAX_SLOWDOWNS:g} of its learning "
+                f"rate: most gradients are not finite. {self.out}/model holds the last good "
+                "weights: lower optimizer.lr, set optimizer.clip, or give the stage more solver "
+                "steps"
             )
         else:
             self._slow_down(1)
-        self.log(event="diverged", learning_rate_factor=0.5**self.slowed)
-        return good
+        self.log(event="diverged", learning_rate_factor=0.5**self.n_slowdowns)
+        return good_state
 
     def _slow_down(self, times: int) -> None:
-        self.slowed += times
+        self.n_slowdowns += times
         self.base_rates = [rate * 0.5**times for rate in self.base_rates]
 
     def _evaluations(self, stage: Stage, n_steps: float, products: float) -> float:
@@ -497,9 +505,9 @@ class TimedRun:
         return evaluations
 
     def _age(self) -> float:
-        return time.monotonic() - self.born
+        return time.monotonic() - self.start
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    """Of two long vectors: sums of millions of float32 squares are off by a thousandth."""
+    """Cosine of two long vectors; in float32, sums of millions of squares are off by 1e-3."""
     return float(F.cosine_similarity(a.double(), b.double(), dim=0))

@@ -40,7 +40,7 @@ class SolverStatistics:
         self.residuals: list[Tensor] = []
         self.converged: list[Tensor] = []
         self.solver_seconds = 0.0
-        self.started = time.perf_counter()
+        self.start = time.perf_counter()
 
     def add(self, outputs: Any) -> None:
         if getattr(outputs, "n_steps", None) is None:
@@ -56,7 +56,7 @@ class SolverStatistics:
         steps = torch.cat([s.flatten() for s in self.steps]).float().cpu()
         residual = torch.cat([r.flatten() for r in self.residuals]).float().cpu()
         converged = torch.cat([c.flatten() for c in self.converged]).float().cpu()
-        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
         return {
             "solver_steps": round(float(steps.mean()), 3),
             "solver_steps_p95": float(steps.quantile(0.95)),
@@ -114,21 +114,21 @@ class DEQTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        given = inputs.get("labels")
+        labels = inputs.get("labels")
         inputs = self.smoothed_inputs(inputs)
-        if num_items_in_batch is not None and given is not None and inputs["labels"] is not given:
-            both = (given, inputs["labels"])
-            counted, scored = ((x[:, 1:] != -100).sum().clamp(min=1) for x in both)
-            num_items_in_batch = num_items_in_batch * scored / counted  # padding is no item
+        if num_items_in_batch is not None and labels is not None and inputs["labels"] is not labels:
+            label_tensors = (labels, inputs["labels"])
+            n_labels, n_scored = ((x[:, 1:] != -100).sum().clamp(min=1) for x in label_tensors)
+            num_items_in_batch = num_items_in_batch * n_scored / n_labels  # padding is no item
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalised = self.wants_penalty()
         inputs = {**inputs, **self.stage_inputs()}
         if penalised:
             inputs["output_state"] = True
-        before = solver_seconds(model)
+        seconds_before = solver_seconds(model)
         loss, outputs = self.training_loss(model, inputs, num_items_in_batch)
-        self.statistics.solver_seconds += solver_seconds(model) - before
+        self.statistics.solver_seconds += solver_seconds(model) - seconds_before
         logs = self.args.logging_strategy != "no"  # nothing else empties the statistics
         if logs:
             self.statistics.add(outputs)
@@ -145,10 +145,10 @@ class DEQTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def smoothed_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch, its labels being what is scored where Trainer smooths those of a text model.
+        """The batch; where Trainer smooths a text model's labels, with the labels that are scored.
 
-        Trainer moves them by one place, but knows neither padding nor labels that are the next
-        words already.
+        Trainer shifts labels by one place, but handles neither padding nor labels that are shifted
+        already.
 
         Raises:
             UserError: labels that are the next words already (`shift=False`).
@@ -159,13 +159,13 @@ class DEQTrainer(Trainer):
         for module in self.model.modules():
             if isinstance(module, DEQTransformerForCausalLM):
                 names = ("input_ids", "labels", "shift", "attention_mask")
-                known = {name: inputs[name] for name in names if name in inputs}
-                if not known.get("shift", True):
+                arguments = {name: inputs[name] for name in names if name in inputs}
+                if not arguments.get("shift", True):
                     raise UserError(
                         "label_smoothing_factor takes labels that are the tokens themselves; "
                         "leave shift=False out"
                     )
-                words = module.next_words(**known)
+                words = module.next_words(**arguments)
                 return {**inputs, "labels": words.roll(1, 1)}  # the last one is never scored
         return inputs
 
@@ -268,7 +268,7 @@ class RecipeTrainer(DEQTrainer):
         return loss
 
     def count(self, outputs: Any, inputs: dict[str, Any]) -> None:
-        """Add the FLOPs of a step on all processes, the products of an implicit gradient apart."""
+        """Add the FLOPs of a step on all processes, without products of an implicit gradient."""
         per_evaluation, rest = self.flop_table[self.plan.index(self.state.global_step)]
         stage = self.stage
         # A graph of nodes is one sample, however many labels it has.
@@ -295,8 +295,8 @@ class RecipeTrainer(DEQTrainer):
         if self.average is not None and self.is_world_process_zero():
             save_file(_flat(self.average.module), folder / "average.safetensors")
             (folder / "average.txt").write_text(str(int(self.average.n_averaged)))
-        own = {"task": self.task.state_dict(), **self.history.state_dict(self.conditions())}
-        torch.save(own, folder / f"deqzoo_state_{self.args.process_index}.pt")
+        state = {"task": self.task.state_dict(), **self.history.state_dict(self.conditions())}
+        torch.save(state, folder / f"deqzoo_state_{self.args.process_index}.pt")
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -321,9 +321,9 @@ class RecipeTrainer(DEQTrainer):
                 f"{folder} was written by fewer processes than {self.args.world_size}; resume with "
                 "the number that the run was begun with"
             )
-        extra = torch.load(path, weights_only=True)
-        self.task.load_state_dict(extra["task"])
-        self.history.resume(folder, extra, self.conditions(), accept_changes)
+        stored_state = torch.load(path, weights_only=True)
+        self.task.load_state_dict(stored_state["task"])
+        self.history.resume(folder, stored_state, self.conditions(), accept_changes)
         if self.average is not None:
             state = load_file(Path(folder) / "average.safetensors")
             _load_flat(self.average.module, state)
@@ -393,28 +393,28 @@ def moving_average(
         if average[0].is_floating_point():
             torch._foreach_lerp_(average, current, weight)
         else:
-            for mine, theirs in zip(average, current, strict=True):
-                mine.copy_(theirs)
+            for average_tensor, current_tensor in zip(average, current, strict=True):
+                average_tensor.copy_(current_tensor)
 
     return update
 
 
 def _flat(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, each storage once."""
-    seen: set[int] = set()
+    storages: set[int] = set()
     tensors = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
+        if id(tensor) not in storages:
+            storages.add(id(tensor))
             tensors[name] = tensor.detach().contiguous()
     return tensors
 
 
 @torch.no_grad()
 def _load_flat(model: nn.Module, state: dict[str, Tensor]) -> None:
-    own = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in state.items():
-        own[name].copy_(tensor)
+        tensors[name].copy_(tensor)
 
 
 def knows_start(folder: str) -> bool:
