@@ -49,9 +49,9 @@ IMPORTING = (
     "without it they refuse the model type. No remote code is involved."
 )
 #: Baselines as README's table calls them.
-BESIDE = {"majority": "most frequent class", "constant_micro_f1": "best constant answer"}
+BASELINE_NAMES = {"majority": "most frequent class", "constant_micro_f1": "best constant answer"}
 
-#: What a run left under a name that says too little.
+#: Labels of record entries whose names say too little.
 _LABELS = {
     "validation_accuracy": "validation accuracy in training, by which the epoch was chosen",
     "total_steps": "steps planned",
@@ -73,7 +73,7 @@ _SETTINGS = {
     "solver": "adjoint by {}",
 }
 _STOPS = {"rel": "relative", "abs": "absolute"}
-#: What a record counts anew in every part of a run.
+#: Entries of a record that every part of a run counts from zero.
 _OF_A_PART = ("steps", "total_steps", "epochs", "seconds", "peak_memory_mib")
 _PLAIN = re.compile(r"[\w./~-]+")
 _TABLE_BEGIN, _TABLE_END = "<!-- models:begin -->", "<!-- models:end -->"
@@ -100,9 +100,9 @@ def render_card(entry: Entry, repository: str | None = None) -> str:
         repository: on the Hub, which examples and commands name; the zoo's own by default.
     """
     family = FAMILY_TEXTS[entry.config["model_type"]]
-    drawn = plots(entry)
+    plot_files = plots(entry)
     picture = next((f"{entry.name}-{kind}.svg" for kind in PICTURES
-                    if f"{entry.name}-{kind}.svg" in drawn), None)  # fmt: skip
+                    if f"{entry.name}-{kind}.svg" in plot_files), None)  # fmt: skip
     sections = [
         f"# {entry.name}",
         _summary(entry),
@@ -113,11 +113,11 @@ def render_card(entry: Entry, repository: str | None = None) -> str:
         "## Results",
         *_results(entry, repository),
         "## More",
-        _folded("How it works, and its settings", f"{EQUILIBRIUM} {family.about}", IMPORTING,
+        _details("How it works, and its settings", f"{EQUILIBRIUM} {family.about}", IMPORTING,
                 _model_table(entry)),
         *_data(entry),
-        _folded("Training", _training(entry)),
-        _folded(
+        _details("Training", _training(entry)),
+        _details(
             "Licence and citation",
             "Weights and code: Apache-2.0. The data sets keep their own terms. If you use this "
             "model, please cite",
@@ -128,29 +128,29 @@ def render_card(entry: Entry, repository: str | None = None) -> str:
 
 
 def _image(file: str, alt: str) -> str:
-    """A picture small enough for what follows it to be seen, too."""
+    """A picture, small enough for the text below it to be on the same screen."""
     return f'<img src="{file}" width="420" alt="{alt}">'
 
 
-def _folded(title: str, *parts: str) -> str:
-    """A part of the card that opens when it is asked for."""
+def _details(title: str, *parts: str) -> str:
+    """A part of the card that a reader unfolds."""
     return "\n\n".join([f"<details>\n<summary>{title}</summary>", *parts, "</details>"])
 
 
 def _summary(entry: Entry) -> str:
     """The main figure, the size, and what the equilibrium costs, in one paragraph."""
-    tested = entry.tests() or list(entry.evaluations.values())
+    evaluations = entry.tests() or list(entry.evaluations.values())
     size = f"{short_count(entry.parameters)} parameters, {entry.size / 2**20:.1f} MiB"
-    if not tested:
+    if not evaluations:
         return f"Not evaluated yet; {size}."
-    evaluation = tested[0]
+    evaluation = evaluations[0]
     data, results = evaluation.get("data", {}), evaluation.get("results", {})
     fold = f", fold {data['fold']}" if "fold" in data else ""
-    measured = f"{data['samples']:,} {data['unit']}" if "samples" in data else "samples"
+    sample_count = f"{data['samples']:,} {data['unit']}" if "samples" in data else "samples"
     lines = [
         f"**{main_value(evaluation)}** on {data_title(data.get('name'))} "
         f"({data.get('split', '?')} split{fold}, "
-        f"{measured}); {size}."
+        f"{sample_count}); {size}."
     ]
     beside = _beside(entry) if entry.tests() else ""
     if beside:
@@ -223,24 +223,24 @@ def budget_plot(entry: Entry) -> str | None:
 
 def plots(entry: Entry) -> dict[str, str]:
     """SVG files that the card shows, by name."""
-    drawn = {
+    svgs = {
         f"{entry.name}-budget.svg": budget_plot(entry),
         f"{entry.name}-training.svg": training_curve.draw(entry.name, entry.record, _metric(entry)),
     }
-    return {file: plot for file, plot in drawn.items() if plot is not None}
+    return {file: plot for file, plot in svgs.items() if plot is not None}
 
 
 def render_table() -> str:
-    """README's table: one row per model worth having, by task, then the best first.
+    """README's table: one row per model that beats its baseline, by task, then the best first.
 
     Of models of the same size on the same data, which differ in how they were trained, the best has
     a row; those that beat no constant answer are named below.
     """
-    tested = [entry for entry in entries() if entry.tests()]
-    worth = [entry for entry in tested if not below_baseline(entry.tests()[0])]
-    worth.sort(key=rank)
+    tested_entries = [entry for entry in entries() if entry.tests()]
+    good_entries = [entry for entry in tested_entries if not below_baseline(entry.tests()[0])]
+    good_entries.sort(key=rank)
     kinds: dict[Any, list[Entry]] = {}
-    for entry in worth:
+    for entry in good_entries:
         kinds.setdefault((_data_name(entry), entry.parameters), []).append(entry)
     rows = [
         (
@@ -253,16 +253,17 @@ def render_table() -> str:
         for entry, *_ in kinds.values()
     ]
     lines = [_table(("task", "model", "parameters", "result on the test split", "beside it"), rows)]
-    also = [
+    other_links = [
         f"{_link(entry)} ({main_value(entry.tests()[0])})"
         for _, *others in kinds.values()
         for entry in others
     ]
-    if also:
+    if other_links:
         lines.append(
-            f"Of the same size and data as one above, trained in another way: {', '.join(also)}."
+            "Of the same size and data as one above, trained in another way: "
+            f"{', '.join(other_links)}."
         )
-    for entry in tested:
+    for entry in tested_entries:
         evaluation = entry.tests()[0]
         if below_baseline(evaluation):
             baseline = METRICS[evaluation["metric"]].baseline
@@ -287,17 +288,17 @@ def _headline(entry: Entry) -> str:
     evaluation, name = entry.tests()[0], _data_name(entry)
     fold = f", fold {evaluation['data']['fold']}" if "fold" in evaluation["data"] else ""
     pflop = entry.record.get("pflop")
-    spent = f"; {pflop:.2g} PFLOP" if pflop else ""
-    return f"**{main_value(evaluation)}** on {data_title(name)}{fold}{spent}"
+    compute = f"; {pflop:.2g} PFLOP" if pflop else ""
+    return f"**{main_value(evaluation)}** on {data_title(name)}{fold}{compute}"
 
 
 def _beside(entry: Entry) -> str:
-    """What the figure is to be held against."""
+    """What to compare the figure with: baselines and published results."""
     parts = []
     results, metric = entry.tests()[0]["results"], entry.tests()[0].get("metric")
     baseline = METRICS[metric].baseline if metric in METRICS else None
     if baseline is not None and baseline in results:
-        parts.append(f"{BESIDE[baseline]}: {100 * results[baseline]:.1f} %")
+        parts.append(f"{BASELINE_NAMES[baseline]}: {100 * results[baseline]:.1f} %")
     text = DATA_TEXTS.get(_data_name(entry))
     if text is not None and text.beside:
         parts.append(text.beside)
@@ -343,16 +344,19 @@ def source_root() -> Path:
 
 
 def _model_table(entry: Entry) -> str:
-    tested: dict[str, Any] = next(
+    model_record: dict[str, Any] = next(
         (e["model"] for e in entry.evaluations.values() if "model" in e), {}
     )
     rows = [
         ("class", f"`{entry.architecture}`"),
-        ("parameters", f"{tested.get('parameters', entry.parameters):,}"),
+        ("parameters", f"{model_record.get('parameters', entry.parameters):,}"),
         ("weights", f"{entry.size / 2**20:.1f} MiB in {len(entry.weight_files)} file(s)"),
         ("solver", _settings(entry.config.get("solver"))),
         ("gradient", _settings(entry.config.get("gradient"))),
-        ("weights SHA-256", f"`{tested['weights_sha256']}`" if tested else "not recorded"),
+        (
+            "weights SHA-256",
+            f"`{model_record['weights_sha256']}`" if model_record else "not recorded",
+        ),
     ]
     return _table(("", ""), rows)
 
@@ -372,44 +376,44 @@ def _results(entry: Entry, repository: str | None) -> list[str]:
     if not entry.evaluations:
         return ["Not evaluated yet."]
     # The test split first: it is what others compare with.
-    found = sorted(
+    evaluations = sorted(
         entry.evaluations.values(), key=lambda e: e.get("data", {}).get("split") != "test"
     )
     names = dict.fromkeys(
         name
-        for evaluation in found
+        for evaluation in evaluations
         for name, value in evaluation.get("results", {}).items()
         if isinstance(value, (int, float))
     )
-    head = ("figure", *(_column(evaluation) for evaluation in found))
+    head = ("figure", *(_column(evaluation) for evaluation in evaluations))
     rows = [
-        (words(name), *(_number(e.get("results", {}).get(name, "")) for e in found))
+        (words(name), *(_number(e.get("results", {}).get(name, "")) for e in evaluations))
         for name in names
     ]
     parts = [_table(head, rows)]
     parts += [
         f"These {data['samples']:,} {data['unit']} also chose the weights of this model, for want "
         "of more: a figure that flatters."
-        for evaluation in found
+        for evaluation in evaluations
         if (data := evaluation.get("data", {})).get("chose_weights")
     ]
-    parts += [line for evaluation in found for line in _against_baselines(evaluation)]
-    commands = dict.fromkeys(measuring_command(entry, e, repository) for e in found)
+    parts += [line for evaluation in evaluations for line in _against_baselines(evaluation)]
+    commands = dict.fromkeys(measuring_command(entry, e, repository) for e in evaluations)
     parts.append("Measured by " + " and ".join(f"`{command}`" for command in commands) + ".")
-    for evaluation in found:
+    for evaluation in evaluations:
         text = DATA_TEXTS.get(evaluation.get("data", {}).get("name", ""))
         if text and text.published and evaluation["data"].get("split") == "test":
             parts.append(f"Published by others: {text.published}.")
-    for evaluation in found[:1]:  # the others' are in their files
+    for evaluation in evaluations[:1]:  # the others' are in their files
         per_class = evaluation.get("results", {}).get("per_class_accuracy")
         if per_class:
             rows = [(name, _number(value)) for name, value in per_class.items()]
             title = f"Accuracy by class, {_column(evaluation)}"
-            parts.append(_folded(title, _table(("class", "accuracy"), rows)))
+            parts.append(_details(title, _table(("class", "accuracy"), rows)))
         budget = _budget(evaluation)
         if budget:
             title = f"{words(evaluation['metric']).capitalize()} against solver steps"
-            parts.append(_folded(f"{title}, {_column(evaluation)}", *budget))
+            parts.append(_details(f"{title}, {_column(evaluation)}", *budget))
     notes = entry.folder / NOTES
     return [*parts, notes.read_text(encoding="utf-8").strip()] if notes.is_file() else parts
 
@@ -430,7 +434,7 @@ def _data(entry: Entry) -> list[str]:
         f"{_column(evaluation)}: {'; '.join(_facts(evaluation.get('data', {})))}."
         for evaluation in entry.evaluations.values()
     ]
-    return [_folded("Data", *parts, *facts)] if parts or facts else []
+    return [_details("Data", *parts, *facts)] if parts or facts else []
 
 
 def _facts(data: dict[str, Any]) -> Iterator[str]:
@@ -509,7 +513,7 @@ def _training(entry: Entry) -> str:
 
 
 def _record_rows(content: dict[str, Any]) -> list[tuple[str, Any]]:
-    """A record's values by what they are called; of a run in parts, which are the last part's."""
+    """A record's values with their labels, which say what counts the last part of a run only."""
     inherited = content.get("pflop_inherited", 0.0)
     part = " of this part" if inherited else ""
     rows = []
@@ -530,10 +534,12 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def _settings(settings: dict[str, Any] | None) -> str:
     """Solver or gradient settings in words, without those left to their defaults."""
-    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    values = {key: value for key, value in (settings or {}).items() if value is not None}
     parts = []
-    for key in sorted(given, key=lambda key: list(_SETTINGS).index(key) if key in _SETTINGS else 9):
-        value = given[key]
+    for key in sorted(
+        values, key=lambda key: list(_SETTINGS).index(key) if key in _SETTINGS else 9
+    ):
+        value = values[key]
         value = _settings(value) if isinstance(value, dict) else _STOPS.get(value, value)
         parts.append(_SETTINGS.get(key, key.replace("_", " ") + " {}").format(value))
     return ", ".join(parts).replace(", of the", " of the")

@@ -80,63 +80,63 @@ class Entry:
 
     def best_test(self, metric: str) -> float | None:
         """The best figure of a metric ("accuracy", "perplexity") on a test split, or None."""
-        found = (e.get("results", {}).get(metric) for e in self.tests())
-        figures = [float(figure) for figure in found if figure is not None]
+        values = (e.get("results", {}).get(metric) for e in self.tests())
+        figures = [float(figure) for figure in values if figure is not None]
         best = max if METRICS[metric].higher_is_better else min
         return best(figures, default=None)
 
 
-def best_first(found: Iterable[Entry], metric: str) -> list[Entry]:
+def best_first(checkpoints: Iterable[Entry], metric: str) -> list[Entry]:
     """Checkpoints by their test figure of a metric, the best first, those without one last."""
     sign = -1.0 if METRICS[metric].higher_is_better else 1.0
 
-    def rank(one: Entry) -> tuple[float, str]:
-        figure = one.best_test(metric)
-        return math.inf if figure is None else sign * figure, one.name
+    def rank(checkpoint: Entry) -> tuple[float, str]:
+        figure = checkpoint.best_test(metric)
+        return math.inf if figure is None else sign * figure, checkpoint.name
 
-    return sorted(found, key=rank)
+    return sorted(checkpoints, key=rank)
 
 
-def rank(one: Entry) -> tuple[Any, ...]:
+def rank(checkpoint: Entry) -> tuple[Any, ...]:
     """Where a checkpoint stands by result: task, data set, then the best test figure."""
     tasks, data = [info.words for info in TASKS.values()], list(DATA_TEXTS)
-    task = tasks.index(one.task) if one.task in tasks else len(tasks)
-    if not one.tests():
-        return task, len(data) + 1, 0.0, one.name
-    evaluation = one.tests()[0]
+    task = tasks.index(checkpoint.task) if checkpoint.task in tasks else len(tasks)
+    if not checkpoint.tests():
+        return task, len(data) + 1, 0.0, checkpoint.name
+    evaluation = checkpoint.tests()[0]
     name, source = evaluation.get("metric") or "", evaluation.get("data", {}).get("name", "?")
     value = evaluation["results"].get(name, 0.0)
     return (
         task,
         data.index(source) if source in data else len(data),
         -value if name in METRICS and METRICS[name].higher_is_better else value,
-        one.name,
+        checkpoint.name,
     )
 
 
 #: Orders of a list of checkpoints.
 ORDERS: dict[str, Callable[[Entry], Any]] = {
-    "name": lambda one: one.name,
-    "parameters": lambda one: (one.parameters, one.name),
+    "name": lambda checkpoint: checkpoint.name,
+    "parameters": lambda checkpoint: (checkpoint.parameters, checkpoint.name),
     "result": rank,
 }
 
 
-def results_csv(found: Iterable[Entry]) -> str:
+def results_csv(checkpoints: Iterable[Entry]) -> str:
     """A row per test evaluation: what timm keeps in its results files."""
     stream = io.StringIO()
     head = ("name", "task", "data", "split", "samples", "metric", "value", "parameters",
             "n_steps_mean", "converged_share", "max_steps", "tol", "weights_sha256")  # fmt: skip
     table = csv.DictWriter(stream, head, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
-    for one in found:
-        for test in one.tests():
+    for checkpoint in checkpoints:
+        for test in checkpoint.tests():
             data, results, model = test.get("data", {}), test["results"], test.get("model", {})
             solver = model.get("solver") or {}
             table.writerow(
                 {**solver, **results, **data, **model, "data": data.get("name"),
-                 "name": one.name, "task": one.task, "metric": test.get("metric"),
-                 "value": results.get(test.get("metric")), "parameters": one.parameters}
+                 "name": checkpoint.name, "task": checkpoint.task, "metric": test.get("metric"),
+                 "value": results.get(test.get("metric")), "parameters": checkpoint.parameters}
             )  # fmt: skip
     return stream.getvalue()
 

@@ -33,8 +33,8 @@ def seal(
 
     for name in names:
         folder = resolve_bundled(name)
-        written = record(folder)
-        typer.echo(f"{folder.name}: {'sealed' if written else 'sealed already'}")
+        is_new = record(folder)
+        typer.echo(f"{folder.name}: {'sealed' if is_new else 'sealed already'}")
 
 
 def cards(
@@ -46,17 +46,17 @@ def cards(
     from deqzoo.files import replace_text
     from deqzoo.hub.cards import rendered_files, source_root
 
-    stale = []
+    stale_paths = []
     for path, text in rendered_files(source_root()).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            stale.append(path)
+            stale_paths.append(path)
             if not check:
                 path.parent.mkdir(exist_ok=True)
                 replace_text(path, text)
-    if check and stale:
-        names = ", ".join(path.name for path in stale)
+    if check and stale_paths:
+        names = ", ".join(path.name for path in stale_paths)
         raise UserError(f"out of date: {names}; run `deqzoo cards`")
-    typer.echo("up to date" if not stale else f"{len(stale)} file(s) written")
+    typer.echo("up to date" if not stale_paths else f"{len(stale_paths)} file(s) written")
 
 
 def verify(
@@ -71,19 +71,19 @@ def verify(
     from deqzoo.hub.verify import verify_model
     from deqzoo.zoo import list_models
 
-    faulty = []
-    chosen = names or list_models()
-    for name in chosen:
+    faulty_names = []
+    all_names = names or list_models()
+    for name in all_names:
         try:
             faults = verify_model(name, revision=revision)
         except UserError as error:
-            if len(chosen) == 1:
+            if len(all_names) == 1:
                 raise
             faults = [str(error)]  # and the others are looked at all the same
         typer.echo(f"{name}: {'; '.join(faults) if faults else 'ok'}")
-        faulty += [name] if faults else []
-    if faulty:
-        raise UserError(f"{len(faulty)} checkpoint(s) failed: {', '.join(faulty)}")
+        faulty_names += [name] if faults else []
+    if faulty_names:
+        raise UserError(f"{len(faulty_names)} checkpoint(s) failed: {', '.join(faulty_names)}")
 
 
 def publish(

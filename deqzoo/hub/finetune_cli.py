@@ -69,8 +69,8 @@ def finetune(
     from deqzoo.tasks.finetuning import Settings, warnings_of
     from deqzoo.training.finetune import clear, prepare, require_free, train
 
-    unmeasured = (output / "run.json").is_file() and not (output / "README.md").is_file()
-    if resume and unmeasured:  # cut off when it was trained already
+    is_unmeasured = (output / "run.json").is_file() and not (output / "README.md").is_file()
+    if resume and is_unmeasured:  # cut off when it was trained already
         clear(output)
     else:
         require_free(output, resume)

@@ -63,12 +63,14 @@ def check_checksums(folder: Path) -> list[str]:
         UserError: the checksums are missing or unreadable, or a link leads out of the folder.
     """
     require_inside(folder, deep=True)
-    recorded = read_checksums(folder)
-    present = {path.as_posix() for path in sealed_files(folder)}
-    faults = [f"{name} is missing" for name in sorted(recorded.keys() - present)]
-    faults += [f"{name} is not in {CHECKSUMS}" for name in sorted(present - recorded.keys())]
-    for name in sorted(recorded.keys() & present):
-        if file_digest(folder / name) != recorded[name]:
+    recorded_digests = read_checksums(folder)
+    present_files = {path.as_posix() for path in sealed_files(folder)}
+    faults = [f"{name} is missing" for name in sorted(recorded_digests.keys() - present_files)]
+    faults += [
+        f"{name} is not in {CHECKSUMS}" for name in sorted(present_files - recorded_digests.keys())
+    ]
+    for name in sorted(recorded_digests.keys() & present_files):
+        if file_digest(folder / name) != recorded_digests[name]:
             faults.append(f"{name} has changed")
     return faults
 
@@ -136,12 +138,16 @@ def check_golden(folder: Path, model: PreTrainedModel) -> list[str]:
     """
     if not (folder / GOLDEN).is_file():
         raise UserError(f"{folder} has no {GOLDEN}; `deqzoo seal` writes it")
-    recorded = torch.tensor(read_json(folder / GOLDEN).get("logits", []), dtype=torch.float64)
-    found = torch.tensor(golden_prediction(model)["logits"], dtype=torch.float64)
-    if recorded.shape != found.shape:
-        return [f"{GOLDEN} records {recorded.numel()} logits, the model gives {found.numel()}"]
-    error = (recorded - found).abs().max().item()
-    allowed = _GOLDEN_TOLERANCE * recorded.abs().max().item()
-    if not error <= allowed:
-        return [f"golden logits differ by {error:.1e}, allowed is {allowed:.1e}"]
+    recorded_logits = torch.tensor(
+        read_json(folder / GOLDEN).get("logits", []), dtype=torch.float64
+    )
+    logits = torch.tensor(golden_prediction(model)["logits"], dtype=torch.float64)
+    if recorded_logits.shape != logits.shape:
+        return [
+            f"{GOLDEN} records {recorded_logits.numel()} logits, the model gives {logits.numel()}"
+        ]
+    error = (recorded_logits - logits).abs().max().item()
+    tolerance = _GOLDEN_TOLERANCE * recorded_logits.abs().max().item()
+    if not error <= tolerance:
+        return [f"golden logits differ by {error:.1e}, allowed is {tolerance:.1e}"]
     return []

@@ -1,4 +1,4 @@
-"""What the Hub reads of a checkpoint beside its files: the card's metadata and its test results."""
+"""What the Hub reads of a checkpoint: the metadata of its card and its test results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def metadata(entry: Entry) -> str:
     """The YAML at the head of a checkpoint's card."""
     family = FAMILY_TEXTS[entry.config["model_type"]]
     figures = _test_figures(entry)
-    known = {data["name"] for data, _, _ in figures if data["name"] in DATA_TEXTS}
+    data_names = {data["name"] for data, _, _ in figures if data["name"] in DATA_TEXTS}
     results = [
         EvalResult(
             task_type=family.pipeline_tag,
@@ -53,7 +53,7 @@ def metadata(entry: Entry) -> str:
         pipeline_tag=family.pipeline_tag,
         tags=["deep-equilibrium-model", entry.config["model_type"]],
         language=family.language,
-        datasets=sorted(filter(None, {DATA_TEXTS[name].repository for name in known})) or None,
+        datasets=sorted(filter(None, {DATA_TEXTS[name].repository for name in data_names})) or None,
         eval_results=results or None,
     )
     return card.to_yaml()
@@ -83,13 +83,15 @@ def eval_results_yaml(entry: Entry, repository: str | None = None) -> str | None
 
 
 def _test_figures(entry: Entry) -> list[tuple[dict[str, Any], tuple[str, str], float]]:
-    """(data, (type, name), value) of every figure of a test split that the card tells first, and
-    what its equilibria took."""
-    named = {key: metric.hub for key, metric in METRICS.items() if metric.hub}
-    named |= {key: (key, words(key).capitalize()) for key in ("n_steps_mean", "converged_share")}
+    """(data, (type, name), value) of the test figures that the Hub knows, and of steps and
+    convergence."""
+    metric_names = {key: metric.hub for key, metric in METRICS.items() if metric.hub}
+    metric_names |= {
+        key: (key, words(key).capitalize()) for key in ("n_steps_mean", "converged_share")
+    }
     return [
         (evaluation["data"], name, evaluation["results"][key])
         for evaluation in entry.tests()
-        for key, name in named.items()
+        for key, name in metric_names.items()
         if key in evaluation["results"]
     ]

@@ -57,11 +57,11 @@ class Report:
         size = sum(self.files.values()) / 2**20
         what = f"{len(self.files)} files, {size:.1f} MiB"
         if self.commit is None:
-            listed = "".join(f"\n  {name}  {size:,} bytes" for name, size in self.files.items())
-            return f"would upload {what} to {self.repository} ({self.revision}){listed}"
-        removed = f", removed {', '.join(self.removed)}" if self.removed else ""
+            file_lines = "".join(f"\n  {name}  {size:,} bytes" for name, size in self.files.items())
+            return f"would upload {what} to {self.repository} ({self.revision}){file_lines}"
+        removal = f", removed {', '.join(self.removed)}" if self.removed else ""
         tag = f", tag {self.tag}" if self.tag else ""
-        return f"{self.repository}: {what}{removed}, commit {self.commit}{tag}"
+        return f"{self.repository}: {what}{removal}, commit {self.commit}{tag}"
 
 
 def publish(
@@ -96,11 +96,11 @@ def publish(
     """
     check_repository_name(repo_id)
     require_inside(resolve_bundled(name), deep=True)
-    found = entry(name)
-    faults = check_checksums(found.folder)
+    checkpoint = entry(name)
+    faults = check_checksums(checkpoint.folder)
     if faults:
-        raise UserError(f"{found.name} is not as sealed: {'; '.join(faults)}")
-    contents = _contents(found, repo_id)
+        raise UserError(f"{checkpoint.name} is not as sealed: {'; '.join(faults)}")
+    contents = _contents(checkpoint, repo_id)
     files = {
         path: len(source) if isinstance(source, bytes) else source.stat().st_size
         for path, source in contents.items()
@@ -114,8 +114,8 @@ def publish(
         for path, source in contents.items()
     ]
     api = HfApi(token=token)
-    commit, removed, tag = upload(api, repo_id, operations, _OWN, branch, private, tag)
-    return Report(repo_id, branch, files, tag, commit, tuple(removed))
+    commit, removed_files, tag = upload(api, repo_id, operations, _OWN, branch, private, tag)
+    return Report(repo_id, branch, files, tag, commit, tuple(removed_files))
 
 
 def check_repository_name(repo_id: str) -> None:
@@ -133,15 +133,15 @@ def check_repository_name(repo_id: str) -> None:
         raise UserError(f"{repo_id!r} is no repository name; write ORG/NAME")
 
 
-def _contents(found: Entry, repo_id: str) -> dict[str, Path | bytes]:
+def _contents(checkpoint: Entry, repo_id: str) -> dict[str, Path | bytes]:
     """Repository path -> file or content, the card included, which names the repository."""
     contents: dict[str, Path | bytes] = {
-        path.as_posix(): found.folder / path for path in published_files(found.folder)
+        path.as_posix(): checkpoint.folder / path for path in published_files(checkpoint.folder)
     }
-    contents[CHECKSUMS] = found.folder / CHECKSUMS
-    contents["README.md"] = render_card(found, repo_id).encode()
-    contents |= {file: plot.encode() for file, plot in plots(found).items()}
-    results = eval_results_yaml(found, repo_id)
+    contents[CHECKSUMS] = checkpoint.folder / CHECKSUMS
+    contents["README.md"] = render_card(checkpoint, repo_id).encode()
+    contents |= {file: plot.encode() for file, plot in plots(checkpoint).items()}
+    results = eval_results_yaml(checkpoint, repo_id)
     if results is not None:
         contents[".eval_results/deqzoo.yaml"] = results.encode()
     return contents
@@ -182,8 +182,10 @@ def upload(
             api.create_branch(repo_id, branch=branch, exist_ok=True, repo_type=kind)
         parent = api.repo_info(repo_id, revision=branch, repo_type=kind).sha
         assert parent is not None
-        removed = _left_over(api, repo_id, {o.path_in_repo for o in operations}, own, parent, kind)
-        deletions = map(CommitOperationDelete, removed)
+        removed_files = _old_files(
+            api, repo_id, {o.path_in_repo for o in operations}, own, parent, kind
+        )
+        deletions = map(CommitOperationDelete, removed_files)
         commit = _commit(api, repo_id, [*operations, *deletions], branch, parent, kind)
         if tag is not None:
             tag = _tag(api, repo_id, tag, commit, kind)
@@ -191,22 +193,22 @@ def upload(
         raise
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        refused = "upload to" if commit is None else f"tag {tag} (the files are uploaded) of"
+        action = "upload to" if commit is None else f"tag {tag} (the files are uploaded) of"
         if status in (401, 403):
             raise UserError(
-                f"the Hub refused the {refused} {repo_id} ({status}): log in with `hf auth login`, "
+                f"the Hub refused the {action} {repo_id} ({status}): log in with `hf auth login`, "
                 "or set HF_TOKEN to a token that may write there"
             ) from None
         raise UserError(
-            f"the Hub refused the {refused} {repo_id}: {_line(error, secrets)}"
+            f"the Hub refused the {action} {repo_id}: {_line(error, secrets)}"
         ) from None
     except Exception as error:  # connection errors differ between releases of the client
-        done = "nothing was committed" if commit is None else f"without the tag {tag}"
+        outcome = "nothing was committed" if commit is None else f"without the tag {tag}"
         raise UserError(
-            f"the upload to {repo_id} was interrupted, {done}; run the same command again "
+            f"the upload to {repo_id} was interrupted, {outcome}; run the same command again "
             f"({_line(error, secrets)})"
         ) from None
-    return commit, removed, tag
+    return commit, removed_files, tag
 
 
 def _commit(
@@ -214,7 +216,7 @@ def _commit(
 ) -> str:
     """Commit on top of `parent`, and nothing else; the commit's id.
 
-    Where the answer is lost the Hub is asked: the commit carries a mark of its own.
+    Where the answer is lost, the branch is searched for the mark that the commit carries.
 
     Raises:
         UserError: another commit came first, or it cannot be found out whether this one arrived.
@@ -238,11 +240,11 @@ def _commit(
                 f"the Hub's answer was lost, and it cannot be asked whether {repo_id} has the new "
                 "files; run the same command again, which changes nothing if it has"
             ) from None
-        since = list(itertools.takewhile(lambda known: known.commit_id != parent, commits))
-        for known in since:
-            if mark in f"{known.title}\n{known.message}":
-                return known.commit_id
-        if since:
+        new_commits = list(itertools.takewhile(lambda commit: commit.commit_id != parent, commits))
+        for commit in new_commits:
+            if mark in f"{commit.title}\n{commit.message}":
+                return commit.commit_id
+        if new_commits:
             raise UserError(
                 f"somebody else changed {repo_id} ({branch}) during this upload, of which nothing "
                 "was committed; look at what is there, and run the same command again to replace it"
@@ -250,17 +252,17 @@ def _commit(
         raise
 
 
-def _left_over(
+def _old_files(
     api: HfApi, repo_id: str, files: set[str], own: re.Pattern[str], revision: str, kind: str
 ) -> list[str]:
-    """What earlier uploads put into the repository and this one has no longer."""
-    present = api.list_repo_files(repo_id, revision=revision, repo_type=kind)
-    sealed: set[str] = set()
-    if CHECKSUMS in present:
+    """Files of earlier uploads in the repository that this one no longer has."""
+    present_files = api.list_repo_files(repo_id, revision=revision, repo_type=kind)
+    sealed_files: set[str] = set()
+    if CHECKSUMS in present_files:
         path = api.hf_hub_download(repo_id, CHECKSUMS, revision=revision, repo_type=kind)
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-        sealed = {line.partition("  ")[2] for line in lines}
-    return [p for p in present if p not in files and (p in sealed or own.fullmatch(p))]
+        sealed_files = {line.partition("  ")[2] for line in lines}
+    return [p for p in present_files if p not in files and (p in sealed_files or own.fullmatch(p))]
 
 
 def _tag(api: HfApi, repo_id: str, version: str, commit: str, kind: str) -> str:

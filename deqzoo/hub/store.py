@@ -71,16 +71,16 @@ def store_run(
     require_inside(model_folder, deep=True)
     model = DEQModel.from_pretrained(model_folder)
     files = {}
-    own = read_record(model_folder)
-    apart = own is None or (
-        bool(own.get("validation") or "validation" in own.get("stored", ()))
-        and not own.get("one_hold_out")
+    own_record = read_record(model_folder)
+    has_validation = own_record is None or (
+        bool(own_record.get("validation") or "validation" in own_record.get("stored", ()))
+        and not own_record.get("one_hold_out")
     )
-    for split in ("validation", "test") if apart else ("test",):
+    for split in ("validation", "test") if has_validation else ("test",):
         content = evaluate_model(model, name, split=split, data=data)
         # A test figure that could refuse a model would be choosing among models. Data of one's own
         # may have one hold-out only.
-        faults = instabilities(content) if split == "validation" or not apart else []
+        faults = instabilities(content) if split == "validation" or not has_validation else []
         if faults and not force:
             raise UserError(f"{run} is no stable equilibrium model: {'; '.join(faults)}")
         files[f"{content['data']['name']}-{split}.json"] = content
@@ -88,8 +88,8 @@ def store_run(
     with replacing(target) as fresh:
         shutil.copytree(model_folder, fresh)
         for file, content in files.items():
-            before = target / "evaluation" / file
-            write_evaluation(fresh / "evaluation" / file, content, before)
+            old_file = target / "evaluation" / file
+            write_evaluation(fresh / "evaluation" / file, content, old_file)
         if record:
             shutil.copyfile(run / "record.json", fresh / "training.json")
         write_golden(fresh, model)

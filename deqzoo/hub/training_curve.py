@@ -33,8 +33,8 @@ def points(
     curve = [row for row in rows if row["pflop"] > 0]
     if len(curve) < 2:
         return None
-    known = (key for key in (metric, *METRICS) if key in METRICS and METRICS[key].hub)
-    name = next((key for key in known if key in curve[0]), None)
+    names = (key for key in (metric, *METRICS) if key in METRICS and METRICS[key].hub)
+    name = next((key for key in names if key in curve[0]), None)
     if name is None:
         return None
     scale = 100 if METRICS[name].share else 1
@@ -43,10 +43,10 @@ def points(
 
 def draw(name: str, record: dict[str, Any], metric: str | None = None) -> str | None:
     """The curve as SVG, on CIFAR-10 beside the published one; None for runs without one."""
-    found = points(record, metric)
-    if found is None:
+    named_curve = points(record, metric)
+    if named_curve is None:
         return None
-    figure, curve = found
+    figure, curve = named_curve
     series = {"here, validation": curve}
     if is_cifar(record):
         series[PUBLISHED_LABEL] = sorted(PUBLISHED_CIFAR.items())
@@ -62,24 +62,27 @@ def draw(name: str, record: dict[str, Any], metric: str | None = None) -> str | 
 
 def describe(record: dict[str, Any], metric: str | None = None) -> str | None:
     """The curve in words: what was reached for which compute, and what the published run took."""
-    found = points(record, metric)
-    if found is None:
+    named_curve = points(record, metric)
+    if named_curve is None:
         return None
-    figure, curve = found
+    figure, curve = named_curve
     unit = " %" if METRICS[figure].share else ""
-    shown = curve if len(curve) <= 8 else [curve[i * (len(curve) - 1) // 7] for i in range(8)]
+    shown_points = (
+        curve if len(curve) <= 8 else [curve[i * (len(curve) - 1) // 7] for i in range(8)]
+    )
     text = f"Validation {words(figure)} after so many PFLOP: " + ", ".join(
-        f"{y:.1f}{unit} after {x:.3g}" for x, y in shown
+        f"{y:.1f}{unit} after {x:.3g}" for x, y in shown_points
     )
     if not is_cifar(record):
         return text + "."
     best = max(y for _, y in curve)
-    later = [(x, y) for x, y in sorted(PUBLISHED_CIFAR.items()) if y >= best]
-    if not later:
+    later_points = [(x, y) for x, y in sorted(PUBLISHED_CIFAR.items()) if y >= best]
+    if not later_points:
         return text + "."
     return (
-        f"{text}. The authors' run of their largest model reaches {later[0][1]:.1f} % on the test "
-        f"split after {later[0][0]:.3g} PFLOP (their log; PFLOP counted from the architecture)."
+        f"{text}. The authors' run of their largest model reaches {later_points[0][1]:.1f} % on "
+        f"the test split after {later_points[0][0]:.3g} PFLOP (their log; PFLOP counted from the "
+        "architecture)."
     )
 
 

@@ -38,11 +38,11 @@ def verify_model(name: str, *, revision: str | None = None) -> list[str]:
         require_inside(folder, deep=True)
     except UserError as error:  # and nothing of it is read
         return [str(error)]
-    found = entry(str(folder))
+    checkpoint = entry(str(folder))
     faults = []
     for check in (_files, _evaluations, _weights_and_prediction, _snippet):
         try:
-            faults += check(found)
+            faults += check(checkpoint)
         except UserError as error:
             faults.append(str(error))
     return faults
@@ -59,33 +59,33 @@ def _download(name: str, revision: str | None) -> Path:
     raise UserError(f"unknown model {name!r}: {suggestion(name)} ({reason})")
 
 
-def _files(found: Entry) -> list[str]:
-    return check_checksums(found.folder)
+def _files(checkpoint: Entry) -> list[str]:
+    return check_checksums(checkpoint.folder)
 
 
-def _evaluations(found: Entry) -> list[str]:
+def _evaluations(checkpoint: Entry) -> list[str]:
     """Evaluation files must be of these weights."""
-    digest = weights_digest(found.folder)
+    digest = weights_digest(checkpoint.folder)
     return [
         f"evaluation {stem} was made with other weights"
-        for stem, evaluation in found.evaluations.items()
+        for stem, evaluation in checkpoint.evaluations.items()
         if evaluation.get("model", {}).get("weights_sha256") != digest
     ]
 
 
-def _weights_and_prediction(found: Entry) -> list[str]:
-    return check_golden(found.folder, DEQModel.from_pretrained(found.folder))
+def _weights_and_prediction(checkpoint: Entry) -> list[str]:
+    return check_golden(checkpoint.folder, DEQModel.from_pretrained(checkpoint.folder))
 
 
-def _snippet(found: Entry) -> list[str]:
+def _snippet(checkpoint: Entry) -> list[str]:
     """Run the card's example on a stand-in picture, with the folder in place of the name.
 
     Its text is this package's own alone: the folder is the value of a variable, no part of it.
     """
-    code = FAMILY_TEXTS[found.config["model_type"]].snippet
+    code = FAMILY_TEXTS[checkpoint.config["model_type"]].snippet
     try:
         with _scratch_folder(), contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(code, "card", "exec"), {NAME_PLACE: str(found.folder)})
+            exec(compile(code, "card", "exec"), {NAME_PLACE: str(checkpoint.folder)})
     except Exception as error:  # whatever the example raises is the finding
         return [f"the card's example fails: {type(error).__name__}: {error}"]
     return []
