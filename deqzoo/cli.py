@@ -100,11 +100,11 @@ def list_command(
         raise UserError(f"--sort is one of {', '.join(ORDERS)}, not {sort!r}")
     if as_csv and as_json:
         raise UserError("--csv and --json are two formats; choose one")
-    found = sorted(entries(pattern, task), key=ORDERS[sort])
-    if not found:
+    checkpoints = sorted(entries(pattern, task), key=ORDERS[sort])
+    if not checkpoints:
         check_withdrawn(bare_name(pattern))
     if as_csv:
-        typer.echo(results_csv(found), nl=False)
+        typer.echo(results_csv(checkpoints), nl=False)
         return
     rows: list[dict[str, Any]] = [
         {
@@ -113,7 +113,7 @@ def list_command(
             "parameters": entry.parameters,
             "result": entry.headline(),
         }
-        for entry in found
+        for entry in checkpoints
     ]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -157,8 +157,8 @@ def info(
     facts["evaluations"] = ", ".join(figure for figure in figures if figure) or "none"
     for key, value in facts.items():
         if isinstance(value, dict):
-            shown = (f"{k} {v}" for k, v in value.items() if v is not None)
-            value = ", ".join(shown) or "none"
+            parts = (f"{k} {v}" for k, v in value.items() if v is not None)
+            value = ", ".join(parts) or "none"
         typer.echo(f"{key:<13} {value}")
 
 
@@ -201,7 +201,7 @@ def evaluate(
             with as_user_error(what, UserError, most=100):
                 read_evaluation(output)
     model = _on_device(deqzoo.DEQModel.from_pretrained(name), device)
-    written: list[Path] = []
+    written_paths: list[Path] = []
 
     def write(content: dict[str, Any]) -> None:
         path = output
@@ -210,9 +210,9 @@ def evaluate(
             stem = f"{content['data']['name']}-{split.replace('+', '-')}.json"
             path = folder / "evaluation" / stem if folder.is_dir() else Path(stem)
         write_evaluation(path, content)
-        if not written:  # the figures first, whatever follows
+        if not written_paths:  # the figures first, whatever follows
             typer.echo(f"{main_figure(content)}; written to {path}")
-        written.append(path)
+        written_paths.append(path)
 
     try:
         content = evaluate_model(
@@ -221,8 +221,10 @@ def evaluate(
             on_figures=write,
         )  # fmt: skip
     except KeyboardInterrupt:
-        if written:
-            print(f"deqzoo: what was measured until then is in {written[-1]}", file=sys.stderr)
+        if written_paths:
+            print(
+                f"deqzoo: what was measured until then is in {written_paths[-1]}", file=sys.stderr
+            )
         raise
     if budget:
         write(content)
@@ -313,7 +315,7 @@ def ignn_table() -> None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code. Every mistake of the user is one line on stderr and a 2."""
+    """Run one command; the exit code. A user's mistake is one line on stderr and code 2."""
     after_import({"transformers.utils.logging": _quiet})
     # PyTorch Geometric still scripts functions; that is nothing a user could mend.
     warnings.filterwarnings("ignore", r".*torch\.jit\.script.* is deprecated", FutureWarning)

@@ -25,8 +25,8 @@ def as_user_error(what: str, *kinds: type[Exception], most: int | None = None) -
     """Turn errors inside into a line of what went wrong, and why.
 
     Args:
-        what: went wrong.
-        kinds: of the errors.
+        what: went wrong, the beginning of the line.
+        kinds: types of the errors.
         most: characters of the reason that are kept; None for all.
 
     Raises:

@@ -82,7 +82,7 @@ def require_writable(path: Path) -> None:
 
 def restore(path: Path) -> None:
     """Put a folder back that a kill caught on its way out; see `_put`."""
-    old = _old(path)
+    old = _old_path(path)
     if not old.exists():
         return
     if path.exists():
@@ -117,8 +117,8 @@ def visible_files(folder: Path) -> Iterator[Path]:
 
 def is_hidden(file: PurePath) -> bool:
     """Whether a file, relative to its folder, is hidden, or left there by macOS or Windows."""
-    left = ("__macosx", "thumbs.db", "desktop.ini")
-    return any(part.startswith(".") or part.casefold() in left for part in file.parts)
+    system_files = ("__macosx", "thumbs.db", "desktop.ini")
+    return any(part.startswith(".") or part.casefold() in system_files for part in file.parts)
 
 
 @functools.cache
@@ -147,10 +147,10 @@ def mark_complete(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that was marked as complete, in a clause; None if it is sound."""
     try:
-        recorded = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["sha256"].items()
+        digests = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["sha256"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its file {COMPLETE!r} is damaged"
-    for name, digest in recorded:
+    for name, digest in digests:
         try:
             if file_digest(folder / name) != digest:
                 return f"{name} has changed"
@@ -173,15 +173,15 @@ def _put(fresh: Path, path: Path) -> None:
     if not path.is_dir() or not fresh.is_dir():  # the system lets no file replace a folder
         fresh.replace(path)
     elif not _exchange(fresh, path):
-        path.rename(_old(path))
+        path.rename(_old_path(path))
         fresh.rename(path)
     _sync_one(path.parent)  # the renames
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(first: Path, second: Path) -> bool:
     """Swap two paths in one step; False where the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    names = (os.fsencode(one), os.fsencode(other))
+    names = (os.fsencode(first), os.fsencode(second))
     if rename is None:
         return False
     return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
@@ -195,7 +195,7 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _old(path: Path) -> Path:
+def _old_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 

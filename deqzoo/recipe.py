@@ -27,8 +27,8 @@ def seconds_of(text: str | float, place: str) -> float:
     Raises:
         UserError: anything else, or nothing above 0; the message names the place.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", str(text))
-    seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", str(text))
+    seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not seconds > 0:
         raise UserError(f"{place} is a time such as 90s, 8m or 1.5h, got {text!r}")
     return seconds
@@ -128,7 +128,7 @@ class Stage:
     shallow: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """What a training step tells the model beside its batch."""
+        """Keyword arguments of the model in a training step, beside its batch."""
         own: dict[str, Any] = {"solver": self.solver or None, "gradient": self.gradient or None}
         return {**own, "shallow": True} if self.shallow else own
 
@@ -225,13 +225,13 @@ class _Loader(yaml.SafeLoader):
     reads 1e-3 as the number that it is in YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
+                if key.value in keys:
                     line = key.start_mark.line + 1
                     raise yaml.YAMLError(f"the key {key.value} stands twice, again in line {line}")
-                seen.add(key.value)
+                keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -262,11 +262,11 @@ def _derive(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
     Everything else but name, budget and note stays, so that the two runs can be compared.
     """
-    allowed = {"base", "name", "gradients", "budget_pflop", "note"}
-    unknown = sorted(set(change) - allowed)
+    allowed_keys = {"base", "name", "gradients", "budget_pflop", "note"}
+    unknown = sorted(set(change) - allowed_keys)
     if unknown:
         raise ValueError(
-            f"key {unknown[0]} beside base; such a recipe has {', '.join(sorted(allowed))} "
+            f"key {unknown[0]} beside base; such a recipe has {', '.join(sorted(allowed_keys))} "
             "only; to change anything else, copy the file"
         )
     if "name" not in change:
@@ -409,12 +409,12 @@ def from_plain(kind: Any, value: Any, place: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise TypeError(f"{place} must be a list, got {value!r}")
-        inner = arguments if arguments[-1] is not ... else (arguments[0],) * len(value)
-        if len(inner) != len(value):
-            raise ValueError(f"{place} must have {len(inner)} entries, got {value!r}")
+        kinds = arguments if arguments[-1] is not ... else (arguments[0],) * len(value)
+        if len(kinds) != len(value):
+            raise ValueError(f"{place} must have {len(kinds)} entries, got {value!r}")
         return tuple(
             from_plain(t, item, f"{place}[{i}]")
-            for i, (t, item) in enumerate(zip(inner, value, strict=True))
+            for i, (t, item) in enumerate(zip(kinds, value, strict=True))
         )
     return _scalar(origin or kind, value, place)
 
@@ -424,12 +424,12 @@ def _settings(kind: Any, value: Any, place: str) -> Any:
     if not isinstance(value, Mapping):
         raise TypeError(f"{place or 'the recipe'} must be a mapping, got {value!r}")
     hints = get_type_hints(kind)
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(value) - set(known), key=str):
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(value) - set(fields), key=str):
         raise ValueError(
-            f"unknown key {_join(place, unknown[0])}; valid keys are {', '.join(known)}"
+            f"unknown key {_join(place, unknown[0])}; valid keys are {', '.join(fields)}"
         )
-    for name, f in known.items():
+    for name, f in fields.items():
         if f.default is f.default_factory is dataclasses.MISSING and name not in value:
             raise ValueError(f"missing key {_join(place, name)}")
     return kind(

@@ -30,15 +30,15 @@ from deqzoo.zoo import TASKS, read_json, task_of
 FORMAT = 2
 
 #: Formats 0 (graphs) and 1: figures that had other names.
-_RENAMED = {
+_NEW_NAMES = {
     "mean_steps": "n_steps_mean",
     "steps": "n_steps_mean",
     "max_residual": "residual_max",
     "converged": "converged_share",
     "seconds_per_picture": "seconds_per_sample",
 }
-#: What a file was known by before it said so itself, the first that it has.
-_KNOWN_BY = ("auc", "accuracy", "perplexity", "micro_f1")
+#: The metric of a file that names none: the first of these that it has.
+_MAIN_METRICS = ("auc", "accuracy", "perplexity", "micro_f1")
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def training_record(folder: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     files = (folder / name for name in ("training.json", "run.json", "fold.json"))
-    found = next((file for file in files if file.is_file()), None)
-    return {} if found is None else read_json(found)
+    record_file = next((file for file in files if file.is_file()), None)
+    return {} if record_file is None else read_json(record_file)
 
 
 def upgraded(content: Mapping[str, Any], place: str = "the evaluation") -> dict[str, Any]:
@@ -73,10 +73,10 @@ def upgraded(content: Mapping[str, Any], place: str = "the evaluation") -> dict[
     if not isinstance(version, int) or version > FORMAT:
         raise UserError(f"{place} has format {version!r}; this version reads up to {FORMAT}")
     model, data = dict(content.get("model", {})), dict(content.get("data", {}))
-    results = _renamed(content.get("results", {}))
+    results = _renamed_figures(content.get("results", {}))
     task = content.get("task") or task_of(model.get("architecture", ""))
-    metric = next((name for name in _KNOWN_BY if name in results), None)
-    samples = _first_of(data, results)
+    metric = next((name for name in _MAIN_METRICS if name in results), None)
+    samples = _take_count(data, results)
     if samples is not None:
         results.pop("unconverged_tokens", None)
         if "seconds" in results:
@@ -103,27 +103,27 @@ def upgraded(content: Mapping[str, Any], place: str = "the evaluation") -> dict[
     }
 
 
-def _renamed(figures: Mapping[str, Any]) -> dict[str, Any]:
-    known = {_RENAMED.get(key, key): value for key, value in figures.items()}
-    if "tokens_per_second" in known:
-        known["seconds_per_sample"] = 1 / known.pop("tokens_per_second")
-    return known
+def _renamed_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    new_figures = {_NEW_NAMES.get(key, key): value for key, value in figures.items()}
+    if "tokens_per_second" in new_figures:
+        new_figures["seconds_per_sample"] = 1 / new_figures.pop("tokens_per_second")
+    return new_figures
 
 
-def _first_of(*sources: dict[str, Any]) -> int | None:
+def _take_count(*sources: dict[str, Any]) -> int | None:
     """Take the number of samples out of wherever it stands."""
-    found = None
+    count = None
     for source in sources:
         for key in ("samples", "pictures", "tokens"):
             value = source.pop(key, None)
-            found = value if found is None else found
-    return found
+            count = value if count is None else count
+    return count
 
 
 def _upgraded_budget(budget: dict[str, Any], metric: str | None) -> dict[str, Any]:
     return {
-        "samples": _first_of(budget),
+        "samples": _take_count(budget),
         "tol": budget.get("tol"),
         "default": budget.get(f"default_{metric}"),
-        "steps": [_renamed(row) for row in budget["steps"]],
+        "steps": [_renamed_figures(row) for row in budget["steps"]],
     }

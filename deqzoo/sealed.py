@@ -29,8 +29,8 @@ def require_inside(folder: Path, *, deep: bool = False) -> None:
         UserError: a link or a name in the index leads out of the folder.
     """
     folder = folder.resolve()
-    cached = folder.parent.name == "snapshots"
-    root = folder.parent.parent if cached else folder
+    is_cached = folder.parent.name == "snapshots"
+    root = folder.parent.parent if is_cached else folder
     for path in _paths(folder, deep):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
             raise UserError(
@@ -53,10 +53,12 @@ def require_weights_as_sealed(folder: Path) -> None:
     """
     if not (folder / CHECKSUMS).is_file():
         return
-    recorded = read_checksums(folder)
+    digests = read_checksums(folder)
     for path in sorted(folder.glob("*.safetensors")):
-        about = path.stat()
-        if _digest(path, about.st_ino, about.st_size, about.st_mtime_ns) != recorded.get(path.name):
+        status = path.stat()
+        if _digest(path, status.st_ino, status.st_size, status.st_mtime_ns) != digests.get(
+            path.name
+        ):
             raise UserError(
                 f"{path} is not as {CHECKSUMS} beside it says, so it is damaged or was changed: "
                 "fetch it again, or run `deqzoo seal` on the folder if the change is yours"
@@ -98,12 +100,12 @@ def write_checksums(folder: Path, digests: Mapping[str, str]) -> Path:
 
 
 def _paths(folder: Path, deep: bool) -> list[Path]:
-    found = []
+    paths = []
     for place, folders, files in os.walk(folder):  # does not follow links
-        found += [Path(place) / name for name in (*folders, *files)]
+        paths += [Path(place) / name for name in (*folders, *files)]
         if not deep:
             break
-    return sorted(found)
+    return sorted(paths)
 
 
 @lru_cache(maxsize=256)

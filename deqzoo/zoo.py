@@ -112,9 +112,9 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
     Raises:
         UserError: no model of the zoo could do such a task.
     """
-    known = [info.words for info in TASKS.values()]
-    if task is not None and not any(task in words for words in known):
-        raise UserError(f"unknown task {task!r}; the tasks are {', '.join(known)}")
+    task_names = [info.words for info in TASKS.values()]
+    if task is not None and not any(task in words for words in task_names):
+        raise UserError(f"unknown task {task!r}; the tasks are {', '.join(task_names)}")
     root = checkpoints_root()
     if not root.is_dir():
         return []
@@ -153,8 +153,8 @@ def check_withdrawn(name: str) -> None:
         UserError: the name is withdrawn.
     """
     if name in WITHDRAWN:
-        instead, why = WITHDRAWN[name]
-        raise UserError(f"{name} is withdrawn: use {instead} ({why})")
+        replacement, reason = WITHDRAWN[name]
+        raise UserError(f"{name} is withdrawn: use {replacement} ({reason})")
 
 
 def bundled_source(name: Any, revision: str | None = None) -> Any:
@@ -184,10 +184,10 @@ def own_name(name: str | os.PathLike[str]) -> str:
 
 def suggestion(name: str) -> str:
     """A clause for error messages that lists the nearest names, or the known ones."""
-    known = list_models()
-    if near := difflib.get_close_matches(bare_name(name), known, n=3, cutoff=0.5):
+    names = list_models()
+    if near := difflib.get_close_matches(bare_name(name), names, n=3, cutoff=0.5):
         return f"did you mean {' or '.join(near)}?"
-    return f"the zoo's models are {', '.join(known)}" if known else "no checkpoint is bundled"
+    return f"the zoo's models are {', '.join(names)}" if names else "no checkpoint is bundled"
 
 
 def resolve_folder(name: str | os.PathLike[str], revision: str | None = None) -> Path | None:
