@@ -14,7 +14,7 @@ from deqzoo.hub.card_texts import data_title
 from deqzoo.hub.catalogue import Entry, below_baseline, main_value
 
 from .guard import MAX_STEPS, guarded
-from .shelf import TOLERANCES, TRAINING, Loaded, Shelf, solver_settings
+from .shelf import TOLERANCES, TRAINING, LoadedCheckpoint, Shelf, solver_settings
 
 SOLVER_NAMES = [
     ("Anderson: mixes the last few steps", "anderson"),
@@ -120,7 +120,7 @@ class SolverControls:
 
     def read(
         self, checkpoint: Any, solver: Any, budget: Any, exponent: Any
-    ) -> tuple[Loaded, dict[str, Any]]:
+    ) -> tuple[LoadedCheckpoint, dict[str, Any]]:
         """The checkpoint and the per-call solver settings that the values of `inputs` mean.
 
         Raises:
@@ -193,7 +193,7 @@ def solver_controls(shelf: Shelf, task: str, prefix: str) -> SolverControls:
     return SolverControls(shelf, task, checkpoint, solver, budget, exponent)
 
 
-def hidden(value: Any, label: str) -> Any:
+def api_input(value: Any, label: str) -> Any:
     """An input of the API alone, a text or a number."""
     kind = gr.Textbox if isinstance(value, str) else gr.Number
     return kind(value, label=label, visible=False)

@@ -27,7 +27,7 @@ from deqzoo.tasks.graphs import read_fold
 
 from .guard import MAX_GRAPH_FILE_BYTES, Deadline, whole_number
 from .molecules import ELEMENTS, MOLECULES, read_smiles
-from .shelf import Loaded
+from .shelf import LoadedCheckpoint
 
 MADE_UP = "examples"
 UPLOADED = "uploaded files"
@@ -73,11 +73,11 @@ class Reading:
     tolerance: float
 
 
-def data_of(loaded: Loaded) -> str | None:
+def data_of(checkpoint: LoadedCheckpoint) -> str | None:
     """The data set that a checkpoint was trained on, if its files say so."""
     with contextlib.suppress(UserError):
-        return read_fold(loaded.entry.folder)["data"]
-    for evaluation in loaded.entry.evaluations.values():
+        return read_fold(checkpoint.entry.folder)["data"]
+    for evaluation in checkpoint.entry.evaluations.values():
         return evaluation.get("data", {}).get("name")
     return None
 
@@ -157,21 +157,21 @@ def _check_sizes(folder: Path) -> None:
             )
 
 
-def node_kinds(loaded: Loaded) -> list[str]:
+def node_kinds(checkpoint: LoadedCheckpoint) -> list[str]:
     """What each node feature stands for: atoms by their symbols, other kinds by their numbers."""
-    config = loaded.model.config
+    config = checkpoint.model.config
     columns = ((config.graph_encoding or {}).get("node_labels") or [[]])[0]
-    if (data_of(loaded) or "").upper() == "COX2":
+    if (data_of(checkpoint) or "").upper() == "COX2":
         symbols = {number: symbol for symbol, (number, _) in ELEMENTS.items()}
         return [symbols.get(number, "?") for number in columns]
     return [f"kind {i}" for i in range(config.num_features)]
 
 
-def example_graphs(loaded: Loaded) -> tuple[Graph, ...]:
+def example_graphs(checkpoint: LoadedCheckpoint) -> tuple[Graph, ...]:
     """Known molecules for a model of molecules, made-up graphs for others."""
-    kinds = node_kinds(loaded)
+    kinds = node_kinds(checkpoint)
     if "C" not in kinds:
-        return made_up_graphs(loaded.model.config.num_features)
+        return made_up_graphs(checkpoint.model.config.num_features)
     return tuple(_molecule_graph(name, smiles, tuple(kinds)) for name, smiles in MOLECULES.items())
 
 
@@ -207,28 +207,32 @@ def made_up_graphs(n_features: int) -> tuple[Graph, ...]:
 
 
 def pick(
-    loaded: Loaded, source: Any, number: Any, root: Path | None, files: Sequence[Any] | None
+    checkpoint: LoadedCheckpoint,
+    source: Any,
+    number: Any,
+    root: Path | None,
+    files: Sequence[Any] | None,
 ) -> Graph:
     """The graph that a user asked for.
 
     Raises:
         UserError: unknown source, number out of range, or features that do not fit the model.
     """
-    width = loaded.model.config.num_features
+    width = checkpoint.model.config.num_features
     if files:
-        source, graphs = UPLOADED, uploaded_graphs(files, encoding_of(loaded.model))
+        source, graphs = UPLOADED, uploaded_graphs(files, encoding_of(checkpoint.model))
     elif source == MADE_UP:
-        graphs = example_graphs(loaded)
+        graphs = example_graphs(checkpoint)
     elif source in available_sets(root) and root is not None:
-        graphs = stored_graphs(source, root, encoding_of(loaded.model))
+        graphs = stored_graphs(source, root, encoding_of(checkpoint.model))
     else:
         choices = ", ".join(available_sets(root))
         raise UserError(f"unknown graphs {str(source)[:80]!r}; available here: {choices}")
     graph = graphs[whole_number(number, "the graph number", 0, len(graphs) - 1)]
     if graph.x.shape[1] != width:
         raise UserError(
-            f"graphs of {source} have {graph.x.shape[1]} node features, but {loaded.entry.name} "
-            f"reads {width}; choose another checkpoint or other graphs"
+            f"graphs of {source} have {graph.x.shape[1]} node features, but "
+            f"{checkpoint.entry.name} reads {width}; choose another checkpoint or other graphs"
         )
     if len(graph.x) > MAX_NODES:
         raise UserError(f"this graph has {len(graph.x)} nodes; up to {MAX_NODES} are drawn here")
@@ -236,14 +240,16 @@ def pick(
 
 
 @torch.inference_mode()
-def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = None) -> Reading:
+def read_graph(
+    checkpoint: LoadedCheckpoint, graph: Graph, solver: dict[str, Any] | None = None
+) -> Reading:
     """Classify one graph and measure the equilibrium at every node.
 
     Raises:
         UserError: the time limit is over.
     """
     deadline = Deadline()
-    settings = {**loaded.model.config.solver, **(solver or {})}
+    settings = {**checkpoint.model.config.solver, **(solver or {})}
     residuals: list[list[float]] = []
 
     def watch(step: int, _: Tensor, residual: Tensor) -> None:
@@ -252,11 +258,11 @@ def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = Non
             residuals.append([])
         residuals[-1].append(float(residual.max()))
 
-    output = loaded.model(
+    output = checkpoint.model(
         graph.x, graph.edge_index, output_hidden_states=True, solver=watched_solver(settings, watch)
     )
     probabilities = output.logits[0].float().softmax(-1)
-    names = [class_name(loaded, i) for i in range(len(probabilities))]
+    names = [class_name(checkpoint, i) for i in range(len(probabilities))]
     order = probabilities.argsort(descending=True).tolist()
     return Reading(
         probabilities={names[i]: float(probabilities[i]) for i in order},
@@ -269,9 +275,9 @@ def read_graph(loaded: Loaded, graph: Graph, solver: dict[str, Any] | None = Non
     )
 
 
-def class_name(loaded: Loaded, index: int) -> str:
+def class_name(checkpoint: LoadedCheckpoint, index: int) -> str:
     """A class's name; "class 0", or "label 0" of several, where the checkpoint has none."""
-    config = loaded.model.config
+    config = checkpoint.model.config
     name = config.id2label.get(index, "")
     kind = "label" if config.problem_type == "multi_label_classification" else "class"
     return f"{kind} {index}" if not name or name.startswith("LABEL_") else name

@@ -11,8 +11,8 @@ import gradio as gr
 from . import graphs, nodes
 from .controls import (
     TO_THE_ANSWER,
+    api_input,
     checkpoint_menu,
-    hidden,
     in_place,
     missing_checkpoint,
     solver_controls,
@@ -64,22 +64,24 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
     def run(
         graphs_of: Any, index: Any, uploads: Any, *solver_inputs: Any
     ) -> tuple[dict[str, float], str, str, str]:
-        loaded, settings = controls.read(*solver_inputs)
-        graph = graphs.pick(loaded, graphs_of, index, root, uploads)
-        reading = graphs.read_graph(loaded, graph, settings)
-        stored_class = None if graph.label is None else graphs.class_name(loaded, graph.label)
+        loaded_checkpoint, settings = controls.read(*solver_inputs)
+        graph = graphs.pick(loaded_checkpoint, graphs_of, index, root, uploads)
+        reading = graphs.read_graph(loaded_checkpoint, graph, settings)
+        stored_class = (
+            None if graph.label is None else graphs.class_name(loaded_checkpoint, graph.label)
+        )
         return (
             reading.probabilities,
             graphs.verdict_html(graph, reading, stored_class),
-            graphs.graph_html(graph, reading, graphs.node_kinds(loaded)),
+            graphs.graph_html(graph, reading, graphs.node_kinds(loaded_checkpoint)),
             graphs.residuals_html(reading),
         )
 
-    safe = in_place(run, outputs, verdict)
+    safe_run = in_place(run, outputs, verdict)
     options: dict[str, Any] = {
         "api_visibility": "private", "concurrency_id": "graphs", "show_progress_on": [verdict]
     }  # fmt: skip
-    gr.on([button.click, number.submit], safe, inputs, outputs, **options)
+    gr.on([button.click, number.submit], safe_run, inputs, outputs, **options)
     gr.on([button.click], None, None, None, js=TO_THE_ANSWER)
     rows, titles = _examples(shelf)
     with examples:
@@ -91,7 +93,7 @@ def graphs_tab(shelf: Shelf, root: Path | None) -> None:
     reset_event = gallery.load_input_event.then(
         controls.reset, [controls.checkpoint], controls.settings, api_visibility="private"
     )
-    reset_event.then(safe, inputs, outputs, **options)
+    reset_event.then(safe_run, inputs, outputs, **options)
     reset_event.then(None, None, None, js=TO_THE_ANSWER)
     if shelf.names(NODES):
         _nodes(shelf, root)
@@ -125,9 +127,9 @@ def _nodes(shelf: Shelf, root: Path | None) -> None:
             path = gr.HTML(elem_id="node-distance")
 
     def run(name: Any, network_name: Any, number: Any) -> tuple[str, str, str]:
-        loaded = shelf.get(name, NODES)
-        network = nodes.pick(loaded, network_name, root)
-        reach = nodes.reach(loaded, network, number)
+        loaded_checkpoint = shelf.get(name, NODES)
+        network = nodes.pick(loaded_checkpoint, network_name, root)
+        reach = nodes.reach(loaded_checkpoint, network, number)
         at = int(number)
         return (
             nodes.verdict_html(network, reach, at),
@@ -178,8 +180,10 @@ def endpoint(shelf: Shelf, root: Path | None) -> None:
         Returns:
             A dictionary with probabilities, n_steps, residual, converged and the norm per node.
         """
-        loaded = shelf.get(checkpoint, GRAPHS)
-        reading = graphs.read_graph(loaded, graphs.pick(loaded, graphs_of, number, root, None))
+        loaded_checkpoint = shelf.get(checkpoint, GRAPHS)
+        reading = graphs.read_graph(
+            loaded_checkpoint, graphs.pick(loaded_checkpoint, graphs_of, number, root, None)
+        )
         return {
             "probabilities": reading.probabilities,
             "n_steps": reading.n_steps,
@@ -191,9 +195,9 @@ def endpoint(shelf: Shelf, root: Path | None) -> None:
     gr.Button(visible=False).click(
         graph,
         [
-            hidden(0, "number"),
-            hidden(graphs.MADE_UP, "graphs_of"),
-            hidden(names[0] if names else "", "checkpoint"),
+            api_input(0, "number"),
+            api_input(graphs.MADE_UP, "graphs_of"),
+            api_input(names[0] if names else "", "checkpoint"),
         ],
         gr.JSON(visible=False),
         api_name="graph",

@@ -110,7 +110,11 @@ class Gate:
                 raise UserError(
                     f"{self.per_client} of your requests are not answered yet; wait for them first"
                 )
-            endpoints = [one.endpoint for queue in self._queues.values() for one in queue]
+            endpoints = [
+                waiting_ticket.endpoint
+                for queue in self._queues.values()
+                for waiting_ticket in queue
+            ]
             if len(endpoints) >= self.waiting or endpoints.count(endpoint) >= self.per_endpoint:
                 raise UserError("too many people are asking at the moment; try again in a minute")
             self._clients[client] = self._clients.get(client, 0) + 1

@@ -26,7 +26,7 @@ from deqzoo.models.readers import to_batch
 
 from . import examples
 from .guard import ENOUGH_PIXELS, MAX_ASPECT, MAX_PICTURES, MAX_PIXELS, Deadline
-from .shelf import Loaded
+from .shelf import LoadedCheckpoint
 
 N_LINES = 5
 
@@ -95,7 +95,9 @@ def _bounded_picture(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def open_pictures(paths: Sequence[Any], loaded: Loaded) -> tuple[list[Image.Image], Tensor]:
+def open_pictures(
+    paths: Sequence[Any], checkpoint: LoadedCheckpoint
+) -> tuple[list[Image.Image], Tensor]:
     """Thumbnails of several pictures, and the model's input (B, 3, H, W) made of them.
 
     One after another, so that only one of them is in memory in full.
@@ -109,12 +111,14 @@ def open_pictures(paths: Sequence[Any], loaded: Loaded) -> tuple[list[Image.Imag
         deadline.check()
         picture = open_picture(path)
         small.append(thumbnail(picture))
-        batch.append(to_batch(loaded.reader, [picture], loaded.model))
+        batch.append(to_batch(checkpoint.reader, [picture], checkpoint.model))
     return small, torch.cat(batch)
 
 
 @torch.inference_mode()
-def solve_picture(loaded: Loaded, picture: Image.Image, solver: dict[str, Any]) -> Solve:
+def solve_picture(
+    checkpoint: LoadedCheckpoint, picture: Image.Image, solver: dict[str, Any]
+) -> Solve:
     """Classify one picture and keep the residual and the probabilities of every step.
 
     The answer is the one of `deqzoo.evaluation.classify.classify` with the same settings.
@@ -122,8 +126,8 @@ def solve_picture(loaded: Loaded, picture: Image.Image, solver: dict[str, Any]) 
     Raises:
         UserError: the time limit is over, or no state was ever finite.
     """
-    model, deadline = loaded.model, Deadline()
-    pixels = to_batch(loaded.reader, [picture], model)
+    model, deadline = checkpoint.model, Deadline()
+    pixels = to_batch(checkpoint.reader, [picture], model)
     start = time.perf_counter()
     trajectory = watch(model, pixels, solver, deadline.check)
     seconds = time.perf_counter() - start
@@ -143,21 +147,23 @@ def solve_picture(loaded: Loaded, picture: Image.Image, solver: dict[str, Any]) 
         answer_step=trajectory.best_step(0),
         residuals=trajectory.residuals[:, 0].tolist(),
         probabilities={names[i]: history[:, i].tolist() for i in shown_classes[:N_LINES]},
-        model_picture=seen_picture(pixels[0], loaded.reader),
+        model_picture=seen_picture(pixels[0], checkpoint.reader),
         settings={**model.config.solver, **solver},
         seconds=seconds,
     )
 
 
-def solve_batch(loaded: Loaded, pixels: Tensor, solver: dict[str, Any]) -> list[Classification]:
+def solve_batch(
+    checkpoint: LoadedCheckpoint, pixels: Tensor, solver: dict[str, Any]
+) -> list[Classification]:
     """Classify several prepared pictures (B, 3, H, W) together.
 
     Raises:
         UserError: the time limit is over, or nobody waits any more.
     """
-    settings = {**loaded.model.config.solver, **solver}
+    settings = {**checkpoint.model.config.solver, **solver}
     deadline_solver = watched_solver(settings, Deadline().check)
-    return classify_pixels(loaded.model, pixels, top_k=1, solver=deadline_solver)
+    return classify_pixels(checkpoint.model, pixels, top_k=1, solver=deadline_solver)
 
 
 def seen_picture(pixels: Tensor, processor: Any) -> Image.Image:

@@ -10,8 +10,8 @@ import gradio as gr
 from . import examples, images
 from .controls import (
     TO_THE_ANSWER,
+    api_input,
     defaults,
-    hidden,
     in_place,
     missing_checkpoint,
     picture_input,
@@ -64,8 +64,8 @@ def single_tab(shelf: Shelf, pictures: list[Path], page: gr.Blocks) -> None:
 
     def run(path: Any, *solver_inputs: Any) -> tuple[dict[str, float], str]:
         opened_picture = images.open_picture(path)
-        loaded, settings = controls.read(*solver_inputs)
-        solve = images.solve_picture(loaded, opened_picture, settings)
+        loaded_checkpoint, settings = controls.read(*solver_inputs)
+        solve = images.solve_picture(loaded_checkpoint, opened_picture, settings)
         return dict(solve.labels), images.solve_html(solve)
 
     def run_if_ready(path: Any, *rest: Any) -> Any:
@@ -75,22 +75,22 @@ def single_tab(shelf: Shelf, pictures: list[Path], page: gr.Blocks) -> None:
         images.open_picture(path)
         return gr.skip(), gr.skip()
 
-    ready = in_place(run_if_ready, outputs, details)
+    safe_run_if_ready = in_place(run_if_ready, outputs, details)
     options: dict[str, Any] = {
         "api_visibility": "private", "concurrency_id": "images", "show_progress_on": [details]
     }  # fmt: skip
     button.click(in_place(run, outputs, details), inputs, outputs, **options)
     gr.on(
         [controls.budget.release, controls.exponent.release, controls.solver.input],
-        ready, inputs, outputs, trigger_mode="always_last", **options,
+        safe_run_if_ready, inputs, outputs, trigger_mode="always_last", **options,
     )  # fmt: skip
     # What cannot be read leaves the input, where a browser would show a broken picture.
     safe_check = in_place(check, [details, picture], details)
     upload_event = picture.upload(
         safe_check, [picture], [details, picture], api_visibility="private", queue=False
     )
-    upload_event.then(ready, inputs, outputs, **options)
-    controls.reset_event.then(ready, inputs, outputs, **options)
+    upload_event.then(safe_run_if_ready, inputs, outputs, **options)
+    controls.reset_event.then(safe_run_if_ready, inputs, outputs, **options)
     gr.on([button.click, picture.upload], None, None, None, js=TO_THE_ANSWER)
     for model, gallery in example_sets.items():
         example_event = gallery.load_input_event
@@ -99,13 +99,13 @@ def single_tab(shelf: Shelf, pictures: list[Path], page: gr.Blocks) -> None:
                 lambda name=model: (name, *controls.reset(name)), None,
                 [controls.checkpoint, *controls.settings], api_visibility="private", queue=False,
             )  # fmt: skip
-        example_event.then(ready, inputs, outputs, **options)
+        example_event.then(safe_run_if_ready, inputs, outputs, **options)
         example_event.then(None, None, None, js=TO_THE_ANSWER)
     if known_pictures:
         open_event = page.load(
             lambda: str(known_pictures[0]), None, picture, api_visibility="private", queue=False
         )
-        open_event.then(ready, inputs, outputs, **options)
+        open_event.then(safe_run_if_ready, inputs, outputs, **options)
     picture.clear(lambda: (None, WAITING), None, outputs, api_visibility="private", queue=False)
 
 
@@ -135,16 +135,16 @@ def batch_tab(shelf: Shelf, pictures: list[Path]) -> None:
 
     def run(paths: Any, *solver_inputs: Any) -> str:
         paths = images.check_count(paths)
-        loaded, settings = controls.read(*solver_inputs)
-        small, batch = images.open_pictures(paths, loaded)
-        results = images.solve_batch(loaded, batch, settings)
-        labels = list(loaded.model.config.label2id)
+        loaded_checkpoint, settings = controls.read(*solver_inputs)
+        small, batch = images.open_pictures(paths, loaded_checkpoint)
+        results = images.solve_batch(loaded_checkpoint, batch, settings)
+        labels = list(loaded_checkpoint.model.config.label2id)
         return images.batch_html(small, [Path(p).name for p in paths], results, labels)
 
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "images"}
     inputs = [files, *controls.inputs]
-    safe = in_place(run, [answers], answers)
-    run_events = [button.click(safe, inputs, answers, **options)]
+    safe_run = in_place(run, [answers], answers)
+    run_events = [button.click(safe_run, inputs, answers, **options)]
     gr.on([button.click], None, None, None, js=TO_THE_ANSWER)
     if pictures:
 
@@ -155,7 +155,7 @@ def batch_tab(shelf: Shelf, pictures: list[Path]) -> None:
         fill_event = fill.click(
             known_paths, [controls.checkpoint], files, api_visibility="private", queue=False
         )
-        run_events.append(fill_event.then(safe, inputs, answers, **options))
+        run_events.append(fill_event.then(safe_run, inputs, answers, **options))
         fill_event.then(None, None, None, js=TO_THE_ANSWER)
     cancels: Any = run_events
     stop.click(None, None, None, cancels=cancels, api_visibility="private")
@@ -197,10 +197,10 @@ def endpoint(shelf: Shelf) -> None:
         classify,
         [
             gr.File(label="picture", visible=False),
-            hidden(names[0] if names else "", "checkpoint"),
-            hidden(own_settings.solver, "solver"),
-            hidden(own_settings.max_steps, f"max_steps, 1 to {MAX_STEPS}"),
-            hidden(own_settings.tolerance, "tolerance"),
+            api_input(names[0] if names else "", "checkpoint"),
+            api_input(own_settings.solver, "solver"),
+            api_input(own_settings.max_steps, f"max_steps, 1 to {MAX_STEPS}"),
+            api_input(own_settings.tolerance, "tolerance"),
         ],
         [gr.Label(visible=False), gr.JSON(visible=False)],
         api_name="classify",

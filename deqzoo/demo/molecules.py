@@ -48,8 +48,8 @@ def read_smiles(smiles: str) -> tuple[list[str], list[tuple[int, int]]]:
             last = branches.pop()
         elif symbol.isdigit() and last is not None:
             if symbol in rings:
-                other, before = rings.pop(symbol)
-                bind(other, last, max(order, before))
+                partner, ring_order = rings.pop(symbol)
+                bind(partner, last, max(order, ring_order))
             else:
                 rings[symbol] = (last, order)
             order = 1

@@ -19,7 +19,7 @@ from deqzoo.tasks.nodes import NODE_SETS
 
 from .graphs import class_name, drawing, verdict
 from .guard import Deadline, whole_number
-from .shelf import Loaded
+from .shelf import LoadedCheckpoint
 
 CLUB, CHAIN = "karate club", "chain of 40 nodes"
 MAX_DRAWN = 60
@@ -93,13 +93,13 @@ def made_up_network(name: str, width: int) -> Network:
     return Network(name, x, torch.cat([pairs, pairs.flip(0)], dim=1), None)
 
 
-def pick(loaded: Loaded, source: Any, root: Path | None) -> Network:
+def pick(checkpoint: LoadedCheckpoint, source: Any, root: Path | None) -> Network:
     """The network that a user asked for.
 
     Raises:
         UserError: an unknown one, or one whose features the model does not read.
     """
-    width = loaded.model.config.num_features
+    width = checkpoint.model.config.num_features
     if source in (CLUB, CHAIN):
         return made_up_network(source, width)
     if source not in available_networks(root) or root is None:
@@ -108,22 +108,22 @@ def pick(loaded: Loaded, source: Any, root: Path | None) -> Network:
     network = _stored_network(source, root)
     if network.x.shape[1] != width:
         raise UserError(
-            f"nodes of {source} have {network.x.shape[1]} features, but {loaded.entry.name} reads "
-            f"{width}; choose another checkpoint or another network"
+            f"nodes of {source} have {network.x.shape[1]} features, but {checkpoint.entry.name} "
+            f"reads {width}; choose another checkpoint or another network"
         )
     return network
 
 
 @torch.inference_mode()
 def reach(
-    loaded: Loaded, network: Network, node: Any, solver: dict[str, Any] | None = None
+    checkpoint: LoadedCheckpoint, network: Network, node: Any, solver: dict[str, Any] | None = None
 ) -> Reach:
     """Read a network as it is and with one node's features taken away.
 
     Raises:
         UserError: no such node, or the time limit is over.
     """
-    model, deadline = loaded.model, Deadline()
+    model, deadline = checkpoint.model, Deadline()
     number = whole_number(node, "the node", 0, len(network.x) - 1)
     # The changes are far smaller than the states: solve to the limit of float32.
     settings = {**model.config.solver, **(solver or {}), "tol": UNMOVED / 10}
@@ -131,23 +131,25 @@ def reach(
     x = network.x.to_dense() if network.x.is_sparse else network.x
     masked_features = x.clone()
     masked_features[number] = 0
-    before, after = (
+    output, masked_output = (
         model(features, network.edge_index, output_hidden_states=True, solver=deadline_solver)
         for features in (x, masked_features)
     )
-    states = before.hidden_states[-1]
-    change = (after.hidden_states[-1] - states).norm(dim=1) / states.norm(dim=1).clamp_min(1e-12)
+    states = output.hidden_states[-1]
+    change = (masked_output.hidden_states[-1] - states).norm(dim=1) / states.norm(dim=1).clamp_min(
+        1e-12
+    )
     multi_label = model.config.problem_type == "multi_label_classification"
-    logits = before.logits[number].float()
+    logits = output.logits[number].float()
     probabilities = logits.sigmoid() if multi_label else logits.softmax(-1)
     order = probabilities.argsort(descending=True).tolist()
     return Reach(
-        answer={class_name(loaded, i): float(probabilities[i]) for i in order},
+        answer={class_name(checkpoint, i): float(probabilities[i]) for i in order},
         distance=_distances(network.edge_index, len(x), number),
         change=change,
-        n_steps=int(before.n_steps[0]),
-        residual=float(before.residual[0]),
-        converged=bool(before.converged[0]),
+        n_steps=int(output.n_steps[0]),
+        residual=float(output.residual[0]),
+        converged=bool(output.converged[0]),
     )
 
 
@@ -168,13 +170,13 @@ def verdict_html(network: Network, result: Reach, node: int) -> str:
     """The node's answer where its features are real, and how far a change there is felt."""
     changed_nodes = (result.change > UNMOVED) & (result.distance > 0)
     farthest = int(result.distance[changed_nodes].max()) if changed_nodes.any() else 0
-    others = int((result.distance > 0).sum())
+    n_others = int((result.distance > 0).sum())
     text = (
         f"Node {node} has no edges, so its features change no other node."
-        if not others
+        if not n_others
         else (
             f"Without the features of node {node}, the states of "
-            f"<b>{int(changed_nodes.sum()):,}</b> of the {others:,} other nodes that it is "
+            f"<b>{int(changed_nodes.sum()):,}</b> of the {n_others:,} other nodes that it is "
             f"connected with change, up to <b>{farthest}</b> "
             f"edge{'s' * (farthest != 1)} away. A network of two layers would reach two edges."
         )

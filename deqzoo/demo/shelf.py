@@ -33,7 +33,7 @@ TOLERANCES = (1e-6, 1e-1)
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedCheckpoint:
     """A model with what reads its input: an image processor, a tokenizer, or nothing."""
 
     entry: Entry
@@ -47,7 +47,7 @@ class Shelf:
     def __init__(self) -> None:
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
-        self._models: dict[str, Loaded] = {}
+        self._models: dict[str, LoadedCheckpoint] = {}
 
     def entries(self, task: str) -> list[Entry]:
         """Sound checkpoints of a task: the default one, then the others, the best first."""
@@ -74,7 +74,7 @@ class Shelf:
         """Names of a task's checkpoints, the default one first."""
         return [e.name for e in self.entries(task)]
 
-    def get(self, name: Any, task: str) -> Loaded:
+    def get(self, name: Any, task: str) -> LoadedCheckpoint:
         """A checkpoint of a task by its name; the default one where the name is empty.
 
         Raises:
@@ -93,11 +93,13 @@ class Shelf:
                 self._models[name] = self._load(entry(name), task)
         return self._models[name]
 
-    def _load(self, checkpoint: Entry, task: str) -> Loaded:
+    def _load(self, checkpoint: Entry, task: str) -> LoadedCheckpoint:
         readers = {IMAGES: load_processor, TEXT: load_tokenizer}
         try:
             model = DEQModel.from_pretrained(checkpoint.folder).eval()
-            return Loaded(checkpoint, model, readers[task](model) if task in readers else None)
+            return LoadedCheckpoint(
+                checkpoint, model, readers[task](model) if task in readers else None
+            )
         except UserError as error:  # where the server keeps its files is nobody's business
             raise UserError(str(error).replace(f"{checkpoint.folder.parent}/", "")) from error
 

@@ -33,7 +33,7 @@ from .guard import (
     real_number,
     whole_number,
 )
-from .shelf import Loaded
+from .shelf import LoadedCheckpoint
 
 SHOWN_TOKENS = 1500
 FOCUSABLE_TOKENS = 400
@@ -131,7 +131,9 @@ def _text_of(path: Path) -> str:
     return "".join(parts)
 
 
-def score(loaded: Loaded, text: str, solver: dict[str, Any] | None = None) -> ScoredText:
+def score(
+    checkpoint: LoadedCheckpoint, text: str, solver: dict[str, Any] | None = None
+) -> ScoredText:
     """Perplexity of a text with every token's surprisal and steps.
 
     Raises:
@@ -148,10 +150,15 @@ def score(loaded: Loaded, text: str, solver: dict[str, Any] | None = None) -> Sc
 
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     report = perplexity(
-        loaded.model, lines, loaded.reader, keep_surprisal=True, solver=solver, on_segment=watch
+        checkpoint.model,
+        lines,
+        checkpoint.reader,
+        keep_surprisal=True,
+        solver=solver,
+        on_segment=watch,
     )
-    vocabulary = loaded.reader.get_vocab()
-    words = [word for line in lines for word in [*_words(loaded, line), END]]
+    vocabulary = checkpoint.reader.get_vocab()
+    words = [word for line in lines for word in [*_words(checkpoint, line), END]]
     tokens = [
         Token(word, word in vocabulary and word != UNKNOWN, nats / math.log(2), n, ok)
         for word, (_, nats), n, ok in zip(words, report.surprisal, steps, converged, strict=True)
@@ -159,34 +166,34 @@ def score(loaded: Loaded, text: str, solver: dict[str, Any] | None = None) -> Sc
     return ScoredText(report, tokens)
 
 
-def _words(loaded: Loaded, text: str) -> list[str]:
+def _words(checkpoint: LoadedCheckpoint, text: str) -> list[str]:
     """Words of a raw text in the form of the model's corpus."""
-    style = text_style(loaded.reader)
-    prepared_text = prepare_text(text, loaded.reader.get_vocab(), style).text
+    style = text_style(checkpoint.reader)
+    prepared_text = prepare_text(text, checkpoint.reader.get_vocab(), style).text
     return in_corpus_case(prepared_text, style).split()
 
 
-def _prompt(loaded: Loaded, text: str) -> Tensor:
+def _prompt(checkpoint: LoadedCheckpoint, text: str) -> Tensor:
     """The end of a text as word indices (1, T), as much of it as the model's window holds."""
-    vocabulary = loaded.reader.get_vocab()
+    vocabulary = checkpoint.reader.get_vocab()
     unknown, end = vocabulary[UNKNOWN], vocabulary[END]
     indices = [end]
     for number, line in enumerate(text.strip().split("\n")):
         indices += [end] if number else []
-        indices += [vocabulary.get(word, unknown) for word in _words(loaded, line)]
-    return torch.tensor([indices[-loaded.model.config.window :]])
+        indices += [vocabulary.get(word, unknown) for word in _words(checkpoint, line)]
+    return torch.tensor([indices[-checkpoint.model.config.window :]])
 
 
 @torch.inference_mode()
 def next_words(
-    loaded: Loaded, text: str, count: int = 8, solver: dict[str, Any] | None = None
+    checkpoint: LoadedCheckpoint, text: str, count: int = 8, solver: dict[str, Any] | None = None
 ) -> list[tuple[str, float]]:
     """The most probable continuations of a text, with their probabilities."""
-    output = loaded.model(_prompt(loaded, text), logits_to_keep=1, solver=solver)
+    output = checkpoint.model(_prompt(checkpoint, text), logits_to_keep=1, solver=solver)
     probabilities = output.logits[0, -1].float().softmax(-1)
-    unknown = loaded.reader.get_vocab()[UNKNOWN]
+    unknown = checkpoint.reader.get_vocab()[UNKNOWN]
     best = probabilities.topk(min(count + 1, len(probabilities)))
-    words = loaded.reader.convert_ids_to_tokens(best.indices.tolist())
+    words = checkpoint.reader.convert_ids_to_tokens(best.indices.tolist())
     candidates = zip(words, best.indices.tolist(), best.values.tolist(), strict=True)
     return [(word, p) for word, index, p in candidates if index != unknown][:count]
 
@@ -212,13 +219,15 @@ def check_seed(seed: Any) -> int | None:
 
 
 @torch.inference_mode()
-def _step(loaded: Loaded, ids: Tensor, cache: Any, solver: dict[str, Any] | None) -> Any:
-    use_cache = loaded.model.config.has_equilibrium
-    return loaded.model(ids, cache=cache, use_cache=use_cache, logits_to_keep=1, solver=solver)
+def _step(
+    checkpoint: LoadedCheckpoint, ids: Tensor, cache: Any, solver: dict[str, Any] | None
+) -> Any:
+    use_cache = checkpoint.model.config.has_equilibrium
+    return checkpoint.model(ids, cache=cache, use_cache=use_cache, logits_to_keep=1, solver=solver)
 
 
 def write(
-    loaded: Loaded,
+    checkpoint: LoadedCheckpoint,
     prompt: str,
     length: int,
     temperature: float = 0.8,
@@ -238,15 +247,15 @@ def write(
     deadline = Deadline()
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    unknown = loaded.reader.get_vocab()[UNKNOWN]
-    ids, cache = _prompt(loaded, prompt), None
+    unknown = checkpoint.reader.get_vocab()[UNKNOWN]
+    ids, cache = _prompt(checkpoint, prompt), None
     added_ids: list[int] = []
     steps: list[int] = []
     n_unconverged = 0
     new = ids
     for _ in range(length):
         deadline.check()
-        output = _step(loaded, new, cache, solver)
+        output = _step(checkpoint, new, cache, solver)
         cache = output.cache
         token_id = _choose(output.logits[0, -1], temperature, unknown, generator)
         steps.append(int(output.token_steps[0, -1]))
@@ -254,7 +263,7 @@ def write(
         added_ids.append(token_id)
         ids = torch.cat([ids, torch.tensor([[token_id]])], dim=1)
         new = ids if cache is None else ids[:, -1:]
-        words = loaded.reader.convert_ids_to_tokens(added_ids)
+        words = checkpoint.reader.convert_ids_to_tokens(added_ids)
         yield WrittenText(detokenize(" ".join(words)), list(steps), n_unconverged)
 
 
@@ -337,10 +346,10 @@ def tokens_html(scored_text: ScoredText) -> str:
         if any(not token.known for token in shown_tokens)
         else ""
     )
-    rest = len(scored_text.tokens) - len(shown_tokens)
+    n_hidden = len(scored_text.tokens) - len(shown_tokens)
     more = (
         f'<p class="dz-note">The first {len(shown_tokens):,} tokens; '
-        f"{rest:,} more were measured.</p>"
+        f"{n_hidden:,} more were measured.</p>"
     )
     return (
         '<div class="dz-tokens"><fieldset class="dz-switch"><legend>Colour the words by</legend>'
@@ -350,7 +359,7 @@ def tokens_html(scored_text: ScoredText) -> str:
         f'<span class="dz-ends"><span class="dz-on-surprise">0 to {FULL_COLOUR_BITS:.0f} bits or '
         f'more</span><span class="dz-on-steps">{least} to {most} steps</span></span>'
         f"{unknown}</fieldset>"
-        f'<p class="dz-text">{"".join(spans)}</p>{more if rest else ""}</div>'
+        f'<p class="dz-text">{"".join(spans)}</p>{more if n_hidden else ""}</div>'
     )
 
 

@@ -13,7 +13,7 @@ from deqzoo.evaluation.files import finite
 from . import text as texts
 from .controls import (
     TO_THE_ANSWER,
-    hidden,
+    api_input,
     in_place,
     missing_checkpoint,
     solver_controls,
@@ -66,11 +66,14 @@ def text_tab(shelf: Shelf) -> None:
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "text"}
 
     def measure(raw_text: Any, *solver_inputs: Any) -> tuple[str, str, str]:
-        checked_text, (loaded, settings) = texts.check_text(raw_text), controls.read(*solver_inputs)
-        scored_text = texts.score(loaded, checked_text, settings)
-        continuations = texts.next_words(loaded, checked_text, solver=settings)
+        checked_text, (loaded_checkpoint, settings) = (
+            texts.check_text(raw_text),
+            controls.read(*solver_inputs),
+        )
+        scored_text = texts.score(loaded_checkpoint, checked_text, settings)
+        continuations = texts.next_words(loaded_checkpoint, checked_text, solver=settings)
         return (
-            texts.figures_html(scored_text, loaded.entry),
+            texts.figures_html(scored_text, loaded_checkpoint.entry),
             texts.tokens_html(scored_text),
             texts.next_words_html(continuations),
         )
@@ -82,9 +85,12 @@ def text_tab(shelf: Shelf) -> None:
     def go_on(
         raw_text: Any, length: Any, temperature: Any, *solver_inputs: Any
     ) -> Iterator[tuple[str, str]]:
-        checked_text, (loaded, settings) = texts.check_text(raw_text), controls.read(*solver_inputs)
+        checked_text, (loaded_checkpoint, settings) = (
+            texts.check_text(raw_text),
+            controls.read(*solver_inputs),
+        )
         words, heat = texts.check_writing(length, temperature)
-        for state in texts.write(loaded, checked_text, words, heat, solver=settings):
+        for state in texts.write(loaded_checkpoint, checked_text, words, heat, solver=settings):
             yield _continuation_html(checked_text, state.text), _effort_html(state)
 
     measure_options: dict[str, Any] = {**options, "show_progress_on": [figures]}
@@ -142,10 +148,10 @@ def _continuation_html(prompt: str, continuation: str) -> str:
 
 def _effort_html(state: texts.WrittenText) -> str:
     mean = sum(state.steps) / len(state.steps)
-    late = f", {state.unconverged} not converged" if state.unconverged else ""
+    unconverged = f", {state.unconverged} not converged" if state.unconverged else ""
     return (
         f'<p class="dz-note">{len(state.steps)} words, {mean:.1f} solver steps each on average '
-        f"(the last one {state.steps[-1]}){late}</p>"
+        f"(the last one {state.steps[-1]}){unconverged}</p>"
     )
 
 
@@ -188,19 +194,19 @@ def endpoints(shelf: Shelf) -> None:
         checked_text = texts.check_text(text)
         words, heat = texts.check_writing(length, temperature)
         number = texts.check_seed(seed)
-        loaded = shelf.get(checkpoint, TEXT)
-        *_, state = texts.write(loaded, checked_text, words, heat, number)
+        loaded_checkpoint = shelf.get(checkpoint, TEXT)
+        *_, state = texts.write(loaded_checkpoint, checked_text, words, heat, number)
         return state.text, {"n_steps": state.steps, "unconverged": state.unconverged}
 
     options: dict[str, Any] = {"concurrency_id": "text"}
     gr.Button(visible=False).click(
-        perplexity, [gr.Textbox(label="text", visible=False), hidden(first, "checkpoint")],
+        perplexity, [gr.Textbox(label="text", visible=False), api_input(first, "checkpoint")],
         gr.JSON(visible=False), api_name="perplexity", **options,
     )  # fmt: skip
     gr.Button(visible=False).click(
         generate,
-        [gr.Textbox(label="text", visible=False), hidden(40, "length"), hidden(0.8, "temperature"),
-         hidden(first, "checkpoint"), hidden(-1, "seed")],
+        [gr.Textbox(label="text", visible=False), api_input(40, "length"),
+         api_input(0.8, "temperature"), api_input(first, "checkpoint"), api_input(-1, "seed")],
         [gr.Textbox(visible=False), gr.JSON(visible=False)],
         api_name="generate", **options,
     )  # fmt: skip

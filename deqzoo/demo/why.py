@@ -19,7 +19,7 @@ from deqzoo.models.readers import to_batch
 from . import examples
 from .guard import Deadline
 from .images import data_url, open_picture, thumbnail
-from .shelf import Loaded
+from .shelf import LoadedCheckpoint
 
 DEPTHS = (1, 2, 4, 8, 16, 24, 32)
 
@@ -63,19 +63,19 @@ class Measurement:
         return sum(a == t for a, t in zip(self.answers(step), self.truths, strict=True))
 
 
-def measure(loaded: Loaded, paths: Sequence[Path]) -> Measurement:
+def measure(checkpoint: LoadedCheckpoint, paths: Sequence[Path]) -> Measurement:
     """Solve the example pictures that a model knows, and measure a training step's memory.
 
     Raises:
         UserError: it knows none of them, or the time limit is over.
     """
-    model, deadline = loaded.model, Deadline()
+    model, deadline = checkpoint.model, Deadline()
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     known_paths = examples.known_pictures(paths, names)
     if not known_paths:
         raise UserError("none of the example pictures shows a class of this model; choose another")
     opened_pictures = [open_picture(path) for path in known_paths]
-    pixels = to_batch(loaded.reader, opened_pictures, model)
+    pixels = to_batch(checkpoint.reader, opened_pictures, model)
     truths = [names.index(examples.shown_class(path, names) or "") for path in known_paths]
     trajectory = watch(model, pixels, on_step=deadline.check)
     memory = training_memory(model, pixels[:1], torch.tensor(truths[:1]), DEPTHS)
@@ -85,12 +85,12 @@ def measure(loaded: Loaded, paths: Sequence[Path]) -> Measurement:
     )
     return Measurement(
         gradient, memory, names, truths, [data_url(thumbnail(p)) for p in opened_pictures],
-        trajectory, _budget(loaded), float(model.config.solver["tol"]),
+        trajectory, _budget(checkpoint), float(model.config.solver["tol"]),
     )  # fmt: skip
 
 
-def _budget(loaded: Loaded) -> tuple[str, list[tuple[float, float]]] | None:
-    for evaluation in loaded.entry.tests():
+def _budget(checkpoint: LoadedCheckpoint) -> tuple[str, list[tuple[float, float]]] | None:
+    for evaluation in checkpoint.entry.tests():
         budget: dict[str, Any] = evaluation.get("budget") or {}
         rows = budget.get("steps") or []
         if rows and "accuracy" in rows[0]:
@@ -183,9 +183,9 @@ def dial_html(measurement: Measurement, step: int) -> str:
 def dial_chart(measurement: Measurement) -> str:
     """Accuracy against effort, of the examples here and of the test pictures as measured before."""
     total = len(measurement.truths)
-    here = f"these {total} pictures, measured here"
+    label = f"these {total} pictures, measured here"
     series: dict[str, Any] = {
-        here: [(k, measurement.right(k) / total) for k in range(1, measurement.steps + 1)]
+        label: [(k, measurement.right(k) / total) for k in range(1, measurement.steps + 1)]
     }
     if measurement.budget is not None:
         title, points = measurement.budget

@@ -36,7 +36,7 @@ from deqzoo.demo.app import build_demo
 from deqzoo.demo.controls import in_place, menu_label
 from deqzoo.demo.guard import Deadline, Gate, guarded
 from deqzoo.demo.look import theme
-from deqzoo.demo.shelf import GRAPHS, IMAGES, TEXT, Loaded, Shelf, solver_settings
+from deqzoo.demo.shelf import GRAPHS, IMAGES, TEXT, LoadedCheckpoint, Shelf, solver_settings
 from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.classify import classify, classify_pixels
@@ -44,10 +44,10 @@ from deqzoo.hub.catalogue import Entry
 from deqzoo.models.readers import load_processor, load_tokenizer, to_batch
 
 
-def loaded(folder: Path, read) -> Loaded:
+def loaded(folder: Path, read) -> LoadedCheckpoint:
     model = DEQModel.from_pretrained(folder)
     entry = Entry(folder.name, folder, model.config.to_dict(), {})
-    return Loaded(entry, model, read(model))
+    return LoadedCheckpoint(entry, model, read(model))
 
 
 def test_page_without_checkpoints(tmp_path, monkeypatch) -> None:
@@ -411,10 +411,12 @@ def _until(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
-def node_model(config: dict[str, Any]) -> Loaded:
+def node_model(config: dict[str, Any]) -> LoadedCheckpoint:
     torch.manual_seed(0)
     model = IGNNForNodeClassification(IGNNConfig(**config)).eval()
-    return Loaded(Entry("node-test", Path("node-test"), model.config.to_dict(), {}), model, None)
+    return LoadedCheckpoint(
+        Entry("node-test", Path("node-test"), model.config.to_dict(), {}), model, None
+    )
 
 
 def test_a_change_at_a_node_is_followed_through_the_network() -> None:
