@@ -75,9 +75,11 @@ def require_writable(path: Path) -> None:
     _require_ordinary(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"cannot write {path}: {above} is no folder that can be written to")
+    existing_parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing_parent.is_dir() or not os.access(existing_parent, os.W_OK):
+        raise UserError(
+            f"cannot write {path}: {existing_parent} is no folder that can be written to"
+        )
 
 
 def restore(path: Path) -> None:

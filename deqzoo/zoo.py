@@ -185,8 +185,8 @@ def own_name(name: str | os.PathLike[str]) -> str:
 def suggestion(name: str) -> str:
     """A clause for error messages that lists the nearest names, or the known ones."""
     names = list_models()
-    if near := difflib.get_close_matches(bare_name(name), names, n=3, cutoff=0.5):
-        return f"did you mean {' or '.join(near)}?"
+    if matches := difflib.get_close_matches(bare_name(name), names, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(matches)}?"
     return f"the zoo's models are {', '.join(names)}" if names else "no checkpoint is bundled"
 
 

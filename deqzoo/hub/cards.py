@@ -162,9 +162,9 @@ def _summary(entry: Entry) -> str:
             f"their equilibrium within {budget} solver steps, in {results['n_steps_mean']:.1f} on "
             "average."
         )
-        now = (entry.config.get("solver") or {}).get("max_steps")
-        if now != budget:
-            lines.append(f"(The default has since become {now} steps.)")
+        default_steps = (entry.config.get("solver") or {}).get("max_steps")
+        if default_steps != budget:
+            lines.append(f"(The default has since become {default_steps} steps.)")
     return " ".join(lines)
 
 
@@ -459,8 +459,8 @@ def _against_baselines(evaluation: dict[str, Any]) -> Iterator[str]:
         if metric.better(value, constant):
             continue
         relation = "no more than" if value == constant else "less than"
-        other = evaluation["metric"] != name
-        measure = f"; the measure here is {words(evaluation['metric'])}" if other else ""
+        is_other_metric = evaluation["metric"] != name
+        measure = f"; the measure here is {words(evaluation['metric'])}" if is_other_metric else ""
         yield (
             f"The {metric.words} on these {data['samples']:,} {data['unit']}, "
             f"{100 * value:.1f} %, is {relation} the {100 * constant:.1f} % of "

@@ -94,11 +94,11 @@ def _snippet(checkpoint: Entry) -> list[str]:
 @contextlib.contextmanager
 def _scratch_folder() -> Iterator[None]:
     """A working folder that holds picture.png."""
-    before = Path.cwd()
+    old_folder = Path.cwd()
     with tempfile.TemporaryDirectory() as scratch:
         Image.linear_gradient("L").convert("RGB").save(Path(scratch) / "picture.png")
         os.chdir(scratch)
         try:
             yield
         finally:
-            os.chdir(before)
+            os.chdir(old_folder)

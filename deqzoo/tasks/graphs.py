@@ -234,9 +234,9 @@ class GraphTask(Task, ABC):
             x = maps[-1].injection
 
         def f(states: Sequence[Tensor]) -> list[Tensor]:
-            return [one(state) for one, state in zip(maps, states, strict=True)]
+            return [layer_map(state) for layer_map, state in zip(maps, states, strict=True)]
 
-        return Probe(f, [one.injection for one in maps], partial(model, graphs))
+        return Probe(f, [layer_map.injection for layer_map in maps], partial(model, graphs))
 
     @abstractmethod
     def _typical_graph(self) -> GraphBatch:
@@ -394,13 +394,15 @@ class ResidentGraphs:
     def __init__(self, task: GraphTask, device: torch.device) -> None:
         self.task = task
         graphs = [part.graphs for part in task.training]
-        adjacencies = [one.adjacency for one in graphs]
-        self.rows = 1 + max(one.features.shape[0] for one in graphs)
-        self.entries = max(len(one.values) for one in adjacencies)
-        self.n_graphs = 1 + max(one.n_graphs for one in graphs)
-        self.symmetric = all(one.is_symmetric for one in adjacencies)
+        adjacencies = [batch.adjacency for batch in graphs]
+        self.rows = 1 + max(batch.features.shape[0] for batch in graphs)
+        self.entries = max(len(adjacency.values) for adjacency in adjacencies)
+        self.n_graphs = 1 + max(batch.n_graphs for batch in graphs)
+        self.symmetric = all(adjacency.is_symmetric for adjacency in adjacencies)
         needs_radius = task.config.known_radius is None
-        self.radius = max(one.spectral_radius for one in adjacencies) if needs_radius else 0.0
+        self.radius = (
+            max(adjacency.spectral_radius for adjacency in adjacencies) if needs_radius else 0.0
+        )
         padded_parts = [self._padded_tensors(part) for part in task.training]
         self.parts = {
             key: torch.stack([tensors[key] for tensors in padded_parts]).to(device)
@@ -418,22 +420,22 @@ class ResidentGraphs:
         mask = torch.ones(len(part.labels), dtype=torch.bool) if part.mask is None else part.mask
         size = self.rows if of_nodes else self.n_graphs
         tensors = {
-            "features": _filled(x, self.rows),
-            "index": _filled(graphs.index, self.rows, self.n_graphs - 1),
-            "labels": _filled(part.labels, size, 0 if part.labels.ndim == 2 else IGNORED),
-            "mask": _filled(mask, size),
+            "features": _pad(x, self.rows),
+            "index": _pad(graphs.index, self.rows, self.n_graphs - 1),
+            "labels": _pad(part.labels, size, 0 if part.labels.ndim == 2 else IGNORED),
+            "mask": _pad(mask, size),
         }
         if not of_nodes:
             counts = x.new_ones(n) if graphs.counts is None else graphs.counts
-            tensors["counts"] = _filled(counts, self.rows)
+            tensors["counts"] = _pad(counts, self.rows)
         matrices: dict[str, SparseMatrix] = {"": graphs.adjacency}
         if not self.symmetric:
             matrices["transposed_"] = graphs.adjacency.transposed
         for prefix, matrix in matrices.items():
-            starts = _filled(matrix.csr.crow_indices(), self.rows + 1, len(matrix.values))
+            starts = _pad(matrix.csr.crow_indices(), self.rows + 1, len(matrix.values))
             starts[-1] = self.entries
-            columns = _filled(matrix.index.T, self.entries, self.rows - 1).T
-            values = _filled(matrix.values, self.entries)
+            columns = _pad(matrix.index.T, self.entries, self.rows - 1).T
+            values = _pad(matrix.values, self.entries)
             tensors |= {f"{prefix}starts": starts, f"{prefix}entries": columns}
             tensors[f"{prefix}values"] = values
         return tensors
@@ -447,7 +449,9 @@ class ResidentGraphs:
 
     def inputs(self, rows: Tensor, epoch: Tensor, stage: Stage) -> dict[str, Any]:
         """The part of number `rows` (1,), padded, and the equilibria that it had last."""
-        tensors = {key: one.index_select(0, rows).squeeze(0) for key, one in self.parts.items()}
+        tensors = {
+            key: tensor.index_select(0, rows).squeeze(0) for key, tensor in self.parts.items()
+        }
         self._number = rows
 
         def matrix(prefix: str, transposed: Adjacency | None = None) -> Adjacency:
@@ -463,7 +467,7 @@ class ResidentGraphs:
         inputs = {
             "x": graphs,
             "labels": tensors["labels"],
-            "initial_states": [one.index_select(0, rows).squeeze(0) for one in self.states],
+            "initial_states": [states.index_select(0, rows).squeeze(0) for states in self.states],
             "output_hidden_states": True,
         }
         return {**inputs, "mask": tensors["mask"]} if self.task.of_nodes else inputs
@@ -480,7 +484,7 @@ class ResidentGraphs:
         return self.states
 
 
-def _filled(tensor: Tensor, n: int, value: float = 0) -> Tensor:
+def _pad(tensor: Tensor, n: int, value: float = 0) -> Tensor:
     """A tensor with its first axis lengthened to n."""
     filled_tensor = tensor.new_full((n, *tensor.shape[1:]), value)
     filled_tensor[: len(tensor)] = tensor

@@ -134,8 +134,8 @@ def area_under_curve(scores: Tensor, labels: Tensor) -> float:
     NaN where only one class occurs.
     """
     _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
-    below = counts.cumsum(0) - counts
-    rank = (below + (counts + 1) / 2).double()[inverse]  # mean rank of equal scores, from 1
+    n_below = counts.cumsum(0) - counts
+    rank = (n_below + (counts + 1) / 2).double()[inverse]  # mean rank of equal scores, from 1
     positive = labels == 1
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if n_positive == 0 or n_negative == 0:

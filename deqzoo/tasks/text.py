@@ -67,11 +67,11 @@ class LanguageModelingTask(Task):
             if getattr(recipe, key):
                 raise UserError(f"{key} is no setting of language modelling; remove it")
         self.forget = _forget_share(recipe.augment)
-        own = recipe.data.name == OWN
-        check_options(own_corpus if own else load_corpus, recipe.data.options)
+        is_own = recipe.data.name == OWN
+        check_options(own_corpus if is_own else load_corpus, recipe.data.options)
         self.recipe = recipe
         self.record: dict[str, Any] | None = None
-        if own:
+        if is_own:
             path = own_path(recipe, data)
             self.corpus, self.record = own_corpus(path, **recipe.data.options)
             streams = self.corpus.streams

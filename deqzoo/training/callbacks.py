@@ -107,9 +107,9 @@ class EvaluationClock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         plan, step = self.trainer.plan, state.global_step
-        before = int(plan.epoch(step - 1) * self.per_epoch + 1e-6)
-        after = int(plan.epoch(step) * self.per_epoch + 1e-6)
-        if after > before or step == plan.total:
+        count_before = int(plan.epoch(step - 1) * self.per_epoch + 1e-6)
+        count_after = int(plan.epoch(step) * self.per_epoch + 1e-6)
+        if count_after > count_before or step == plan.total:
             control.should_evaluate = True
         return control
 

@@ -70,21 +70,29 @@ def conditions(recipe: Recipe, task: Task, bf16: bool, device: torch.device) -> 
     }
 
 
-def differences(then: Any, now: Any, place: str = "") -> list[str]:
-    """Where two nested settings differ, a clause for each; keys that `then` lacks do not count."""
-    then, now = (json.loads(json.dumps(value, default=str)) for value in (then, now))
-    if isinstance(then, dict) and isinstance(now, dict):
-        if "recipe" in then:  # as an older version wrote it: with this one's defaults
-            stored_recipe = recorded_recipe(then)
-            then = then if stored_recipe is None else {**then, "recipe": stored_recipe.to_dict()}
+def differences(old_settings: Any, new_settings: Any, place: str = "") -> list[str]:
+    """Where two nested settings differ, a clause for each; keys that are new do not count."""
+    old_settings, new_settings = (
+        json.loads(json.dumps(value, default=str)) for value in (old_settings, new_settings)
+    )
+    if isinstance(old_settings, dict) and isinstance(new_settings, dict):
+        if "recipe" in old_settings:  # as an older version wrote it: with this one's defaults
+            stored_recipe = recorded_recipe(old_settings)
+            old_settings = (
+                old_settings
+                if stored_recipe is None
+                else {**old_settings, "recipe": stored_recipe.to_dict()}
+            )
         return [
             clause
-            for key in then
-            for clause in differences(then[key], now.get(key), f"{place}.{key}" if place else key)
+            for key in old_settings
+            for clause in differences(
+                old_settings[key], new_settings.get(key), f"{place}.{key}" if place else key
+            )
         ]
-    if then == now:
+    if old_settings == new_settings:
         return []
-    return [f"{place} was {_short(then)}, is {_short(now)}"]
+    return [f"{place} was {_short(old_settings)}, is {_short(new_settings)}"]
 
 
 def _short(value: Any) -> str:

@@ -25,7 +25,7 @@ class TimeBudget:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.seconds, self.clock = seconds, clock
-        self.spent = 0.0
+        self.counted_seconds = 0.0
         """Seconds until the last pause or end."""
         total = sum(shares)
         self.ends = [sum(shares[: i + 1]) / total for i in range(len(shares))]
@@ -33,14 +33,14 @@ class TimeBudget:
         self._since: float | None = None
 
     @property
-    def used(self) -> float:
+    def used_seconds(self) -> float:
         """Seconds of training so far."""
-        return self.spent + (0.0 if self._since is None else self.clock() - self._since)
+        return self.counted_seconds + (0.0 if self._since is None else self.clock() - self._since)
 
     @property
     def progress(self) -> float:
         """Share of the time that is over, in [0, 1]."""
-        return min(1.0, self.used / self.seconds)
+        return min(1.0, self.used_seconds / self.seconds)
 
     @property
     def stage(self) -> int | None:
@@ -50,7 +50,7 @@ class TimeBudget:
 
     def shorten(self, seconds: float) -> None:
         """Let the rest of the run take so many seconds of training at most."""
-        self.seconds = min(self.seconds, self.used + max(seconds, 0.0))
+        self.seconds = min(self.seconds, self.used_seconds + max(seconds, 0.0))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -59,12 +59,12 @@ class TimeBudget:
         try:
             yield
         finally:
-            self.spent, self._since = self.used, None
+            self.counted_seconds, self._since = self.used_seconds, None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Do not count the time inside, within `running()`."""
-        self.spent, self._since = self.used, None
+        self.counted_seconds, self._since = self.used_seconds, None
         try:
             yield
         finally:

@@ -65,11 +65,11 @@ def estimate(recipe: Recipe, task: Task) -> dict[str, Any]:
     }
 
 
-def commands(arguments: str, alone: bool) -> dict[str, str]:
-    """Command lines that train a recipe on one device and, unless `alone`, on several GPUs."""
+def commands(arguments: str, one_process: bool) -> dict[str, str]:
+    """Command lines that train a recipe on one device and, without `one_process`, on several."""
     train = f"deqzoo train {arguments} --resume"
-    several = {} if alone else {"several": f"torchrun --nproc_per_node 8 -m {train}"}
-    return {"one": train, **several}
+    on_several_gpus = {} if one_process else {"several": f"torchrun --nproc_per_node 8 -m {train}"}
+    return {"one": train, **on_several_gpus}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _Sample:
 
 
 def _measure(task: Task, model: DEQPreTrainedModel, stage: Stage) -> _Sample:
-    per_evaluation, rest = sample_flops(task.probe, model, stage)
+    per_evaluation, rest_flops = sample_flops(task.probe, model, stage)
     settings = {"solver": ONE_STEP, "gradient": {"name": "jfb"}}
     with evaluation_mode(model):
         map_bytes, _ = _bytes_per_sample(task, model, stage, lambda probe: probe.f(probe.state))
@@ -95,7 +95,7 @@ def _measure(task: Task, model: DEQPreTrainedModel, stage: Stage) -> _Sample:
         leaves = tree_leaves(task.probe(model, stage).state)
     state = sum(t.numel() * 4 for t in leaves if isinstance(t, torch.Tensor))
     return _Sample(
-        per_evaluation, rest, map_bytes, max(model_bytes - map_bytes, 0), once_bytes, state
+        per_evaluation, rest_flops, map_bytes, max(model_bytes - map_bytes, 0), once_bytes, state
     )
 
 

@@ -151,7 +151,7 @@ def _arguments(job: Job, output: Path, settings: Settings, progress: bool) -> DE
     per_epoch = math.ceil(n / batch_size)
     epochs = settings.epochs or max(3, math.ceil(job.least_steps / per_epoch))
     total = settings.max_steps or max(1, round(epochs * per_epoch))
-    every = max(1, total // _EVALUATIONS)
+    interval = max(1, total // _EVALUATIONS)
     # Of few samples the best accuracy is that of a lucky step; the loss says more.
     by_accuracy = job.accuracy and len(job.held_out) >= FEW
     return DEQTrainingArguments(
@@ -165,12 +165,12 @@ def _arguments(job: Job, output: Path, settings: Settings, progress: bool) -> DE
         weight_decay=0.01,
         max_grad_norm=1.0,
         seed=settings.seed,
-        logging_steps=max(1, min(every, 20)),
+        logging_steps=max(1, min(interval, 20)),
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=every,
+        eval_steps=interval,
         save_strategy="steps",
-        save_steps=every,
+        save_steps=interval,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_score" if by_accuracy else "eval_loss",

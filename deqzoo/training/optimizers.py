@@ -49,7 +49,12 @@ def _muon_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
     hidden_matrices = [p for p in parameters if _is_matrix(p) and id(p) not in ends]
     matrices = [p for p in parameters if _is_matrix(p) and id(p) in ends]
     vectors = [p for p in parameters if not _is_matrix(p)]
-    other = {"use_muon": False, "lr": settings.other_lr, "betas": settings.betas, "eps": 1e-8}
+    adamw_settings = {
+        "use_muon": False,
+        "lr": settings.other_lr,
+        "betas": settings.betas,
+        "eps": 1e-8,
+    }
     groups = [
         {
             "params": hidden_matrices,
@@ -59,8 +64,8 @@ def _muon_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
             "nesterov": settings.nesterov,
             "weight_decay": settings.weight_decay,
         },
-        {"params": matrices, **other, "weight_decay": settings.weight_decay},
-        {"params": vectors, **other, "weight_decay": 0.0},
+        {"params": matrices, **adamw_settings, "weight_decay": settings.weight_decay},
+        {"params": vectors, **adamw_settings, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -121,7 +121,7 @@ class TimedRun:
 
     def figures(self) -> dict[str, Any]:
         """What the record of the run says of this engine."""
-        seconds = max(self.budget.spent, 1e-9)
+        seconds = max(self.budget.counted_seconds, 1e-9)
         rate = (self.history.spent - self.history.inherited) / seconds
         return {
             "finished": self.finished,
@@ -129,7 +129,7 @@ class TimedRun:
             "total_steps": self.count,
             "epochs": round(self.epochs, 4),
             "time_budget_seconds": round(self.budget.seconds, 1),
-            "training_seconds": round(self.budget.spent, 1),
+            "training_seconds": round(self.budget.counted_seconds, 1),
             "samples_per_second": round(self.count * self._batch / seconds, 1),
             "tflops": round(rate / 1e12, 4),
             "floor_tflops": round(self.bare_rate / 1e12, 4),
@@ -160,7 +160,7 @@ class TimedRun:
             "cuda_generator": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "seconds": self.budget.seconds,
             "asked": self.requested_seconds,
-            "used": self.budget.spent,
+            "used": self.budget.counted_seconds,
             "slowed": self.n_slowdowns,
             "numbers": [self.count, self.epoch, self.position, self.stage_number, self.stage_start],
         }
@@ -178,7 +178,7 @@ class TimedRun:
         if self.device.type == "cuda" and state["cuda_generator"] is not None:
             torch.cuda.set_rng_state(state["cuda_generator"])
         self._slow_down(state.get("slowed", 0))
-        self.budget.spent = state["used"]
+        self.budget.counted_seconds = state["used"]
         # Another time budget than before takes the place of the stored one.
         if state.get("asked", self.requested_seconds) == self.requested_seconds:
             self.budget.seconds = state["seconds"]  # which a deadline may have shortened
@@ -198,8 +198,8 @@ class TimedRun:
             UserError: the run diverges however small its learning rate.
         """
         total = self.budget.seconds
-        hidden = None if self.progress else True  # None: in a terminal only
-        bar = tqdm(total=round(total), unit="s", disable=hidden, desc=self.recipe.name)
+        is_hidden = None if self.progress else True  # None: in a terminal only
+        bar = tqdm(total=round(total), unit="s", disable=is_hidden, desc=self.recipe.name)
         while (number := self.budget.stage) is not None and not self.is_stopped:
             if number != self.stage_number or self.count == 0:
                 self.stage_number, self.stage_start = number, self.count
@@ -217,19 +217,21 @@ class TimedRun:
 
     def _stage(self, number: int, stage: Stage, bar: tqdm, keep: Any) -> None:
         rows = self._rows(stage)
-        step, penalised = self._steps(stage, rows[0])
+        step, penalised_step = self._steps(stage, rows[0])
         how = "CUDA graph" if step.graph is not None else "eager"
         self.log(event="stage", stage=number, step_is=how, map_compiled=self.compiled)
         if self.deadline is not None:
             self.budget.shorten(self.deadline - self._age() - self.reserve)
-        every = stage.jacobian.every if stage.jacobian else 0
-        steps = [s for s in (step, penalised) if s is not None]
+        penalty_interval = stage.jacobian.every if stage.jacobian else 0
+        steps = [s for s in (step, penalised_step) if s is not None]
         report_time, n_steps = time.monotonic(), 0
         good_state = step.snapshot()
         with self.budget.running():
             while self.budget.stage == number and not self.is_stopped:
                 current_step = (
-                    penalised if penalised is not None and self.count % every == 0 else step
+                    penalised_step
+                    if penalised_step is not None and self.count % penalty_interval == 0
+                    else step
                 )
                 self._set_rates()
                 current_step.set(rows[self.position], self.epoch, self._decay())
@@ -243,7 +245,7 @@ class TimedRun:
                     rows = self._rows(stage)
                 if time.monotonic() - report_time > LOG_SECONDS:
                     good_state = self._tell(steps, n_steps, report_time, stage, good_state)
-                    bar.n = min(round(self.budget.used), bar.total)
+                    bar.n = min(round(self.budget.used_seconds), bar.total)
                     bar.refresh()
                     report_time, n_steps = time.monotonic(), 0
                 is_last_step = self.max_steps is not None and self.count >= self.max_steps
@@ -457,8 +459,8 @@ class TimedRun:
         seconds = time.monotonic() - start
         evaluations = self._evaluations(stage, sums["solver_steps"], products)
         self.evaluation_rate = n * self._batch * evaluations / seconds
-        per_evaluation, rest = self.flop_table[self.stage_number]
-        self.history.spent += n * self._batch * (evaluations * per_evaluation + 3 * rest)
+        per_evaluation, rest_flops = self.flop_table[self.stage_number]
+        self.history.spent += n * self._batch * (evaluations * per_evaluation + 3 * rest_flops)
         for step in steps:
             step.products = 0
         skipped_share = sums.pop("skipped")

@@ -122,9 +122,9 @@ class DEQTrainer(Trainer):
             num_items_in_batch = num_items_in_batch * n_scored / n_labels  # padding is no item
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        penalised = self.wants_penalty()
+        has_penalty = self.wants_penalty()
         inputs = {**inputs, **self.stage_inputs()}
-        if penalised:
+        if has_penalty:
             inputs["output_state"] = True
         seconds_before = solver_seconds(model)
         loss, outputs = self.training_loss(model, inputs, num_items_in_batch)
@@ -132,7 +132,7 @@ class DEQTrainer(Trainer):
         logs = self.args.logging_strategy != "no"  # nothing else empties the statistics
         if logs:
             self.statistics.add(outputs)
-        if penalised and outputs.state is not None:
+        if has_penalty and outputs.state is not None:
             assert self.jacobian is not None
             with self.accelerator.autocast():  # the map's weights are in the forward's precision
                 penalty = penalty_of(outputs, self.jacobian)
@@ -269,7 +269,7 @@ class RecipeTrainer(DEQTrainer):
 
     def count(self, outputs: Any, inputs: dict[str, Any]) -> None:
         """Add the FLOPs of a step on all processes, without products of an implicit gradient."""
-        per_evaluation, rest = self.flop_table[self.plan.index(self.state.global_step)]
+        per_evaluation, rest_flops = self.flop_table[self.plan.index(self.state.global_step)]
         stage = self.stage
         # A graph of nodes is one sample, however many labels it has.
         batch = min(len(inputs["labels"]), self.recipe.batch_size)
@@ -287,7 +287,7 @@ class RecipeTrainer(DEQTrainer):
             evaluations += PENALTY_EVALUATIONS
         self.evaluations.append(evaluations)
         self.evaluation_flops = samples * per_evaluation
-        self.history.spent += evaluations * self.evaluation_flops + samples * 3 * rest
+        self.history.spent += evaluations * self.evaluation_flops + samples * 3 * rest_flops
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
