@@ -376,7 +376,7 @@ def _broken_package(error: BaseException | None) -> str | None:
 
 
 def _quiet(transformers_logging: Any) -> None:
-    """The commands say themselves what goes on."""
+    """Silence transformers: the commands report by themselves."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 

@@ -83,7 +83,7 @@ def require_writable(path: Path) -> None:
 
 
 def restore(path: Path) -> None:
-    """Put a folder back that a kill caught on its way out; see `_put`."""
+    """Put back a folder that a kill left under its temporary old name; see `_put`."""
     old = _old_path(path)
     if not old.exists():
         return
@@ -110,7 +110,7 @@ def file_digest(path: Path) -> str:
 def visible_files(folder: Path) -> Iterator[Path]:
     """Files below a folder and those linked there, in the order of their names, no hidden ones.
 
-    Links that lead nowhere are among them, so that nothing is passed over unsaid.
+    Links that lead nowhere are included, so that none is skipped silently.
     """
     for path in sorted(_through_links(folder)):
         if not is_hidden(path.relative_to(folder)) and (path.is_file() or not path.exists()):

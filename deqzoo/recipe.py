@@ -376,7 +376,7 @@ def _check_stage(stage: Stage, place: str) -> None:
 
 
 def _check_checkpointing(recipe: Recipe, stage: Stage, place: str) -> None:
-    """The model would refuse it too, but only after the stages before."""
+    """Refuse it here: the model would do so only after the stages before."""
     settings = stage.gradient or recipe.model.overrides.get("gradient")
     if not recipe.gradient_checkpointing or stage.shallow or not settings:
         return

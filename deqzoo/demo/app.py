@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# Before gradio is imported, which reads it then.
+# Gradio reads this when it is imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
@@ -123,7 +123,7 @@ def launch(
     transformers_logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:  # else every worker would start one for each core
         torch.set_num_threads(max(1, CORES // GATE.workers))
-    # Pictures are solved without it until it is there.
+    # Until the native norm is ready, pictures are solved without it.
     threading.Thread(target=native_norm_available, kwargs={"wait": False}, daemon=True).start()
     # The page itself says what has not converged.
     logging.getLogger("deqzoo.models").setLevel(logging.ERROR)

@@ -107,7 +107,7 @@ def uploaded_graphs(paths: Sequence[Any], encoding: GraphEncoding | None) -> tup
     """Graphs from uploaded files in TUDataset's format (NAME_A.txt and so on).
 
     Raises:
-        UserError: too large in themselves or as tensors, or files that do not belong together.
+        UserError: files or tensors that are too large, or files that do not belong together.
     """
     files = [Path(path) for path in paths]
     if sum(file.stat().st_size for file in files) > MAX_GRAPH_FILE_BYTES:

@@ -16,7 +16,7 @@ from deqzoo.hub.publish import upload
 from deqzoo.zoo import ORGANISATION, bundled_folder, list_models
 
 _TREES = ("deqzoo", "examples/pictures")
-#: What a Space holds of ours; graphs that somebody put beside it stay.
+#: Paths that an upload replaces; other files in the Space, such as added graphs, stay.
 _OWN = re.compile(r"(deqzoo|examples/pictures)/.+")
 
 _FRONT_MATTER = """---

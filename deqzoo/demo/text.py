@@ -121,7 +121,7 @@ def read_text_file(path: Any) -> str:
 
 
 def _text_of(path: Path) -> str:
-    """The text of a file as far as it can be within the limit: a compressed one may be endless."""
+    """The beginning of a file's text, up to the limit: a compressed file may be endless."""
     parts, length = [], 0
     for line in read_lines(path):
         parts.append(line if isinstance(line, Fragment) else line.rstrip("\r\n") + "\n")
@@ -282,7 +282,7 @@ def readable(text: str) -> str:
     return re.sub(r"\s*(?:= ?)+([^=\n]+?)(?: ?=)+\s*", r"\n\n\1\n\n", text)
 
 
-#: What the corpus writes apart or in another way, as people write it.
+#: Marks of the corpus -> as people write them.
 _MARKS = {"@-@": "-", "@,@": ",", "@.@": "."}
 _NO_SPACE_BEFORE = re.compile(r"[.,;:!?%)\]]|'(s|t|re|ve|ll|d|m)|n't|@[-,.]@")
 _NO_SPACE_AFTER = re.compile(r"[(\[$£]|@[-,.]@")

@@ -87,7 +87,7 @@ def snippet(entry: Entry, repository: str | None = None) -> str:
         repository: or folder that the example loads; the zoo's own by default.
     """
     name = repository or own_repository(entry)
-    # As a literal, so that a folder's name stays a name whatever it consists of.
+    # A quoted literal, so that no folder's name can be read as code.
     literal = f'"{name}"' if _PLAIN.fullmatch(name) else repr(name)
     return FAMILY_TEXTS[entry.config["model_type"]].snippet.replace(NAME_PLACE, literal)
 

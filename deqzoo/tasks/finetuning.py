@@ -16,7 +16,7 @@ from deqzoo.errors import UserError
 FREEZE = ("none", "norms", "backbone")
 TOKENIZERS = ("keep", "extend", "build")
 LEAST_STEPS = 200
-"""Optimiser steps that small data are given where nobody says how many."""
+"""Optimiser steps on small data where the settings name no number."""
 FEW = 50
 """A hold-out of fewer samples says little."""
 
@@ -28,7 +28,7 @@ class Settings:
     Attributes:
         epochs: passes over the data; None for three, or as many as make `LEAST_STEPS` steps.
         batch_size: samples per step; None for a tenth of them, from 8 to 32.
-        lr: peak learning rate of AdamW; None for the kind's own.
+        lr: peak learning rate of AdamW; None for the task's own.
         solver: of training steps, a name or settings; if None the model's own, for pictures with at
             most ten steps.
         gradient: likewise.
@@ -89,10 +89,10 @@ class Job:
         record: what `own_data.json` holds.
         last_layers: beginnings of the names of parameters that "backbone" does not freeze.
         lr: default learning rate.
-        least_steps: optimiser steps where nobody says how many epochs.
-        unit: what a sample is.
-        accuracy: whether the figure is one.
-        solver: of training steps where nobody says.
+        least_steps: optimiser steps where the settings name no number of epochs.
+        unit: name of the samples, in the plural.
+        accuracy: whether the figure is an accuracy.
+        solver: of training steps where the settings name none.
         notes: what a user should know about the data.
         fingerprints: of data that `record` cannot tell apart, checked when a run is resumed.
     """

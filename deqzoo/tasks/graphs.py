@@ -107,7 +107,7 @@ class GraphTask(Task, ABC):
     the number of steps changes.
 
     Raises:
-        UserError: settings that are none of graphs, several processes, or data that do not fit.
+        UserError: settings that graphs do not have, several processes, or data that do not fit.
     """
 
     metric = "accuracy"
@@ -206,8 +206,8 @@ class GraphTask(Task, ABC):
     def evaluate(self, model: PreTrainedModel, stage: Stage, samples: int) -> dict[str, float]:
         """Figures and the solver's report of the validation part, each solve from a cold start.
 
-        Of several labels per sample those are named that the best threshold lets through; it is
-        kept in the model's configuration.
+        With several labels per sample, those above the best threshold are named; the threshold is
+        stored in the model's configuration.
         """
         like, logits, labels, reports = next(model.parameters()), [], [], []
         for part in self.validation:

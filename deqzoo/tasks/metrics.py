@@ -21,7 +21,7 @@ class Metric:
         share: whether it is a share of 1, shown in % and compared by differences; others are
             compared by ratios.
         hub: the Hub's name and title of it, for figures of a test split that cards' metadata list.
-        baseline: name of the figure that the best constant answer has, if there is one.
+        baseline: name of the figure of the best constant answer, if there is one.
     """
 
     words: str

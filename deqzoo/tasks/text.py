@@ -55,7 +55,7 @@ class LanguageModelingTask(Task):
     unstable equilibria at the beginning of a text.
 
     Raises:
-        UserError: settings that are none of language modelling, or data that do not fit.
+        UserError: settings that language modelling does not have, or data that do not fit.
     """
 
     metric = "perplexity"

@@ -29,7 +29,7 @@ def count_flops(function: Callable[[], Any]) -> float:
 
 
 def _bag_flops(table: Any, rows: Any, *others: Any, out_val: Any = None, **_: Any) -> int:
-    """Of a sum of weighted rows: a product with a sparse matrix."""
+    """FLOPs of a sum of weighted rows, which is a product with a sparse matrix."""
     return 2 * rows.numel() * table.shape[1]
 
 
@@ -42,7 +42,7 @@ def _addmm_flops(plus: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    """A formula that gets tensors in place of their shapes."""
+    """Mark a formula as one that takes tensors in place of their shapes."""
     formula._get_raw = True  # type: ignore[attr-defined]
     return formula
 

@@ -37,8 +37,8 @@ LOG_SECONDS = 10.0
 EVALUATION_SHARE = {False: 0.05, True: 0.25}
 """Validation after a stage, and after the last, takes at most about this share of the time."""
 CHECK_LOSS, CHECK_COSINE = 0.02, 0.05
-"""How far a compiled map's loss may be from the plain one's, relatively; and by how much less its
-gradient's cosine with that in float32 may be."""
+"""Bounds for a compiled map: relative distance of its loss from the plain one's, and by how much
+less the cosine of its gradient with that in float32 may be."""
 DIVERGED = 0.5
 """Share of the steps between two reports whose gradient may be unusable."""
 MAX_SLOWDOWNS = 4
@@ -275,7 +275,7 @@ class TimedRun:
         self.snapshots = n_due
 
     def _rows(self, stage: Stage) -> Tensor:
-        """What each step of the present epoch takes."""
+        """The rows of the data that each step of the present epoch takes."""
         if self.rows is None or self.position == 0:
             self.rows = self.data.epoch(self.epoch, stage)
         if not len(self.rows):
