@@ -220,7 +220,7 @@ def network_html(network: Network, result: Reach, node: int) -> str:
         + (f" {rest:,} nodes farther away not drawn." if rest else "")
     )
     label = f"{network.name}: {len(shown_nodes)} nodes around node {node}"
-    return drawing(pairs, share, tips, caption, label, ringed=0)
+    return drawing(pairs, share, tips, caption, label, marked_node=0)
 
 
 def distance_html(result: Reach) -> str:
