@@ -133,12 +133,12 @@ def without_books(size: str, side: int, batch: int, seconds: float) -> dict[str,
 @contextlib.contextmanager
 def by_products(enabled: bool) -> Iterator[None]:
     """Let coarse convolutions be matrix products, where the processor gains by it, or never."""
-    known = convolution._has_amx
-    convolution._has_amx = known if enabled else lambda: False
+    known = convolution.has_amx
+    convolution.has_amx = known if enabled else lambda: False
     try:
         yield
     finally:
-        convolution._has_amx = known
+        convolution.has_amx = known
 
 
 def convolutions(size: str, side: int, batch: int, seconds: float) -> list[dict[str, Any]]:
