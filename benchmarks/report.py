@@ -83,24 +83,48 @@ def beside(found: Entry, evaluation: dict[str, Any]) -> str:
 
 
 def gradient_rows() -> Iterable[list[str]]:
-    """Study 6: accuracy of three seeds, and paired differences to the implicit gradient."""
-    by_gradient: dict[str, dict[str, dict[str, float]]] = {}
-    for key, cell in cells("comparison").items():
-        gradient, _, seed = key.rpartition(", seed ")
-        if seed.isdigit():
-            by_gradient.setdefault(gradient, {})[seed] = cell
-    implicit = by_gradient["implicit"]
-    for gradient, seeds in by_gradient.items():
-        values = [cell["accuracy"] for cell in seeds.values()]
-        paired = [seeds[seed]["accuracy"] - implicit[seed]["accuracy"] for seed in seeds]
-        first = next(iter(seeds.values()))
+    """Study 6: accuracy by seed, and paired differences to the implicit gradient."""
+    for gradient, runs, differences in by_gradient("comparison", ", seed ", "implicit"):
         yield [
             gradient,
-            mean_interval(values),
-            "" if gradient == "implicit" else mean_interval(paired),
-            f"{first['evaluations_per_step']:.1f}",
-            f"{first['pflop']:.2f}",
+            mean_interval([run["accuracy"] for run in runs]),
+            differences,
+            f"{runs[0]['evaluations_per_step']:.1f}",
+            f"{runs[0]['pflop']:.2f}",
         ]
+
+
+def equal_compute_rows() -> Iterable[list[str]]:
+    """Short runs of equal FLOPs, and paired differences to the implicit gradient."""
+    for gradient, runs, differences in by_gradient("equal_compute", " seed ", "implicit tol 1e-3"):
+        yield [
+            gradient,
+            str(len(runs)),
+            mean_interval([run["accuracy"] for run in runs]),
+            differences,
+            f"{statistics.mean(run['epochs'] for run in runs):.2f}",
+            f"{1000 * statistics.mean(run['pflop'] for run in runs):.1f}",
+        ]
+
+
+def by_gradient(
+    study: str, mark: str, reference: str
+) -> Iterable[tuple[str, list[dict[str, float]], str]]:
+    """Gradient, runs, and differences to the runs of a reference with the same seeds, of a study.
+
+    Args:
+        mark: what stands before the seed in the name of a cell.
+    """
+    runs: dict[str, dict[str, dict[str, float]]] = {}
+    for key, cell in cells(study).items():
+        gradient, _, seed = key.rpartition(mark)
+        if seed.isdigit():
+            runs.setdefault(gradient, {})[seed] = cell
+    others = runs[reference]
+    for gradient, seeds in runs.items():
+        differences = [seeds[s]["accuracy"] - others[s]["accuracy"] for s in seeds if s in others]
+        against = "" if gradient == reference else mean_interval(differences)
+        yield gradient, list(seeds.values()), against
 
 
 def graph_rows() -> Iterable[list[str]]:
@@ -235,6 +259,11 @@ def fill() -> str:
             ["gradient", "test accuracy, %", "against implicit, same seed", "evaluations per step",
              "PFLOP"],
             gradient_rows(),
+        ),
+        "equal_compute": markdown_table(
+            ["gradient", "seeds", "validation accuracy, %", "against implicit, same seed", "epochs",
+             "TFLOP"],
+            equal_compute_rows(),
         ),
         "graphs": markdown_table(
             ["data", "gradient", "epoch by validation", "above the regression, same folds",

@@ -46,6 +46,21 @@ def test_readme_quotes_the_paired_differences(study: Callable[[str], ModuleType]
     assert comparison.report(cells) == (FOLDER / "comparison_table.md").read_text(encoding="utf-8")
 
 
+def test_short_runs_are_paired_by_seed(study: Callable[[str], ModuleType]) -> None:
+    """The tables of short runs are those of their cells; README quotes that of equal FLOPs."""
+    runs, ablation, equal = (study(n) for n in ("short_runs", "ablation", "equal_compute"))
+    for name, variants in (("ablation", ablation.GRADIENTS), ("equal_compute", equal.VARIANTS)):
+        table = runs.report(runs.Cells(name).done, variants, ablation.IMPLICIT)
+        assert table == (FOLDER / f"{name}_table.md").read_text(encoding="utf-8")
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for line in table.splitlines()[2:]:
+        variant, _, accuracy, against, epochs, *_ = (part.strip() for part in line.split("|")[1:])
+        assert f"| {variant} | {epochs} | {accuracy} | {against} |" in text
+    seeds = runs.by_variant(runs.Cells("equal_compute").done, equal.VARIANTS)
+    compute = [cell["pflop"] for cells in seeds.values() for cell in cells.values()]
+    assert max(compute) < 1.05 * min(compute)
+
+
 def test_intervals_hold_the_spread_of_seeds(study: Callable[[str], ModuleType]) -> None:
     """Seeds that differ widen the interval, though the values are the same."""
     fidelity = study("fidelity_seeds")
