@@ -31,16 +31,24 @@ def launch(arguments: list[object], processes: int) -> None:
     assert result.returncode == 0, result.stderr.decode()[-2000:]
 
 
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with gradients of all families: whole, accumulated, and of two processes."""
+    folder = tmp_path_factory.mktemp("gradients")
+    whole, accumulated, processes = (folder / n for n in ("whole", "accumulated", "processes"))
+    for part in (whole, accumulated, processes):
+        part.mkdir()
+    launch([whole, accumulated], processes=1)
+    launch([processes], processes=2)
+    return folder
+
+
 @pytest.mark.parametrize("family", ["text", "images", "graphs"])
-def test_parts_of_a_batch_add_up(family: str, tmp_path: Path) -> None:
-    names = ("whole", "accumulated", "processes")
-    files = {name: tmp_path / f"{name}.safetensors" for name in names}
-    launch([family, files["whole"], files["accumulated"]], processes=1)
-    launch([family, files["processes"]], processes=2)
-    whole = load_file(files["whole"])
+def test_parts_of_a_batch_add_up(family: str, gradients: Path) -> None:
+    whole = load_file(gradients / "whole" / f"{family}.safetensors")
     assert sum(float(g.abs().sum()) for g in whole.values()) > 0
-    for name in names[1:]:
-        parts = load_file(files[name])
+    for name in ("accumulated", "processes"):
+        parts = load_file(gradients / name / f"{family}.safetensors")
         assert parts.keys() == whole.keys()
         for key, gradient in whole.items():
             atol = 1e-4 * float(gradient.abs().max()) + 1e-7

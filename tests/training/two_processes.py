@@ -1,6 +1,10 @@
-"""One optimiser step under Trainer; writes the gradients. Run by test_processes.py, or torchrun.
+"""One optimiser step of every family under Trainer; writes the gradients. Run by test_processes.py,
+or torchrun.
 
-python two_processes.py FAMILY FILE [accumulation]
+python two_processes.py WHOLE [ACCUMULATED]
+
+Files FAMILY.safetensors in a folder for steps of the whole batch, and in another for steps that
+accumulate two halves.
 """
 
 import sys
@@ -59,6 +63,9 @@ def graphs():
     return IGNNForGraphClassification(config), data, collate_graphs
 
 
+FAMILIES = {"text": text, "images": images, "graphs": graphs}
+
+
 class Gradients(TrainerCallback):
     """Writes the gradients before the optimiser uses them."""
 
@@ -75,10 +82,9 @@ class Gradients(TrainerCallback):
             save_file(found, self.path)
 
 
-def main(family, path, accumulation=1):
+def step(family, path, accumulation):
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    model, data, collator = {"text": text, "images": images, "graphs": graphs}[family]()
+    model, data, collator = FAMILIES[family]()
     processes = 2 if torch.distributed.is_torchelastic_launched() else 1
     arguments = TrainingArguments(
         output_dir=str(Path(path).parent / "out"), max_steps=1, max_grad_norm=0.0,
@@ -94,7 +100,8 @@ def main(family, path, accumulation=1):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
-    if len(sys.argv) > 3:
-        main(sys.argv[1], sys.argv[3], accumulation=2)
+    torch.set_num_threads(1)
+    for accumulation, folder in enumerate(sys.argv[1:], start=1):
+        for name in FAMILIES:
+            step(name, Path(folder) / f"{name}.safetensors", accumulation)
     leave_process_group()
