@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.cells import markdown_table
-from studies.intervals import T_95
+from studies.intervals import by_seed, differences, half_interval
 
 from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.hub.catalogue import Entry, below_baseline, entries, main_value
@@ -40,8 +40,7 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def mean_interval(values: list[float]) -> str:
     """Mean, standard deviation (ddof 1) and half of the 95 % interval of the mean, in %."""
-    deviation = statistics.stdev(values)
-    half = T_95[len(values)] * deviation / len(values) ** 0.5
+    deviation, half = statistics.stdev(values), half_interval(values)
     return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f} (mean ± {100 * half:.1f})"
 
 
@@ -84,11 +83,11 @@ def beside(found: Entry, evaluation: dict[str, Any]) -> str:
 
 def gradient_rows() -> Iterable[list[str]]:
     """Study 6: accuracy by seed, and paired differences to the implicit gradient."""
-    for gradient, runs, differences in by_gradient("comparison", ", seed ", "implicit"):
+    for gradient, runs, against in by_gradient("comparison", ", seed ", "implicit"):
         yield [
             gradient,
             mean_interval([run["accuracy"] for run in runs]),
-            differences,
+            against,
             f"{runs[0]['evaluations_per_step']:.1f}",
             f"{runs[0]['pflop']:.2f}",
         ]
@@ -96,12 +95,12 @@ def gradient_rows() -> Iterable[list[str]]:
 
 def equal_compute_rows() -> Iterable[list[str]]:
     """Short runs of equal FLOPs, and paired differences to the implicit gradient."""
-    for gradient, runs, differences in by_gradient("equal_compute", " seed ", "implicit tol 1e-3"):
+    for gradient, runs, against in by_gradient("equal_compute", " seed ", "implicit tol 1e-3"):
         yield [
             gradient,
             str(len(runs)),
             mean_interval([run["accuracy"] for run in runs]),
-            differences,
+            against,
             f"{statistics.mean(run['epochs'] for run in runs):.2f}",
             f"{1000 * statistics.mean(run['pflop'] for run in runs):.1f}",
         ]
@@ -115,16 +114,15 @@ def by_gradient(
     Args:
         mark: what stands before the seed in the name of a cell.
     """
-    runs: dict[str, dict[str, dict[str, float]]] = {}
-    for key, cell in cells(study).items():
-        gradient, _, seed = key.rpartition(mark)
-        if seed.isdigit():
-            runs.setdefault(gradient, {})[seed] = cell
-    others = runs[reference]
-    for gradient, seeds in runs.items():
-        differences = [seeds[s]["accuracy"] - others[s]["accuracy"] for s in seeds if s in others]
-        against = "" if gradient == reference else mean_interval(differences)
-        yield gradient, list(seeds.values()), against
+    table = by_seed(cells(study), mark)
+    accuracy = {
+        gradient: {seed: run["accuracy"] for seed, run in runs.items()}
+        for gradient, runs in table.items()
+    }
+    for gradient, runs in table.items():
+        points = differences(accuracy[gradient], accuracy[reference])
+        against = "" if gradient == reference else mean_interval(points)
+        yield gradient, list(runs.values()), against
 
 
 def graph_rows() -> Iterable[list[str]]:

@@ -58,7 +58,8 @@ def graph(n: int) -> tuple[Any, ...]:
     with recorded() as calls:
         edges = torch.randint(n, (2, 5 * n))
         model(x=torch.randn(n, 16), edge_index=torch.cat([edges, edges.flip(0)], dim=1))
-    return calls[0]
+    (call,) = calls
+    return call
 
 
 def nodes(n: int) -> Callable[[], Any]:

@@ -1,6 +1,6 @@
 """Choices of the image recipes, one changed at a time: optimiser, initialisation, data, gradient.
 
-    python benchmarks/studies/choices.py --data CIFAR [--epochs 0.5] [--seeds 2] [--limit-cells N]
+    python benchmarks/studies/choices.py --data CIFAR [--epochs 0.4] [--seeds 2] [--limit-cells N]
 
 The first row is the recipe `mdeq-tiny-cifar-upg`, cut down to one stage at 16 × 16 pixels; every
 other row changes what its name says. All rows see the same pictures; the last column says what

@@ -22,7 +22,7 @@ import torch
 from cells import HERE, Cells, markdown_table, write_text
 from cost import clocked
 from dots import dot_chart
-from intervals import paired, spread
+from intervals import by_seed, paired, spread
 
 from deqzoo import DEQModel
 from deqzoo.evaluation.dispatch import evaluate_model
@@ -128,8 +128,9 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
 
 def against_implicit(cells: dict[str, dict[str, Any]], gradient: str) -> str:
     """Differences of test accuracy to the implicit runs of the same seeds, in points."""
+    table = by_seed(cells, ", seed ")
     mine, other = (
-        {str(s): 100 * cells[key]["accuracy"] for s in SEEDS if (key := f"{g}, seed {s}") in cells}
+        {seed: 100 * run["accuracy"] for seed, run in table.get(g, {}).items()}
         for g in (gradient, "implicit")
     )
     return "" if gradient == "implicit" else paired(mine, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from typing import Any
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}
 """97.5 % quantile of Student's t for the mean of so many values."""
@@ -15,15 +16,34 @@ def spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
+def half_interval(values: list[float]) -> float:
+    """Half of the 95 % interval of the mean, by Student's t."""
+    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def differences(mine: Mapping[str, float], others: Mapping[str, float]) -> list[float]:
+    """Differences of the seeds that both have."""
+    return [value - others[seed] for seed, value in mine.items() if seed in others]
+
+
+def by_seed(cells: Mapping[str, Any], mark: str) -> dict[str, dict[str, Any]]:
+    """Cells by variant and seed; keys are a variant, `mark` and a seed, and others are left out."""
+    table: dict[str, dict[str, Any]] = {}
+    for key, cell in cells.items():
+        variant, _, seed = key.rpartition(mark)
+        if seed.isdigit():
+            table.setdefault(variant, {})[seed] = cell
+    return table
+
+
 def paired(mine: Mapping[str, float], others: Mapping[str, float]) -> str:
-    """Differences of the seeds that both have.
+    """Differences of the seeds that both have, in words.
 
     Mean ± standard deviation and the 95 % interval of the mean by Student's t; "" for fewer than
     two pairs.
     """
-    found = [value - others[seed] for seed, value in mine.items() if seed in others]
-    if len(found) < 2:
+    points = differences(mine, others)
+    if len(points) < 2:
         return ""
-    mean = statistics.mean(found)
-    half = T_95[len(found)] * statistics.stdev(found) / len(found) ** 0.5
-    return f"{spread(found)} ({mean - half:.1f} to {mean + half:.1f})"
+    mean, half = statistics.mean(points), half_interval(points)
+    return f"{spread(points)} ({mean - half:.1f} to {mean + half:.1f})"

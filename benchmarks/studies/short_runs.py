@@ -13,7 +13,7 @@ from typing import Any
 
 from cells import HERE, Cells, markdown_table, write_text
 from dots import dot_chart
-from intervals import paired, spread
+from intervals import by_seed, paired, spread
 
 from deqzoo.recipe import Recipe, load_recipe
 from deqzoo.training.run import run_recipe
@@ -51,12 +51,8 @@ def by_variant(
     cells: dict[str, dict[str, float]], variants: Iterable[str]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """The cells by seed of every variant that has some, in the order of the variants."""
-    found: dict[str, dict[str, dict[str, float]]] = {variant: {} for variant in variants}
-    for key, cell in cells.items():
-        variant, seed = key.rsplit(" seed ", 1)
-        if variant in found:
-            found[variant][seed] = cell
-    return {variant: seeds for variant, seeds in found.items() if seeds}
+    table = by_seed(cells, " seed ")
+    return {variant: table[variant] for variant in variants if variant in table}
 
 
 def accuracies(seeds: dict[str, dict[str, float]]) -> dict[str, float]:
