@@ -13,7 +13,8 @@ import json
 import lzma
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,11 @@ def require_table(files: Sequence[str | Path], column: str | Sequence[str] | Non
         )
 
 
-def read_lines(source: str | Path, column: str | Sequence[str] | None = None) -> Iterator[str]:
+def read_lines(
+    source: str | Path,
+    column: str | Sequence[str] | None = None,
+    rows: Iterable[bool] | None = None,
+) -> Iterator[str]:
     """Lines of a text file, of standard input ("-"), or of the texts in a table, one by one.
 
     Overlong lines come as fragments that end between words, so that memory stays bounded.
@@ -91,6 +96,7 @@ def read_lines(source: str | Path, column: str | Sequence[str] | None = None) ->
         source: plain text (UTF-8, or UTF-16 and UTF-32 with a byte order mark), `.jsonl` or
             `.parquet`; text and JSON lines may be compressed (.gz, .bz2, .xz).
         column: of the texts in JSON lines and parquet; see `text_column`.
+        rows: of a table, whether each is read; all by default.
 
     Raises:
         UserError: the file is missing, a folder, or no text.
@@ -106,13 +112,46 @@ def read_lines(source: str | Path, column: str | Sequence[str] | None = None) ->
             f"{path} is no plain text: its marks would be scored as words; give .txt, or .parquet "
             "or .jsonl (an object per line) with a column of texts"
         )
-    if _suffix(path) == ".parquet":
-        for row in parquet_rows(path, text_column(path, column)):
-            yield from _row_lines(row)
+    if holds_records(path):
+        texts = _table_texts(path, column)
+        for text in texts if rows is None else compress(texts, rows):
+            yield from _row_lines(text)
         return
     with _open_stream(path) as stream:
-        lines = _decoded_lines(stream, str(path))
-        yield from _records(lines, path, column) if _suffix(path) in RECORDS else lines
+        yield from _decoded_lines(stream, str(path))
+
+
+def _table_texts(path: Path, column: str | Sequence[str] | None) -> Iterator[str]:
+    """The text of every row of a table."""
+    if _suffix(path) == ".parquet":
+        yield from parquet_rows(path, text_column(path, column))
+        return
+    for record in _records(path):
+        if not isinstance(column, str):
+            column = _choose(_text_names(record, column), column, path)
+        value = record.get(column)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{path}: {column!r} is no text in a record: {str(value)[:40]!r}")
+        if value is None and column not in record:
+            raise UserError(f"{path} has a record without {column!r}")
+        yield _encodable(value or "", path)
+
+
+def table_values(path: Path, column: str) -> Iterator[Any]:
+    """What every row of a table has in a column; None where it has nothing there.
+
+    Raises:
+        UserError: the file cannot be read, or is a parquet file without the column.
+    """
+    if _suffix(path) != ".parquet":
+        yield from (record.get(column) for record in _records(path))
+        return
+    with as_user_error(f"cannot read {path}", ArrowException, OSError, most=160):
+        parquet = pq.ParquetFile(path)
+        if column not in parquet.schema_arrow.names:
+            raise UserError(f"{path} has no column {column!r}")
+        for batch in parquet.iter_batches(columns=[column]):
+            yield from batch.column(0).to_pylist()
 
 
 @contextlib.contextmanager
@@ -152,7 +191,7 @@ def text_column(path: Path, column: str | Sequence[str] | None = None) -> str:
         with as_user_error(f"cannot read {path}", ArrowException, OSError, most=160):
             names = _string_columns(pq.ParquetFile(path))
     else:
-        record = next(_first_records(path), {})
+        record = next(_records(path), {})
         names = _text_names(record, column)
     return _choose(names, column, path)
 
@@ -166,7 +205,7 @@ def table_columns(path: Path) -> list[str]:
     if _suffix(path) == ".parquet":
         with as_user_error(f"cannot read {path}", ArrowException, OSError, most=160):
             return list(pq.ParquetFile(path).schema_arrow.names)
-    return list(next(_first_records(path), {}))
+    return list(next(_records(path), {}))
 
 
 def _choose(names: Sequence[str], column: str | Sequence[str] | None, path: Path) -> str:
@@ -193,31 +232,19 @@ def _string_columns(parquet: pq.ParquetFile) -> list[str]:
     return [field.name for field in parquet.schema_arrow if str(field.type) in kinds]
 
 
-def _first_records(path: Path) -> Iterator[dict[str, Any]]:
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines, one by one."""
+    whole = ""
     with _open_stream(path) as stream:
         for line in _decoded_lines(stream, str(path)):
-            if line.strip():
-                yield _record(line, path)
-
-
-def _records(lines: Iterator[str], path: Path, column: str | Sequence[str] | None) -> Iterator[str]:
-    """Lines of the texts in JSON lines: objects that hold their text under one key."""
-    whole = ""
-    for line in lines:
-        whole += line
-        if isinstance(line, Fragment):
-            continue
-        if whole.strip():
-            record = _record(whole, path)
-            if not isinstance(column, str):
-                column = _choose(_text_names(record, column), column, path)
-            value = record.get(column)
-            if value is not None and not isinstance(value, str):
-                raise UserError(f"{path}: {column!r} is no text in a record: {str(value)[:40]!r}")
-            if value is None and column not in record:
-                raise UserError(f"{path} has a record without {column!r}")
-            yield from _row_lines(_encodable(value or "", path))
-        whole = ""
+            whole += line
+            if isinstance(line, Fragment):
+                continue
+            if whole.strip():
+                yield _record(whole, path)
+            whole = ""
+    if whole.strip():
+        yield _record(whole, path)
 
 
 def _text_names(record: dict[str, Any], column: str | Sequence[str] | None) -> list[str]:

@@ -29,7 +29,14 @@ from deqzoo.data.images import Pictures
 from deqzoo.data.own import FEWEST, HELD_OUT, SPLITS, rows_of_split, stratified, three_parts, unseen
 from deqzoo.data.pictures import HEIC, decode_picture, register_heic
 from deqzoo.data.shards import open_dataset, parquet_shards
-from deqzoo.data.splits import SPELLINGS, SPLIT_OF, split_of
+from deqzoo.data.splits import (
+    SPELLINGS,
+    SPLIT_COLUMN,
+    SPLIT_OF,
+    named_split,
+    other_splits,
+    split_of,
+)
 from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import is_hidden, visible_files, warn_once
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
@@ -39,8 +46,6 @@ _PICTURES = (
     "file_path", "filepath",
 )  # fmt: skip
 _LABELS = ("label", "labels", "class", "category", "target")
-_SPLIT = "split"
-"""The column of a table that says which split a row belongs to."""
 _Table = tuple[list[bytes | Path], list[str], list[str] | None]
 """Encoded pictures, the names of their labels, and the order of the classes where there is one."""
 _NO_PICTURES = ("MPEG", "HDF5", "GRIB", "BUFR")
@@ -371,21 +376,6 @@ def _normal_form(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
-def _named_split(word: Any, where: str) -> str:
-    """The split that a cell of a table names.
-
-    Raises:
-        UserError: it names none.
-    """
-    split = SPLIT_OF.get(str(word).strip().casefold())
-    if split is None:
-        raise UserError(
-            f"{where} has {word!r} in the column {_SPLIT}, which names train, validation or test "
-            "in every row; rename the column if it means something else"
-        )
-    return split
-
-
 def _by_split(
     rows: Iterable[tuple[bytes | Path, str, str]], classes: list[str] | None = None
 ) -> dict[str, _Table]:
@@ -425,7 +415,7 @@ def _column(names: Sequence[str], candidates: Sequence[str]) -> str | None:
 
 def _split_column(names: Sequence[str], label: str) -> str | None:
     """The column that names the split of each row, unless it is the column of the labels."""
-    column = _column(names, [_SPLIT])
+    column = _column(names, [SPLIT_COLUMN])
     return None if column == label else column
 
 
@@ -441,10 +431,7 @@ def _cells_by_split(
     for split, dataset in datasets.items():
         split_tables = _cells(dataset, split, path, label_column)
         if len(datasets) > 1 and {*split_tables} - {split}:
-            raise UserError(
-                f"{path} has rows of other splits in its {split} split, by the column {_SPLIT}: "
-                "mend the column, or rename it if it means something else"
-            )
+            raise other_splits(path, split)
         tables |= split_tables
     return tables
 
@@ -477,7 +464,7 @@ def _cells(
     if column := _split_column(dataset.column_names, label):
         names = getattr(dataset.features[column], "names", None)
         words = [names[v] if names and v is not None else v for v in dataset[column]]
-        splits = [_named_split(word, f"row {n} of {path}") for n, word in enumerate(words)]
+        splits = [named_split(word, f"row {n} of {path}") for n, word in enumerate(words)]
     return _by_split(zip(cells, labels, splits, strict=True), classes)
 
 
@@ -556,7 +543,7 @@ def _paths_of_table(path: Path, label_column: str | Sequence[str] | None) -> dic
         file = path.parent / row[image]
         if not file.is_file():
             raise UserError(f"line {number} of {path}: there is no file {file}")
-        split = _named_split(row[column], f"line {number} of {path}") if column else "train"
+        split = named_split(row[column], f"line {number} of {path}") if column else "train"
         rows.append((file, row[label], split))
     _know_heic(file for file, _, _ in rows)
     return _by_split(rows)

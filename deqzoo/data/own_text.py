@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from deqzoo.data.lines import (
     read_lines,
     require_table,
     table_columns,
+    table_values,
     text_files,
 )
 from deqzoo.data.own import FEWEST, HELD_OUT, RECORD, require_split
 from deqzoo.data.shards import parquet_shards
-from deqzoo.data.splits import SPLIT_OF, split_of
+from deqzoo.data.splits import SPLIT_COLUMN, SPLIT_OF, named_split, other_splits, split_of
 from deqzoo.data.text import END, UNKNOWN, Corpus, TextSource, count_vocabulary, encode_rows
 from deqzoo.errors import UserError
 from deqzoo.files import warn_once
@@ -40,7 +41,7 @@ class OwnText:
     Attributes:
         lines: to train on, or all where no splits are stored.
         name: of the text.
-        stored: lines of the splits "validation" and "test", where files or folders are named so.
+        stored: lines of the splits "validation" and "test", where files, folders or rows name them.
         column: of a table that the lines are from, where somebody said which.
     """
 
@@ -128,22 +129,24 @@ def load_own_text(path: str | Path, column: str | Sequence[str] | None = None) -
 
     Files of a folder that are named by splits (`train.txt`, `Valid/a.txt`, `wiki.test.tokens`,
     `train-00000-of-00001.parquet`) are those splits, and so are those that all have a word of one
-    in their names (`my_train.txt`, `my_test.txt`). Copies of a file are passed over.
+    in their names (`my_train.txt`, `my_test.txt`). Rows of a table with a column `split` are of the
+    split that it names. Copies of a file are passed over.
 
     Args:
         path: of the file or folder.
         column: of tables, see `text_column`.
 
     Raises:
-        UserError: nothing there that is text, only some files are named by splits, or there is no
-            table to have the column.
+        UserError: nothing there that is text, only some files are named by splits, the column
+            `split` names none or another than the file, or there is no table to have `column`.
     """
     # Cards of models are no text of one's own, also where a run writes among its data.
     files = [file for file in text_files(path) if not _is_card(file)]
     require_table(files, column)
     path = Path(path).expanduser()
     parts = _by_split(path, files) if path.is_dir() else {"train": files}
-    lines_by_split = {split: _all_lines(inside, column) for split, inside in parts.items()}
+    pieces_by_split = _pieces_by_split(parts)
+    lines_by_split = {split: _all_lines(some, column) for split, some in pieces_by_split.items()}
     lines = lines_by_split.pop("train", [])
     stored_splits = {split: part for split, part in lines_by_split.items() if part}
     name = path.stem if path.is_file() else path.resolve().name
@@ -189,17 +192,43 @@ def _split_of_file(file: Path) -> str | None:
     return split_of([*file.parts[:-1], shard[1] if shard else stem.rpartition(".")[2]])
 
 
-def _all_lines(files: Sequence[Path], column: str | Sequence[str] | None) -> list[str]:
+def _pieces_by_split(
+    parts: Mapping[str, Sequence[Path]],
+) -> dict[str, list[tuple[Path, list[bool] | None]]]:
+    """Files by split, and which rows of each: None for all of them.
+
+    Args:
+        parts: files by the split that their names give; "train" alone where they give none.
+
+    Raises:
+        UserError: a column `split` names no split, or another one than the name of the file.
+    """
+    pieces: dict[str, list[tuple[Path, list[bool] | None]]] = {}
+    for split, inside in parts.items():
+        for file in inside:
+            columns = table_columns(file) if holds_records(file) else []
+            column = next((c for c in columns if c.casefold() == SPLIT_COLUMN), None)
+            if column is None:
+                pieces.setdefault(split, []).append((file, None))
+                continue
+            values = enumerate(table_values(file, column))
+            words = [named_split(value, f"row {n} of {file}") for n, value in values]
+            if len(parts) > 1 and {*words} - {split}:
+                raise other_splits(file, split)
+            for named in sorted({*words}):
+                rows = [word == named for word in words]
+                pieces.setdefault(named, []).append((file, rows))
+    return pieces
+
+
+def _all_lines(
+    pieces: Sequence[tuple[Path, list[bool] | None]], column: str | Sequence[str] | None
+) -> list[str]:
     lines: list[str] = []
     digests: set[str] = set()
     copies = []
-    for file in files:
-        if holds_records(file) and "split" in map(str.casefold, table_columns(file)):
-            warn_once(
-                f"the column split of {file} is not read: write the rows to files named train, "
-                "validation and test, or what is to be measured is learnt"
-            )
-        inside = list(_whole_lines(read_lines(file, column)))
+    for file, rows in pieces:
+        inside = list(_whole_lines(read_lines(file, column, rows)))
         digest = text_digest(inside)
         if digest in digests and len(inside) > FEWEST:  # its lines would be learnt and measured
             copies.append(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -407,6 +409,39 @@ def test_a_column_of_a_table_parts_it(tmp_path: Path, layout: str) -> None:
     assert {split: len(part) for split, part in found.items()} == dict.fromkeys(own.SPLITS, 3)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_column_of_splits_parts_the_rows_of_texts(tmp_path: Path, suffix: str) -> None:
+    def write(file: Path, splits: Sequence[str | None], name: str = "split") -> Path:
+        texts = [f"line {i}\nand on" for i in range(len(splits))]
+        if suffix == ".parquet":
+            pq.write_table(pa.table({"text": texts, name: splits}), file)
+            return file
+        pairs = zip(texts, splits, strict=True)
+        records = [json.dumps({"text": text, name: split}) for text, split in pairs]
+        content = "\n\n".join(records).encode()
+        file.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+        return file
+
+    file = write(tmp_path / f"table{suffix}", ["train", "Val", "test", "train"], "Split")
+    text = own_text.load_own_text(file)
+    assert text.lines == ["line 0", "and on", "line 3", "and on"]
+    assert text.stored == {"validation": ["line 1", "and on"], "test": ["line 2", "and on"]}
+    with pytest.raises(UserError, match="row 1 of .* has 'fold 2' in the column split"):
+        own_text.load_own_text(write(file, ["train", "fold 2"]))
+    with pytest.raises(UserError, match="row 1 of .* has None in the column split"):
+        own_text.load_own_text(write(file, ["train", None]))
+    write(file, ["fold 1", "test"], "kind")
+    assert len(own_text.load_own_text(file).lines) == 4
+    file.unlink()
+    write(tmp_path / f"train{suffix}", ["train", "training"])
+    write(tmp_path / f"test{suffix}", ["test"])
+    text = own_text.load_own_text(tmp_path)
+    assert (len(text.lines), [*text.stored]) == (4, ["test"])
+    write(tmp_path / f"test{suffix}", ["train"])
+    with pytest.raises(UserError, match="rows of other splits in its test split"):
+        own_text.load_own_text(tmp_path)
+
+
 def test_files_of_splits_whose_column_says_another_are_refused(tmp_path: Path) -> None:
     cell = {"bytes": b"picture", "path": None}
     for split in ("train", "test"):
@@ -721,20 +756,6 @@ def test_copies_and_cards_are_no_texts(tmp_path: Path, caplog) -> None:
     assert own_text.load_own_text(tmp_path).lines == [*lines, "another"]
     said = caplog.records[-1].getMessage()
     assert said.startswith("2 file(s) are copies of others and passed over, as ")
-
-
-@pytest.mark.parametrize("suffix", (".jsonl", ".parquet"))
-def test_a_column_that_parts_no_texts_is_said(tmp_path: Path, caplog, suffix: str) -> None:
-    file = tmp_path / f"t{suffix}"
-    for name in ("kind", "Split"):
-        rows = [{"text": "the dog", name: "train"}, {"text": "the cat", name: "test"}]
-        if suffix == ".jsonl":
-            file.write_text("\n".join(map(json.dumps, rows)))
-        else:
-            pq.write_table(pa.Table.from_pylist(rows), file)
-        assert own_text.load_own_text(file).lines == ["the dog", "the cat"]
-        assert len(caplog.records) == (name == "Split")
-    assert "files named train, validation and test" in caplog.text
 
 
 def test_a_text_that_has_changed_is_said(tmp_path: Path, caplog) -> None:
