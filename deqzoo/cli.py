@@ -201,12 +201,16 @@ def evaluate(
             with as_user_error(what, UserError, most=100):
                 read_evaluation(output)
     model = _on_device(deqzoo.DEQModel.from_pretrained(name), device)
+    folder = Path(model.config._name_or_path)
+    if output is None and folder.is_dir():
+        require_writable(folder / "evaluation" / f"{split}.json")
+        for old in (folder / "evaluation").glob(f"*-{split.replace('+', '-')}.json"):
+            read_evaluation(old)
     written_paths: list[Path] = []
 
     def write(content: dict[str, Any]) -> None:
         path = output
         if path is None:
-            folder = Path(model.config._name_or_path)
             stem = f"{content['data']['name']}-{split.replace('+', '-')}.json"
             path = folder / "evaluation" / stem if folder.is_dir() else Path(stem)
         write_evaluation(path, content)

@@ -165,9 +165,10 @@ def bundled_source(name: Any, revision: str | None = None) -> Any:
     Raises:
         UserError: the name is withdrawn.
     """
-    if not isinstance(name, str) or revision not in (None, "main") or Path(name).is_dir():
+    is_name = isinstance(name, (str, os.PathLike))
+    if not is_name or revision not in (None, "main") or Path(name).is_dir():
         return name
-    folder = bundled_folder(name)
+    folder = bundled_folder(os.fspath(name))
     return name if folder is None else str(folder)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -326,6 +327,23 @@ def test_evaluate_replaces_evaluations_only(tmp_path: Path, capsys) -> None:
     precious.write_bytes(b"weights")
     assert run(["evaluate", "mdeq-tiny-cifar-upg", "--output", str(precious)]) == 2
     assert "no evaluation file" in capsys.readouterr().err and precious.read_bytes() == b"weights"
+
+
+def test_evaluate_looks_at_its_own_place_first(
+    zoo: Path, cifar_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """What cannot be written is no reason to lose the figures of an hour."""
+    model = tmp_path / "mine"
+    shutil.copytree(zoo / "mdeq-test", model)
+    monkeypatch.setattr(deqzoo.MDEQForImageClassification, "forward", None)  # nothing is measured
+    arguments = ["evaluate", str(model), "--data", str(cifar_folder)]
+    shutil.rmtree(model / "evaluation", ignore_errors=True)
+    (model / "evaluation").write_text("a file")
+    assert run(arguments) == 2 and "no folder that can be written to" in capsys.readouterr().err
+    (model / "evaluation").unlink()
+    (model / "evaluation").mkdir()
+    (model / "evaluation" / "cifar10-test.json").write_text('{"format"')
+    assert run(arguments) == 2 and "cifar10-test.json" in capsys.readouterr().err
 
 
 def test_a_model_in_the_working_folder_has_its_name(tmp_path: Path, monkeypatch) -> None:

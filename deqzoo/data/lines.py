@@ -123,12 +123,16 @@ def read_lines(
 
 def _table_texts(path: Path, column: str | Sequence[str] | None) -> Iterator[str]:
     """The text of every row of a table."""
+    if _suffix(path) != ".parquet" and next(_records(path), None) is None:
+        return
+    usual = (*COLUMNS, *([column] if isinstance(column, str) else column or ()))
+    column = text_column(path, column)
+    if column not in usual:
+        warn_once(f"{path}: reading the column {column!r}; choose another with --column")
     if _suffix(path) == ".parquet":
-        yield from parquet_rows(path, text_column(path, column))
+        yield from parquet_rows(path, column)
         return
     for record in _records(path):
-        if not isinstance(column, str):
-            column = _choose(_text_names(record, column), column, path)
         value = record.get(column)
         if value is not None and not isinstance(value, str):
             raise UserError(f"{path}: {column!r} is no text in a record: {str(value)[:40]!r}")
@@ -189,11 +193,12 @@ def text_column(path: Path, column: str | Sequence[str] | None = None) -> str:
     """
     if _suffix(path) == ".parquet":
         with as_user_error(f"cannot read {path}", ArrowException, OSError, most=160):
-            names = _string_columns(pq.ParquetFile(path))
+            parquet = pq.ParquetFile(path)
+            names, columns = _string_columns(parquet), list(parquet.schema_arrow.names)
     else:
         record = next(_records(path), {})
-        names = _text_names(record, column)
-    return _choose(names, column, path)
+        names, columns = _text_names(record, column), list(record)
+    return _choose(names, column, path, [name for name in columns if name not in names])
 
 
 def table_columns(path: Path) -> list[str]:
@@ -208,14 +213,37 @@ def table_columns(path: Path) -> list[str]:
     return list(next(_records(path), {}))
 
 
-def _choose(names: Sequence[str], column: str | Sequence[str] | None, path: Path) -> str:
+def _choose(
+    names: Sequence[str],
+    column: str | Sequence[str] | None,
+    path: Path,
+    others: Iterable[str] = (),
+) -> str:
+    """The column of a table's texts.
+
+    Args:
+        names: of its columns of text.
+        column: as in `text_column`.
+        path: of the table.
+        others: names of its columns that hold no text.
+
+    Raises:
+        UserError: see `text_column`.
+    """
     if isinstance(column, str):
         if column in names:
             return column
         raise UserError(f"{path} has no column of text {column!r}; it has {_name_list(names)}")
     usual = [name for name in (*(column or ()), *COLUMNS) if name in names]
-    if usual or len(names) == 1:
-        return (usual or names)[0]
+    if usual:
+        return usual[0]
+    if wrong := [name for name in COLUMNS if name in others]:
+        raise UserError(
+            f"{path} has no text in the column {wrong[0]!r}: mend it, or choose another with "
+            f"--column: {_name_list(names)}"
+        )
+    if len(names) == 1:
+        return names[0]
     if not names:
         raise UserError(f"{path} has no column of text")
     raise UserError(

@@ -249,6 +249,11 @@ def _open(path: Path, cache: Path | None = None) -> dict[str, Any]:
         options["data_files"] = {"train": ["**"]}
         folders = [child.name for child in sorted(path.iterdir()) if child.is_dir()]
         if split_folders := [name for name in folders if name.casefold() in SPLIT_OF]:
+            for file in path.glob("metadata.*"):
+                raise UserError(
+                    f"{file} lies beside folders of splits, where it is not read: put one into "
+                    "each of them, or name a .csv itself that has a column split"
+                )
             options["data_files"] = {}
             for name in split_folders:
                 split = SPLIT_OF[name.casefold()]
@@ -269,11 +274,18 @@ def _parquet_by_split(path: Path) -> dict[str, list[Path]]:
         split: [file for word in words for file in parquet_shards(path, word)]
         for split, words in SPELLINGS.items()
     }
-    if not any(shards.values()):
-        for file in sorted(path.rglob("*.parquet")):
-            if file.stem.casefold() in SPLIT_OF:
-                shards[SPLIT_OF[file.stem.casefold()]].append(file)
-    return {split: files for split, files in shards.items() if files}
+    rest = {*path.rglob("*.parquet")}.difference(*shards.values())
+    for file in sorted(rest):
+        if file.stem.casefold() in SPLIT_OF:
+            shards[SPLIT_OF[file.stem.casefold()]].append(file)
+            rest.remove(file)
+    found = {split: files for split, files in shards.items() if files}
+    if found and rest:
+        raise UserError(
+            f"{min(rest)} is named by no split, as others are ({', '.join(found)}): name it "
+            "train, validation or test, or take it away"
+        )
+    return found
 
 
 def _visible_entries(archive: zipfile.ZipFile) -> dict[PurePath, zipfile.ZipInfo]:
@@ -303,11 +315,7 @@ def _by_class(
         UserError: there are none, or some lie in the folder of a class, or of a split, and others
             do not.
     """
-    formats = Image.registered_extensions().items()
-    suffixes = {
-        suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _NO_PICTURES
-    }
-    suffixes |= {*HEIC}
+    suffixes = _picture_suffixes()
     all_files = [*files]
     pictures = [file for file in all_files if file.suffix.lower() in suffixes]
     if not pictures:
@@ -433,7 +441,24 @@ def _cells_by_split(
         if len(datasets) > 1 and {*split_tables} - {split}:
             raise other_splits(path, split)
         tables |= split_tables
+    if path.is_dir() and not any(path.rglob("*.parquet")):
+        n_pictures = sum(file.suffix.lower() in _picture_suffixes() for file in visible_files(path))
+        n_rows = sum(len(cells) for cells, _, _ in tables.values())
+        if n_rows < n_pictures:
+            warn_once(
+                f"{n_pictures - n_rows} picture(s) of {path} stand in no metadata file and are "
+                "passed over"
+            )
     return tables
+
+
+def _picture_suffixes() -> set[str]:
+    """Suffixes of files that are read as pictures, in small letters."""
+    formats = Image.registered_extensions().items()
+    suffixes = {
+        suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _NO_PICTURES
+    }
+    return suffixes | {*HEIC}
 
 
 def _cells(
@@ -670,8 +695,18 @@ def pictures_of_split(
     column = (record or {}).get("label_column")
     parts = load_own_pictures(path, classes, (column, *_LABELS) if column else None)
     if len(parts) == 1:
-        (whole,) = parts.values()
+        ((name, whole),) = parts.items()
+        if name == split != "train":  # a folder of this split alone
+            return whole
         return whole.part(unseen(whole.digests(), record or {}, split), split)
+    if split == "all":
+        first = next(iter(parts.values()))
+        return replace(
+            first,
+            encoded=[cell for part in parts.values() for cell in part.encoded],
+            labels=torch.cat([part.labels for part in parts.values()]),
+            split=split,
+        )
     if split in parts and (split != "train" or record is None):
         learnt_digests = {*(record or {}).get("train", ())}
         if count := sum(digest in learnt_digests for digest in parts[split].digests()):

@@ -32,6 +32,8 @@ from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_t
 
 _SHARD = re.compile(r"([A-Za-z]+)-\d+(?:-of-\d+)?(?:-[0-9a-f]{8,})?")
 """The stem of a split's file as the Hub names it."""
+_ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog")
+"""Stems of files that tell of the others in a folder, in any case of letters."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,11 @@ def load_own_text(path: str | Path, column: str | Sequence[str] | None = None) -
     """
     # Cards of models are no text of one's own, also where a run writes among its data.
     files = [file for file in text_files(path) if not _is_card(file)]
+    texts = [file for file in files if bare_stem(file).casefold() not in _ABOUT]
+    if texts and texts != files:  # they tell of the data, as in a copy from the Hub
+        about = next(file for file in files if file not in texts)
+        warn_once(f"{about} and the like tell of the texts of {path}, and are passed over")
+    files = texts or files
     require_table(files, column)
     path = Path(path).expanduser()
     parts = _by_split(path, files) if path.is_dir() else {"train": files}
@@ -163,18 +170,16 @@ def _by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     Raises:
         UserError: only some are, or a part of a split is missing.
     """
-    # A README tells of the data, as in a copy from the Hub.
-    texts = [file for file in files if bare_stem(file).casefold() != "readme"]
     split_by_file = {file: _split_of_file(file.relative_to(folder)) for file in files}
     if not any(split_by_file.values()):
-        split_by_file = {file: split_of(re.split(r"[\W_]+", bare_stem(file))) for file in texts}
+        split_by_file = {file: split_of(re.split(r"[\W_]+", bare_stem(file))) for file in files}
         splits = {*split_by_file.values()}
         if None in splits or "train" not in splits or len(splits) == 1:
             return {"train": list(files)}
     files_by_split: dict[str | None, list[Path]] = {}
     for file, split in split_by_file.items():
         files_by_split.setdefault(split, []).append(file)
-    if others := [file for file in files_by_split.pop(None, []) if file in texts]:
+    if others := files_by_split.pop(None, []):
         raise UserError(
             f"{others[0]} is named by no split, as others are "
             f"({', '.join(map(str, files_by_split))}): name it, or a folder around it, train, "

@@ -144,11 +144,11 @@ def _check_sizes(folder: Path) -> None:
         folder / f"{folder.name}_{part}.txt" for part in ("graph_indicator", "node_labels")
     )
     if indicator.is_file():
-        last = np.loadtxt(indicator).max()
+        last = np.loadtxt(indicator, encoding="utf-8-sig").max()
         if not last <= MAX_GRAPHS:
             raise UserError(f"{indicator.name} names graph {last:.0f}; up to {MAX_GRAPHS:,} fit")
     if labels.is_file():
-        kinds = np.loadtxt(labels, delimiter=",", ndmin=2)
+        kinds = np.loadtxt(labels, delimiter=",", ndmin=2, encoding="utf-8-sig")
         width = (np.ptp(kinds, axis=0) + 1).sum()
         if not len(kinds) * width <= MAX_FEATURE_VALUES:
             raise UserError(

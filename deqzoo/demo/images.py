@@ -22,6 +22,7 @@ from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import page_chart
 from deqzoo.evaluation.classify import Classification, classify_pixels
 from deqzoo.evaluation.watch import watch, watched_solver
+from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 from deqzoo.models.readers import to_batch
 
 from . import examples
@@ -88,6 +89,7 @@ def _bounded_picture(picture: Image.Image) -> Image.Image:
     if factor < 2:
         return picture
     mode = {"1": "L", "P": "RGBA" if "transparency" in picture.info else "RGB"}.get(picture.mode)
+    mode = "I" if picture.mode.startswith("I;16") else mode  # which Pillow does not reduce
     picture = picture.convert(mode) if mode else picture
     info = picture.info
     picture = picture.reduce(factor)
@@ -161,7 +163,7 @@ def solve_batch(
     Raises:
         UserError: the time limit is over, or nobody waits any more.
     """
-    settings = {**checkpoint.model.config.solver, **solver}
+    settings = checkpoint.model.resolve_solver(solver).to_dict()
     deadline_solver = watched_solver(settings, Deadline().check)
     return classify_pixels(checkpoint.model, pixels, top_k=1, solver=deadline_solver)
 
@@ -278,9 +280,9 @@ def batch_html(
 
 def thumbnail(picture: Image.Image, side: int = 96) -> Image.Image:
     """A small RGB copy."""
-    small = picture.copy()
+    small = to_rgb(picture).copy()
     small.thumbnail((side, side))
-    return small.convert("RGB")
+    return small
 
 
 def data_url(picture: Image.Image) -> str:

@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,16 +71,17 @@ def fixed_point(
         trace: record residuals of every step in `Solution.trace`; with "unrolled" at the cost of
             one more evaluation per step.
         callback: called with (k, matrix, residuals) at every iterate; costs likewise.
-        sample_steps: steps whose states are returned in `Solution.samples`, each with its own
-            backward pass, for the fixed-point correction loss.
+        sample_steps: steps, ascending, whose states are returned in `Solution.samples`, each with
+            its own backward pass, for the fixed-point correction loss. A solve that ends before
+            some of them returns fewer.
 
     Returns:
         A `Solution`; its `state` carries the graph.
 
     Raises:
         ValueError: unknown names or options, states that do not fit, inputs that are not
-            batch-first with `compact`, sample steps below 1, or `checkpoint` with a gradient that
-            records f only once, or under grad, vjp or jacrev of torch.func.
+            batch-first with `compact`, sample steps below 1 or not ascending, or `checkpoint` with
+            a gradient that records f only once, or under grad, vjp or jacrev of torch.func.
     """
     chosen_solver, chosen_gradient = make_solver(solver), make_gradient(gradient)
     if checkpoint and not chosen_gradient.can_checkpoint:
@@ -228,6 +230,8 @@ def _check_batch_first(inputs: Sequence[Any], z0: State, dimensions: int) -> Non
 def _check_steps(steps: Sequence[int]) -> None:
     if any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in steps):
         raise ValueError(f"sample_steps must be ints ≥ 1, got {tuple(steps)}")
+    if any(a >= b for a, b in pairwise(steps)):
+        raise ValueError(f"sample_steps must ascend, as the samples do, got {tuple(steps)}")
 
 
 def _keeper(

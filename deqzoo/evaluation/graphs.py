@@ -114,8 +114,11 @@ def split_indices(model: IGNNPreTrainedModel, name: str, split: str) -> list[int
 class _GraphData(ClassifierEvaluator):
     """What the evaluators of graph models share: a local folder, and one of three splits."""
 
+    knows_all = False
+    """Whether all graphs can be measured together."""
+
     def load(self, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> None:
-        if split not in (*SPLITS, "all"):
+        if split not in (*SPLITS, *(["all"] if self.knows_all else [])):
             raise UserError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
         if data is None:
             raise UserError("graph data are read from a local folder: name it with --data")
@@ -136,6 +139,7 @@ class GraphEvaluator(_GraphData):
     task = "graph-classification"
     metric = "accuracy"
     unit = "graphs"
+    knows_all = True
 
     def _load(self, root: Path, split: str, limit: int | None) -> None:
         chose: dict[str, bool] = {}
@@ -143,9 +147,13 @@ class GraphEvaluator(_GraphData):
         record = read_record(folder)
         if record is None and (folder / FOLD).is_file():
             fold = read_fold(folder)
+            fold["all"] = sorted({row for name in SPLITS for row in fold.get(name, [])})
             if not fold.get(split):
                 raise UserError(f"the {split} split of this checkpoint's fold is empty")
             self.graphs = load_graph_set(fold["data"], root, encoding_of(self.model))
+            if limit is not None:  # in the order of their classes, too
+                digests = graph_digests(self.graphs.graphs)
+                fold = {**fold, split: sorted(fold[split], key=digests.__getitem__)}
         else:
             self.graphs = load_own_graphs(root, encoding_of(self.model))
             if bool((self.graphs.labels < 0).any()):

@@ -76,8 +76,10 @@ def predict_graphs(
             _show(source, prediction, model.config, as_json)
         if not as_json:
             _summarise(predictions)
-        if traces:  # of the first layer, which solves for all graphs of the first batch at once
-            for row, prediction in zip(traces[0].tolist(), predictions, strict=False):
+        if traces:  # of the first layer, which solves for all graphs of a batch at once
+            first = traces[:: len(model.base_model.layers)]
+            rows = [row for trace in first for row in trace.tolist()]
+            for row, prediction in zip(rows, predictions, strict=True):
                 inputs.curves[f"{source} {prediction.number}"] = row
 
     if data is not None:

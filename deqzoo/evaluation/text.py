@@ -18,12 +18,14 @@ from deqzoo.data.own import read_record
 from deqzoo.data.own_text import OwnText, lines_of_split, load_own_text, text_digest
 from deqzoo.data.text import (
     SOURCES,
+    SPLITS,
     UNKNOWN,
     TextSource,
     corpus_files,
     describe_stream,
     encode_rows,
     load_rows,
+    row_words,
 )
 from deqzoo.errors import UserError
 from deqzoo.evaluation.base import Evaluator
@@ -92,7 +94,7 @@ def _stream_of(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Word indices (n,) of a text of one's own or of the model's corpus, and what they are."""
     record = read_record(model.config._name_or_path)
-    if data is None or (record is None and not _is_text(tokenizer, data)):
+    if data is None or (record is None and not _is_text(tokenizer, data, split)):
         if column is not None:
             raise UserError("--column is of texts of your own: name a table of them with --data")
         source = corpus_of(tokenizer)
@@ -125,16 +127,23 @@ def _one_hold_out(text: OwnText, record: dict[str, Any] | None) -> bool:
     return bool(record.get("one_hold_out")) and text_digest(lines) == record.get("train")
 
 
-def _is_text(tokenizer: PreTrainedTokenizerFast, data: str | os.PathLike[str]) -> bool:
-    """Whether local data are a text of one's own: a file, or a folder that is no known corpus."""
+def _is_text(tokenizer: PreTrainedTokenizerFast, data: str | os.PathLike[str], split: str) -> bool:
+    """Whether local data are a text of one's own: a file, or a folder that is no known corpus.
+
+    A folder with files named `train.txt` and `test.txt` is a corpus where they hold its words only.
+    """
     path = Path(data).expanduser()
     if not path.is_dir():
         return path.is_file()
+    source, vocabulary = corpus_of(tokenizer), tokenizer.get_vocab()
     try:
-        corpus_files(corpus_of(tokenizer), path)
+        corpus_files(source, path)
     except UserError:
         return True
-    return False
+    if split not in SPLITS:
+        return False
+    rows = load_rows(source, split, path)
+    return any(word not in vocabulary for row in rows for word in row_words(row))
 
 
 def corpus_of(tokenizer: PreTrainedTokenizerFast) -> TextSource:

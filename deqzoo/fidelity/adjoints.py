@@ -17,6 +17,7 @@ from deqzoo.equilibrium.diagnostics import gradients_by_name
 from deqzoo.equilibrium.gradients.base import Map, Problem, attach_cotangent
 from deqzoo.equilibrium.gradients.phantom import neumann_series
 from deqzoo.equilibrium.solvers.base import StepRule
+from deqzoo.errors import UserError
 from deqzoo.models.base import DEQPreTrainedModel
 
 _GROWTH_LIMIT = 1e3  # beyond it, sums of powers of Jᵀ would lose digits in float32
@@ -161,6 +162,25 @@ def intercepted(model: nn.Module, solve: Callable[..., Solution]) -> Iterator[No
             del owner.solve
 
 
+@contextlib.contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass in training mode writes into buffers (batch statistics).
+
+    By copies in their places: the recorded graph may read the buffers themselves.
+    """
+    before = [
+        (module, name, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, copy in before:
+            if not torch.equal(getattr(module, name), copy):
+                setattr(module, name, copy)
+
+
 class RecordedModel:
     """A model's forward pass on one batch, ready for backward passes with any adjoint rule.
 
@@ -202,8 +222,10 @@ class RecordedModel:
                 f, z0, solver=Held(solution=solution), gradient=self._switch, layout=layout
             )
 
-        with seeded(), intercepted(model, solve):
+        with seeded(), intercepted(model, solve), kept_buffers(model):
             self.loss = model(**batch).loss
+        if not self.solutions:
+            raise UserError(f"{type(model).__name__} solves no equilibrium with this configuration")
 
     def gradients(self, rule: Rule) -> dict[str, Tensor]:
         """Gradient of the loss by parameter name."""
@@ -225,7 +247,8 @@ class RecordedModel:
         returned, so they are solved again.
         """
         if len(self.solutions) != 1 or gradient["name"] == "unrolled":
-            return self.model(**self.batch, gradient=dict(gradient)).loss
+            with kept_buffers(self.model):
+                return self.model(**self.batch, gradient=dict(gradient)).loss
 
         def solve(owner: Any, f: Any, z0: Any, layout: Any, _: Any, spec: Any) -> Solution:
             solver = Held(solution=self.solutions[0])
@@ -234,7 +257,7 @@ class RecordedModel:
                 f, z0, solver=solver, gradient=owner.resolve_gradient(spec), layout=layout
             )
 
-        with intercepted(self.model, solve):
+        with intercepted(self.model, solve), kept_buffers(self.model):
             return self.model(**self.batch, gradient=dict(gradient)).loss
 
 

@@ -74,14 +74,15 @@ def _pictures(
         description = f"{len(rows)} pictures of the {split} split"
         return {"pixel_values": pixels, "labels": pictures.labels[rows]}, description
     labels = torch.randint(model.config.num_labels, (size,), generator=generator)
-    crops = _example_crops(model, size, generator)
+    n_channels = model.config.num_channels
+    crops = _example_crops(model, size, generator) if n_channels == 3 else None
     if crops is not None:
         return (
             {"pixel_values": crops, "labels": labels},
             f"{size} crops of the example pictures with random labels",
         )
     side = model.config.image_size
-    pixels = torch.randn(size, 3, side, side, generator=generator)
+    pixels = torch.randn(size, n_channels, side, side, generator=generator)
     return (
         {"pixel_values": pixels, "labels": labels},
         f"{size} pictures of normalised noise with random labels",

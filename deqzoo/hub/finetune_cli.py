@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from deqzoo.errors import UserError
 from deqzoo.evaluation.options import ModelName
 
 
@@ -69,6 +70,8 @@ def finetune(
     from deqzoo.tasks.finetuning import Settings, warnings_of
     from deqzoo.training.finetune import clear, prepare, require_free, train
 
+    if str(data) == "-":
+        raise UserError("finetune reads the data again to measure the model: save them to a file")
     is_unmeasured = (output / "run.json").is_file() and not (output / "README.md").is_file()
     if resume and is_unmeasured:  # cut off when it was trained already
         clear(output)

@@ -101,8 +101,11 @@ def golden_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     config = model.config
     if model.main_input_name == "pixel_values":
         rows = torch.linspace(-1, 1, config.image_size)
-        waves = [torch.sin((3 + c) * rows[:, None] + (2 + c) * rows[None, :]) for c in range(3)]
-        return {"pixel_values": torch.stack(waves)[None]}  # (1, 3, H, W)
+        waves = [
+            torch.sin((3 + c) * rows[:, None] + (2 + c) * rows[None, :])
+            for c in range(config.num_channels)
+        ]
+        return {"pixel_values": torch.stack(waves)[None]}  # (1, C, H, W)
     if model.main_input_name == "input_ids":
         ids = (torch.arange(24) * 7919 + 13) % config.vocab_size
         return {"input_ids": ids[None]}

@@ -193,7 +193,7 @@ def _class_of(config_file: Path) -> type[PreTrainedModel]:
     """The class that `architectures` names, or the family's base class where it names none."""
     config = read_json(config_file)
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"{config_file} is of model type {model_type!r}; DEQModel loads {', '.join(FAMILIES)}"
         )
@@ -201,6 +201,7 @@ def _class_of(config_file: Path) -> type[PreTrainedModel]:
     models = [name for name in classes if not name.endswith(("Config", "Processor"))]
     base = next((name for name in models if name.endswith("Model")), models[0])
     architectures = config.get("architectures") or [base]
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     for name in architectures:
         if name in models:
             return load_class(name)

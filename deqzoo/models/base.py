@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from deqzoo.equilibrium import (
     GRADIENTS,
@@ -34,7 +34,7 @@ from deqzoo.equilibrium.state import State, leaves
 from deqzoo.equilibrium.uncompiled import uncompiled
 from deqzoo.errors import UserError
 from deqzoo.models.coarse import solve_from_coarse
-from deqzoo.models.weights import WeightNorm
+from deqzoo.models.weights import WeightNorm, row_norms
 from deqzoo.sealed import require_inside, require_weights_as_sealed
 from deqzoo.zoo import bundled_source
 
@@ -206,6 +206,31 @@ class DEQPreTrainedModel(PreTrainedModel):
         _require_finite(result[0] if isinstance(result, tuple) else result, source)
         return result
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own.
+
+        Layers whose weight was replaced, which ends their normalisation, are written as the config
+        says; and weights in one file and in shards never lie side by side, of which a loader would
+        take the one file, however old.
+        """
+        state = kwargs.get("state_dict")
+        folded = {n: m for n, m in self.named_modules() if hasattr(m, "folded_from")}
+        if folded and self.config.weight_norm != self.without_weight_norm:
+            state = dict(self.state_dict() if state is None else state)
+            for name, module in folded.items():
+                weight = state.pop(f"{name}.weight", None)
+                if weight is not None:
+                    state[f"{name}.direction"] = weight
+                    state[f"{name}.{module.folded_from.length_name}"] = row_norms(weight)
+            kwargs["state_dict"] = state
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file() and (folder / SAFE_WEIGHTS_NAME).is_file():
+            # The older of the two is of an earlier save.
+            newer = max(index, folder / SAFE_WEIGHTS_NAME, key=lambda file: file.stat().st_mtime_ns)
+            (folder / SAFE_WEIGHTS_NAME if newer == index else index).unlink()
+
     def set_solver(self, name: Settings = None, **settings: Any) -> None:
         """Change the solver from now on (stored in the config).
 
@@ -286,11 +311,23 @@ class DEQPreTrainedModel(PreTrainedModel):
 
     def resolve_solver(self, change: Settings = None) -> Solver:
         """The solver that a call with these settings uses: the config's own, with the change."""
-        return make_solver(merge_settings(self.config.solver, change, SHARED_BY_SOLVERS))
+        own = self._own_settings("solver", SHARED_BY_SOLVERS)
+        return make_solver(merge_settings(own, change, SHARED_BY_SOLVERS))
 
     def resolve_gradient(self, change: Settings = None) -> Gradient:
         """The gradient that a call with these settings uses."""
-        return make_gradient(merge_settings(self.config.gradient, change, ()))
+        return make_gradient(merge_settings(self._own_settings("gradient", ()), change, ()))
+
+    def _own_settings(self, key: str, shared_keys: tuple[str, ...]) -> Any:
+        """The config's settings, completed where somebody assigned a name, an object or a part."""
+        own = getattr(self.config, key)
+        if not isinstance(own, Mapping) or "name" not in own:
+            if isinstance(own, (Solver, Gradient)):
+                own = stored_settings(own)
+            else:
+                own = merge_settings(getattr(type(self.config), f"default_{key}"), own, shared_keys)
+            setattr(self.config, key, own)
+        return own
 
     def solve(
         self,

@@ -24,21 +24,48 @@ _LINEARITY = 0.1  # relative; quantised activations are off by about 0.01
 
 
 class _EffectiveWeight(Tensor):
-    """A computed weight that hands back what is assigned to its `data`.
+    """A computed weight that hands back what is written to it, or assigned to its `data`.
 
-    Tools merge adapters by `layer.weight.data += delta`; with a computed weight that would be lost.
+    Tools merge adapters by `layer.weight.data += delta` and initialise by `nn.init.zeros_`; with a
+    computed weight that would be lost.
     """
 
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
     owner: WeightNorm
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if _writes(func) and args and isinstance(args[0], cls):
+            args[0].owner.assign(args[0].detach().as_subclass(Tensor))
+        return result
 
     @property
     def data(self) -> Tensor:
-        return self.detach().as_subclass(Tensor)
+        data = self.detach().as_subclass(_EffectiveWeight)
+        data.owner = self.owner
+        return data
 
     @data.setter
     def data(self, value: Tensor) -> None:
         self.owner.assign(value)
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function of torch writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    if name in ("__setitem__", "requires_grad_", "share_memory_"):
+        return name == "__setitem__"
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in (
+            "__index__",
+            "__int__",
+            "__invert__",
+            "__iter__",
+        )
+    return name.endswith("_")
 
 
 class WeightNorm(nn.Module):
@@ -70,6 +97,7 @@ class WeightNorm(nn.Module):
         layer: Any = self
         weight = nn.Parameter(self.effective_weight().detach(), self.direction.requires_grad)
         del layer.direction, layer._parameters[self.length_name]
+        layer.folded_from = type(self)
         layer.__class__ = self.plain
         layer.weight = weight
 
@@ -109,9 +137,10 @@ class WeightNorm(nn.Module):
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
-        """Take over an effective weight."""
-        self.direction.copy_(weight)
-        getattr(self, self.length_name).copy_(row_norms(self.direction))
+        """Take over an effective weight; a row of zeros keeps its direction, at length 0."""
+        lengths = row_norms(weight)
+        self.direction.copy_(torch.where(lengths > 0, weight, self.direction))
+        getattr(self, self.length_name).copy_(lengths)
 
 
 def row_norms(weight: Tensor) -> Tensor:

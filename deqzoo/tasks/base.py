@@ -152,6 +152,9 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe, task: Task) -> Plan:
         per_epoch = tuple(task.steps_per_epoch(stage) for stage in recipe.stages)
+        if not all(per_epoch):
+            size = recipe.batch_size * recipe.accumulate
+            raise UserError(f"a batch of {size} is more than the training data hold")
         lengths = [
             max(1, round(stage.epochs * n))
             for stage, n in zip(recipe.stages, per_epoch, strict=True)

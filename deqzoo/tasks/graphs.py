@@ -281,9 +281,12 @@ def own_fold(
     if not isinstance(held_out, (int, float)) or not 0 < held_out < 1:
         raise UserError(f"data.options.held_out must be a share in (0, 1), got {held_out!r}")
     graphs = _learnable_graphs(path)
-    rows, held_out_rows = stratified(graphs.labels, held_out, seed, graph_digests(graphs.graphs))
+    digests = graph_digests(graphs.graphs)
+    rows, held_out_rows = stratified(graphs.labels, held_out, seed, digests)
     if not held_out_rows:
         raise UserError(f"{graphs.name} has one graph of each class; give at least two")
+    # In the order of their classes the first samples of a validation would be of one class.
+    held_out_rows = sorted(held_out_rows, key=digests.__getitem__)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return graphs, Fold([rows[i] for i in order], held_out_rows, [])
 

@@ -135,6 +135,11 @@ class ImageClassificationTask(Task):
         options = {"size": 64, "seed": 0, **self.recipe.data.options}
         pictures = load_own_pictures(path)
         training, held_out = divide_own(pictures, seed=options["seed"])
+        # In the order of their classes the first samples of a validation would be of one class.
+        digests = held_out.digests()
+        held_out = held_out.part(
+            sorted(range(len(held_out)), key=digests.__getitem__), held_out.split
+        )
         for line in (*contradictions(pictures), *unlearnt(pictures)):
             warn_once(line)
         if len(training) < self.recipe.batch_size * self.recipe.accumulate:
@@ -183,10 +188,15 @@ class ImageClassificationTask(Task):
         stage = plan.stage(micro_step // plan.accumulate)
         generator = torch.Generator().manual_seed(mixed_seed(self.recipe.seed, micro_step, rank))
         pixels = self.training.pixels[rows]
-        side = stage.resolution or self.config.image_size
+        side = self.side(stage)
         pixels = augment(pixels, rows, epoch, self.recipe.augment, generator, side)
         pixels, labels = self._mix(pixels, self.training.labels[rows], generator)
-        return {"pixel_values": resize(self._normalise(pixels), stage.resolution), **labels}
+        return {"pixel_values": resize(self._normalise(pixels), side), **labels}
+
+    def side(self, stage: Stage) -> int:
+        """Pixels of a side in a stage: without a resolution of its own that of the model, at which
+        pictures are named later."""
+        return stage.resolution or self.config.image_size
 
     def _mix(
         self, pixels: Tensor, labels: Tensor, generator: torch.Generator | None
@@ -236,7 +246,7 @@ class ImageClassificationTask(Task):
         logits, reports = [], []
         for start in range(0, n, self.validation_chunk):
             end = min(start + self.validation_chunk, n)
-            pixels, _ = self._validation_batch(start, end, stage.resolution)
+            pixels, _ = self._validation_batch(start, end, self.side(stage))
             out = model(pixel_values=pixels.to(model.device), shallow=stage.shallow)
             logits.append(out.logits.float().cpu())
             reports.append([t.cpu() for t in (out.n_steps, out.residual, out.converged)])
@@ -247,7 +257,7 @@ class ImageClassificationTask(Task):
             **joined_summary(reports),
         }
 
-    def _validation_batch(self, start: int, end: int, side: int | None) -> tuple[Tensor, Tensor]:
+    def _validation_batch(self, start: int, end: int, side: int) -> tuple[Tensor, Tensor]:
         """Normalised pictures (b, 3, S, S) and labels (b,) of a range of the validation part."""
         pixels = self._normalise(self.validation.pixels[start:end])
         # The part that the image processor keeps.
@@ -258,7 +268,7 @@ class ImageClassificationTask(Task):
         return resize(pixels, side), self.validation.labels[start:end]
 
     def probe(self, model: PreTrainedModel, stage: Stage, n: int = 1) -> Probe:
-        side = stage.resolution or self.config.image_size
+        side = self.side(stage)
         pixels = torch.zeros(n, 3, side, side, device=model.device)
         family: Any = model
         f, state = family.equilibrium_map(pixels)
@@ -292,11 +302,11 @@ class ResidentPictures:
     def inputs(self, rows: Tensor, epoch: Tensor, stage: Stage) -> dict[str, Any]:
         """Pictures (B, 3, S, S) float32, channels last, and labels (B,), with `cutmix` shared ones
         (B, K) too."""
-        side = stage.resolution or self.task.config.image_size
+        side = self.task.side(stage)
         options = self.task.recipe.augment
         pixels = augment(self.pixels[rows], rows, epoch, options, None, side)
         pixels, labels = self.task._mix(pixels, self.labels[rows], None)
-        pixels = resize((pixels.float() / 255 - self.mean) / self.std, stage.resolution)
+        pixels = resize((pixels.float() / 255 - self.mean) / self.std, side)
         return {
             "pixel_values": pixels.contiguous(memory_format=torch.channels_last),
             **labels,

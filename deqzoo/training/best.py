@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,17 +21,24 @@ class BestWeights:
 
     Args:
         metric: name of the figure that decides, a key of `METRICS`.
+
+    Attributes:
+        samples: of every validation, where a run chose their number; figures of more and fewer
+            could not be compared.
     """
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
+        self.samples = 0
         self.step = 0
         self.figures: dict[str, float] = {}
         self.config: dict[str, Any] = {}
         self.weights: dict[str, Tensor] = {}
 
     def see(self, model: PreTrainedModel, figures: Mapping[str, float], step: int) -> None:
-        """Take over a model's weights if its figures are the best so far."""
+        """Take over a model's weights if its figures are the best so far, and finite."""
+        if not math.isfinite(figures[self.metric]):
+            return
         if self.figures and self._rank(figures) <= self._rank(self.figures):
             return
         self.step, self.figures = step, dict(figures)
@@ -53,9 +61,11 @@ class BestWeights:
         return best
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("step", "figures", "config", "weights")}
+        names = ("samples", "step", "figures", "config", "weights")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.samples = state.get("samples", 0)  # older versions stored none
         self.step, self.figures = state["step"], dict(state["figures"])
         self.config, self.weights = dict(state["config"]), dict(state["weights"])
 

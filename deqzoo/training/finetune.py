@@ -28,7 +28,7 @@ from transformers import (
 
 from deqzoo.data import own
 from deqzoo.errors import UserError
-from deqzoo.files import make_folder, mark_complete, replace_text
+from deqzoo.files import mark_complete, replace_text
 from deqzoo.models.auto import DEQModel
 from deqzoo.tasks import load
 from deqzoo.tasks.finetuning import FEW, Job, Settings
@@ -36,6 +36,7 @@ from deqzoo.training.arguments import DEQTrainingArguments, check_report_to
 from deqzoo.training.callbacks import Divergence
 from deqzoo.training.checkpoints import differences, latest_checkpoint
 from deqzoo.training.norms import freeze_batch_norm
+from deqzoo.training.run import lock
 from deqzoo.training.trainer import DEQTrainer
 from deqzoo.zoo import TASKS, read_json, task_of
 
@@ -97,7 +98,11 @@ def train(
     """
     output = Path(output)
     require_free(output, resume)
-    make_folder(output)
+    with lock(output):
+        return _train(job, output, settings, resume, progress)
+
+
+def _train(job: Job, output: Path, settings: Settings, resume: bool, progress: bool) -> Path:
     _freeze(job, settings.freeze)
     arguments = _arguments(job, output, settings, progress)
     start = time.time()
@@ -193,6 +198,7 @@ def clear(output: Path) -> None:
     if logs.is_dir():
         shutil.move(logs, output / "runs")
     (output / RUN_FILE).unlink(missing_ok=True)
+    (output / "lock").unlink(missing_ok=True)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
@@ -205,13 +211,22 @@ def require_free(output: Path, resume: bool = False) -> None:
     """Refuse an output folder that holds something else than a run to resume.
 
     Raises:
-        UserError: a file, a finished model, or a run that was cut off and is not to be resumed.
+        UserError: a file, a finished model, files of others that would be replaced, or a run that
+            was cut off and is not to be resumed.
     """
     # A run without a checkpoint (its data were refused, say) may simply begin anew.
     is_begun = (output / RUN_FILE).is_file()
     has_checkpoint = any(output.glob("checkpoints/checkpoint-*"))
     if output.is_file() or ((output / "config.json").is_file() and not is_begun):
         raise UserError(f"{output} already holds a model or is a file; choose another --output")
+    for name in ("README.md", "run.json", "evaluation", "checkpoints"):
+        path = output / name
+        is_empty = path.is_dir() and not any(path.iterdir())
+        if path.exists() and not is_empty and not is_begun:
+            raise UserError(
+                f"{path} is there and of no run of finetune: it would be replaced; choose another "
+                "--output"
+            )
     if is_begun and has_checkpoint and not resume:
         raise UserError(f"{output} already holds a run; add --resume to go on, or remove it")
 

@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from deqzoo.errors import UserError
+from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import make_folder, mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
 from deqzoo.models.coarse import has_fast_bfloat16
@@ -93,7 +93,7 @@ def run_recipe(
     """
     out = Path(out)
     end = None if deadline is None else time.monotonic() + deadline
-    with _lock(out):
+    with lock(out):
         if _is_first_process():
             _claim(out, recipe, resume, accept_changes)
         last = latest_checkpoint(out / "checkpoints") if resume else None
@@ -159,8 +159,9 @@ def _train_timed(run: TimedRun, out: Path, last: str | None, accept_changes: boo
     run_conditions = conditions(run.recipe, run.task, run.bf16, run.device)
     if last is not None:
         state = torch.load(Path(last) / "run.pt", weights_only=True)
-        run.load_state_dict(state)
         run.history.resume(last, state, run_conditions, accept_changes)
+        with as_user_error(f"{last} does not fit the data as they are now", RuntimeError, most=120):
+            run.load_state_dict(state)
     _cut_metrics(out / "metrics.jsonl", run.count)
     keeper = Keeper(run, out)
 
@@ -243,6 +244,8 @@ class Keeper(TrainerCallback):
 
 def _is_first_process() -> bool:
     """Whether this is the only process of a launch, or torchrun's rank 0."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True  # whatever RANK an earlier launch left behind
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -259,7 +262,7 @@ def _cut_metrics(path: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
+def lock(out: Path) -> Iterator[None]:
     """Hold the run's folder, so that no second process (of another launch) writes to it."""
     if not _is_first_process():
         yield
@@ -381,6 +384,13 @@ def _claim(out: Path, recipe: Recipe, resume: bool, accept_changes: bool) -> Non
     A folder in which nothing was trained yet is free: its data were not found, say.
     """
     path = out / "recipe.json"
+    if not path.exists():
+        for name in ("model", "checkpoints", "snapshots", "metrics.jsonl", "record.json"):
+            if (out / name).exists():
+                raise UserError(
+                    f"{out / name} is there and of no run of a recipe: it would be replaced; "
+                    "choose another --output"
+                )
     is_begun = (out / "metrics.jsonl").exists() or any(out.glob("checkpoints/checkpoint-*"))
     if path.exists() and is_begun:
         if not resume:

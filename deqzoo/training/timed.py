@@ -222,6 +222,10 @@ class TimedRun:
         self.log(event="stage", stage=number, step_is=how, map_compiled=self.compiled)
         if self.deadline is not None:
             self.budget.shorten(self.deadline - self._age() - self.reserve)
+            if self.budget.seconds <= 0:
+                raise UserError(
+                    "the deadline is over before the first step: give more seconds to --deadline"
+                )
         penalty_interval = stage.jacobian.every if stage.jacobian else 0
         steps = [s for s in (step, penalised_step) if s is not None]
         report_time, n_steps = time.monotonic(), 0
@@ -423,11 +427,13 @@ class TimedRun:
         most_evaluations *= self.task.sample_size(stage)
         steps = self.model.resolve_solver().max_steps
         samples = max(2, min(self.recipe.evaluation.samples, round(most_evaluations / steps)))
+        if self.history.best is not None:
+            samples = self.history.best.samples = self.history.best.samples or samples
         # Samples leave the batch as they converge: cuDNN would try its kernels at every new size.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False):
             figures = self.history.validate(self.task, self.averaged(), stage, samples, self.count)
         metrics = {f"eval_{key}": value for key, value in figures.items()}
-        self.log(**metrics, pflop=self.history.pflop)
+        self.log(**metrics, eval_samples=samples, pflop=self.history.pflop)
         # A deadline leaves room for another one, and for writing the weights.
         self.reserve = max(self.reserve, 1.5 * (time.monotonic() - start) + 5)
         return figures

@@ -574,6 +574,20 @@ def test_no_endpoint_has_all_workers_while_another_is_asked_for(workers: int) ->
     assert len(order) == len(threads)
 
 
+def test_several_pictures_by_any_solver_and_of_any_depth(tiny_mdeq, tmp_path) -> None:
+    """Settings of the model's own solver are none of another's; 16 bits are scaled down, too."""
+    pictures = loaded(tiny_mdeq, load_processor)
+    pictures.model.set_solver({"name": "anderson", "window": 4, "max_steps": 8})
+    deep = Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16)
+    assert deep.mode == "I;16" and images.thumbnail(deep).mode == "RGB"
+    batch = to_batch(pictures.reader, [Image.new("RGB", (50, 40), "orange"), deep], pictures.model)
+    for name in ("broyden", "fixed_point", "anderson"):
+        results = images.solve_batch(pictures, batch, {"name": name, "max_steps": 5, "tol": 1e-3})
+        assert len(results) == 2
+    deep.resize((5000, 4000)).save(tmp_path / "deep.png")
+    assert max(images.open_picture(tmp_path / "deep.png").size) < 5000
+
+
 def test_work_that_nobody_waits_for_ends(text_folder, tiny_mdeq) -> None:
     """Perplexity, writing and pictures alike, in the middle."""
     texts, pictures = loaded(text_folder, load_tokenizer), loaded(tiny_mdeq, load_processor)

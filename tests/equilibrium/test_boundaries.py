@@ -162,6 +162,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "complex start": (lambda: fixed_point(half, Z * 1j), ValueError, "must be real"),
     "complex answer": (lambda: fixed_point(lambda h: h * 1j, Z), ValueError, "view_as_real"),
     "step 0": (lambda: fixed_point(half, Z, sample_steps=(0,)), ValueError, "ints ≥ 1"),
+    "steps back": (lambda: fixed_point(half, Z, sample_steps=(4, 1)), ValueError, "must ascend"),
     "step 1.5": (lambda: fixed_point(half, Z, sample_steps=(1.5,)), ValueError, "ints ≥ 1"),  # type: ignore[arg-type]
     "compact with a number": (
         lambda: fixed_point(half, Z, 0.5, compact=True),

@@ -39,6 +39,29 @@ def test_a_fold_records_its_majority_rate(tmp_path: Path, monkeypatch: pytest.Mo
     assert content["budget"]["steps"][-1]["max_steps"] >= model.config.solver["max_steps"]
 
 
+def test_the_first_graphs_of_a_fold_are_of_several_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folds are stored in the order of their classes."""
+    labels = torch.tensor([0] * 20 + [1] * 20)
+    edges = torch.tensor([[0, 1], [1, 0]])
+    graphs = [
+        data_class(x=torch.rand(3 + i, 3), edge_index=edges, y=label[None])
+        for i, label in enumerate(labels)
+    ]
+    known = GraphSet("TINY", graphs, labels, num_features=3, num_classes=2)
+    monkeypatch.setattr("deqzoo.evaluation.graphs.load_graph_set", lambda *_: known)
+    config = deqzoo.IGNNConfig(num_features=3, hidden_sizes=[4], num_labels=2)
+    deqzoo.IGNNForGraphClassification(config).save_pretrained(tmp_path)
+    fold = {"data": "TINY", "protocol": "honest", "fold": 0, "test": [*range(1, 39)], "train": [0]}
+    (tmp_path / "fold.json").write_text(json.dumps(fold))
+    model = deqzoo.DEQModel.from_pretrained(tmp_path)
+    limited = evaluate_model(model, "tiny", data=tmp_path, limit=10, budget_samples=0)
+    assert limited["data"]["samples"] == 10 and limited["results"]["majority"] < 1
+    everything = evaluate_model(model, "tiny", split="all", data=tmp_path, budget_samples=0)
+    assert everything["data"]["samples"] == 39
+
+
 SMALL = {
     "A": "1, 2\n2, 1\n3, 4\n4, 3\n",
     "graph_indicator": "1\n1\n2\n2\n",
@@ -62,6 +85,18 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoint"
     deqzoo.IGNNForGraphClassification(config).save_pretrained(folder)
     return folder
+
+
+def test_traces_hold_every_graph(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """More of them than a batch holds."""
+    edges = torch.tensor([[0, 1], [1, 0]])
+    graphs = [data_class(x=torch.eye(5)[[i % 5, 0]], edge_index=edges) for i in range(150)]
+    torch.save(graphs, tmp_path / "many.pt")
+    trace = tmp_path / "trace.json"
+    rows = predicted(capsys, checkpoint, tmp_path / "many.pt", "--trace", trace)
+    assert len(rows) == len(json.loads(trace.read_text())) == 150
 
 
 def test_own_graphs_keep_the_numbers_of_the_checkpoint(

@@ -12,6 +12,7 @@ from scripts import load_script
 
 from deqzoo import cli
 from deqzoo.equilibrium.diagnostics import compare_gradients, gradients_by_name
+from deqzoo.errors import UserError
 from deqzoo.evaluation.chart import line_chart
 from deqzoo.fidelity import study as engine
 from deqzoo.fidelity.adjoints import RecordedModel, neumann_rule, seeded
@@ -229,3 +230,21 @@ def test_study_stops_between_settings_and_says_how_many_it_left_out(monkeypatch)
     assert len(found.rows) == 3 and found.spectral_radius
     settings = plan((1, 3), (1.0,), model.config.solver["max_steps"])
     assert found.missing == len(settings) - 3 > 0
+
+
+def test_a_comparison_leaves_the_model_as_it_is() -> None:
+    """Batch statistics, too, in training mode; and a model that solves nothing is refused."""
+    model = picture_model().train()
+    batch, _ = make_batch(model, size=4)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    comparison = engine.Comparison(model, batch)
+    comparison.measure({"name": "upg", "steps": 2, "damping": 0.5})
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    config = load_class("DEQTransformerConfig")(
+        vocab_size=50, d_model=16, d_embed=16, n_head=2, d_inner=16, cutoffs=[], div_val=1,
+        variant="torchdeq-lm", norm_placement="pre", n_sublayers=2,
+    )  # fmt: skip
+    words = load_class("DEQTransformerForCausalLM")(config).eval()
+    batch, _ = make_batch(words, size=1)
+    with pytest.raises(UserError, match="solves no equilibrium"):
+        engine.Comparison(words, batch)

@@ -75,6 +75,31 @@ def adapted(model: PreTrainedModel, family: str, **options: object) -> nn.Module
     return wrapped
 
 
+@pytest.mark.parametrize("family", ["mdeq", "deq_transformer"])
+def test_what_is_written_to_a_normalised_weight_arrives(family: str, tmp_path: Path) -> None:
+    """In place, through `data`, and as a parameter of its own, which is saved, too."""
+    model = build(family, CHANGES[family][0])
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, WeightNorm))
+    with torch.no_grad():
+        expected = 0.5 * layer.weight
+        layer.weight.mul_(0.5)
+        torch.testing.assert_close(layer.effective_weight(), expected)
+        layer.weight.data.mul_(2)
+        torch.testing.assert_close(layer.effective_weight(), 2 * expected)
+        layer.weight[0] = 0
+        assert not layer.effective_weight()[0].any() and layer.effective_weight()[1].any()
+        nn.init.ones_(layer.weight)
+        assert (layer.effective_weight() - 1).abs().max() < 1e-6
+        layer.weight.data += 0.5
+        torch.testing.assert_close(layer.effective_weight(), torch.full_like(expected, 1.5))
+    layer.weight = nn.Parameter(expected.clone())
+    before = logits(model, model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert isinstance(loaded.get_submodule(name), WeightNorm)
+    torch.testing.assert_close(logits(loaded, loaded), before)
+
+
 def test_saved_adapters_of_pictures_need_fixed_batch_statistics(tmp_path: Path) -> None:
     """PEFT saves no batch statistics: an adapter fits those of the model that it is put on."""
     base = build("mdeq", {})

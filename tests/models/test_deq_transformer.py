@@ -728,3 +728,64 @@ def test_a_model_may_be_untied(tmp_path, cutoffs):
     again = DEQTransformerModel.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         assert torch.equal(again(ids).last_hidden_state, base(ids).last_hidden_state)
+
+
+@torch.no_grad()
+def test_words_without_an_answer_get_none() -> None:
+    """Where no state is finite, scores read from the start would be made up."""
+    model = lively_model(0.7)
+    vectors = model.get_input_embeddings()(random_ids(2, 12))
+    clean = model(inputs_embeds=vectors)
+    vectors[1, 5, 3] = float("nan")
+    labels = random_ids(2, 12, seed=3)
+    output = model(inputs_embeds=vectors, labels=labels)
+    assert output.logits[1, 5:].isnan().all() and output.loss.isnan()
+    assert not output.converged[1] and output.converged[0]
+    torch.testing.assert_close(output.logits[0], clean.logits[0])
+
+
+@torch.no_grad()
+def test_a_cache_knows_whose_words_it_holds() -> None:
+    """Also once it was emptied, and once a weight was written to."""
+    first, second = lively_model(0.7), lively_model(0.9)
+    ids = random_ids(2, 12)
+    cache = first(ids, use_cache=True).cache
+    with pytest.raises(UserError, match="tokens of another model"):
+        second(ids, cache=cache)
+    cache.crop(-12)
+    torch.testing.assert_close(second(ids, cache=cache).logits, second(ids).logits)
+    cache.crop(-12)
+    second.transformer.layers[0].feed_forward.down.bias.add_(0.5)
+    torch.testing.assert_close(second(ids, cache=cache).logits, second(ids).logits)
+
+
+def test_a_cache_of_inference_mode_goes_on_outside() -> None:
+    model = lively_model(0.7)
+    ids = random_ids(2, 12)
+    with torch.inference_mode():
+        cache = model(ids[:, :6], use_cache=True).cache
+        cache.batch_select_indices(torch.tensor([1, 0]))
+    with torch.no_grad():
+        logits = model(ids.flip(0)[:, 6:], cache=cache).logits
+        reference = model(ids.flip(0)).logits[:, 6:]
+    assert (logits - reference).abs().max() < 0.05 * reference.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"input_ids": random_ids(1, 4).to(torch.uint8)},
+            "whole numbers, int64 or int32, got torch.uint8",
+        ),
+        ({"labels": random_ids(1, 4).to(torch.uint8)}, "labels must be whole numbers, int64"),
+        ({"position_ids": [0, 1, 2, 3]}, "position_ids must be a tensor"),
+        ({"memory": torch.zeros(1, 3, 32)}, "the pair of states and injections"),
+        ({"memory": (torch.zeros(1, 3, 32), torch.zeros(1, 2, 96))}, "pass both of one output"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 0, 32)}, "at least one token"),
+    ],
+)
+def test_what_no_forward_takes_is_said(arguments: dict, message: str) -> None:
+    model = lively_model(0.7, dtype=torch.float32)
+    with pytest.raises(UserError, match=message):
+        model(**{"input_ids": random_ids(1, 4), **arguments})

@@ -826,3 +826,65 @@ def test_projecting_twice_is_projecting_once() -> None:
     once = project_rows(torch.randn(200, 64), 0.9)
     assert torch.equal(project_rows(once, 0.9), once)
     assert float(once.abs().sum(1).max()) < 0.9 * (1 + 1e-6)
+
+
+def test_labels_behind_a_mask_reach_no_gradient():
+    """NaN is how data sets mark nodes without labels."""
+    torch.manual_seed(0)
+    settings = config(problem_type="multi_label_classification", num_labels=3)
+    model = IGNNForNodeClassification(settings).eval()
+    data = graph(5, 0)
+    labels = torch.tensor([[0.0, 1, 1], [1, 0, 0], [math.nan] * 3, [1, 1, 1], [0, 0, 0]])
+    mask = torch.tensor([1, 1, 0, 1, 1]).bool()
+    loss = model(data.x, data.edge_index, labels=labels, mask=mask).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    logits = model(data.x, data.edge_index).logits
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[mask], labels[mask])
+    torch.testing.assert_close(loss, expected)
+    for value in (-100.0, 2.0, math.nan):
+        with pytest.raises(UserError, match=r"must lie in \[0, 1\]"):
+            classification_loss(settings, logits.detach(), labels.nan_to_num(value))
+    with pytest.raises(UserError, match="no loss for problem_type 'regression'"):
+        classification_loss(config(problem_type="regression"), logits, labels[:, 0])
+
+
+def test_what_comes_beside_a_graph_object_is_refused(model):
+    data = graph(5, 0)
+    for extra in ({"edge_weight": torch.ones(data.num_edges)}, {"batch": torch.zeros(5).long()}):
+        with pytest.raises(UserError, match="belong into the graph object"):
+            model(data, **extra)
+        with pytest.raises(UserError, match="a GraphBatch comes alone"):
+            model(model.read_graphs(data), **extra)
+
+
+def test_weights_of_edges_have_a_second_derivative():
+    """Duplicate edges, which add up, included; checked by differences in float64."""
+    torch.manual_seed(0)
+    matrix_index = torch.tensor([[0, 1, 1, 2, 0], [1, 0, 2, 1, 1]])
+    x = torch.rand(3, 2, dtype=torch.float64)
+
+    def energy(values):
+        matrix = SparseMatrix(matrix_index, values, (3, 3))
+        return matrix.matmul(x).pow(3).sum()
+
+    values = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(energy, (values,))
+    settings = config(solver={"max_steps": 200, "tol": 1e-12})
+    model = IGNNForGraphClassification(settings).double().eval()
+    data = graph(5, 0)
+    weights = torch.ones(data.num_edges, dtype=torch.float64, requires_grad=True)
+    output = model(data.x.double(), data.edge_index, weights, gradient="upg")
+    (first,) = torch.autograd.grad(output.logits.sin().sum(), weights, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), weights)
+    assert first.requires_grad and second.abs().max() > 0
+
+
+def test_a_start_without_the_heads_own_is_refused():
+    model = IGNNForNodeClassification(config(implicit_head=True, num_labels=2)).eval()
+    data = graph(5, 0)
+    states = model.ignn(data.x, data.edge_index, output_hidden_states=True)
+    starts = [state.detach() for state in states.hidden_states[-2:]]
+    assert [state.shape[1] for state in starts] == [8, 6]
+    with pytest.raises(UserError, match="initial_states must end with a state of the head"):
+        model(data.x, data.edge_index, initial_states=starts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoBackbone, pipeline
 
-from deqzoo.equilibrium import JFB, Broyden
+from deqzoo.equilibrium import JFB, Anderson, Broyden
 from deqzoo.errors import UserError
 from deqzoo.models.mdeq.configuration_mdeq import MDEQConfig
 from deqzoo.models.mdeq.image_processing_mdeq import MDEQImageProcessor
@@ -458,3 +459,54 @@ def test_backbone(tmp_path):
     assert torch.equal(only, features[0])
     with pytest.raises(ValueError, match="branch7"):
         AutoBackbone.from_pretrained(tmp_path, out_features=["branch7"])
+
+
+def test_the_newest_of_two_saves_is_loaded(tmp_path):
+    """In shards after in one file, and the other way round."""
+    model = tiny_model()
+    for number, size in enumerate(("20KB", "1GB", "20KB")):
+        with torch.no_grad():
+            model.classifier.bias.fill_(number)
+        model.save_pretrained(tmp_path, max_shard_size="1GB" if number == 0 else size)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        loaded = MDEQForImageClassification.from_pretrained(tmp_path)
+        assert (loaded.classifier.bias == number).all()
+        stems = {file.name for file in tmp_path.glob("model*.safetensors*")}
+        assert ("model.safetensors" in stems) != ("model.safetensors.index.json" in stems)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ("broyden", ("broyden", MDEQConfig.default_solver["max_steps"])),
+        ({"max_steps": 7}, (MDEQConfig.default_solver["name"], 7)),
+        (Anderson(max_steps=9), ("anderson", 9)),
+    ],
+)
+def test_settings_assigned_to_the_config_are_completed(settings, wanted, tmp_path):
+    model = tiny_model()
+    model.config.solver = settings
+    solver = model.resolve_solver()
+    assert (solver.name, solver.max_steps) == wanted
+    assert model(pictures()).n_steps.max() <= solver.max_steps
+    model.save_pretrained(tmp_path)
+    assert MDEQConfig.from_pretrained(tmp_path).solver == solver.to_dict()
+
+
+def test_labels_of_several_kinds_may_be_whole_numbers():
+    model = tiny_model()
+    model.config.problem_type = "multi_label_classification"
+    labels = torch.tensor([[0, 1, 0, 0, 1]] * 3)
+    losses = [model(pictures(), labels=labels.to(kind)).loss for kind in (int, bool, float)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_masks_for_other_branches_are_refused():
+    model = tiny_model()
+    with pytest.raises(UserError, match="dropout_masks must hold"):
+        model(pictures(), dropout_masks=((torch.ones(3, 1, 1, 1),),))
+
+
+def test_a_name_may_be_a_path():
+    config = MDEQConfig.from_pretrained(Path("mdeq-tiny-cifar-upg"))
+    assert config.num_labels == 10

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -442,6 +444,61 @@ def test_a_column_of_splits_parts_the_rows_of_texts(tmp_path: Path, suffix: str)
         own_text.load_own_text(tmp_path)
 
 
+def test_parquet_files_that_no_split_takes_are_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "things", count=2)
+    cells = [{"bytes": file.read_bytes(), "path": None} for file in sorted(folder.rglob("*.png"))]
+    table = pa.table({"image": cells, "label": [i // 2 for i in range(6)]})
+
+    def loaded(*names: str) -> dict:
+        data = tmp_path / "-".join(names)
+        data.mkdir()
+        for name in names:
+            pq.write_table(table, data / name)
+        return {split: len(p) for split, p in own_pictures.load_own_pictures(data).items()}
+
+    assert loaded("train-00000-of-00001.parquet", "test.parquet") == {"train": 6, "test": 6}
+    for names in (("train.parquet", "train_more.parquet"), ("test.parquet", "more.parquet")):
+        with pytest.raises(UserError, match="more.parquet is named by no split, as others are"):
+            loaded(*names)
+
+
+def test_metadata_that_would_not_be_read_is_said(tmp_path: Path, caplog) -> None:
+    folder = write_folder(tmp_path / "things" / "train")
+    (folder.parent / "metadata.csv").write_text("file_name,label\ntrain/blue thing/0.png,x\n")
+    with pytest.raises(UserError, match="metadata.csv lies beside folders of splits"):
+        own_pictures.load_own_pictures(folder.parent)
+    (folder.parent / "metadata.csv").unlink()
+    (folder / "blue thing" / "metadata.csv").write_text("file_name,label\n0.png,x\n1.png,y\n")
+    assert len(own_pictures.load_own_pictures(folder)["train"]) == 2
+    assert "16 picture(s)" in caplog.text and "stand in no metadata file" in caplog.text
+
+
+def test_all_pictures_of_stored_splits_can_be_measured(tmp_path: Path) -> None:
+    write_folder(tmp_path / "things" / "train")
+    write_folder(tmp_path / "things" / "test", count=2)
+    pictures = own_pictures.pictures_of_split(tmp_path / "things", "all", [*COLOURS], None)
+    assert len(pictures) == 24 and pictures.labels.bincount().tolist() == [8, 8, 8]
+    assert pictures.picture(23).size == (56, 48)
+    shutil.move(tmp_path / "things" / "test", tmp_path / "only" / "validation")
+    only = own_pictures.pictures_of_split(tmp_path / "only", "validation", [*COLOURS], None)
+    assert len(only) == 6
+
+
+def test_what_is_in_the_way_of_a_run_stays(tmp_path: Path, capsys) -> None:
+    """Files of others are not replaced, whatever their names."""
+    data = write_folder(tmp_path / "things")
+    for name in ("README.md", "checkpoints/important.pt", "evaluation/mine.json"):
+        output = tmp_path / name.replace("/", "-")
+        (output / name).parent.mkdir(parents=True)
+        (output / name).write_text("mine")
+        arguments = ["finetune", "mdeq-tiny-cifar-upg", "--data", data, "--output", output]
+        assert run([*map(str, arguments)]) == 2
+        assert "of no run of finetune: it would be replaced" in capsys.readouterr().err
+        assert (output / name).read_text() == "mine"
+    arguments = ["finetune", "mdeq-tiny-cifar-upg", "--data", "-", "--output", tmp_path / "x"]
+    assert run([*map(str, arguments)]) == 2 and "save them to a file" in capsys.readouterr().err
+
+
 def test_files_of_splits_whose_column_says_another_are_refused(tmp_path: Path) -> None:
     cell = {"bytes": b"picture", "path": None}
     for split in ("train", "test"):
@@ -756,6 +813,50 @@ def test_copies_and_cards_are_no_texts(tmp_path: Path, caplog) -> None:
     assert own_text.load_own_text(tmp_path).lines == [*lines, "another"]
     said = caplog.records[-1].getMessage()
     assert said.startswith("2 file(s) are copies of others and passed over, as ")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_column_that_nobody_named_is_said(tmp_path: Path, caplog, suffix: str) -> None:
+    def write(rows: list[dict]) -> Path:
+        file = tmp_path / f"t{suffix}"
+        if suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        else:
+            file.write_text("\n".join(map(json.dumps, rows)))
+        return file
+
+    with pytest.raises(UserError, match="no text in the column 'text'.*--column: id"):
+        own_text.load_own_text(write([{"id": "a", "text": 5}, {"id": "b", "text": 6}]))
+    assert own_text.load_own_text(write([{"text": "the dog"}])).lines == ["the dog"]
+    assert not caplog.records
+    file = write([{"lang": "en", "review": ["a"]}])
+    assert own_text.load_own_text(file).lines == ["en"]
+    assert "reading the column 'lang'; choose another with --column" in caplog.text
+
+
+def test_files_that_tell_of_texts_are_no_texts(tmp_path: Path, caplog) -> None:
+    for name in ("README.md", "LICENSE.txt", "a.txt"):
+        (tmp_path / name).write_text(f"of {name}")
+    assert own_text.load_own_text(tmp_path).lines == ["of a.txt"]
+    assert "LICENSE.txt and the like tell of the texts" in caplog.text
+    (tmp_path / "a.txt").unlink()
+    assert own_text.load_own_text(tmp_path).lines == ["of LICENSE.txt", "of README.md"]
+
+
+def test_a_folder_of_splits_is_a_corpus_where_its_words_are(tmp_path: Path) -> None:
+    """train.txt, valid.txt and test.txt are what people call their own files, too."""
+    from deqzoo.evaluation.text import _is_text
+    from deqzoo.models.readers import load_tokenizer
+
+    model = deqzoo.DEQModel.from_pretrained("deq-transformer-ptb-upg")
+    tokenizer = load_tokenizer(model)
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text("the company said <unk> N\n")
+    assert not _is_text(tokenizer, tmp_path, "test")
+    (tmp_path / "test.txt").write_text("The Zeitgeist said: 1,000!\n")
+    assert _is_text(tokenizer, tmp_path, "test")
+    record = evaluated("deq-transformer-ptb-upg", tmp_path, tmp_path)
+    assert record["data"]["name"] == tmp_path.name
 
 
 def test_a_text_that_has_changed_is_said(tmp_path: Path, caplog) -> None:
@@ -1163,6 +1264,49 @@ def test_pictures_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         yaml.safe_dump(content | {"model": {**content["model"], "overrides": overrides}})
     )
     assert run(["train", str(recipe), "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_a_recipe_trains_at_the_side_that_the_model_is_used_at(tmp_path: Path) -> None:
+    """Without a resolution of a stage; pictures are kept larger in memory."""
+    from deqzoo.recipe import Recipe, from_plain
+    from deqzoo.tasks import build_task
+    from deqzoo.tasks.base import Plan
+
+    data = write_folder(tmp_path / "things", count=10, side=70)
+    content = {
+        "name": "own", "task": "image-classification",
+        "data": {"name": "imagefolder", "path": str(data)},
+        "model": {"family": "mdeq", "preset": "mdeq-phantom-cifar-small"},
+        "optimizer": {"name": "adamw", "lr": 0.005}, "batch_size": 8, "stages": [{"epochs": 1}],
+    }  # fmt: skip
+    recipe = from_plain(Recipe, content, "")
+    task = build_task(recipe, None)
+    assert task.training.pixels.shape[-1] == 64 and task.config.image_size == 32
+    shape = (8, 3, 32, 32)
+    assert task.batch(Plan.of(recipe, task), 0, 0, 1)["pixel_values"].shape == shape
+    resident = task.resident(torch.device("cpu"))
+    rows = resident.epoch(0, recipe.stages[0])[0]
+    inputs = resident.inputs(rows, torch.tensor(0), recipe.stages[0])
+    assert inputs["pixel_values"].shape == shape
+    sizes = []
+
+    class Seen(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, pixel_values: torch.Tensor, shallow: bool) -> SimpleNamespace:
+            n = len(pixel_values)
+            sizes.append(pixel_values.shape[-1])
+            one = torch.ones(n)
+            return SimpleNamespace(
+                logits=torch.zeros(n, 3), n_steps=one, residual=one, converged=one.bool()
+            )
+
+    task.evaluate(Seen(), recipe.stages[0], 100)
+    assert sizes == [32]
+    # The first samples of a validation are of several classes.
+    assert len(task.validation.labels[:4].unique()) > 1
+    with pytest.raises(UserError, match="a batch of 64 is more than the training data hold"):
+        Plan.of(replace(recipe, batch_size=64), SimpleNamespace(steps_per_epoch=lambda stage: 0))
 
 
 def test_text_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,7 +17,7 @@ from deqzoo.recipe import Data, Evaluation, Jacobian, Model, Optimizer, Recipe, 
 from deqzoo.recipe import Stage as StageSettings
 from deqzoo.tasks.augmentation import cropped, cutmix, random_boxes
 from deqzoo.tasks.images import ImageClassificationTask
-from deqzoo.training import timed
+from deqzoo.training import run, timed
 from deqzoo.training.clock import TimeBudget
 from deqzoo.training.optimizers import rate_factor
 from deqzoo.training.run import run_recipe
@@ -55,6 +55,39 @@ def make_recipe(**changes) -> Recipe:
 
 def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_best_weights_are_chosen_among_validations_of_one_size(pictures, tmp_path) -> None:
+    """A last validation of more samples is another figure, not a better or worse one."""
+    recipe = make_recipe(time_budget="6s", evaluation=Evaluation(samples=1000, keep="best"))
+    run_recipe(recipe, None, tmp_path / "run", progress=False)
+    samples = [
+        entry["eval_samples"] for entry in lines(tmp_path / "run") if "eval_samples" in entry
+    ]
+    assert len(samples) == 2 and len({*samples}) == 1
+
+
+def test_files_of_others_stay_where_they_are(pictures, tmp_path) -> None:
+    for name in ("model/source.py", "metrics.jsonl", "checkpoints/checkpoint-5/weights"):
+        out = tmp_path / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+        with pytest.raises(UserError, match="of no run of a recipe: it would be replaced"):
+            run_recipe(make_recipe(), None, out, progress=False)
+        assert (out / name).read_text() == "mine"
+
+
+def test_a_rank_that_was_left_behind_is_no_launch(monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert run._is_first_process()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not run._is_first_process()
+
+
+def test_a_deadline_before_the_first_step_is_said(pictures, tmp_path) -> None:
+    with pytest.raises(UserError, match="give more seconds to --deadline"):
+        run_recipe(make_recipe(), None, tmp_path / "run", progress=False, deadline=0.01)
 
 
 def test_a_run_ends_with_its_time_evaluated_and_at_rate_zero(pictures, tmp_path, capsys) -> None:

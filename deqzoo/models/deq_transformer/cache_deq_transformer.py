@@ -69,7 +69,8 @@ class EquilibriumCacheLayer(CacheLayerMixin):
         offset = self._end - n_kept
         batch, heads, _, width = like.shape
         room = min(max(64, 2 * (n_kept + n_new)), n_kept + n_new + max(64, self.window))
-        buffers = tuple(like.new_empty(batch, heads, room, width) for _ in range(2))
+        with torch.inference_mode(False):  # to be written to in any mode from now on
+            buffers = tuple(like.new_empty(batch, heads, room, width) for _ in range(2))
         if self._buffers is not None:
             for fresh, old in zip(buffers, self._buffers, strict=True):
                 fresh[:, :, :n_kept] = old[:, :, offset : self._end]
@@ -139,7 +140,8 @@ class EquilibriumCacheLayer(CacheLayerMixin):
 
     def _take(self, rows: Tensor) -> None:
         if self._buffers is not None:
-            buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self._buffers)
+            with torch.inference_mode(False):
+                buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self._buffers)
             self.keys, self.values = (b[:, :, self._start : self._end] for b in buffers)
             self._buffers = buffers
         if self._valid is not None:
@@ -171,6 +173,8 @@ class DEQTransformerCache(Cache):
     def __init__(self, window: int) -> None:
         super().__init__(layers=[EquilibriumCacheLayer(window)])
         self.bound: Any = None  # effective weights and position keys of the model that fills it
+        self.bound_versions: Any = None  # of the weights that these were computed from
+        self.owner: int | None = None  # which model's tokens it holds
         self.last_state: Tensor | None = None  # (B, 1, d) of the newest token, for warm starts
 
     @property
@@ -178,6 +182,16 @@ class DEQTransformerCache(Cache):
         """The only layer: the model has one block."""
         layer: Any = self.layers[0]
         return layer
+
+    def belong_to(self, model: Any) -> None:
+        """Take a model's tokens from now on.
+
+        Raises:
+            UserError: it holds those of another model, whose keys and values are not this one's.
+        """
+        if self.owner not in (None, id(model)) and self.layer.n_tokens:
+            raise UserError("this cache holds the tokens of another model; make a new one")
+        self.owner = id(model)
 
     @torch.no_grad()
     def remember(self, f: EquilibriumMap, states: Tensor, valid: Tensor | None) -> None:

@@ -42,9 +42,10 @@ def check_tokens(config: DEQTransformerConfig, input_ids: Tensor, training: bool
             f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens) with at least "
             "one token (an empty text has none)."
         )
-    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+    if input_ids.dtype not in (torch.int64, torch.int32):
         raise UserError(
-            f"input_ids must be whole numbers, got {input_ids.dtype}; convert by .long()"
+            f"input_ids must be whole numbers, int64 or int32, got {input_ids.dtype}; convert "
+            "by .long()"
         )
     if training and input_ids.device.type != "cpu" or torch.compiler.is_exporting():
         return
@@ -70,10 +71,11 @@ def read_tokens(
         return input_ids
     require_dense(inputs_embeds=inputs_embeds)
     assert inputs_embeds is not None
-    if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.d_model:
+    shape = inputs_embeds.shape
+    if inputs_embeds.ndim != 3 or shape[-1] != config.d_model or inputs_embeds.numel() == 0:
         raise UserError(
             f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
-            f"{config.d_model}), as get_input_embeddings() makes them"
+            f"{config.d_model}) with at least one token, as get_input_embeddings() makes them"
         )
     return inputs_embeds[..., 0]
 
@@ -86,6 +88,8 @@ def check_positions(position_ids: Tensor | None, valid: Tensor | None) -> None:
     """
     if position_ids is None:
         return
+    if not isinstance(position_ids, Tensor):
+        raise UserError(f"position_ids must be a tensor, got {type(position_ids).__name__}")
     steps = position_ids.diff(dim=-1) != 1
     if valid is not None:
         steps = steps & valid[..., 1:] & valid[..., :-1]
@@ -107,8 +111,10 @@ def check_labels(
         UserError: another shape than that of input_ids (B, T), or a label outside the vocabulary.
     """
     require_dense(labels=labels)
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise UserError(f"labels must be whole numbers, got {labels.dtype}; convert by .long()")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise UserError(
+            f"labels must be whole numbers, int64 or int32, got {labels.dtype}; convert by .long()"
+        )
     if labels.shape != input_ids.shape:
         raise UserError(
             f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; pass one "
@@ -190,6 +196,17 @@ def check_past(
             equilibrium, cache and memory, another number of texts than ``tokens`` (B, T) has, or a
             mask that is not that of the memory.
     """
+    if memory is not None:
+        pair = tuple(memory) if isinstance(memory, (tuple, list)) else ()
+        if len(pair) != 2 or not all(isinstance(t, Tensor) and t.ndim == 3 for t in pair):
+            raise UserError(
+                "memory must be the pair of states and injections of a forward's output"
+            )
+        if pair[0].shape[:2] != pair[1].shape[:2]:
+            raise UserError(
+                f"memory has states {tuple(pair[0].shape)} and injections {tuple(pair[1].shape)}; "
+                "pass both of one output"
+            )
     if memory_mask is not None:
         memory_shape = None if memory is None else tuple(memory[0].shape[:2])
         if tuple(memory_mask.shape) != memory_shape:

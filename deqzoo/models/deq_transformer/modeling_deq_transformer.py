@@ -347,6 +347,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         check_past(self.config, tokens, cache, memory, use_cache, memory_mask)
         if use_cache and cache is None:
             cache = DEQTransformerCache(self.config.window)
+        if cache is not None:
+            cache.belong_to(self)
         valid = valid_tokens(attention_mask, tokens)
         check_positions(position_ids, valid)
         n_past = past_length(cache, memory)
@@ -448,13 +450,20 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         """Effective weights with position keys for K keys; a cache keeps them between its calls."""
         if cache is None or torch.is_grad_enabled() or self.training:
             return self._fresh_layers(n_keys, masks, like)
-        if cache.bound is None or cache.bound[0].relative.shape[1] < n_keys:
+        versions = self._block_versions()
+        is_stale = cache.bound is None or cache.bound_versions != versions
+        if is_stale or cache.bound[0].relative.shape[1] < n_keys:
             room = max(64, min(2 * n_keys, n_keys + self.config.window))
-            cache.bound = self._fresh_layers(room, masks, like)
+            cache.bound, cache.bound_versions = self._fresh_layers(room, masks, like), versions
         return tuple(
             layer._replace(relative=layer.relative[:, layer.relative.shape[1] - n_keys :])
             for layer in cache.bound
         )
+
+    def _block_versions(self) -> tuple[tuple[int, int], ...]:
+        """What differs once a weight of the block is another, or was written to."""
+        weights = self.layers.parameters()
+        return tuple((id(w), 0 if w.is_inference() else w._version) for w in weights)
 
     def _fresh_layers(
         self, n_keys: int, masks: DropoutMasks, like: Tensor
@@ -676,6 +685,10 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             **keywords,
         )
         hidden = self._output_dropout(base.last_hidden_state, dropout_masks)
+        if not self.training:
+            # Where no state was ever finite the scores would be those of the start: NaN instead.
+            is_unknown = ~base.token_residual.isfinite().unsqueeze(-1)
+            hidden = hidden.masked_fill(is_unknown, float("nan"))
         loss = nll = logits = None
         if targets is not None:
             waits = not (self.transformer.fixed_steps and self.training)

@@ -127,9 +127,16 @@ class IGNNPreTrainedModel(DEQPreTrainedModel):
         """
         like = next(self.parameters())
         if isinstance(x, GraphBatch):
+            if any(extra is not None for extra in (edge_index, edge_weight, batch)):
+                raise UserError("a GraphBatch comes alone: its edges and graphs are in it")
             return x.to(like)
         n_graphs = None
         if edge_index is None and not isinstance(x, Tensor):
+            if edge_weight is not None or batch is not None:
+                raise UserError(
+                    "edge_weight and batch belong into the graph object (data.edge_weight), or "
+                    "beside x and edge_index as tensors"
+                )
             fields = graph_fields(x)
             n_graphs = fields.pop("n_graphs")
             x, edge_index = fields["x"], fields["edge_index"]
@@ -419,6 +426,11 @@ class IGNNForNodeClassification(_IGNNClassifier):
         logits = self.classifier(nodes if self.implicit_head is not None else self.dropout(nodes))
         if self.implicit_head is not None:
             start = initial_states[-1] if initial_states is not None else None
+            if start is not None and start.shape != (len(nodes), self.config.num_labels):
+                raise UserError(
+                    "initial_states must end with a state of the head, of shape "
+                    f"{(len(nodes), self.config.num_labels)}, got {tuple(start.shape)}"
+                )
             solution = self.ignn.solve_layer(
                 self.implicit_head, nodes, graphs, start, solver, gradient
             )
@@ -451,9 +463,14 @@ def classification_loss(
         mask: (n,) bool, the rows that count.
 
     Raises:
-        UserError: labels or a mask of the wrong shape or type.
+        UserError: labels or a mask of the wrong shape or type, labels of no class, or a model of
+            `problem_type` "regression".
     """
     require_dense(labels=labels, mask=mask)
+    if config.problem_type == "regression":
+        raise UserError(
+            "graph models have no loss for problem_type 'regression'; compute it from logits"
+        )
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != logits.shape[:1]):
         raise UserError(
             f"mask must be bool of shape ({len(logits)},), one entry per node, got {mask.dtype} of "
@@ -466,6 +483,15 @@ def classification_loss(
                 f"{tuple(logits.shape)}"
             )
         labels = labels.to(logits)
+        if mask is not None:
+            labels = labels.masked_fill(
+                ~mask.unsqueeze(1), 0
+            )  # nothing of theirs may reach a gradient
+        if labels.device.type == "cpu" and not bool(((labels >= 0) & (labels <= 1)).all()):
+            raise UserError(
+                "labels of a multi-label model must lie in [0, 1]; leave rows without labels out "
+                "by mask"
+            )
         if mask is None:
             return nn.functional.binary_cross_entropy_with_logits(logits, labels)
         # No selection of rows: their number would have to come from the device.

@@ -37,11 +37,16 @@ class SparseMatrix:
     """
 
     def __init__(self, index: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
-        entries = torch.sparse_coo_tensor(
-            index, values, shape, check_invariants=False, is_coalesced=False
-        ).coalesce()
-        self.index = entries.indices()
-        self.values = entries.values()
+        if values.requires_grad and torch.is_grad_enabled():
+            # The backward pass of torch's coalesce() has no derivative.
+            places, inverse = (index[0] * shape[1] + index[1]).unique(return_inverse=True)
+            self.index = torch.stack([places // shape[1], places % shape[1]])
+            self.values = values.new_zeros(len(places)).index_add(0, inverse, values)
+        else:
+            entries = torch.sparse_coo_tensor(
+                index, values, shape, check_invariants=False, is_coalesced=False
+            ).coalesce()
+            self.index, self.values = entries.indices(), entries.values()
         self.shape = shape
         self._columns = self.index[1]
         self._csr: Tensor | None = None

@@ -255,8 +255,8 @@ def _array_to_8_bit(image: np.ndarray) -> np.ndarray:
     if image.min() < -_TOLERANCE * min(white, max(1.0, image.max())):
         raise UserError(
             f"the picture holds values from {image.min():.3g} to {image.max():.3g}, so it was "
-            "normalised already: pass values from 0 to 1 or 0 to 255, or do_rescale=False and "
-            "do_normalize=False"
+            "normalised already: pass values from 0 to 1 or 0 to 255, or do_resize=False, "
+            "do_rescale=False and do_normalize=False"
         )
     return _to_8_bit(image, white)
 

@@ -280,6 +280,9 @@ class MDEQModel(MDEQPreTrainedModel):
             state = tuple(z.contiguous(memory_format=torch.channels_last) for z in state)
         if dropout_masks is None and self.training and self.config.dropout > 0:
             dropout_masks = self._draw_masks(injection)
+        n_blocks = list(self.config.blocks_per_branch)
+        if dropout_masks is not None and [len(masks) for masks in dropout_masks] != n_blocks:
+            raise UserError(f"dropout_masks must hold, branch by branch, {n_blocks} masks")
         f = MDEQMap(
             tensors=self.transformation.tensors(),
             injections=(injection,) + (None,) * (len(state) - 1),
@@ -505,6 +508,8 @@ class MDEQForImageClassification(MDEQPreTrainedModel):
             logits = logits.masked_fill(is_unknown, float("nan"))
         loss = None
         if labels is not None:
+            if self.config.problem_type == "multi_label_classification":
+                labels = labels.to(logits.dtype)
             loss = self.loss_function(
                 labels, logits, self.config, num_items_in_batch=num_items_in_batch
             )
