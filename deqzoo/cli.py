@@ -201,18 +201,23 @@ def evaluate(
             with as_user_error(what, UserError, most=100):
                 read_evaluation(output)
     model = _on_device(deqzoo.DEQModel.from_pretrained(name), device)
-    folder = Path(model.config._name_or_path)
-    if output is None and folder.is_dir():
-        require_writable(folder / "evaluation" / f"{split}.json")
-        for old in (folder / "evaluation").glob(f"*-{split.replace('+', '-')}.json"):
-            read_evaluation(old)
     written_paths: list[Path] = []
 
+    def place(data_name: str) -> Path:
+        if output is not None:
+            return output
+        folder = Path(model.config._name_or_path)
+        file = f"{data_name}-{split.replace('+', '-')}.json"
+        return folder / "evaluation" / file if folder.is_dir() else Path(file)
+
+    def check_place(data_name: str) -> None:
+        path = place(data_name)
+        require_writable(path)
+        if path.is_file():
+            read_evaluation(path)
+
     def write(content: dict[str, Any]) -> None:
-        path = output
-        if path is None:
-            stem = f"{content['data']['name']}-{split.replace('+', '-')}.json"
-            path = folder / "evaluation" / stem if folder.is_dir() else Path(stem)
+        path = place(content["data"]["name"])
         write_evaluation(path, content)
         if not written_paths:  # the figures first, whatever follows
             typer.echo(f"{main_figure(content)}; written to {path}")
@@ -222,7 +227,7 @@ def evaluate(
         content = evaluate_model(
             model, deqzoo.zoo.own_name(name), split=split, data=data, column=column,
             batch_size=batch_size, limit=limit, budget_samples=None if budget else 0,
-            on_figures=write,
+            on_data=check_place, on_figures=write,
         )  # fmt: skip
     except KeyboardInterrupt:
         if written_paths:

@@ -344,6 +344,9 @@ def test_evaluate_looks_at_its_own_place_first(
     (model / "evaluation").mkdir()
     (model / "evaluation" / "cifar10-test.json").write_text('{"format"')
     assert run(arguments) == 2 and "cifar10-test.json" in capsys.readouterr().err
+    monkeypatch.undo()
+    (model / "evaluation" / "cifar10-test.json").rename(model / "evaluation" / "other-test.json")
+    assert run(arguments) == 0  # figures of other data are in nobody's way
 
 
 def test_a_model_in_the_working_folder_has_its_name(tmp_path: Path, monkeypatch) -> None:

@@ -123,16 +123,19 @@ def read_lines(
 
 def _table_texts(path: Path, column: str | Sequence[str] | None) -> Iterator[str]:
     """The text of every row of a table."""
-    if _suffix(path) != ".parquet" and next(_records(path), None) is None:
-        return
     usual = (*COLUMNS, *([column] if isinstance(column, str) else column or ()))
-    column = text_column(path, column)
-    if column not in usual:
-        warn_once(f"{path}: reading the column {column!r}; choose another with --column")
+
+    def announced(name: str) -> str:
+        if name not in usual:
+            warn_once(f"{path}: reading the column {name!r}; choose another with --column")
+        return name
+
     if _suffix(path) == ".parquet":
-        yield from parquet_rows(path, column)
+        yield from parquet_rows(path, announced(text_column(path, column)))
         return
-    for record in _records(path):
+    for record in _records(path):  # once: it may be a pipe
+        if not isinstance(column, str):
+            column = announced(_column_of(record, column, path))
         value = record.get(column)
         if value is not None and not isinstance(value, str):
             raise UserError(f"{path}: {column!r} is no text in a record: {str(value)[:40]!r}")
@@ -195,10 +198,14 @@ def text_column(path: Path, column: str | Sequence[str] | None = None) -> str:
         with as_user_error(f"cannot read {path}", ArrowException, OSError, most=160):
             parquet = pq.ParquetFile(path)
             names, columns = _string_columns(parquet), list(parquet.schema_arrow.names)
-    else:
-        record = next(_records(path), {})
-        names, columns = _text_names(record, column), list(record)
-    return _choose(names, column, path, [name for name in columns if name not in names])
+        return _choose(names, column, path, [name for name in columns if name not in names])
+    return _column_of(next(_records(path), {}), column, path)
+
+
+def _column_of(record: dict[str, Any], column: str | Sequence[str] | None, path: Path) -> str:
+    """The column of texts of JSON lines, by the first of them."""
+    names = _text_names(record, column)
+    return _choose(names, column, path, [name for name in record if name not in names])
 
 
 def table_columns(path: Path) -> list[str]:

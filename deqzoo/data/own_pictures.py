@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 import unicodedata
 import zipfile
 import zlib
@@ -41,6 +42,8 @@ from deqzoo.errors import UserError, as_user_error
 from deqzoo.files import is_hidden, visible_files, warn_once
 from deqzoo.models.mdeq.image_processing_mdeq import to_rgb
 
+_SHARD = re.compile(r"[\w.]+-\d+-of-\d+(-[0-9a-f]{8,})?\.parquet")
+"""A part of a split as the Hub names it."""
 _PICTURES = (
     "image", "img", "picture", "photo", "file_name", "file", "path", "filename", "image_path",
     "file_path", "filepath",
@@ -249,7 +252,9 @@ def _open(path: Path, cache: Path | None = None) -> dict[str, Any]:
         options["data_files"] = {"train": ["**"]}
         folders = [child.name for child in sorted(path.iterdir()) if child.is_dir()]
         if split_folders := [name for name in folders if name.casefold() in SPLIT_OF]:
-            for file in path.glob("metadata.*"):
+            for file in (path / f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet")):
+                if not file.is_file():
+                    continue
                 raise UserError(
                     f"{file} lies beside folders of splits, where it is not read: put one into "
                     "each of them, or name a .csv itself that has a column split"
@@ -274,12 +279,16 @@ def _parquet_by_split(path: Path) -> dict[str, list[Path]]:
         split: [file for word in words for file in parquet_shards(path, word)]
         for split, words in SPELLINGS.items()
     }
-    rest = {*path.rglob("*.parquet")}.difference(*shards.values())
+    files = {file for file in path.rglob("*.parquet") if not is_hidden(file.relative_to(path))}
+    rest = files.difference(*shards.values())
     for file in sorted(rest):
         if file.stem.casefold() in SPLIT_OF:
             shards[SPLIT_OF[file.stem.casefold()]].append(file)
             rest.remove(file)
     found = {split: files for split, files in shards.items() if files}
+    if others := [file for file in rest if _SHARD.fullmatch(file.name)]:
+        warn_once(f"{len(others)} file(s) of other splits are passed over, as {min(others)}")
+        rest -= {*others}
     if found and rest:
         raise UserError(
             f"{min(rest)} is named by no split, as others are ({', '.join(found)}): name it "
@@ -696,8 +705,7 @@ def pictures_of_split(
     parts = load_own_pictures(path, classes, (column, *_LABELS) if column else None)
     if len(parts) == 1:
         ((name, whole),) = parts.items()
-        if name == split != "train":  # a folder of this split alone
-            return whole
+    if len(parts) == 1 and not name == split != "train":  # else a folder of this split alone
         return whole.part(unseen(whole.digests(), record or {}, split), split)
     if split == "all":
         first = next(iter(parts.values()))

@@ -152,7 +152,7 @@ def load_own_text(path: str | Path, column: str | Sequence[str] | None = None) -
     require_table(files, column)
     path = Path(path).expanduser()
     parts = _by_split(path, files) if path.is_dir() else {"train": files}
-    pieces_by_split = _pieces_by_split(parts)
+    pieces_by_split = _pieces_by_split(parts, column)
     lines_by_split = {split: _all_lines(some, column) for split, some in pieces_by_split.items()}
     lines = lines_by_split.pop("train", [])
     stored_splits = {split: part for split, part in lines_by_split.items() if part}
@@ -198,12 +198,13 @@ def _split_of_file(file: Path) -> str | None:
 
 
 def _pieces_by_split(
-    parts: Mapping[str, Sequence[Path]],
+    parts: Mapping[str, Sequence[Path]], text_column: str | Sequence[str] | None
 ) -> dict[str, list[tuple[Path, list[bool] | None]]]:
     """Files by split, and which rows of each: None for all of them.
 
     Args:
         parts: files by the split that their names give; "train" alone where they give none.
+        text_column: of the texts, which names no splits.
 
     Raises:
         UserError: a column `split` names no split, or another one than the name of the file.
@@ -211,9 +212,10 @@ def _pieces_by_split(
     pieces: dict[str, list[tuple[Path, list[bool] | None]]] = {}
     for split, inside in parts.items():
         for file in inside:
-            columns = table_columns(file) if holds_records(file) else []
+            is_table = holds_records(file) and file.is_file()  # a pipe can be read once only
+            columns = table_columns(file) if is_table else []
             column = next((c for c in columns if c.casefold() == SPLIT_COLUMN), None)
-            if column is None:
+            if column is None or column == text_column:
                 pieces.setdefault(split, []).append((file, None))
                 continue
             values = enumerate(table_values(file, column))

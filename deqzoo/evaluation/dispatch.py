@@ -61,6 +61,7 @@ def evaluate_model(
     limit: int | None = None,
     budget_samples: int | None = None,
     progress: bool = True,
+    on_data: Callable[[str], None] | None = None,
     on_figures: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """The content of a model's evaluation file, on the data set it was made for.
@@ -76,6 +77,8 @@ def evaluate_model(
         budget_samples: samples for quality against solver steps; 0 leaves that out, None takes
             the task's own number.
         progress: show bars on stderr.
+        on_data: called with the data's name before anything is measured; what it raises ends the
+            work.
         on_figures: called with the content as soon as the figures are there, and again after every
             row of the budget curve, so that nothing is lost where the rest is cut off.
 
@@ -86,6 +89,8 @@ def evaluate_model(
         model, split, data, column=column, batch_size=batch_size, limit=limit, progress=progress
     )
     description = evaluator.describe()
+    if on_data is not None:
+        on_data(description["name"])
     is_limited = limit is not None and description.get("limit") == limit
     source = " --data ROOT" if description.pop("local", False) else ""
     content: dict[str, Any] = {

@@ -38,6 +38,9 @@ from deqzoo.models.deq_transformer.tokenization_deq_transformer import (
 from deqzoo.models.readers import load_tokenizer
 from deqzoo.tasks.metrics import equilibrium_summary
 
+_ROWS_TO_KNOW, _FOREIGN_SHARE = 10_000, 0.01
+"""Rows of a folder that are looked at, and the share of words above which it is no known corpus."""
+
 
 class TextEvaluator(Evaluator):
     """A language model on its corpus, or on a text of one's own.
@@ -130,20 +133,23 @@ def _one_hold_out(text: OwnText, record: dict[str, Any] | None) -> bool:
 def _is_text(tokenizer: PreTrainedTokenizerFast, data: str | os.PathLike[str], split: str) -> bool:
     """Whether local data are a text of one's own: a file, or a folder that is no known corpus.
 
-    A folder with files named `train.txt` and `test.txt` is a corpus where they hold its words only.
+    A folder with files named `train.txt` and `test.txt` is a corpus where the words of the first
+    rows are its own.
     """
     path = Path(data).expanduser()
     if not path.is_dir():
         return path.is_file()
-    source, vocabulary = corpus_of(tokenizer), tokenizer.get_vocab()
     try:
+        source = corpus_of(tokenizer)
         corpus_files(source, path)
     except UserError:
         return True
     if split not in SPLITS:
         return False
-    rows = load_rows(source, split, path)
-    return any(word not in vocabulary for row in rows for word in row_words(row))
+    vocabulary = tokenizer.get_vocab()
+    rows = itertools.islice(load_rows(source, split, path), _ROWS_TO_KNOW)
+    known = [word in vocabulary for row in rows for word in row_words(row)]
+    return known.count(False) > _FOREIGN_SHARE * len(known)
 
 
 def corpus_of(tokenizer: PreTrainedTokenizerFast) -> TextSource:

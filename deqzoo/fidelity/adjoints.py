@@ -172,6 +172,7 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
         (module, name, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
+        if not buffer.is_meta
     ]
     try:
         yield

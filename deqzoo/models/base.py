@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -162,6 +163,19 @@ class DEQConfigMixin:
         return result
 
 
+def _remove_older_weights(folder: Path) -> None:
+    """Of weights in one file beside an index of shards, remove those of an earlier save.
+
+    Saving removes the shards of an earlier save, but neither their index nor a single file.
+    """
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if not (single.is_file() and index.is_file()):
+        return
+    shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    are_there = all((folder / name).is_file() for name in shards)
+    (single if are_there else index).unlink()
+
+
 class DEQPreTrainedModel(PreTrainedModel):
     """Base of all families: owns how an equilibrium is solved and differentiated."""
 
@@ -206,30 +220,33 @@ class DEQPreTrainedModel(PreTrainedModel):
         _require_finite(result[0] if isinstance(result, tuple) else result, source)
         return result
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """As transformers' own.
 
         Layers whose weight was replaced, which ends their normalisation, are written as the config
         says; and weights in one file and in shards never lie side by side, of which a loader would
         take the one file, however old.
         """
-        state = kwargs.get("state_dict")
         folded = {n: m for n, m in self.named_modules() if hasattr(m, "folded_from")}
         if folded and self.config.weight_norm != self.without_weight_norm:
-            state = dict(self.state_dict() if state is None else state)
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
             for name, module in folded.items():
-                weight = state.pop(f"{name}.weight", None)
+                weight = state_dict.pop(f"{name}.weight", None)
                 if weight is not None:
-                    state[f"{name}.direction"] = weight
-                    state[f"{name}.{module.folded_from.length_name}"] = row_norms(weight)
-            kwargs["state_dict"] = state
-        super().save_pretrained(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        index = folder / SAFE_WEIGHTS_INDEX_NAME
-        if index.is_file() and (folder / SAFE_WEIGHTS_NAME).is_file():
-            # The older of the two is of an earlier save.
-            newer = max(index, folder / SAFE_WEIGHTS_NAME, key=lambda file: file.stat().st_mtime_ns)
-            (folder / SAFE_WEIGHTS_NAME if newer == index else index).unlink()
+                    lengths = row_norms(weight)
+                    # A row of zeros is one of length 0 in any direction.
+                    state_dict[f"{name}.direction"] = torch.where(lengths > 0, weight, 1.0)
+                    state_dict[f"{name}.{module.folded_from.length_name}"] = lengths
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            _remove_older_weights(Path(save_directory))
 
     def set_solver(self, name: Settings = None, **settings: Any) -> None:
         """Change the solver from now on (stored in the config).

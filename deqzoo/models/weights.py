@@ -27,7 +27,7 @@ class _EffectiveWeight(Tensor):
     """A computed weight that hands back what is written to it, or assigned to its `data`.
 
     Tools merge adapters by `layer.weight.data += delta` and initialise by `nn.init.zeros_`; with a
-    computed weight that would be lost.
+    computed weight that would be lost. What is written to a part of it (`weight[0].zero_()`) is.
     """
 
     owner: WeightNorm
@@ -36,10 +36,16 @@ class _EffectiveWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        if _writes(func) and args and isinstance(args[0], cls):
-            args[0].owner.assign(args[0].detach().as_subclass(Tensor))
+            if not args and isinstance(target, cls):  # of nn.init, which would come back to here
+                kwargs = {**kwargs, "tensor": target.as_subclass(Tensor)}
+            result = func(*args, **kwargs)
+            if isinstance(target, cls) and _writes(func):
+                is_recorded = torch.is_grad_enabled() and target.requires_grad
+                if not is_recorded:
+                    target.owner.assign(target.detach().as_subclass(Tensor))
         return result
 
     @property
@@ -56,16 +62,14 @@ class _EffectiveWeight(Tensor):
 def _writes(func: Any) -> bool:
     """Whether a function of torch writes to its first argument."""
     name = getattr(func, "__name__", "")
-    if name in ("__setitem__", "requires_grad_", "share_memory_"):
-        return name == "__setitem__"
+    if name in ("requires_grad_", "share_memory_"):
+        return False
     if name.startswith("__"):
-        return name.startswith("__i") and name not in (
-            "__index__",
-            "__int__",
-            "__invert__",
-            "__iter__",
-        )
+        return name == "__setitem__" or name in _IN_PLACE
     return name.endswith("_")
+
+
+_IN_PLACE = tuple(f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "pow", "mod"))
 
 
 class WeightNorm(nn.Module):
@@ -119,7 +123,10 @@ class WeightNorm(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The effective weight, computed; it and `weight.data` can be assigned to."""
-        weight = self.effective_weight().as_subclass(_EffectiveWeight)
+        weight = self.effective_weight()
+        if torch.compiler.is_compiling():  # which cannot look into a subclass's functions
+            return weight
+        weight = weight.as_subclass(_EffectiveWeight)
         weight.owner = self
         return weight
 
@@ -138,6 +145,7 @@ class WeightNorm(nn.Module):
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         """Take over an effective weight; a row of zeros keeps its direction, at length 0."""
+        weight = weight.to(self.direction)
         lengths = row_norms(weight)
         self.direction.copy_(torch.where(lengths > 0, weight, self.direction))
         getattr(self, self.length_name).copy_(lengths)

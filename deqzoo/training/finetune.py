@@ -35,12 +35,13 @@ from deqzoo.tasks.finetuning import FEW, Job, Settings
 from deqzoo.training.arguments import DEQTrainingArguments, check_report_to
 from deqzoo.training.callbacks import Divergence
 from deqzoo.training.checkpoints import differences, latest_checkpoint
+from deqzoo.training.lock import lock
 from deqzoo.training.norms import freeze_batch_norm
-from deqzoo.training.run import lock
 from deqzoo.training.trainer import DEQTrainer
 from deqzoo.zoo import TASKS, read_json, task_of
 
 _EVALUATIONS = 12
+_LOCK = ".lock"
 _PATIENCE = 5
 
 
@@ -98,7 +99,7 @@ def train(
     """
     output = Path(output)
     require_free(output, resume)
-    with lock(output):
+    with lock(output, _LOCK):
         return _train(job, output, settings, resume, progress)
 
 
@@ -198,7 +199,7 @@ def clear(output: Path) -> None:
     if logs.is_dir():
         shutil.move(logs, output / "runs")
     (output / RUN_FILE).unlink(missing_ok=True)
-    (output / "lock").unlink(missing_ok=True)
+    (output / _LOCK).unlink(missing_ok=True)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ from transformers import (
     set_seed,
 )
 
-from deqzoo.errors import UserError, as_user_error
-from deqzoo.files import make_folder, mark_complete, replace_text, replacing, restore
+from deqzoo.errors import UserError, one_line
+from deqzoo.files import mark_complete, replace_text, replacing, restore
 from deqzoo.models.auto import DEQModel
 from deqzoo.models.coarse import has_fast_bfloat16
 from deqzoo.recipe import Recipe, recorded_recipe, seconds_of
@@ -48,6 +46,7 @@ from deqzoo.training.checkpoints import (
     keep_newest,
     latest_checkpoint,
 )
+from deqzoo.training.lock import lock
 from deqzoo.training.optimizers import build_optimizer, build_schedule
 from deqzoo.training.timed import TimedRun
 from deqzoo.training.trainer import RecipeTrainer, knows_start
@@ -93,7 +92,8 @@ def run_recipe(
     """
     out = Path(out)
     end = None if deadline is None else time.monotonic() + deadline
-    with lock(out):
+    # The first process holds the folder for all of a launch.
+    with lock(out) if _is_first_process() else contextlib.nullcontext():
         if _is_first_process():
             _claim(out, recipe, resume, accept_changes)
         last = latest_checkpoint(out / "checkpoints") if resume else None
@@ -160,8 +160,14 @@ def _train_timed(run: TimedRun, out: Path, last: str | None, accept_changes: boo
     if last is not None:
         state = torch.load(Path(last) / "run.pt", weights_only=True)
         run.history.resume(last, state, run_conditions, accept_changes)
-        with as_user_error(f"{last} does not fit the data as they are now", RuntimeError, most=120):
+        try:
             run.load_state_dict(state)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise UserError(
+                f"{last} has weights of other sizes than the data ask for: {one_line(error, 120)}"
+            ) from error
     _cut_metrics(out / "metrics.jsonl", run.count)
     keeper = Keeper(run, out)
 
@@ -259,21 +265,6 @@ def _cut_metrics(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 lines.append(line)
     replace_text(path, "".join(lines))
-
-
-@contextlib.contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Hold the run's folder, so that no second process (of another launch) writes to it."""
-    if not _is_first_process():
-        yield
-        return
-    make_folder(out)
-    with (out / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{out} is being trained by another process") from error
-        yield
 
 
 def _trainer(
@@ -386,7 +377,9 @@ def _claim(out: Path, recipe: Recipe, resume: bool, accept_changes: bool) -> Non
     path = out / "recipe.json"
     if not path.exists():
         for name in ("model", "checkpoints", "snapshots", "metrics.jsonl", "record.json"):
-            if (out / name).exists():
+            path_in_the_way = out / name
+            is_empty = path_in_the_way.is_dir() and not any(path_in_the_way.iterdir())
+            if path_in_the_way.exists() and not is_empty:
                 raise UserError(
                     f"{out / name} is there and of no run of a recipe: it would be replaced; "
                     "choose another --output"

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from deqzoo.errors import UserError
 from deqzoo.recipe import Recipe, Stage
 from deqzoo.tasks.base import Task
+from deqzoo.training.best import BestWeights
 from deqzoo.training.callbacks import SETTLING, append_metrics, copy_buffers, save_snapshot
 from deqzoo.training.clock import TimeBudget
 from deqzoo.training.cost import PENALTY_EVALUATIONS, sample_flops, step_evaluations
@@ -182,6 +183,8 @@ class TimedRun:
         # Another time budget than before takes the place of the stored one.
         if state.get("asked", self.requested_seconds) == self.requested_seconds:
             self.budget.seconds = state["seconds"]  # which a deadline may have shortened
+        elif self.history.best is not None:  # its validations were of another size
+            self.history.best = BestWeights(self.task.metric)
         (self.count, self.epoch, self.position, self.stage_number, self.stage_start) = state[
             "numbers"
         ]
@@ -423,7 +426,10 @@ class TimedRun:
         start = time.monotonic()
         is_last = self.budget.stage is None
         # Evaluations of the map cost about as much here as in training.
-        most_evaluations = EVALUATION_SHARE[is_last] * self.budget.seconds * self.evaluation_rate
+        share = EVALUATION_SHARE[is_last]
+        if self.history.best is not None:  # all validations are of one size then
+            share = max(EVALUATION_SHARE[False], EVALUATION_SHARE[True] / len(self.recipe.stages))
+        most_evaluations = share * self.budget.seconds * self.evaluation_rate
         most_evaluations *= self.task.sample_size(stage)
         steps = self.model.resolve_solver().max_steps
         samples = max(2, min(self.recipe.evaluation.samples, round(most_evaluations / steps)))

@@ -250,8 +250,10 @@ def test_evaluation_equals_perplexity(model, tokenizer, tmp_path, monkeypatch) -
     assert limited["data"]["samples"] == 5 and "--limit 5" in limited["command"]
 
 
-def test_models_of_unknown_corpora(model, tokenizer) -> None:
+def test_models_of_unknown_corpora(model, tokenizer, tmp_path) -> None:
     with pytest.raises(UserError, match="no known corpus"):
         evaluation.corpus_of(tokenizer)
+    (tmp_path / "notes.txt").write_text("the dog")
+    assert evaluation._is_text(tokenizer, tmp_path, "test")
     with pytest.raises(UserError, match="no tokenizer"):
         evaluation.load_tokenizer(model)

@@ -90,11 +90,19 @@ def test_what_is_written_to_a_normalised_weight_arrives(family: str, tmp_path: P
         assert not layer.effective_weight()[0].any() and layer.effective_weight()[1].any()
         nn.init.ones_(layer.weight)
         assert (layer.effective_weight() - 1).abs().max() < 1e-6
+        nn.init.constant_(layer.weight, 1.0)
+        nn.init.normal_(layer.weight, mean=5.0, std=0.1)  # nn.init names its argument
+        assert (layer.effective_weight() - 5).abs().max() < 1
+        layer.weight.copy_(torch.ones_like(expected))
         layer.weight.data += 0.5
         torch.testing.assert_close(layer.effective_weight(), torch.full_like(expected, 1.5))
+    temporary = layer.weight  # of a graph: nothing of it is taken over
+    temporary.mul_(0.5)
+    temporary.sum().backward()
+    expected[-1] = 0  # as structured pruning leaves it
     layer.weight = nn.Parameter(expected.clone())
     before = logits(model, model)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, True, model.state_dict())
     loaded = type(model).from_pretrained(tmp_path)
     assert isinstance(loaded.get_submodule(name), WeightNorm)
     torch.testing.assert_close(logits(loaded, loaded), before)

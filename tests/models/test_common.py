@@ -234,6 +234,6 @@ def test_a_compiled_model_answers_the_same(name: str) -> None:
             with torch.no_grad():
                 compiled(**inputs(plain))
             totals.append(frames["total"])
-        assert totals[0] == totals[1] < 60  # and no new ones, whatever its clock says
+        assert totals[0] == totals[1] < 64  # and no new ones, whatever its clock says
     finally:
         torch._dynamo.reset()

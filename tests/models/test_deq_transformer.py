@@ -755,6 +755,10 @@ def test_a_cache_knows_whose_words_it_holds() -> None:
     cache.crop(-12)
     torch.testing.assert_close(second(ids, cache=cache).logits, second(ids).logits)
     cache.crop(-12)
+    copies = deepcopy(second), deepcopy(cache)
+    for model, past in ((copies[0], cache), (second, copies[1])):  # the same words, all the same
+        model(ids[:, :2], cache=past)
+    cache.crop(-2)
     second.transformer.layers[0].feed_forward.down.bias.add_(0.5)
     torch.testing.assert_close(second(ids, cache=cache).logits, second(ids).logits)
 

@@ -432,6 +432,8 @@ def test_a_column_of_splits_parts_the_rows_of_texts(tmp_path: Path, suffix: str)
         own_text.load_own_text(write(file, ["train", "fold 2"]))
     with pytest.raises(UserError, match="row 1 of .* has None in the column split"):
         own_text.load_own_text(write(file, ["train", None]))
+    parts = ["fold 1", "fold 2"]  # may be the texts, if somebody says so
+    assert own_text.load_own_text(write(file, parts), column="split").lines == parts
     write(file, ["fold 1", "test"], "kind")
     assert len(own_text.load_own_text(file).lines) == 4
     file.unlink()
@@ -444,7 +446,7 @@ def test_a_column_of_splits_parts_the_rows_of_texts(tmp_path: Path, suffix: str)
         own_text.load_own_text(tmp_path)
 
 
-def test_parquet_files_that_no_split_takes_are_refused(tmp_path: Path) -> None:
+def test_parquet_files_that_no_split_takes_are_refused(tmp_path: Path, caplog) -> None:
     folder = write_folder(tmp_path / "things", count=2)
     cells = [{"bytes": file.read_bytes(), "path": None} for file in sorted(folder.rglob("*.png"))]
     table = pa.table({"image": cells, "label": [i // 2 for i in range(6)]})
@@ -457,6 +459,9 @@ def test_parquet_files_that_no_split_takes_are_refused(tmp_path: Path) -> None:
         return {split: len(p) for split, p in own_pictures.load_own_pictures(data).items()}
 
     assert loaded("train-00000-of-00001.parquet", "test.parquet") == {"train": 6, "test": 6}
+    known = ("train-00000-of-00001.parquet", "extra-00000-of-00001.parquet", "._train.parquet")
+    assert loaded(*known) == {"train": 6}  # a split of another name, and what macOS leaves
+    assert "of other splits are passed over" in caplog.text
     for names in (("train.parquet", "train_more.parquet"), ("test.parquet", "more.parquet")):
         with pytest.raises(UserError, match="more.parquet is named by no split, as others are"):
             loaded(*names)
@@ -467,13 +472,14 @@ def test_metadata_that_would_not_be_read_is_said(tmp_path: Path, caplog) -> None
     (folder.parent / "metadata.csv").write_text("file_name,label\ntrain/blue thing/0.png,x\n")
     with pytest.raises(UserError, match="metadata.csv lies beside folders of splits"):
         own_pictures.load_own_pictures(folder.parent)
-    (folder.parent / "metadata.csv").unlink()
+    (folder.parent / "metadata.csv").rename(folder.parent / "metadata.json")
+    assert len(own_pictures.load_own_pictures(folder.parent)["train"]) == 18  # another's file
     (folder / "blue thing" / "metadata.csv").write_text("file_name,label\n0.png,x\n1.png,y\n")
     assert len(own_pictures.load_own_pictures(folder)["train"]) == 2
     assert "16 picture(s)" in caplog.text and "stand in no metadata file" in caplog.text
 
 
-def test_all_pictures_of_stored_splits_can_be_measured(tmp_path: Path) -> None:
+def test_all_pictures_of_stored_splits_can_be_measured(tmp_path: Path, caplog) -> None:
     write_folder(tmp_path / "things" / "train")
     write_folder(tmp_path / "things" / "test", count=2)
     pictures = own_pictures.pictures_of_split(tmp_path / "things", "all", [*COLOURS], None)
@@ -481,7 +487,10 @@ def test_all_pictures_of_stored_splits_can_be_measured(tmp_path: Path) -> None:
     assert pictures.picture(23).size == (56, 48)
     shutil.move(tmp_path / "things" / "test", tmp_path / "only" / "validation")
     only = own_pictures.pictures_of_split(tmp_path / "only", "validation", [*COLOURS], None)
-    assert len(only) == 6
+    assert len(only) == 6 and not caplog.records
+    record = {"train": only.digests()[:4]}
+    own_pictures.pictures_of_split(tmp_path / "only", "validation", [*COLOURS], record)
+    assert "4 picture(s) of the validation split were learnt" in caplog.text
 
 
 def test_what_is_in_the_way_of_a_run_stays(tmp_path: Path, capsys) -> None:

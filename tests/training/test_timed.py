@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,24 @@ def test_files_of_others_stay_where_they_are(pictures, tmp_path) -> None:
         with pytest.raises(UserError, match="of no run of a recipe: it would be replaced"):
             run_recipe(make_recipe(), None, out, progress=False)
         assert (out / name).read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch) -> None:
+    from deqzoo.training import lock
+
+    with lock.lock(tmp_path), pytest.raises(UserError, match="by another process"):
+        with lock.lock(tmp_path):
+            pass
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with lock.lock(tmp_path):
+        pass
+    monkeypatch.setattr(lock, "fcntl", None)
+    with lock.lock(tmp_path, ".other"):
+        assert (tmp_path / ".other").is_file()
 
 
 def test_a_rank_that_was_left_behind_is_no_launch(monkeypatch) -> None:

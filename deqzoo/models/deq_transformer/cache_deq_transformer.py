@@ -5,6 +5,8 @@ What later tokens read of it are one key and one value per head; these are store
 final state, and used unchanged by every later solve.
 """
 
+import weakref
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -174,7 +176,7 @@ class DEQTransformerCache(Cache):
         super().__init__(layers=[EquilibriumCacheLayer(window)])
         self.bound: Any = None  # effective weights and position keys of the model that fills it
         self.bound_versions: Any = None  # of the weights that these were computed from
-        self.owner: int | None = None  # which model's tokens it holds
+        self.owner: weakref.ref[Any] | None = None  # the model whose tokens it holds
         self.last_state: Tensor | None = None  # (B, 1, d) of the newest token, for warm starts
 
     @property
@@ -189,9 +191,17 @@ class DEQTransformerCache(Cache):
         Raises:
             UserError: it holds those of another model, whose keys and values are not this one's.
         """
-        if self.owner not in (None, id(model)) and self.layer.n_tokens:
-            raise UserError("this cache holds the tokens of another model; make a new one")
-        self.owner = id(model)
+        owner = None if self.owner is None else self.owner()
+        if owner is not None and owner is not model and self.layer.n_tokens:
+            pairs = zip_longest(owner.layers.parameters(), model.layers.parameters())
+            if not all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs):
+                raise UserError("this cache holds the tokens of another model; make a new one")
+        if owner is not model:
+            self.owner = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, which know no model."""
+        return {**self.__dict__, "owner": None}
 
     @torch.no_grad()
     def remember(self, f: EquilibriumMap, states: Tensor, valid: Tensor | None) -> None:

@@ -39,7 +39,8 @@ class SparseMatrix:
     def __init__(self, index: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
         if values.requires_grad and torch.is_grad_enabled():
             # The backward pass of torch's coalesce() has no derivative.
-            places, inverse = (index[0] * shape[1] + index[1]).unique(return_inverse=True)
+            row, column = index.long()
+            places, inverse = (row * shape[1] + column).unique(return_inverse=True)
             self.index = torch.stack([places // shape[1], places % shape[1]])
             self.values = values.new_zeros(len(places)).index_add(0, inverse, values)
         else:
@@ -298,10 +299,11 @@ class Adjacency(SparseMatrix):
 
     @property
     def spectral_radius(self) -> float:
-        """Largest eigenvalue modulus of A, from above; measured once and kept.
+        """Largest eigenvalue modulus of A; measured once and kept.
 
-        Exact up to rounding for few nodes and for symmetric matrices; for larger directed graphs
-        an upper bound (Collatz and Wielandt), so that a weight bound made of it stays safe.
+        Exact up to rounding for few nodes. For larger symmetric matrices that of 80 Lanczos steps,
+        from below: 1.5e-4 too small for 200 separate paths, the worst case tried. For larger
+        directed graphs an upper bound (Collatz and Wielandt).
         """
         if self._spectral_radius is None:
             with torch.no_grad():
@@ -366,7 +368,7 @@ def _spectral_radius(adjacency: Adjacency) -> float:
 
 
 def _lanczos(matrix: SparseMatrix) -> float:
-    """Largest eigenvalue of a symmetric matrix, with full reorthogonalisation."""
+    """Largest eigenvalue of a symmetric matrix, from below, with full reorthogonalisation."""
     n = matrix.shape[0]
     generator = torch.Generator().manual_seed(0)
     vector = torch.rand(n, 1, dtype=torch.float64, generator=generator) + 0.1
