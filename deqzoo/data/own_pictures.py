@@ -451,7 +451,8 @@ def _cells_by_split(
             raise other_splits(path, split)
         tables |= split_tables
     if path.is_dir() and not any(path.rglob("*.parquet")):
-        n_pictures = sum(file.suffix.lower() in _picture_suffixes() for file in visible_files(path))
+        suffixes = _picture_suffixes()
+        n_pictures = sum(file.suffix.lower() in suffixes for file in visible_files(path))
         n_rows = sum(len(cells) for cells, _, _ in tables.values())
         if n_rows < n_pictures:
             warn_once(
@@ -703,9 +704,8 @@ def pictures_of_split(
     """
     column = (record or {}).get("label_column")
     parts = load_own_pictures(path, classes, (column, *_LABELS) if column else None)
-    if len(parts) == 1:
-        ((name, whole),) = parts.items()
-    if len(parts) == 1 and not name == split != "train":  # else a folder of this split alone
+    if len(parts) == 1 and (split == "train" or split not in parts):
+        (whole,) = parts.values()
         return whole.part(unseen(whole.digests(), record or {}, split), split)
     if split == "all":
         first = next(iter(parts.values()))

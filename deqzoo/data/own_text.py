@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ from deqzoo.models.deq_transformer.tokenization_deq_transformer import prepare_t
 
 _SHARD = re.compile(r"([A-Za-z]+)-\d+(?:-of-\d+)?(?:-[0-9a-f]{8,})?")
 """The stem of a split's file as the Hub names it."""
+_SKETCH_SIZE, _NOTABLE_SHARE = 4096, 0.05
+"""Digests of learnt lines that a record keeps, and the share of lines from which on it is said that
+a text holds them."""
 _ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog")
 """Stems of files that tell of the others in a folder, in any case of letters."""
 
@@ -105,6 +108,7 @@ class OwnText:
             "lines": len(training),
             "validation": n_validation,  # lines behind the training lines
             "train": text_digest(training),
+            "sketch": _sketch(training),
             **({"stored": digests} if digests else {}),
             **({"column": self.column} if self.column else {}),
         }
@@ -342,9 +346,35 @@ def lines_of_split(text: OwnText, split: str, record: dict[str, Any] | None) -> 
                 f"{text.name} has changed since the model was trained on it, or is another text of "
                 "that name: lines that it learnt may be among those that are measured"
             )
+        elif (share := _learnt_share(text.lines, record)) > _NOTABLE_SHARE:
+            warn_once(
+                f"about {share:.0%} of the lines of {text.name} were learnt, from a text of "
+                "another name: its figure flatters"
+            )
         # A model without a record may have learnt what is stored to train on.
         rest = [] if record is None and text.stored else text.lines
     return rest or text.stored.get("validation", [])
+
+
+def _sketch(lines: Iterable[str]) -> list[str]:
+    """The smallest digests of distinct lines, a sample that another text can be held against."""
+    return sorted({_line_digest(line) for line in lines if line.strip()})[:_SKETCH_SIZE]
+
+
+def _learnt_share(lines: Iterable[str], record: dict[str, Any] | None) -> float:
+    """About how many of some lines a model has learnt, by the sketch in its record; else 0."""
+    learnt = (record or {}).get("sketch") or []
+    if not learnt:
+        return 0.0
+    is_sample = len(learnt) == _SKETCH_SIZE
+    digests = [_line_digest(line) for line in lines if line.strip()]
+    sample = [digest for digest in digests if not is_sample or digest <= learnt[-1]]
+    known = {*learnt}
+    return sum(digest in known for digest in sample) / max(len(sample), 1)
+
+
+def _line_digest(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()[:10]
 
 
 def text_digest(lines: Sequence[str]) -> str:

@@ -884,6 +884,24 @@ def test_a_text_that_has_changed_is_said(tmp_path: Path, caplog) -> None:
     assert len(own_text.lines_of_split(text, "test", record)) == 61
     (said,) = (record.getMessage() for record in caplog.records)
     assert said.startswith("notes has changed since the model was trained on it")
+    caplog.clear()
+    other = tmp_path / "other.txt"  # the same by another name
+    other.write_text("\n".join(["before", *lines]))
+    own_text.lines_of_split(own_text.load_own_text(other), "test", record)
+    assert f"about {len(training) / 61:.0%} of the lines of other were learnt" in caplog.text
+    caplog.clear()
+    other.write_text("\n".join(f"new {i}" for i in range(60)))
+    own_text.lines_of_split(own_text.load_own_text(other), "test", record)
+    assert not caplog.records
+
+
+def test_a_sketch_of_many_lines_is_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_text, "_SKETCH_SIZE", 500)
+    record = {"sketch": own_text._sketch(f"line {i}" for i in range(20_000))}
+    assert len(record["sketch"]) == 500
+    mixed = [f"line {i}" for i in range(6_000)] + [f"new {i}" for i in range(14_000)]
+    assert own_text._learnt_share(mixed, record) == pytest.approx(0.3, abs=0.07)
+    assert own_text._learnt_share(mixed, {}) == own_text._learnt_share(mixed, None) == 0
 
 
 def test_what_texts_do_not_store_is_drawn(tmp_path: Path) -> None:

@@ -484,9 +484,8 @@ def classification_loss(
             )
         labels = labels.to(logits)
         if mask is not None:
-            labels = labels.masked_fill(
-                ~mask.unsqueeze(1), 0
-            )  # nothing of theirs may reach a gradient
+            # NaN, the mark of nodes without labels, would reach the gradient.
+            labels = labels.masked_fill(~mask.unsqueeze(1), 0)
         if labels.device.type == "cpu" and not bool(((labels >= 0) & (labels <= 1)).all()):
             raise UserError(
                 "labels of a multi-label model must lie in [0, 1]; leave rows without labels out "
