@@ -93,9 +93,9 @@ def gradient_rows() -> Iterable[list[str]]:
         ]
 
 
-def equal_compute_rows() -> Iterable[list[str]]:
-    """Short runs of equal FLOPs, and paired differences to the implicit gradient."""
-    for gradient, runs, against in by_gradient("equal_compute", " seed ", "implicit tol 1e-3"):
+def short_rows(study: str) -> Iterable[list[str]]:
+    """Short runs, and paired differences to the implicit gradient."""
+    for gradient, runs, against in by_gradient(study, " seed ", "implicit tol 1e-3"):
         yield [
             gradient,
             str(len(runs)),
@@ -148,13 +148,14 @@ def graph_rows() -> Iterable[list[str]]:
             ]
 
 
-def tuned_mutag() -> dict[str, str]:
-    """MUTAG with settings of its own: ten folds, and how far they are from the regression."""
-    folds = list(json.loads((HERE / "ignn/mutag/results.json").read_text())["folds"].values())
-    baselines = json.loads((HERE / "ignn" / "baselines.json").read_text())["graphs"]
+def tuned(name: str) -> dict[str, str]:
+    """A graph set with settings of its own: ten folds, and how far the regression is from them."""
+    file = HERE / "ignn" / name / "results.json"
+    folds = list(json.loads(file.read_text())["folds"].values())
+    baseline = json.loads((HERE / "ignn" / "baselines.json").read_text())["graphs"][name.upper()]
     return {
-        "mutag": mean_interval([f["test_accuracy"] for f in folds]),
-        "mutag_above": mean_interval(above_regression(folds, baselines["MUTAG"]["folds"])),
+        name: mean_interval([f["test_accuracy"] for f in folds]),
+        f"{name}_above": mean_interval(above_regression(folds, baseline["folds"])),
     }
 
 
@@ -193,20 +194,36 @@ def theorem_rows() -> Iterable[list[str]]:
         ]
 
 
-def fidelity_seeds() -> dict[str, set[str]]:
-    """Seeds that have each snapshot of the study of fidelity along training."""
-    by_step: dict[str, set[str]] = {}
-    for key in cells("fidelity_seeds"):
-        seed, _, step = key.partition(": ")
-        by_step.setdefault(step, set()).add(seed)
-    return by_step
+def fidelity(study: str) -> str:
+    """Cosines by spectral radius, the second of the three tables of a study of fidelity."""
+    text = (HERE / "studies" / f"{study}_table.md").read_text(encoding="utf-8")
+    return text.split("\n\n")[1]
 
 
-def fall(setting: str) -> str:
-    """How far a setting's mean cosine falls where the radius passes one, from the table."""
-    text = (HERE / "studies" / "fidelity_seeds_table.md").read_text(encoding="utf-8")
-    (row,) = (line for line in text.splitlines() if line.startswith(f"| {setting} |"))
-    return row.split(" | ")[-1].removesuffix(" |")
+def explicit() -> dict[str, str]:
+    """An explicit network of equal cost, and the release of the tiny MDEQ that it is beside."""
+    (cell,) = cells("explicit").values()
+    folder = HERE / "studies" / "explicit_reference"
+    record, test = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("training", "cifar10-test")
+    )
+    shares = {
+        "explicit": (cell["accuracy"], cell["test_pictures"]),
+        "explicit_mdeq": (test["results"]["accuracy"], test["data"]["pictures"]),
+    }
+    places = {}
+    for name, (share, n) in shares.items():
+        low, high = wilson(share, n)
+        places[name] = f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    return {
+        **places,
+        "explicit_gflop": f"{cell['flops_per_picture'] / 1e9:.2f}",
+        "explicit_pflop": f"{record['pflop']:.2f}",
+        "explicit_parameters": f"{cell['parameters'] / 1e6:.1f}M",
+        "explicit_mdeq_parameters": f"{test['model']['parameters'] / 1e6:.2f}M",
+        "explicit_epochs": f"{cell['epochs']:.1f}",
+        "explicit_mdeq_epochs": f"{record['epochs']:.0f}",
+    }
 
 
 def anytime() -> dict[str, str]:
@@ -258,18 +275,22 @@ def fill() -> str:
              "PFLOP"],
             gradient_rows(),
         ),
-        "equal_compute": markdown_table(
-            ["gradient", "seeds", "validation accuracy, %", "against implicit, same seed", "epochs",
-             "TFLOP"],
-            equal_compute_rows(),
-        ),
+        **{
+            study: markdown_table(
+                ["gradient", "seeds", "validation accuracy, %", "against implicit, same seed",
+                 "epochs", "TFLOP"],
+                short_rows(study),
+            )
+            for study in ("equal_epochs", "equal_compute")
+        },
         "graphs": markdown_table(
             ["data", "gradient", "epoch by validation", "above the regression, same folds",
              "last epoch", "gain of the best test epoch", "published protocol",
              "most frequent class", "logistic regression"],
             graph_rows(),
         ),
-        **tuned_mutag(),
+        **tuned("mutag"),
+        **tuned("nci1"),
         "theorem": markdown_table(
             ["setting", "condition refuted", "cosine of NPG: least, median",
              "cosine of UPG: least, median"],
@@ -277,13 +298,13 @@ def fill() -> str:
         ),
         "theorem_models": str(len(cells("theorem1"))),
         "withdrawn": str(len(cells("theorem1").keys() - set(list_models()))),
-        "fall_plain": fall("k=5 λ=1"),
-        "fall_damped": fall("k=5 λ=0.5"),
-        "fall_one": fall("k=1 λ=1"),
-        "seeds": str(min(len(done) for done in fidelity_seeds().values())),
+        "fidelity_text": fidelity("fidelity_seeds"),
+        "fidelity_pictures": fidelity("fidelity_pictures"),
+        **explicit(),
         "slowest": f"{min(broyden):.1f}",
         "fastest": f"{max(broyden):.1f}",
-        "jfb": f"{max(v for n, v in studies.items() if 'Broyden' in n) / studies['JFB']:.1f}",
+        "jfb_slowest": f"{npg / studies['JFB'] * min(broyden):.1f}",
+        "jfb_fastest": f"{npg / studies['JFB'] * max(broyden):.1f}",
         "worst_error": f"{worst['error']:g}",
         "worst_excess": f"{worst['means'][-1] - exact['means'][-1]:.3f}",
         "mild_error": f"{mild['error']:g}",

@@ -1,20 +1,24 @@
 """Fidelity along training over seeds: phantom gradients against the spectral radius.
 
-    python benchmarks/studies/fidelity_seeds.py --data PTB [--runs runs/fidelity]
+    python benchmarks/studies/fidelity_seeds.py --data PTB
+    python benchmarks/studies/fidelity_seeds.py --model pictures --data CIFAR
 
-A small DEQ-Transformer is trained on Penn Treebank for 500 steps with each of three seeds, without
-a Jacobian penalty. At nine snapshots the gradients of three settings are held against the exact one
-(a forward solve to 1e-6, an adjoint to 1e-7) on sixteen batches of four segments, the same ones
-throughout, over the parameters behind the equilibrium; batches on which one of the two solves ends
-above 1e-4 are left out. The spectral radius is by 300 power iterations. Intervals are of 95 %, from
-resampling the seeds that are done, and batches within them. About six minutes of one core;
-resumable snapshot by snapshot.
+A small model is trained with each of three seeds so that its spectral radius passes one: a
+DEQ-Transformer on Penn Treebank for 500 steps without a Jacobian penalty, or the tiny MDEQ on
+CIFAR-10 at 16 × 16 pixels, for a fifth of its steps with a penalty (a fresh one has no equilibrium
+that the solver finds) and without one from there on. At nine snapshots the gradients of three
+settings are held against the exact one (a forward solve to 1e-6, an adjoint to 1e-7) on sixteen
+batches of four segments or pictures, the same ones throughout, over the parameters behind the
+equilibrium; batches on which one of the two solves ends above 1e-4 are left out. The spectral
+radius is by 300 power iterations. Intervals are of 95 %, by Student's t over the means of the
+seeds: the batches of a seed are of one training. About six minutes of one core for text, an hour
+for pictures; resumable snapshot by snapshot.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +26,7 @@ from typing import Any
 
 import torch
 from cells import Cells, markdown_table, write_text
+from intervals import half_interval
 from training_precision import snapshot
 
 from deqzoo.evaluation.chart import line_chart
@@ -34,11 +39,12 @@ from deqzoo.zoo import read_json
 SEEDS = (0, 1, 2)
 SETTINGS = {"k=1 λ=1": (1, 1.0), "k=5 λ=1": (5, 1.0), "k=5 λ=0.5": (5, 0.5)}
 BATCHES, SIZE = 16, 4
-RESAMPLES = 2000
+RADII = (0.0, 1.0, 1.5, 2.0, 3.0)
+"""Where the bins of spectral radii begin."""
 EXACT = 1e-4
 """Largest relative residual of the two solves up to which a gradient counts as exact."""
 TRAINING = {"name": "upg", "steps": 3, "damping": 0.5}
-RECIPE = {
+TEXT = {
     "name": "fidelity",
     "task": "language-modeling",
     "data": {"name": "ptb"},
@@ -65,11 +71,46 @@ RECIPE = {
         "solver": {"name": "anderson", "max_steps": 6, "tol": 1e-3},
     }],
 }  # fmt: skip
+STAGE = {
+    "resolution": 16,
+    "gradient": {"name": "upg", "steps": 2, "damping": 0.9},
+    "solver": {"name": "anderson", "max_steps": 6, "tol": 1e-3},
+}
+PICTURES = {
+    "name": "fidelity-pictures",
+    "task": "image-classification",
+    "data": {"name": "cifar10"},
+    "model": {
+        "family": "mdeq",
+        "preset": "mdeq-phantom-cifar-small",
+        "overrides": {
+            "image_size": 16, "dropout": 0.0, "gradient": STAGE["gradient"],
+            "solver": {"name": "anderson", "max_steps": 60, "tol": 1e-3},
+        },
+    },
+    "batch_size": 128,
+    "optimizer": {"name": "muon", "lr": 0.02, "other_lr": 0.004, "weight_decay": 0.01},
+    "schedule": {"name": "constant", "warmup": 0.05},
+    "average": 0.0,
+    "label_smoothing": 0.1,
+    "augment": {"crop": 4, "flip": "alternating"},
+    "whiten": True,
+    "evaluation": {"per_epoch": 1, "samples": 500, "snapshots": 9},
+    "stages": [
+        {"epochs": 0.4, "jacobian": {"weight": 1.0, "every": 8}, **STAGE},
+        {"epochs": 1.6, **STAGE},
+    ],
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "text": ("fidelity_seeds", TEXT),
+    "pictures": ("fidelity_pictures", PICTURES),
+}
+"""Name of a study's files, and how its models are trained."""
 
 
-def trained(seed: int, runs: Path, data: Path) -> Path:
+def trained(settings: dict[str, Any], seed: int, runs: Path, data: Path) -> Path:
     """The folder of a seed's finished run, which is trained or resumed where it is not there."""
-    recipe = with_seed(from_plain(Recipe, RECIPE, ""), seed)
+    recipe = with_seed(from_plain(Recipe, settings, ""), seed)
     folder = runs / recipe.name
     record = folder / "record.json"
     if not record.is_file() or not read_json(record)["finished"]:
@@ -83,7 +124,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def measure(run: Path, step: int, data: Path) -> dict[str, Any]:
-    """Per batch: the largest and median radius of its segments, and the cosine of each setting."""
+    """Per batch: the largest and median radius of its samples, and the cosine of each setting."""
     model = snapshot(run, step)
     whole, _ = make_batch(model, data, size=BATCHES * SIZE)
     found: dict[str, Any] = {"radius": [], "radius_max": [], "residual": [], "cosine": {}}
@@ -97,38 +138,6 @@ def measure(run: Path, step: int, data: Path) -> dict[str, Any]:
             row = fidelity.neumann(k, damping)
             found["cosine"].setdefault(name, []).append(row.cosine[EQUILIBRIUM])
     return found
-
-
-def interval(
-    by_seed: Sequence[Sequence[Any]], statistic: Callable[[list[Any]], float], seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of a statistic by resampling seeds, and batches within each seed drawn.
-
-    Args:
-        by_seed: values of the batches of every seed.
-        statistic: of the values of all batches; NaN leaves a draw out.
-        seed: of the draws.
-    """
-    draw = random.Random(seed)
-    values = []
-    for _ in range(RESAMPLES):
-        chosen = draw.choices(by_seed, k=len(by_seed))
-        value = statistic(
-            [one for batches in chosen for one in draw.choices(batches, k=len(batches))]
-        )
-        if value == value:
-            values.append(value)
-    values.sort()
-    return values[int(0.025 * len(values))], values[int(0.975 * len(values)) - 1]
-
-
-def fall(pairs: list[tuple[float, float]]) -> float:
-    """Mean cosine of batches with a radius below one, less that of the others; NaN without both."""
-    below = [cosine for radius, cosine in pairs if radius < 1]
-    above = [cosine for radius, cosine in pairs if radius >= 1]
-    if not below or not above:
-        return float("nan")
-    return statistics.mean(below) - statistics.mean(above)
 
 
 def grouped(cells: dict[str, dict[str, Any]]) -> dict[int, dict[int, dict[str, Any]]]:
@@ -146,48 +155,67 @@ def grouped(cells: dict[str, dict[str, Any]]) -> dict[int, dict[int, dict[str, A
 
 
 def report(cells: dict[str, dict[str, Any]]) -> str:
-    """Radius and cosines along training, then what happens as the radius passes one."""
-    steps, rows = grouped(cells), []
+    """Radius and cosines along training, by radius, and below one less above."""
+    steps = grouped(cells)
+    rows = []
     for step, seeds in steps.items():
         radii = [cell["radius"] for cell in seeds.values()]
         row = [str(step), str(len(seeds)), str(sum(len(one) for one in radii)), words(radii)]
         row += [words([cell["cosine"][name] for cell in seeds.values()]) for name in SETTINGS]
         rows.append(row)
-    head = [
-        "step",
-        "seeds",
-        "batches",
-        "spectral radius",
-        *(f"cosine, {name}" for name in SETTINGS),
-    ]
-    trained_steps = [step for step in steps if step > 0]
-    falls = []
-    for name in SETTINGS:
-        pairs = [
-            [
-                pair
-                for step in trained_steps
-                for cell in (steps[step].get(seed),)
-                if cell is not None
-                for pair in zip(cell["radius"], cell["cosine"][name], strict=True)
-            ]
-            for seed in SEEDS
+    columns = [f"cosine, {name}" for name in SETTINGS]
+    by_step = markdown_table(["step", "seeds", "batches", "spectral radius", *columns], rows)
+    pairs = {name: pairs_of(steps, name) for name in SETTINGS}
+    rows = []
+    for low, high in zip(RADII, (*RADII[1:], math.inf), strict=True):
+        row = [f"{low:g} to {high:g}" if high < math.inf else f"from {low:g}"]
+        for by_seed in pairs.values():
+            inside = [[c for radius, c in one if low <= radius < high] for one in by_seed]
+            inside = [one for one in inside if one]
+            if len(row) == 1:
+                row += [str(len(inside)), str(sum(len(one) for one in inside))]
+            row.append(words(inside) if inside else "")
+        if row[1] != "0":
+            rows.append(row)
+    by_radius = markdown_table(["spectral radius", "seeds", "batches", *columns], rows)
+    rows = []
+    for name, by_seed in pairs.items():
+        falls = [value for one in by_seed if (value := fall(one)) is not None]
+        rows.append([name, str(len(falls)), words([[value] for value in falls]) if falls else ""])
+    head = ["setting", "seeds with both", "mean cosine below one less above"]
+    return "\n".join([by_step, by_radius, markdown_table(head, rows)])
+
+
+def pairs_of(
+    steps: dict[int, dict[int, dict[str, Any]]], setting: str
+) -> list[list[tuple[float, float]]]:
+    """Radius and cosine of every batch after initialisation, for each seed that has some."""
+    by_seed = [
+        [
+            pair
+            for step, seeds in steps.items()
+            if step > 0 and seed in seeds
+            for pair in zip(seeds[seed]["radius"], seeds[seed]["cosine"][setting], strict=True)
         ]
-        pairs = [one for one in pairs if one]
-        together = [pair for one in pairs for pair in one]
-        low, high = interval(pairs, fall)
-        below = sum(radius < 1 for radius, _ in together)
-        count = [str(below), str(len(together) - below)]
-        falls.append([name, *count, f"{fall(together):.3f} ({low:.3f} to {high:.3f})"])
-    second = ["setting", "batches below one", "from one on", "mean cosine below less above"]
-    return markdown_table(head, rows) + "\n" + markdown_table(second, falls)
+        for seed in SEEDS
+    ]
+    return [one for one in by_seed if one]
+
+
+def fall(pairs: list[tuple[float, float]]) -> float | None:
+    """Mean cosine of batches with a radius below one, less that of others, if there are both."""
+    below = [cosine for radius, cosine in pairs if radius < 1]
+    above = [cosine for radius, cosine in pairs if radius >= 1]
+    if not below or not above:
+        return None
+    return statistics.mean(below) - statistics.mean(above)
 
 
 def words(by_seed: Sequence[Sequence[float]]) -> str:
-    """Mean over seeds and batches, with its interval."""
-    low, high = interval(by_seed, statistics.fmean)
-    mean = statistics.fmean([value for one in by_seed for value in one])
-    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
+    """Mean of the seeds' means, with half of its 95 % interval where there are several."""
+    means = [statistics.fmean(one) for one in by_seed]
+    text = f"{statistics.fmean(means):.3f}"
+    return f"{text} ± {half_interval(means):.3f}" if len(means) > 1 else text
 
 
 def draw(cells: dict[str, dict[str, Any]]) -> str:
@@ -214,19 +242,21 @@ def draw(cells: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="Penn Treebank")
+    parser.add_argument("--data", type=Path, required=True, help="Penn Treebank or CIFAR-10")
+    parser.add_argument("--model", choices=MODELS, default="text")
     parser.add_argument("--runs", type=Path, default=Path("runs/fidelity"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cells, missing = Cells("fidelity_seeds"), []
+    name, settings = MODELS[arguments.model]
+    cells, missing = Cells(name), []
     for seed in SEEDS:
-        run = trained(seed, arguments.runs, arguments.data)
+        run = trained(settings, seed, arguments.runs, arguments.data)
         missing += cells.fill(
             [f"seed {seed}: step {step}" for step in steps_of(run)],
             lambda key, run=run: measure(run, int(key.split()[-1]), arguments.data),
         )
-        write_text("fidelity_seeds_table.md", report(cells.done))
-        write_text("fidelity_seeds.svg", draw(cells.done))
+        write_text(f"{name}_table.md", report(cells.done))
+        write_text(f"{name}.svg", draw(cells.done))
     print(report(cells.done))
     print("missing:", ", ".join(missing) or "nothing")
 

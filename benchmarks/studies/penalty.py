@@ -87,7 +87,8 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
     rows = [
         [name, f"{cell['exact']:.3g}", size,
          *(f"{row[d][k]:.3f}" for d in ("float32", "bfloat16") for k in ("ratio", "cosine"))]
-        for name, cell in cells.items()
+        for name in MODELS
+        if (cell := cells.get(name)) is not None
         for size, row in cell["sizes"].items()
     ]  # fmt: skip
     head = ["checkpoint", "exact penalty", "ε", "ratio, float32", "cosine, float32",
@@ -104,10 +105,9 @@ def main() -> None:
     missing = cells.fill(
         MODELS, lambda name: measure(name, root), lambda name: weights_digest(resolve_bundled(name))
     )
-    ordered = {name: cells.done[name] for name in MODELS if name in cells.done}
-    print(report(ordered))
+    print(report(cells.done))
     print("missing:", ", ".join(missing) or "nothing")
-    write_text("penalty_table.md", report(ordered))
+    write_text("penalty_table.md", report(cells.done))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def _pictures(
         description = f"{len(rows)} pictures of the {split} split"
         return {"pixel_values": pixels, "labels": pictures.labels[rows]}, description
     labels = torch.randint(model.config.num_labels, (size,), generator=generator)
-    n_channels = model.config.num_channels
+    n_channels = getattr(model.config, "num_channels", 3)
     crops = _example_crops(model, size, generator) if n_channels == 3 else None
     if crops is not None:
         return (

@@ -101,9 +101,9 @@ def golden_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     config = model.config
     if model.main_input_name == "pixel_values":
         rows = torch.linspace(-1, 1, config.image_size)
+        n_channels = getattr(config, "num_channels", 3)
         waves = [
-            torch.sin((3 + c) * rows[:, None] + (2 + c) * rows[None, :])
-            for c in range(config.num_channels)
+            torch.sin((3 + c) * rows[:, None] + (2 + c) * rows[None, :]) for c in range(n_channels)
         ]
         return {"pixel_values": torch.stack(waves)[None]}  # (1, C, H, W)
     if model.main_input_name == "input_ids":

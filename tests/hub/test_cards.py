@@ -74,7 +74,7 @@ def test_card_quotes_the_evaluation_file(checkout: Path) -> None:
     assert f"{evaluation['results']['expected_calibration_error']:.4g}" in text
     assert "deqzoo evaluate mdeq-test --split test" in text
     assert "geng2021training" in text and "bai2020multiscale" in text
-    assert "were never used to choose anything" in text
+    assert "the 10,000 test pictures chose no weights" in text
 
 
 def test_test_results_stand_beside_published_ones(checkout: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -296,6 +297,16 @@ def test_the_best_weights_are_those_of_the_first_best_validation():
         assert found.config.decision_threshold == 0.1 and model.config.decision_threshold == 0.2
 
 
+def test_figures_that_are_not_finite_are_never_the_best():
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace()
+    for metric in ("perplexity", "accuracy"):
+        best = BestWeights(metric)
+        for step, value in enumerate((math.nan, 0.5, math.nan, math.inf)):
+            best.see(model, {metric: value}, step)
+        assert best.describe() == {"step": 1, metric: 0.5}
+
+
 def test_ties_go_to_the_likelier_answers():
     model = torch.nn.Linear(1, 1)
     model.config = SimpleNamespace()
@@ -474,7 +485,7 @@ def test_recipes_of_version_0_1_are_told_what_to_write(text, tmp_path):
 
 def test_bundled_recipes_of_graphs():
     recipes = {path.stem: load_recipe(path) for path in RECIPES.glob("ignn-*.yaml")}
-    assert len(recipes) == 11 and all(name == r.name for name, r in recipes.items())
+    assert len(recipes) == 12 and all(name == r.name for name, r in recipes.items())
     for recipe in recipes.values():
         config = build_config(IGNNConfig, recipe.model, num_features=3)
         assert config.gradient["name"] in recipe.name
@@ -483,8 +494,10 @@ def test_bundled_recipes_of_graphs():
     settings = kept["COX2-upg-5-0.5-honest-0"]["settings"]
     assert table.settings_of(recipes["ignn-cox2-upg"]) == settings
     assert table.settings_of(recipes["ignn-proteins-upg"]) == settings
-    tuned = json.loads((results / "mutag" / "results.json").read_text())["folds"].values()
-    assert all(table.settings_of(recipes["ignn-mutag-upg"]) == f["settings"] for f in tuned)
+    for name in ("mutag", "nci1"):
+        tuned = json.loads((results / name / "results.json").read_text())["folds"].values()
+        settings = table.settings_of(recipes[f"ignn-{name}-upg"])
+        assert all(settings == fold["settings"] for fold in tuned)
 
 
 def test_copies_of_a_graph_are_held_out_together(tmp_path):
