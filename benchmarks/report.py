@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.cells import markdown_table
-from studies.intervals import by_seed, differences, half_interval
+from studies.intervals import by_seed, differences, half_interval, spread
 
 from deqzoo.hub.card_texts import DATA_TEXTS
 from deqzoo.hub.catalogue import Entry, below_baseline, entries, main_value
@@ -40,8 +40,8 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def mean_interval(values: list[float]) -> str:
     """Mean, standard deviation (ddof 1) and half of the 95 % interval of the mean, in %."""
-    deviation, half = statistics.stdev(values), half_interval(values)
-    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f} (mean ± {100 * half:.1f})"
+    percent = [100 * value for value in values]
+    return f"{spread(percent)} (mean ± {half_interval(percent):.1f})"
 
 
 def checkpoint_rows() -> Iterable[list[str]]:
