@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from deqzoo.errors import UserError, as_user_error
@@ -80,6 +80,26 @@ def require_writable(path: Path) -> None:
         raise UserError(
             f"cannot write {path}: {existing_parent} is no folder that can be written to"
         )
+
+
+def require_unclaimed(folder: Path, names: Sequence[str], what: str) -> None:
+    """Check that a run replaces no files of others where it writes; empty folders are nobody's.
+
+    Args:
+        folder: of the run.
+        names: of the files and folders that it writes there.
+        what: makes such runs, for the message.
+
+    Raises:
+        UserError: one of them is there.
+    """
+    for path in (folder / name for name in names):
+        is_empty = path.is_dir() and not any(path.iterdir())
+        if path.exists() and not is_empty:
+            raise UserError(
+                f"{path} is there and of no run of {what}: it would be replaced; choose another "
+                "--output"
+            )
 
 
 def restore(path: Path) -> None:

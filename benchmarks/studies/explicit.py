@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from cells import HERE, Cells, markdown_table, write_text
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
@@ -36,11 +35,11 @@ from deqzoo.recipe import Recipe, Stage, from_plain
 from deqzoo.tasks import build_task
 from deqzoo.tasks.augmentation import resize
 from deqzoo.tasks.images import ImageClassificationTask
-from deqzoo.training.callbacks import SETTLING, copy_buffers
+from deqzoo.training.callbacks import SETTLING, append_metrics, copy_buffers
 from deqzoo.training.cost import count_flops
 from deqzoo.training.optimizers import build_optimizer, rate_factor
 from deqzoo.training.run import use_bf16
-from deqzoo.training.trainer import average_decay
+from deqzoo.training.trainer import moving_average
 from deqzoo.zoo import read_json
 
 MODEL = "mdeq-tiny-cifar-upg"
@@ -92,13 +91,15 @@ def width_for(flops: float, side: int) -> int:
     return min(range(8, 136, 8), key=lambda w: abs(network_flops(network(w), side) - flops))
 
 
-def steps_of(recipe: Recipe, model: nn.Module, flops: float) -> list[int]:
-    """Optimiser steps of each stage, by its share of the epochs, that cost so many FLOPs.
+def step_flops(recipe: Recipe, model: nn.Module) -> list[float]:
+    """FLOPs of an optimiser step of each stage: the backward pass counts as two forward ones."""
+    return [3 * recipe.batch_size * network_flops(model, side(stage)) for stage in recipe.stages]
 
-    A step costs three forward passes: the backward pass counts twice.
-    """
+
+def steps_of(recipe: Recipe, model: nn.Module, flops: float) -> list[int]:
+    """Optimiser steps of each stage, by its share of the epochs, that cost so many FLOPs."""
     epochs = [stage.epochs for stage in recipe.stages]
-    costs = [3 * recipe.batch_size * network_flops(model, side(stage)) for stage in recipe.stages]
+    costs = step_flops(recipe, model)
     scale = flops / sum(e * c for e, c in zip(epochs, costs, strict=True))
     return [round(e * scale) for e in epochs]
 
@@ -191,20 +192,16 @@ class Run:
             group["lr"] = rate * factor
         inputs = self.data.inputs(rows, torch.tensor(epoch), stage)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            logits = self.model(pixel_values=inputs["pixel_values"]).logits
-        loss = cross_entropy(
-            logits.float(), inputs["labels"], label_smoothing=self.recipe.label_smoothing
-        )
+            outputs = self.model(pixel_values=inputs["pixel_values"])
+        loss = self.task.loss(outputs, inputs)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        weight = 1 - average_decay(self.recipe.average, self.step, warm_up=True)
-        tensors = [*self.average.parameters(), *self.average.buffers()]
-        current = [*self.model.parameters(), *self.model.buffers()]
-        with torch.no_grad():
-            for mean, value in zip(tensors, current, strict=True):
-                if mean.is_floating_point():
-                    mean.lerp_(value, weight)
+        means, values = (
+            [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+            for model in (self.average, self.model)
+        )
+        moving_average(self.recipe.average, warm_up=True)(means, values, self.step)
         return float(loss.detach())
 
     @torch.inference_mode()
@@ -218,9 +215,8 @@ class Run:
 
     def log(self, **figures: float) -> None:
         """Add a line to the run's log."""
-        line = {"step": self.step, "seconds": round(self.seconds, 1), **figures}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        entry = {"seconds": round(self.seconds, 1), **figures}
+        append_metrics(self.folder / "metrics.jsonl", self.step, entry)
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -252,9 +248,8 @@ def measure(data: Path, folder: Path) -> dict[str, Any]:
     run.train()
     test = load_cifar10("test", data)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    pictures = [run.recipe.batch_size * n for n in run.steps]
-    costs = [3 * network_flops(run.average, side(stage)) for stage in run.recipe.stages]
-    flops = sum(n * cost for n, cost in zip(pictures, costs, strict=True))
+    costs = step_flops(run.recipe, run.average)
+    flops = sum(n * cost for n, cost in zip(run.steps, costs, strict=True))
     return {
         "parameters": sum(p.numel() for p in run.average.parameters()),
         "flops_per_picture": network_flops(run.average, 32),
@@ -271,7 +266,7 @@ def measure(data: Path, folder: Path) -> dict[str, Any]:
 
 
 def report(cells: dict[str, dict[str, Any]]) -> str:
-    """The network and the MDEQ's first part, row by row."""
+    """The network and the MDEQ's first release, row by row."""
     record, test = (read_json(REFERENCE / f"{n}.json") for n in ("training", "cifar10-test"))
     rows = []
     for name, cell in cells.items():

@@ -35,7 +35,7 @@ from deqzoo.equilibrium.state import State, leaves
 from deqzoo.equilibrium.uncompiled import uncompiled
 from deqzoo.errors import UserError
 from deqzoo.models.coarse import solve_from_coarse
-from deqzoo.models.weights import WeightNorm, row_norms
+from deqzoo.models.weights import WeightNorm, normalised_parts
 from deqzoo.sealed import require_inside, require_weights_as_sealed
 from deqzoo.zoo import bundled_source
 
@@ -240,9 +240,8 @@ class DEQPreTrainedModel(PreTrainedModel):
             for name, module in folded.items():
                 weight = state_dict.pop(f"{name}.weight", None)
                 if weight is not None:
-                    lengths = row_norms(weight)
-                    # A row of zeros is one of length 0 in any direction.
-                    state_dict[f"{name}.direction"] = torch.where(lengths > 0, weight, 1.0)
+                    direction, lengths = normalised_parts(weight, otherwise=1.0)
+                    state_dict[f"{name}.direction"] = direction
                     state_dict[f"{name}.{module.folded_from.length_name}"] = lengths
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):

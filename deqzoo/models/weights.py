@@ -145,10 +145,18 @@ class WeightNorm(nn.Module):
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         """Take over an effective weight; a row of zeros keeps its direction, at length 0."""
-        weight = weight.to(self.direction)
-        lengths = row_norms(weight)
-        self.direction.copy_(torch.where(lengths > 0, weight, self.direction))
+        direction, lengths = normalised_parts(weight.to(self.direction), self.direction)
+        self.direction.copy_(direction)
         getattr(self, self.length_name).copy_(lengths)
+
+
+def normalised_parts(weight: Tensor, otherwise: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Direction and lengths whose effective weight is the given one.
+
+    A row of zeros has length 0 and the direction `otherwise`, since none of its own can be normed.
+    """
+    lengths = row_norms(weight)
+    return torch.where(lengths > 0, weight, otherwise), lengths
 
 
 def row_norms(weight: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from transformers import (
 
 from deqzoo.data import own
 from deqzoo.errors import UserError
-from deqzoo.files import mark_complete, replace_text
+from deqzoo.files import mark_complete, replace_text, require_unclaimed
 from deqzoo.models.auto import DEQModel
 from deqzoo.tasks import load
 from deqzoo.tasks.finetuning import FEW, Job, Settings
@@ -220,14 +220,9 @@ def require_free(output: Path, resume: bool = False) -> None:
     has_checkpoint = any(output.glob("checkpoints/checkpoint-*"))
     if output.is_file() or ((output / "config.json").is_file() and not is_begun):
         raise UserError(f"{output} already holds a model or is a file; choose another --output")
-    for name in ("README.md", "run.json", "evaluation", "checkpoints"):
-        path = output / name
-        is_empty = path.is_dir() and not any(path.iterdir())
-        if path.exists() and not is_empty and not is_begun:
-            raise UserError(
-                f"{path} is there and of no run of finetune: it would be replaced; choose another "
-                "--output"
-            )
+    if not is_begun:
+        names = ("README.md", "run.json", "evaluation", "checkpoints")
+        require_unclaimed(output, names, "finetune")
     if is_begun and has_checkpoint and not resume:
         raise UserError(f"{output} already holds a run; add --resume to go on, or remove it")
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from deqzoo.errors import UserError, one_line
-from deqzoo.files import mark_complete, replace_text, replacing, restore
+from deqzoo.files import mark_complete, replace_text, replacing, require_unclaimed, restore
 from deqzoo.models.auto import DEQModel
 from deqzoo.models.coarse import has_fast_bfloat16
 from deqzoo.recipe import Recipe, recorded_recipe, seconds_of
@@ -376,14 +376,8 @@ def _claim(out: Path, recipe: Recipe, resume: bool, accept_changes: bool) -> Non
     """
     path = out / "recipe.json"
     if not path.exists():
-        for name in ("model", "checkpoints", "snapshots", "metrics.jsonl", "record.json"):
-            path_in_the_way = out / name
-            is_empty = path_in_the_way.is_dir() and not any(path_in_the_way.iterdir())
-            if path_in_the_way.exists() and not is_empty:
-                raise UserError(
-                    f"{out / name} is there and of no run of a recipe: it would be replaced; "
-                    "choose another --output"
-                )
+        names = ("model", "checkpoints", "snapshots", "metrics.jsonl", "record.json")
+        require_unclaimed(out, names, "a recipe")
     is_begun = (out / "metrics.jsonl").exists() or any(out.glob("checkpoints/checkpoint-*"))
     if path.exists() and is_begun:
         if not resume:
